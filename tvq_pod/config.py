@@ -1,0 +1,252 @@
+"""Settings: their names, defaults and meanings, the way from a config file to them, and what is refused.
+
+The frozen dataclasses below are the one place where a setting is defined. `default_config()` turns them into the
+ml_collections ConfigDict that every file in configs/ starts from; `resolve()` turns a ConfigDict, overrides included,
+back into them, checked.
+"""
+
+import dataclasses
+import difflib
+import json
+import pathlib
+
+import ml_collections
+
+from tvq_pod.errors import UserError
+from tvq_pod.nn.types import TransformerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    source: str = ""  # "stdlib", a folder of text files, a file of one document a line, or a .jsonl file
+    format: str = "auto"  # auto | stdlib | folder | lines | jsonl
+    text_field: str = "text"  # of jsonl
+    glob: str = "**/*"  # which files of a folder
+    vocab: str = "bytes"  # "bytes", or the path of a SentencePiece model
+    invalid_utf8: str = "error"  # with a SentencePiece model: error | replace | skip. Byte models take any bytes
+    store: str = ""  # folder of the token store; "" is WORKDIR/store
+    validation_share: float = 0.02  # of documents, chosen by a hash of their content
+    test_share: float = 0.02
+    num_threads: int = 2  # that read batches ahead
+    prefetch_batches: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    batch_size: int = 8  # B: streams, over all hosts
+    update_len: int = 512  # T: tokens of each stream that one step consumes
+    num_steps: int = 1000  # step n has consumed updates 0 .. n - 1
+    log_every_steps: int = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    name: str = "adamw"  # adamw | lion | adafactor
+    learning_rate: float = 1e-3  # at the end of warm-up
+    schedule: str = "cosine"  # cosine | linear | inverse_sqrt
+    warmup_steps: int = 100
+    final_fraction: float = 0.1  # of the learning rate, at the last step (cosine, linear)
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-8  # adamw
+    weight_decay: float = 0.0  # share of a matrix lost per step at the full learning rate; vectors are spared
+    clip_norm: float = 1.0  # of the gradient's global norm; 0: never
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+    data: int = -1  # -1: the devices that are left
+    sequence: int = 1
+    model: int = 1
+    slices: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSettings:
+    every_steps: int = 500  # and at the end; 0: only at the end
+    keep: int = 3  # newest steps that stay; 0: all
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSettings:
+    every_steps: int = 0  # evaluate validation while training; 0: never
+    at_end: bool = True  # evaluate validation after the last step
+    batch_size: int = 16  # rows that documents are laid out on
+    max_tokens: int = 0  # stop adding documents once there are so many tokens; 0: the whole split
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSettings:
+    prompt: str = ""  # of the sample at the end of training, and where --prompt is not given
+    length: int = 512  # tokens, at most: end-of-document ends a sample; 0: no sample at the end of training
+    temperature: float = 1.0  # 0: always the likeliest token
+    nucleus_p: float = 0.95  # sample from the likeliest tokens that have this probability together; 1: from all
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricsSettings:
+    tensorboard: bool = True
+    wandb_project: str = ""  # needs the extra [wandb]; "": off
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All of a run's settings, resolved and checked."""
+
+    seed: int = 0  # of parameters, dropout and the order of documents
+    model: TransformerConfig = TransformerConfig()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    mesh: MeshSettings = MeshSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    eval: EvalSettings = EvalSettings()
+    sample: SampleSettings = SampleSettings()
+    metrics: MetricsSettings = MetricsSettings()
+
+
+NOT_IN_CONFIG = ("is_train",)  # the mode decides
+CHOICES = {
+    "model.attn_type": ("vq",),
+    "model.head_type": ("shga",),
+    "model.reduction": ("serial",),
+    "model.remat": ("full", "none"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.param_dtype": ("float32", "bfloat16"),
+    "data.format": ("auto", "stdlib", "folder", "lines", "jsonl"),
+    "data.invalid_utf8": ("error", "replace", "skip"),
+    "optimizer.name": ("adamw", "lion", "adafactor"),
+    "optimizer.schedule": ("cosine", "linear", "inverse_sqrt"),
+}
+AT_LEAST = {  # everything else that is a number must be at least 0
+    **{f"model.{name}": 1 for name in ("d_model", "d_k", "d_v", "n_head", "n_code", "n_layer", "block_len", "mem_len")},
+    "model.n_vocab": 4,
+    "data.num_threads": 1,
+    "data.prefetch_batches": 1,
+    "train.batch_size": 1,
+    "train.update_len": 1,
+    "train.num_steps": 1,
+    "train.log_every_steps": 1,
+    "mesh.data": -1,
+    "mesh.sequence": 1,
+    "mesh.model": 1,
+    "mesh.slices": 1,
+    "eval.batch_size": 1,
+}
+BELOW_ONE = ("model.p_dropemb", "model.p_dropsin", "model.p_dropres", "model.p_droplyr", "model.c_gamma",
+             "data.validation_share", "data.test_share", "optimizer.b1", "optimizer.b2")  # fmt: skip
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """A locked ConfigDict with every setting at its default. Files in configs/ change values, never add names."""
+    tree = dataclasses.asdict(Settings())
+    for name in NOT_IN_CONFIG:
+        del tree["model"][name]
+    return ml_collections.ConfigDict(tree, type_safe=True).lock()
+
+
+def resolve(config: ml_collections.ConfigDict) -> Settings:
+    """A ConfigDict as Settings. Raises UserError, naming the setting, for what no machine could run."""
+    tree = config.to_dict()
+    settings = _build(Settings, tree, "config")
+    for path, choices in CHOICES.items():
+        value = _get(tree, path)
+        if value not in choices:
+            raise UserError(f"config.{path}={value}: must be one of {', '.join(choices)}{_did_you_mean(value, choices)}")
+    for path, value in _leaves(tree):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value < AT_LEAST.get(path, 0):
+            raise UserError(f"config.{path}={value}: must be at least {AT_LEAST.get(path, 0)}")
+        if path in BELOW_ONE and value >= 1:
+            raise UserError(f"config.{path}={value}: must be below 1")
+    _check_relations(settings)
+    return settings
+
+
+def _check_relations(settings: Settings) -> None:
+    model, train, data = settings.model, settings.train, settings.data
+    if train.update_len % model.block_len:
+        divisors = [n for n in range(1, train.update_len + 1) if train.update_len % n == 0]
+        nearest = min(divisors, key=lambda n: abs(n - model.block_len))
+        raise UserError(
+            f"config.model.block_len={model.block_len}: must divide config.train.update_len={train.update_len}, "
+            f"as {nearest} does"
+        )
+    if data.validation_share + data.test_share >= 1:
+        raise UserError(
+            f"config.data.validation_share={data.validation_share}: with config.data.test_share={data.test_share} "
+            "nothing is left to train on; their sum must be below 1"
+        )
+    if not 0 < settings.sample.nucleus_p <= 1:
+        raise UserError(f"config.sample.nucleus_p={settings.sample.nucleus_p}: must be above 0 and at most 1")
+    for axis in ("sequence", "model", "slices"):
+        if getattr(settings.mesh, axis) != 1:
+            raise UserError(
+                f"config.mesh.{axis}={getattr(settings.mesh, axis)}: must be 1, rows over config.mesh.data are what works"
+            )
+    if settings.mesh.data == 0:
+        raise UserError("config.mesh.data=0: must be a number of devices, or -1 for all")
+
+
+def check_divides(name: str, value: int, n_data: int) -> None:
+    """Raises UserError if a number of rows can't be spread evenly over the mesh's data axis."""
+    if value % n_data:
+        raise UserError(
+            f"{name}={value}: must be a multiple of the {n_data} devices of config.mesh.data, "
+            f"for example {max(1, round(value / n_data)) * n_data}"
+        )
+
+
+def to_json(settings: Settings) -> str:
+    """The resolved config as it is kept in a run's config.json."""
+    tree = dataclasses.asdict(settings)
+    for name in NOT_IN_CONFIG:
+        del tree["model"][name]
+    return json.dumps(tree, indent=2) + "\n"
+
+
+def read_run_config(workdir) -> ml_collections.ConfigDict:
+    """The config of the run in `workdir`. Raises UserError if there is none."""
+    path = pathlib.Path(workdir) / "config.json"
+    try:
+        tree = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"--workdir={workdir}: has no config.json; give the folder of a run, or --config=FILE") from None
+    except ValueError as error:
+        raise UserError(f"--workdir={workdir}: config.json is not JSON ({error}); give --config=FILE") from None
+    return ml_collections.ConfigDict(tree).lock()
+
+
+def _build(cls, tree: dict, path: str):
+    """A dataclass from a dict that must have exactly its fields."""
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.name not in NOT_IN_CONFIG}
+    for name in tree:
+        if name not in fields:
+            raise UserError(f"{path}.{name}: is not a setting{_did_you_mean(name, fields)}")
+    for name in fields:
+        if name not in tree:
+            raise UserError(f"{path}.{name}: is missing; start the config from tvq_pod.config.default_config()")
+    values = {}
+    for name, value in tree.items():
+        nested = dataclasses.is_dataclass(fields[name].default)
+        values[name] = _build(type(fields[name].default), value, f"{path}.{name}") if nested else value
+    return cls(**values)
+
+
+def _leaves(tree: dict, prefix: str = ""):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _get(tree: dict, path: str):
+    for name in path.split("."):
+        tree = tree[name]
+    return tree
+
+
+def _did_you_mean(name, known) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""

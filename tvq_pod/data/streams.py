@@ -1,0 +1,188 @@
+"""Streams: what each row of each batch reads, as a pure function of (corpus, seed, step, row).
+
+Training. The documents of an epoch, in an order drawn from (seed, epoch), are laid end to end; row r of B owns the part
+[r * N // B, (r + 1) * N // B) of these N tokens. A row's stream is its part of epoch 0, then of epoch 1, and so on, with
+nothing in between and nothing left over: in an epoch every token is read once. Step n reads tokens [n * T, (n + 1) * T)
+of every stream. A document cut by the border of two rows is two pieces, each a document to its stream.
+
+Evaluation. Whole documents are spread over rows, each row's end to end, so that all rows are about equally long; what a
+row lacks to the longest is padding.
+
+Both are plans: they answer which piece of which document is where. `read_row` turns the answer into arrays. No iterator
+state, no host count, no random number generator survives a call.
+"""
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import tensorstore
+
+from tvq_pod.data.vocab import END_OF_DOC, PAD
+from tvq_pod.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A run of tokens of one document in a row."""
+
+    start: int  # of its first token in the split's tokens
+    length: int
+    doc_id: int  # in the row's stream
+    begins: bool  # whether the document, or the row's piece of it, begins here
+
+
+class Plan(Protocol):
+    """Which tokens a row reads."""
+
+    def segments(self, row: int, begin: int, end: int) -> Iterator[Segment]:
+        """The segments of tokens [begin, end) of a row's stream, in order; fewer tokens only where the row ends."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Epoch:
+    order: np.ndarray  # document at each place
+    bounds: np.ndarray  # [n_documents + 1] where each place begins in the epoch
+    first: np.ndarray  # [B] place of each row's first piece
+    n_pieces: np.ndarray  # [B]
+
+
+class TrainStreams:
+    """The plan of training: endless.
+
+    Raises UserError if there are fewer tokens than rows.
+    """
+
+    def __init__(self, starts: np.ndarray, batch_size: int, seed: int):
+        """starts: [n_documents + 1], where the documents begin; the last entry is the number of tokens N."""
+        self._starts = starts
+        self._lengths = np.diff(starts)
+        n_tokens = int(starts[-1])
+        if n_tokens < batch_size:
+            raise UserError(f"config.train.batch_size={batch_size}: the corpus has only {n_tokens} tokens; must be at most that")
+        self._seed = seed
+        self._borders = np.array([row * n_tokens // batch_size for row in range(batch_size + 1)], np.int64)
+        self._epoch = functools.lru_cache(maxsize=4)(self._make_epoch)
+        self._first_ids = [np.zeros(batch_size, np.int64)]  # per epoch: each row's first document id
+        self._lock = threading.Lock()
+
+    def segments(self, row: int, begin: int, end: int) -> Iterator[Segment]:
+        """See Plan. Document ids count up by one with every piece, from epoch to epoch."""
+        low, high = int(self._borders[row]), int(self._borders[row + 1])
+        while begin < end:
+            epoch_index, offset = divmod(begin, high - low)
+            epoch = self._epoch(epoch_index)
+            at, stop = low + offset, min(low + offset + end - begin, high)
+            begin += stop - at
+            first_id = int(self._first_doc_ids(epoch_index)[row])
+            place = int(np.searchsorted(epoch.bounds, at, side="right")) - 1
+            while at < stop:
+                place_begin, place_end = int(epoch.bounds[place]), int(epoch.bounds[place + 1])
+                length = min(place_end, stop) - at
+                yield Segment(
+                    start=int(self._starts[epoch.order[place]]) + at - place_begin,
+                    length=length,
+                    doc_id=first_id + place - int(epoch.first[row]),
+                    begins=at == max(place_begin, low),
+                )
+                at += length
+                place += 1
+
+    def _make_epoch(self, index: int) -> _Epoch:
+        generator = np.random.Generator(np.random.Philox(key=[self._seed, index]))
+        order = generator.permutation(len(self._lengths))
+        bounds = np.concatenate([[0], np.cumsum(self._lengths[order])])
+        first = np.searchsorted(bounds, self._borders[:-1], side="right") - 1
+        last = np.searchsorted(bounds, self._borders[1:] - 1, side="right") - 1
+        return _Epoch(order, bounds, first, last - first + 1)
+
+    def _first_doc_ids(self, epoch_index: int) -> np.ndarray:
+        with self._lock:
+            while len(self._first_ids) <= epoch_index:
+                self._first_ids.append(self._first_ids[-1] + self._epoch(len(self._first_ids) - 1).n_pieces)
+            return self._first_ids[epoch_index]
+
+
+class PackedDocuments:
+    """The plan of evaluation: each document whole, once, on one row.
+
+    Attributes: documents, the indices that were taken; row_len, tokens of the longest row.
+    """
+
+    def __init__(self, starts: np.ndarray, n_rows: int, max_tokens: int = 0):
+        """starts: [n_documents + 1]. max_tokens: take documents, in an order drawn once and for all, until they have so
+        many tokens together; 0 takes all."""
+        self._starts = starts
+        lengths = np.diff(starts)
+        order = np.random.Generator(np.random.Philox(key=[0, 0])).permutation(len(lengths))
+        if max_tokens:
+            order = order[: int(np.searchsorted(np.cumsum(lengths[order]), max_tokens)) + 1]
+        self.documents = order
+        # The longest first, each to the row that is shortest so far.
+        rows: list[list[int]] = [[] for _ in range(n_rows)]
+        loads = np.zeros(n_rows, np.int64)
+        for document in order[np.argsort(-lengths[order], kind="stable")]:
+            row = int(np.argmin(loads))
+            rows[row].append(int(document))
+            loads[row] += lengths[document]
+        self.row_len = int(loads.max())
+        self._rows = rows
+        self._bounds = [np.concatenate([[0], np.cumsum(lengths[row], dtype=np.int64)]) for row in rows]
+
+    def segments(self, row: int, begin: int, end: int) -> Iterator[Segment]:
+        """See Plan. A document's id is its place in the row."""
+        bounds = self._bounds[row]
+        place = int(np.searchsorted(bounds, begin, side="right")) - 1
+        while place < len(self._rows[row]) and bounds[place] < end:
+            at, stop = max(begin, int(bounds[place])), min(end, int(bounds[place + 1]))
+            start = int(self._starts[self._rows[row][place]]) + at - int(bounds[place])
+            yield Segment(start, stop - at, doc_id=place, begins=at == bounds[place])
+            place += 1
+
+
+def read_row(tokens: tensorstore.TensorStore, plan: Plan, row: int, step: int, update_len: int) -> dict:
+    """The arrays of one row for one step, each [T]:
+
+    inputs int32: the token before each target in its document; end-of-document at a document's first position.
+    targets int32. doc_ids int32. loss_mask float32: 0 on padding, which has a document id of its own.
+    """
+    inputs = np.full(update_len, PAD, np.int32)
+    targets = np.full(update_len, PAD, np.int32)
+    doc_ids = np.zeros(update_len, np.int32)
+    loss_mask = np.zeros(update_len, np.float32)
+    segments = list(plan.segments(row, step * update_len, (step + 1) * update_len))
+    # One token more at the front, where the document began earlier: it is the first input.
+    reads = [tokens[s.start - (not s.begins) : s.start + s.length].read() for s in segments]
+    at = 0
+    for segment, read in zip(segments, reads, strict=True):
+        values = read.result()
+        stop = at + segment.length
+        targets[at:stop] = values[-segment.length :]
+        inputs[at:stop] = np.concatenate([[END_OF_DOC], values[:-1]]) if segment.begins else values[:-1]
+        doc_ids[at:stop] = segment.doc_id
+        loss_mask[at:stop] = 1.0
+        at = stop
+    if at < update_len:
+        # All padding of a row has one id, above every document's.
+        doc_ids[at:] = np.iinfo(np.int32).max
+    return dict(inputs=inputs, targets=targets, doc_ids=doc_ids, loss_mask=loss_mask)
+
+
+class RowSource:
+    """Rows as a random-access source for grain: item i is row i % len(rows) of step first_step + i // len(rows)."""
+
+    def __init__(self, tokens, plan: Plan, rows: range, update_len: int, first_step: int, last_step: int):
+        """rows: the global rows that this process reads. Steps first_step .. last_step - 1 are served."""
+        self._tokens, self._plan = tokens, plan
+        self._rows, self._update_len = rows, update_len
+        self._first_step, self._n_steps = first_step, max(last_step - first_step, 0)
+
+    def __len__(self) -> int:
+        return self._n_steps * len(self._rows)
+
+    def __getitem__(self, index: int) -> dict:
+        step, row = divmod(int(index), len(self._rows))
+        return read_row(self._tokens, self._plan, self._rows[row], self._first_step + step, self._update_len)

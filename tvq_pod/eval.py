@@ -1,0 +1,125 @@
+"""--mode=eval: loss of whole documents, each with its full context.
+
+Documents are laid end to end on rows (see PackedDocuments); every row's state is carried from update to update, so a
+token is predicted from all that came before it in its document, however long.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+
+from tvq_pod.checkpoint import Checkpoints, model_record
+from tvq_pod.config import Settings, check_divides
+from tvq_pod.data.loader import global_batches
+from tvq_pod.data.store import TokenStore
+from tvq_pod.data.streams import PackedDocuments
+from tvq_pod.metrics import LOG_2, MetricsWriter
+from tvq_pod.nn.model import Transformer
+from tvq_pod.parallel.mesh import make_mesh
+from tvq_pod.parallel.sharding import batch_sharding, replicated, shardings_of
+from tvq_pod.prepare import open_store
+from tvq_pod.progress import say
+from tvq_pod.train_state import abstract_train_state, token_losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Of one evaluation."""
+
+    loss: float  # nats a token, end-of-documents included
+    bits_per_byte: float  # the same loss, in bits, over the bytes of the documents' text
+    tokens: int  # predicted tokens
+    documents: int
+    seconds: float
+
+
+class Evaluator:
+    """Evaluates parameters on one split; compiled once, used as often as one likes."""
+
+    def __init__(self, settings: Settings, mesh: jax.sharding.Mesh, store: TokenStore, split: str):
+        """Raises UserError if the split has no document."""
+        check_divides("config.eval.batch_size", settings.eval.batch_size, mesh.shape["data"])
+        self._settings, self._mesh = settings, mesh
+        self._split = store.split(split)
+        self._plan = PackedDocuments(self._split.starts, settings.eval.batch_size, settings.eval.max_tokens)
+        self._n_bytes = int(self._split.doc_bytes[self._plan.documents].sum())
+        config = settings.model.replace(is_train=False)
+        state_shardings = shardings_of(Transformer.state_axes(), mesh)
+        rows, everywhere = batch_sharding(mesh), replicated(mesh)
+
+        def eval_step(params, state, batch):
+            state, out = Transformer(config).apply({"params": params}, state, batch["inputs"], batch["doc_ids"])
+            losses = token_losses(out["logits"], batch["targets"]) * batch["loss_mask"]
+            return state, dict(loss=jnp.sum(losses), tokens=jnp.sum(batch["loss_mask"]))
+
+        self._initial_state = jax.jit(
+            lambda: Transformer.initial_state(config, settings.eval.batch_size), out_shardings=state_shardings
+        )
+        self._eval_step = jax.jit(
+            eval_step,
+            in_shardings=(None, state_shardings, rows),
+            out_shardings=(state_shardings, everywhere),
+            donate_argnums=1,
+        )
+
+    def evaluate(self, params: dict) -> Result:
+        """Loss over the split's documents (or as many as config.eval.max_tokens takes)."""
+        began = time.monotonic()
+        train, data = self._settings.train, self._settings.data
+        state, sums = self._initial_state(), []
+        for batch in global_batches(
+            self._split,
+            self._plan,
+            self._mesh,
+            batch_size=self._settings.eval.batch_size,
+            update_len=train.update_len,
+            first_step=0,
+            last_step=math.ceil(self._plan.row_len / train.update_len),
+            threads=data.num_threads,
+            ahead=data.prefetch_batches,
+        ):
+            state, sum_ = self._eval_step(params, state, batch)
+            sums.append(sum_)
+        sums = jax.device_get(sums)
+        # Python's floats are doubles: sums of float32 over one step each, added exactly enough
+        nats, tokens = sum(float(s["loss"]) for s in sums), sum(int(s["tokens"]) for s in sums)
+        return Result(
+            loss=nats / tokens,
+            bits_per_byte=nats / LOG_2 / self._n_bytes,
+            tokens=tokens,
+            documents=len(self._plan.documents),
+            seconds=time.monotonic() - began,
+        )
+
+
+def evaluate(settings: Settings, workdir: pathlib.Path, split: str, step: int | None) -> Result:
+    """Evaluates a checkpoint of the run in `workdir`, prints the result, and adds it to metrics.jsonl."""
+    mesh = make_mesh(settings.mesh)
+    check_divides("config.eval.batch_size", settings.eval.batch_size, mesh.shape["data"])
+    checkpoints = Checkpoints(workdir, read_only=True)
+    step = checkpoints.pick(step)
+    checkpoints.check(step, model_record(settings))
+    evaluator = Evaluator(settings, mesh, open_store(settings, workdir), split)
+    params = checkpoints.restore_params(step, abstract_train_state(settings, mesh).params)
+    result = evaluator.evaluate(params)
+    report(result, step, split)
+    if jax.process_index() == 0:
+        print(json.dumps(dict(step=step, split=split, **dataclasses.asdict(result))))
+    writer = MetricsWriter(workdir, dataclasses.replace(settings.metrics, wandb_project=""), enabled=jax.process_index() == 0)
+    writer.write(step, split, dataclasses.asdict(result))
+    writer.close()
+    checkpoints.close()
+    return result
+
+
+def report(result: Result, step: int, split: str) -> None:
+    """Says a result in one line."""
+    say(
+        f"step {step}: {split} loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte, over {result.tokens:,} "
+        f"tokens of {result.documents:,} documents ({result.seconds:.1f} s)"
+    )

@@ -1,0 +1,100 @@
+"""The command line: flags in, one mode called.
+
+    python -m tvq_pod.main --config=configs/stdlib.py --workdir=runs/stdlib [--config.model.d_model=256 ...]
+        [--mode=train|eval|sample|prepare|inspect]
+
+Exit code 0: done. 1: an error; where it is the user's to mend, one line says how.
+"""
+
+import os
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from tvq_pod.config import read_run_config, resolve
+from tvq_pod.errors import UserError
+
+MODES = ("train", "eval", "sample", "prepare", "inspect")
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file; eval, sample and inspect take the run's own if it is not given.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, metrics, samples, config.json.")
+_MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+_SPLIT = flags.DEFINE_enum("split", "validation", ("validation", "test"), "eval: which documents.")
+_STEP = flags.DEFINE_integer("step", None, "eval, sample, inspect: which checkpoint; the newest if not given.")
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "sample: text to go on from; may be given several times.")
+_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "sample: a file whose text is one more prompt.")
+
+
+def main(argv: list[str]) -> None:
+    """Calls the mode. Raises UserError for what the user can mend."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # orbax writes a page per save at INFO
+    if len(argv) > 1:
+        raise UserError(f"{argv[1]}: is no flag; flags are --name=value")
+    if not _WORKDIR.value:
+        raise UserError("--workdir=: must be given: the run's folder")
+    workdir, mode = pathlib.Path(_WORKDIR.value), _MODE.value
+    if _CONFIG.value is None and mode in ("train", "prepare"):
+        raise UserError(f"--config=: must be given for --mode={mode}, for example configs/stdlib.py")
+    settings = resolve(read_run_config(workdir) if _CONFIG.value is None else _CONFIG.value)
+
+    # Modes are imported here: a wrong flag should not wait for jax.
+    if mode == "train":
+        from tvq_pod.train import train
+
+        train(settings, workdir)
+    elif mode == "eval":
+        from tvq_pod.eval import evaluate
+
+        evaluate(settings, workdir, _SPLIT.value, _STEP.value)
+    elif mode == "sample":
+        from tvq_pod.sample import sample
+
+        sample(settings, workdir, _prompts(), _STEP.value)
+    elif mode == "prepare":
+        from tvq_pod.prepare import prepare
+
+        prepare(settings, workdir)
+    elif mode == "inspect":
+        from tvq_pod.inspect import inspect
+
+        inspect(settings, workdir, _STEP.value)
+
+
+def _prompts() -> list[str]:
+    prompts = list(_PROMPT.value)
+    if _PROMPT_FILE.value:
+        try:
+            prompts.append(pathlib.Path(_PROMPT_FILE.value).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompt_file={_PROMPT_FILE.value}: can't be read as text ({error})") from None
+    return prompts
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """absl's own errors keep their form; config_flags raises others for what is wrong in a config or an override."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(f"--config: {error}") from error
+
+
+def run() -> None:
+    """What `python -m tvq_pod.main` and the command `tvq_pod` call."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        app.run(main, flags_parser=_parse)
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,58 @@
+"""The two frozen records that every layer is given: what the model is, and which positions count."""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Settings of one Transformer-VQ model. `config.model.*` has these names, `is_train` apart.
+
+    Letters: D d_model, K d_k, V d_v, H n_head, S n_code, L block_len, M mem_len.
+    """
+
+    d_model: int = 128  # D: width of the residual stream
+    d_k: int = 64  # K: width of a head's queries and keys
+    d_v: int = 256  # V: width of a head's values and gates
+    n_head: int = 1  # H: each head has its own keys, values and codebook
+    n_code: int = 128  # S: codes per head
+    n_layer: int = 2  # layers of two gated units each
+    n_vocab: int = 259  # 256 bytes + pad, end-of-document, unknown
+    block_len: int = 128  # L: tokens that are attended to at once
+    mem_len: int = 128  # M: keys kept exact before they go to the cache
+    agg_cache: bool = True  # False: attention ends with the window
+    grad_thru_cache: bool = True  # False: gradients stay inside a block
+    attn_type: str = "vq"
+    head_type: str = "shga"
+    reduction: str = "serial"  # how the blocks of an update are gone through
+    remat: str = "full"  # full: recompute each gated unit in the backward pass; none: keep everything
+    dtype: Any = "float32"  # of activations; softmax, logits, counts and means stay float32
+    param_dtype: Any = "float32"  # of weights; the codebook stays float32
+    pe_abs: bool = False  # add sinusoids of the position in the document, times a learned scale
+    p_dropemb: float = 0.0  # dropout on embeddings
+    p_dropsin: float = 0.0  # dropout on the table of relative sinusoids
+    p_dropres: float = 0.0  # dropout on each unit's residual
+    p_droplyr: float = 0.0  # LayerDrop: a stream skips a unit for one update
+    e_tie: bool = False  # output embeddings are the input embeddings
+    e_norm: bool = True  # RMSNorm before the output embeddings
+    e_scale: float = 1.0  # factor on the logits
+    c_beta: float = 1e-4  # weight of the commit loss
+    c_gamma: float = 0.99  # decay of the codebook's moving average, per update
+    is_train: bool = False  # dropout on
+
+    def replace(self, **changes) -> "TransformerConfig":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+@flax.struct.dataclass
+class VQSpec:
+    """What the quantizer must know of a batch.
+
+    loss_mask: [B, T], 1 where a position counts, 0 where it is padding. Padding moves no code and commits to none.
+    """
+
+    loss_mask: jax.Array

@@ -1,0 +1,133 @@
+"""--mode=prepare: a corpus becomes a token store. Training does the same when its store is not there."""
+
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from tvq_pod.config import DataSettings, Settings
+from tvq_pod.data.corpora import Documents, documents
+from tvq_pod.data.store import SPLITS, TokenStore, write_store
+from tvq_pod.data.vocab import ByteVocab, SentencePieceVocab, load_vocab
+from tvq_pod.errors import UserError
+from tvq_pod.progress import say
+
+SHOWN = 3  # names of odd documents that a message lists
+
+
+def store_path(settings: Settings, workdir: pathlib.Path) -> pathlib.Path:
+    """Where the run's token store is."""
+    return pathlib.Path(settings.data.store) if settings.data.store else workdir / "store"
+
+
+def prepare(settings: Settings, workdir: pathlib.Path) -> None:
+    """Makes the token store, or says that it is there."""
+    path = store_path(settings, workdir)
+    if TokenStore.exists(path):
+        say(f"{path} is there already: prepared from {TokenStore(path).meta['source']}")
+    else:
+        check_source(settings)
+    describe(open_store(settings, workdir))
+
+
+def check_source(settings: Settings) -> None:
+    """Raises UserError if there is no corpus, or no text in it. Writes nothing."""
+    vocab = load_vocab(settings.data.vocab)
+    _check_vocab_fits(settings, vocab.n_vocab)
+    if not any(text for _, text in documents(settings.data)):
+        raise UserError(f"config.data.source={settings.data.source}: is empty; give a corpus with text in it")
+
+
+def open_store(settings: Settings, workdir: pathlib.Path) -> TokenStore:
+    """The run's token store, made first if it is not there.
+
+    Raises UserError if it was made from something else than the settings say, or has more tokens than the model knows.
+    """
+    data, path = settings.data, store_path(settings, workdir)
+    if TokenStore.exists(path):
+        store = TokenStore(path)
+        _check_same_corpus(data, store)
+    else:
+        check_source(settings)
+        vocab = load_vocab(data.vocab)
+        say(f"preparing {path} from {data.source}")
+        store = write_store(
+            path,
+            tokenized(documents(data), vocab, data),
+            vocab,
+            validation_share=data.validation_share,
+            test_share=data.test_share,
+            source=data.source,
+        )
+    _check_vocab_fits(settings, store.n_vocab)
+    return store
+
+
+def tokenized(
+    docs: Documents, vocab: ByteVocab | SentencePieceVocab, data: DataSettings
+) -> Iterator[tuple[bytes, np.ndarray]]:
+    """(text, token ids) of each document; says at the end what it did about documents that are empty or not UTF-8."""
+    empty, odd = [], []
+    for name, text in docs:
+        if not text:
+            empty.append(name)
+            continue
+        try:
+            text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if not vocab.takes_any_bytes:
+                if data.invalid_utf8 == "error":
+                    raise UserError(
+                        f"config.data.invalid_utf8=error: {name} is not UTF-8 at byte {error.start}, and a SentencePiece "
+                        "model needs text; mend the file, or give replace or skip"
+                    ) from None
+                if data.invalid_utf8 == "replace":
+                    text = text.decode("utf-8", errors="replace").encode("utf-8")
+            odd.append(name)
+            if not vocab.takes_any_bytes and data.invalid_utf8 == "skip":
+                continue
+        yield text, vocab.encode(text)
+    if empty:
+        say(f"  {len(empty)} empty documents left out: {_some(empty)}")
+    if odd:
+        done = {"replace": "their odd bytes became U+FFFD", "skip": "they were left out"}.get(data.invalid_utf8, "")
+        done = "a byte model takes their bytes as they are" if vocab.takes_any_bytes else done
+        say(f"  {len(odd)} documents are not UTF-8, {done}: {_some(odd)}")
+
+
+def describe(store: TokenStore) -> None:
+    """Says what is in a store."""
+    say(f"store {store.path}: vocabulary {store.vocab_name} of {store.n_vocab}, fingerprint {store.fingerprint[:16]}")
+    for split in SPLITS:
+        entry = store.meta["splits"][split]
+        say(
+            f"  {split:<10} {entry['n_documents']:>9,} documents {entry['n_tokens']:>14,} tokens "
+            f"{entry['n_bytes']:>14,} bytes"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def _check_vocab_fits(settings: Settings, n_vocab: int) -> None:
+    if settings.model.n_vocab < n_vocab:
+        raise UserError(
+            f"config.model.n_vocab={settings.model.n_vocab}: must be at least {n_vocab}, the size of the vocabulary "
+            f"{settings.data.vocab}"
+        )
+
+
+def _check_same_corpus(data: DataSettings, store: TokenStore) -> None:
+    vocab = store.vocab_name if pathlib.Path(data.vocab).suffix and not pathlib.Path(data.vocab).exists() else load_vocab(data.vocab).name
+    for name, wanted, there in (
+        ("vocab", vocab, store.vocab_name),
+        ("source", data.source, store.meta["source"]),
+        ("validation_share", data.validation_share, store.meta["validation_share"]),
+        ("test_share", data.test_share, store.meta["test_share"]),
+    ):
+        if wanted != there:
+            raise UserError(
+                f"config.data.{name}={getattr(data, name)}: the store {store.path} was prepared with {there}; "
+                "give that, or another config.data.store"
+            )

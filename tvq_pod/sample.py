@@ -1,0 +1,144 @@
+"""--mode=sample: text from a model, in constant time and memory a token, whatever the length.
+
+The prompt is read in blocks, largest first; then one token at a time: the same attention with a block of one. All that
+the model remembers is its state, whose size is fixed.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tvq_pod.checkpoint import Checkpoints, model_record
+from tvq_pod.config import MeshSettings, SampleSettings, Settings
+from tvq_pod.data.vocab import END_OF_DOC, PAD, UNKNOWN, ByteVocab, SentencePieceVocab, load_vocab
+from tvq_pod.errors import UserError
+from tvq_pod.nn.attn import NEVER
+from tvq_pod.nn.model import Transformer
+from tvq_pod.nn.types import TransformerConfig
+from tvq_pod.parallel.mesh import make_mesh
+from tvq_pod.train_state import abstract_train_state
+
+
+class Sampler:
+    """Draws tokens from a model; compiled functions are kept from prompt to prompt."""
+
+    def __init__(self, config: TransformerConfig, n_vocab: int, temperature: float, nucleus_p: float):
+        """n_vocab: ids at or above it are never drawn (a model may have room for more)."""
+        self._config = config.replace(is_train=False)
+        self._read = jax.jit(self._read_block, donate_argnums=1)
+        ids = np.arange(config.n_vocab)
+        self._allowed = (ids < n_vocab) & (ids != PAD) & (ids != UNKNOWN)
+        draw = functools.partial(draw_token, temperature=temperature, nucleus_p=nucleus_p)
+
+        def step(params, state, logits, key, index):
+            logits = jnp.where(self._allowed, logits, NEVER)
+            token = draw(logits, jax.random.fold_in(key, index))
+            state, logits = self._read_block(params, state, token[None, None])
+            return state, logits, token
+
+        self._step = jax.jit(step, donate_argnums=1)
+
+    def _read_block(self, params, state, tokens):
+        """Reads tokens [1, n] as one block; returns the state and the logits [n_vocab] after the last of them."""
+        config = self._config.replace(block_len=tokens.shape[1])
+        state, out = Transformer(config).apply({"params": params}, state, tokens, jnp.zeros_like(tokens))
+        return state, out["logits"][0, -1]
+
+    def sample(self, params: dict, prompt: np.ndarray, length: int, key: jax.Array) -> Iterator[int]:
+        """Yields up to `length` tokens that go on from prompt [n], a document's first tokens; stops before an
+        end-of-document."""
+        state = jax.jit(Transformer.initial_state, static_argnums=(0, 1))(self._config, 1)
+        tokens = np.concatenate([[END_OF_DOC], prompt]).astype(np.int32)
+        for block in cut_prompt(tokens, self._config.block_len):
+            state, logits = self._read(params, state, block[None])
+        for index in range(length):
+            state, logits, token = self._step(params, state, logits, key, index)
+            token = int(token)
+            if token == END_OF_DOC:
+                return
+            yield token
+
+
+def cut_prompt(tokens: np.ndarray, block_len: int) -> Iterator[np.ndarray]:
+    """Cuts tokens [n] into blocks of block_len, and the rest by powers of two: few lengths, so few compilations."""
+    at = 0
+    while at < len(tokens):
+        left = len(tokens) - at
+        n = block_len if left >= block_len else 1 << (left.bit_length() - 1)
+        yield tokens[at : at + n]
+        at += n
+
+
+def draw_token(logits: jax.Array, key: jax.Array, *, temperature: float, nucleus_p: float) -> jax.Array:
+    """One token id, int32 scalar, from logits [n_vocab], of the likeliest tokens that have probability `nucleus_p`
+    together (Holtzman et al., arXiv 1904.09751); temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return jnp.argmax(logits).astype(jnp.int32)
+    logits = logits / temperature
+    if nucleus_p < 1:
+        descending = jnp.sort(logits)[::-1]
+        probs = jax.nn.softmax(descending)
+        # a token stays if those before it do not fill the nucleus; the first always stays
+        n_kept = jnp.sum(jnp.cumsum(probs) - probs < nucleus_p)
+        logits = jnp.where(logits >= descending[n_kept - 1], logits, NEVER)
+    return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def text_of(tokens: Iterator[int], vocab: ByteVocab | SentencePieceVocab) -> Iterator[str]:
+    """The text of tokens, piece by piece, as soon as each is known."""
+    decoder = vocab.decoder()
+    for token in tokens:
+        yield decoder.decode(token)
+    yield decoder.decode(PAD, final=True)
+
+
+def continuations(
+    params: dict, config: TransformerConfig, vocab: ByteVocab | SentencePieceVocab, settings: SampleSettings, prompts: list[str]
+) -> Iterator[Iterator[str]]:
+    """For each prompt, the prompt and what the model makes of it, as an iterator over pieces of text."""
+    sampler = Sampler(config, vocab.n_vocab, settings.temperature, settings.nucleus_p)
+    for index, prompt in enumerate(prompts):
+        key = jax.random.fold_in(jax.random.key(settings.seed), index)
+        tokens = sampler.sample(params, vocab.encode(prompt.encode()), settings.length, key)
+        yield _chain(prompt, text_of(tokens, vocab))
+
+
+def _chain(prompt: str, pieces: Iterator[str]) -> Iterator[str]:
+    yield prompt
+    yield from pieces
+
+
+def run_vocab(settings: Settings, workdir: pathlib.Path) -> ByteVocab | SentencePieceVocab:
+    """The run's vocabulary: its own copy of a SentencePiece model, if it has one."""
+    own = workdir / "vocab.model"
+    return load_vocab(str(own) if own.exists() else settings.data.vocab)
+
+
+def sample(settings: Settings, workdir: pathlib.Path, prompts: list[str], step: int | None) -> None:
+    """Continues each prompt (or config.sample.prompt) with a checkpoint of the run in `workdir`, on stdout.
+
+    One device does it: a stream's next token waits for the last one, and its state is small.
+    """
+    checkpoints = Checkpoints(workdir, read_only=True)
+    step = checkpoints.pick(step)
+    checkpoints.check(step, model_record(settings))
+    vocab = run_vocab(settings, workdir)
+    if vocab.n_vocab > settings.model.n_vocab:
+        raise UserError(f"config.data.vocab={settings.data.vocab}: has {vocab.n_vocab} tokens, the model only {settings.model.n_vocab}")
+    mesh = make_mesh(MeshSettings(), jax.local_devices()[:1])
+    settings = dataclasses.replace(settings, mesh=MeshSettings())
+    params = checkpoints.restore_params(step, abstract_train_state(settings, mesh).params)
+    for index, pieces in enumerate(
+        continuations(params, settings.model, vocab, settings.sample, prompts or [settings.sample.prompt])
+    ):
+        if index:
+            print("\n" + "-" * 80)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print(flush=True)
+    checkpoints.close()

@@ -1,0 +1,174 @@
+"""--mode=train: from a config to a trained model. Reads from top to bottom: check, prepare, restore, loop, finish."""
+
+import dataclasses
+import pathlib
+import shutil
+import time
+
+import jax
+
+from tvq_pod.checkpoint import Checkpoints, run_record
+from tvq_pod.config import Settings, check_divides, to_json
+from tvq_pod.data.loader import global_batches
+from tvq_pod.data.store import TokenStore
+from tvq_pod.data.streams import TrainStreams
+from tvq_pod.data.vocab import SentencePieceVocab
+from tvq_pod.eval import Evaluator, report
+from tvq_pod.metrics import MetricsWriter, bits_per_byte
+from tvq_pod.parallel.mesh import make_mesh
+from tvq_pod.prepare import check_source, describe, open_store, store_path
+from tvq_pod.progress import Speed, hours, say
+from tvq_pod.sample import continuations, run_vocab
+from tvq_pod.train_state import abstract_train_state, create_train_state, make_train_step
+from tvq_pod.workdir import locked
+
+
+def train(settings: Settings, workdir: pathlib.Path) -> None:
+    """Trains to config.train.num_steps, from the newest checkpoint in `workdir` if there is one."""
+    # ------------------------------------------------- what can be refused before anything is written
+    mesh = make_mesh(settings.mesh)
+    check_divides("config.train.batch_size", settings.train.batch_size, mesh.shape["data"])
+    check_divides("config.eval.batch_size", settings.eval.batch_size, mesh.shape["data"])
+    if not TokenStore.exists(store_path(settings, workdir)):
+        check_source(settings)
+    with locked(workdir):
+        _train(settings, workdir, mesh)
+
+
+def _train(settings: Settings, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> None:
+    config, is_writer = settings.train, jax.process_index() == 0
+    # ------------------------------------------------- corpus
+    store = open_store(settings, workdir)
+    split = store.split("train")
+    streams = TrainStreams(split.starts, config.batch_size, settings.seed)
+    evaluator = _make_evaluator(settings, mesh, store)
+    # ------------------------------------------------- checkpoint
+    checkpoints = Checkpoints(workdir, keep=settings.checkpoint.keep)
+    record = run_record(settings, store.fingerprint)
+    saved_steps = checkpoints.steps()
+    if saved_steps:
+        checkpoints.check(saved_steps[-1], record)
+    # ------------------------------------------------- from here on the folder is ours to write
+    if is_writer:
+        (workdir / "config.json").write_text(to_json(settings))
+        if isinstance(store.vocab(), SentencePieceVocab):
+            shutil.copyfile(store.path / "vocab.model", workdir / "vocab.model")
+    writer = MetricsWriter(workdir, settings.metrics, dataclasses.asdict(settings), enabled=is_writer)
+    describe(store)
+    if saved_steps:
+        state = checkpoints.restore(saved_steps[-1], abstract_train_state(settings, mesh))
+        say(f"goes on from step {saved_steps[-1]} in {checkpoints.path}")
+    else:
+        state = create_train_state(settings, mesh)
+    first_step = saved_steps[-1] if saved_steps else 0
+    n_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    say(f"{n_params:,} parameters on {mesh.size} {jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}")
+    # ------------------------------------------------- loop
+    tokens_per_byte = store.tokens_per_byte("train")
+    batches = global_batches(
+        split,
+        streams,
+        mesh,
+        batch_size=config.batch_size,
+        update_len=config.update_len,
+        first_step=first_step,
+        last_step=config.num_steps,
+        threads=settings.data.num_threads,
+        ahead=settings.data.prefetch_batches,
+    )
+    step_fn, behind = None, None
+    interval, waiting = [], None  # metrics since the last log, and those that are to be logged once the device moved on
+    speed = None
+
+    def log(step: int, metrics: list[dict]) -> None:
+        values = _means(jax.device_get(metrics))  # waits for `step` to be done
+        values |= speed.seen(step)
+        values["bits_per_byte"] = bits_per_byte(values["loss"], tokens_per_byte)
+        writer.write(step, "train", values)
+        say(
+            f"step {step:>{len(str(config.num_steps))}}/{config.num_steps}  loss {values['loss']:.4f}  "
+            f"bits/byte {values['bits_per_byte']:.4f}  {values['tokens_per_second']:,.0f} tokens/s  "
+            f"ETA {hours(values['eta_seconds'])}"
+        )
+
+    for step in range(first_step + 1, config.num_steps + 1):  # the number the state will have when the update is done
+        batch = next(batches)
+        if step_fn is None:
+            began = time.monotonic()
+            step_fn = make_train_step(settings, mesh).lower(state, batch).compile()
+            say(f"compiled in {time.monotonic() - began:.1f} s; {_memory(step_fn)}")
+            speed = Speed(first_step, config.num_steps, config.batch_size * config.update_len)
+        state, metrics = step_fn(state, batch)
+        interval.append(metrics)
+        jax.block_until_ready(behind)  # the host runs ahead of the device by one step, no more: batches take memory
+        behind = metrics
+        if waiting:  # fetched only now that the device has its next step to do
+            log(*waiting)
+            waiting = None
+        if step % config.log_every_steps == 0 or step == config.num_steps:
+            waiting, interval = (step, interval), []
+        if _due(step, settings.checkpoint.every_steps, config.num_steps, at_end=True):
+            checkpoints.save(state, step, record)
+        if evaluator and _due(step, settings.eval.every_steps, config.num_steps, at_end=settings.eval.at_end):
+            if waiting:
+                log(*waiting)
+                waiting = None
+            _evaluate(evaluator, state.params, step, writer)
+            speed.skip()
+    if waiting:
+        log(*waiting)
+    checkpoints.wait()
+    # ------------------------------------------------- the end
+    if first_step >= config.num_steps:
+        say(f"nothing to train: step {first_step} of config.train.num_steps={config.num_steps} is there")
+        if evaluator and settings.eval.at_end:
+            _evaluate(evaluator, state.params, first_step, writer)
+    writer.close()
+    checkpoints.close()
+    if settings.sample.length and is_writer and jax.process_count() == 1:
+        _sample(settings, workdir, state.params, max(first_step, config.num_steps))
+    say(f"done: {workdir}")
+
+
+def _make_evaluator(settings: Settings, mesh: jax.sharding.Mesh, store: TokenStore) -> Evaluator | None:
+    if not (settings.eval.every_steps or settings.eval.at_end):
+        return None
+    if not store.meta["splits"]["validation"]["n_documents"]:
+        say("no document fell into the validation split: nothing will be evaluated; see config.data.validation_share")
+        return None
+    return Evaluator(settings, mesh, store, "validation")
+
+
+def _evaluate(evaluator: Evaluator, params: dict, step: int, writer: MetricsWriter) -> None:
+    result = evaluator.evaluate(params)
+    report(result, step, "validation")
+    writer.write(step, "validation", dataclasses.asdict(result))
+
+
+def _sample(settings: Settings, workdir: pathlib.Path, params: dict, step: int) -> None:
+    """Prints a sample, and keeps it in WORKDIR/samples."""
+    params = jax.device_put(params, jax.local_devices()[0])
+    vocab = run_vocab(settings, workdir)
+    text = "".join(next(continuations(params, settings.model, vocab, settings.sample, [settings.sample.prompt])))
+    path = workdir / "samples" / f"step_{step}.txt"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    say(f"a sample, kept in {path}:")
+    print(text, flush=True)
+
+
+def _due(step: int, every: int, num_steps: int, at_end: bool) -> bool:
+    return (every > 0 and step % every == 0) or (at_end and step == num_steps)
+
+
+def _means(metrics: list[dict]) -> dict:
+    return {name: float(sum(m[name] for m in metrics) / len(metrics)) for name in metrics[0]}
+
+
+def _memory(compiled) -> str:
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return "memory unknown"
+    gib = 2**30
+    state, temp = analysis.argument_size_in_bytes / gib, analysis.temp_size_in_bytes / gib
+    return f"a device holds {state:.2f} GiB of state and batch, and {temp:.2f} GiB while it computes"

@@ -1,0 +1,150 @@
+"""What training carries from step to step, where it lies on the mesh, and the one function that advances it.
+
+`step` counts updates that have been applied: a state with step n has consumed updates 0 .. n - 1 of every stream.
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from tvq_pod.config import Settings
+from tvq_pod.nn.model import Transformer, is_codebook
+from tvq_pod.nn.types import VQSpec
+from tvq_pod.nn.vq import ema_update
+from tvq_pod.optim import make_optimizer, schedule
+from tvq_pod.parallel.sharding import batch_sharding, param_shardings, replicated, shardings_of
+
+
+@flax.struct.dataclass
+class TrainState:
+    """step: int32 scalar. params: the model's, codebooks included. opt_state: the optimizer's.
+    recurrent: the state of every layer for all B streams (see Transformer.initial_state)."""
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+    recurrent: dict
+
+
+def initial_params(settings: Settings):
+    """Parameters drawn from the seed, in boxes that carry the logical names of their axes."""
+    config = settings.model.replace(is_train=False)
+    state = Transformer.initial_state(config, 1)
+    tokens = jnp.zeros((1, config.block_len), jnp.int32)
+    return Transformer(config).init(jax.random.key(settings.seed), state, tokens, tokens)["params"]
+
+
+def initial_train_state(settings: Settings) -> TrainState:
+    """The state before the first step."""
+    params = nn.meta.unbox(initial_params(settings))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=make_optimizer(settings.optimizer, settings.train.num_steps).init(params),
+        recurrent=Transformer.initial_state(settings.model, settings.train.batch_size),
+    )
+
+
+def abstract_train_state(settings: Settings, mesh: jax.sharding.Mesh) -> TrainState:
+    """The train state as ShapeDtypeStructs with shardings: nothing is computed or held.
+
+    An optimizer's array that has the shape of its parameter lies as that parameter does; others are replicated.
+    """
+    shapes = jax.eval_shape(lambda: initial_train_state(settings))
+    on_params = param_shardings(jax.eval_shape(lambda: initial_params(settings)), mesh)
+    everywhere = replicated(mesh)
+    shardings = TrainState(
+        step=everywhere,
+        params=on_params,
+        opt_state=_like_params(shapes.opt_state, shapes.params, on_params, everywhere),
+        recurrent=shardings_of(Transformer.state_axes(), mesh),
+    )
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _like_params(opt_state, params, on_params, everywhere):
+    """Shardings for an optimizer's state: it holds trees with the paths of the parameters."""
+    by_path = dict(jax.tree_util.tree_leaves_with_path(on_params))
+    shape_by_path = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def sharding(path, leaf):
+        for begin in range(len(path)):
+            if shape_by_path.get(path[begin:]) == leaf.shape:
+                return by_path[path[begin:]]
+        return everywhere
+
+    return jax.tree_util.tree_map_with_path(sharding, opt_state)
+
+
+def create_train_state(settings: Settings, mesh: jax.sharding.Mesh) -> TrainState:
+    """The state before the first step, made in place: no host or device ever holds more than its share."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_train_state(settings, mesh))
+    return jax.jit(lambda: initial_train_state(settings), out_shardings=shardings)()
+
+
+def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Cross-entropy in nats, float32 [B, T], of logits [B, T, vocabulary] and targets int32 [B, T]."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+
+
+def make_train_step(settings: Settings, mesh: jax.sharding.Mesh):
+    """The compiled step: (TrainState, batch) -> (TrainState, metrics); the TrainState given is donated.
+
+    batch: see `global_batches`. metrics: float32 scalars: loss (nats a token, of the predictions alone), l_commit,
+    grad_norm, learning_rate, code_perplexity, code_usage.
+    """
+    config = settings.model.replace(is_train=True)
+    model = Transformer(config)
+    optimizer = make_optimizer(settings.optimizer, settings.train.num_steps)
+    share = schedule(settings.optimizer, settings.train.num_steps)
+
+    def loss_fn(params, recurrent, batch, rngs):
+        mask = batch["loss_mask"]
+        new_recurrent, out = model.apply(
+            {"params": params}, recurrent, batch["inputs"], batch["doc_ids"], VQSpec(loss_mask=mask), rngs=rngs
+        )
+        losses = token_losses(out["logits"], batch["targets"])
+        loss = jnp.sum(losses * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+        metrics = dict(loss=loss, l_commit=out["l_commit"], **out["metrics"])
+        # l_codebook has no meaning as a value: its gradient carries the codebook's sums (see nn/vq.py)
+        return loss + config.c_beta * out["l_commit"] + out["l_codebook"], (new_recurrent, metrics)
+
+    def train_step(state: TrainState, batch: dict):
+        # Masks are a function of (seed, step): a resumed run draws what the run that never stopped would have drawn.
+        key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
+        rngs = dict(zip(("ephemeral", "timeless"), jax.random.split(key), strict=True))
+        grad_fn = jax.grad(loss_fn, has_aux=True)
+        grads, (recurrent, metrics) = grad_fn(state.params, state.recurrent, batch, rngs)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = apply_updates(state.params, updates, grads, config.c_gamma)
+        metrics["grad_norm"] = grad_norm(grads)
+        metrics["learning_rate"] = settings.optimizer.learning_rate * share(state.step)
+        return TrainState(state.step + 1, params, opt_state, recurrent), metrics
+
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_train_state(settings, mesh))
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def apply_updates(params: dict, updates: dict, grads: dict, gamma: float) -> dict:
+    """Weights move by the optimizer's updates, each quantizer by its moving average over the sums in its gradient."""
+    if not isinstance(params, dict):
+        return params + updates.astype(params.dtype)
+    return {
+        name: ema_update(params[name], grads[name], gamma)
+        if name == "quantizer"
+        else apply_updates(params[name], updates[name], grads[name], gamma)
+        for name in params
+    }
+
+
+def grad_norm(grads: dict) -> jax.Array:
+    """The global norm of the weights' gradients, before clipping; the codebook's sums are no gradient and left out."""
+    leaves = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(grads) if not is_codebook(path)]
+    return optax.global_norm(leaves)
