@@ -236,15 +236,15 @@ def block_attention(q, recent: dict, aggcache: dict, biases: dict, config: Trans
     Returns [B, H, L, V] in `dtype`; scores and softmax are float32.
     """
     block_len, mem_len = q.shape[2], config.mem_len
-    content_q = q + biases["u"][:, None, :]
-    position_q = q + biases["v"][:, None, :]
+    content_q = q + biases["u"][None, :, None, :]
+    position_q = q + biases["v"][None, :, None, :]
 
     scores = jnp.einsum("bhlk,bhmk->bhlm", content_q, recent["k_hat"], preferred_element_type=jnp.float32)
     by_distance = jnp.einsum("bhlk,hdk->bhld", position_q, biases["r"], preferred_element_type=jnp.float32)
     scores += by_column(by_distance, mem_len)
     present_doc_ids = recent["doc_ids"][:, mem_len:]
     visible = window_mask(block_len, mem_len, local=not config.agg_cache)
-    visible &= present_doc_ids[:, :, None] == recent["doc_ids"][:, None, :]  # [B, L, M + L]
+    visible = visible[None] & (present_doc_ids[:, :, None] == recent["doc_ids"][:, None, :])  # [B, L, M + L]
     scores = jnp.where(visible[:, None], scores, NEVER)
     top = jnp.max(scores, axis=-1, keepdims=True)
 

@@ -16,7 +16,7 @@ def sinusoids(positions: jax.Array, width: int) -> jax.Array:
     """
     half = width // 2
     exponents = jnp.arange(half, dtype=jnp.float32) / max(half - 1, 1)
-    angles = positions[..., None].astype(jnp.float32) * MAX_WAVELENGTH**-exponents
+    angles = jnp.multiply.outer(positions.astype(jnp.float32), MAX_WAVELENGTH**-exponents)
     features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return jnp.pad(features, [(0, 0)] * positions.ndim + [(0, width - 2 * half)])
 
@@ -28,7 +28,7 @@ def doc_positions(doc_ids: jax.Array, latest_doc_id: jax.Array, pos_offset: jax.
     many tokens of that document have passed. Returns int32 [B, T].
     """
     before = jnp.concatenate([latest_doc_id[:, None], doc_ids[:, :-1]], axis=1)
-    t = jnp.arange(doc_ids.shape[1], dtype=jnp.int32)
+    t = jnp.arange(doc_ids.shape[1], dtype=jnp.int32)[None]
     starts = jnp.where(doc_ids != before, t, -1)
     latest_start = jax.lax.cummax(starts, axis=1)
     return jnp.where(latest_start < 0, pos_offset[:, None] + t, t - latest_start)

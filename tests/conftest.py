@@ -1,0 +1,39 @@
+"""Runs before any test module is imported: eight simulated devices, quick compilation, no silent rank promotion."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        # Tests compile much and compute little.
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+)
+
+import jax
+import pytest
+
+from tests import common
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def _offer(function):
+    return pytest.fixture(name=function.__name__)(lambda: function)
+
+
+rng_fixture = _offer(common.rng_fixture)
+transformer_config_fixture = _offer(common.transformer_config_fixture)
+attn_fixture = _offer(common.attn_fixture)
+basic_vq_spec_fixture = _offer(common.basic_vq_spec_fixture)
+
+
+@pytest.fixture(scope="session")
+def eight_devices() -> list:
+    """Eight devices; fewer are a failure of the set-up, not a reason to skip."""
+    devices = jax.devices()
+    assert len(devices) == 8, f"XLA_FLAGS came too late: {devices}"
+    return devices

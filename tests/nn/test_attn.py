@@ -1,0 +1,296 @@
+"""The VQAttention contract: causal, invariant to blocks, exact for documents, equal to the quadratic softmax."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.common import (
+    DTYPES,
+    WIDENINGS,
+    attend_in_blocks,
+    attn_fixture,
+    gen_len_tuples,
+    quadratic_attention,
+    random_qkv,
+    rngs_fixture,
+    small_config,
+    transformer_config_fixture,
+)
+from tvq_pod.nn.attn import NEVER, VQAttention, absorb, by_column
+from tvq_pod.nn.types import VQSpec
+
+T = 12
+one_doc = functools.partial(jnp.zeros, dtype=jnp.int32)
+
+
+def layer_config(block_len, mem_len, agg_cache, widening=1):
+    return transformer_config_fixture(
+        block_len=block_len, mem_len=mem_len, agg_cache=agg_cache, widening=widening, dtypes=DTYPES[0], is_train=True
+    )
+
+
+@functools.cache
+def compiled_attention(config):
+    """attend_in_blocks, compiled once per config: (q, k, v, doc_ids) -> (state, attn_out)."""
+    _, params = attn_fixture(config)
+    return jax.jit(functools.partial(attend_in_blocks, config, params))
+
+
+@functools.cache
+def outputs_and_jacobians(block_len, mem_len, agg_cache):
+    """For one document of T tokens: the outputs [1, T, H * V]; the Jacobians of each position's summed output by the
+    values [T, H, T, V] and of the second half's by the queries [T / 2, H, T, K]."""
+    config = layer_config(block_len, mem_len, agg_cache)
+    _, params = attn_fixture(config)
+
+    def outputs(v, q, k):
+        out = attend_in_blocks(config, params, q, k, v, one_doc([1, T]))[1]
+        return jnp.sum(out[0], axis=-1), out
+
+    def everything(q, k, v):
+        by_position, pull_back, out = jax.vjp(functools.partial(outputs, k=k), v, q, has_aux=True)
+        by_v, by_q = jax.vmap(pull_back)(jnp.eye(len(by_position)))
+        return out, by_v[:, 0], by_q[T // 2 :, 0]
+
+    arrays = random_qkv(config, 1, T)
+    return [np.asarray(array) for array in jax.jit(everything)(**arrays)]
+
+
+@pytest.mark.parametrize("agg_cache", [True, False])
+@pytest.mark.parametrize(("t", "block_len", "mem_len"), gen_len_tuples("tlm"))
+def test_a_token_sees_nothing_that_comes_after_it(t, block_len, mem_len, agg_cache):
+    _, by_v, _ = outputs_and_jacobians(block_len, mem_len, agg_cache)
+    jacobian = by_v[:, 0, :, 0]  # [T, T], of the first head and value
+    np.testing.assert_allclose(np.triu(jacobian, 1), 0.0, atol=1e-9)
+    reach = t if agg_cache else mem_len
+    seen = np.tril(np.ones([t, t], bool)) & ~np.tril(np.ones([t, t], bool), -reach - 1)
+    assert (np.abs(jacobian[seen]) > 1e-6).all()
+    np.testing.assert_allclose(jacobian[~seen], 0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("agg_cache", [True, False])
+@pytest.mark.parametrize(("t", "block_len", "mem_len"), gen_len_tuples("tlm"))
+def test_outputs_are_the_quadratic_softmax_for_every_block_len(t, block_len, mem_len, agg_cache):
+    out, _, _ = outputs_and_jacobians(block_len, mem_len, agg_cache)
+    config = layer_config(t, mem_len, agg_cache)
+    _, params = attn_fixture(config)
+    expected = quadratic_attention(config, params, **random_qkv(config, 1, t), doc_ids=one_doc([1, t]))
+    np.testing.assert_allclose(out, expected, atol=2e-5)
+    one_block, _, _ = outputs_and_jacobians(t, mem_len, agg_cache)
+    np.testing.assert_allclose(out, one_block, atol=2e-5)
+
+
+@pytest.mark.parametrize("agg_cache", [True, False])
+@pytest.mark.parametrize(("t", "block_len", "mem_len"), gen_len_tuples("tlm"))
+def test_gradients_by_queries_do_not_depend_on_block_len(t, block_len, mem_len, agg_cache):
+    _, _, by_q = outputs_and_jacobians(block_len, mem_len, agg_cache)
+    _, _, one_block = outputs_and_jacobians(t, mem_len, agg_cache)
+    assert np.abs(one_block).max() > 1e-3
+    np.testing.assert_allclose(by_q, one_block, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("widening", WIDENINGS)
+def test_values_may_have_any_width(widening):
+    config = layer_config(4, 4, True, widening)
+    _, params = attn_fixture(config)
+    arrays = random_qkv(config, 2, T)
+    _, out = compiled_attention(config)(**arrays, doc_ids=one_doc([2, T]))
+    np.testing.assert_allclose(out, quadratic_attention(config, params, **arrays, doc_ids=one_doc([2, T])), atol=2e-5)
+
+
+@pytest.mark.parametrize("mem_len", [1, 3, 5, 7, 12, 30])
+def test_mem_len_need_not_fit_the_blocks(mem_len):
+    arrays = random_qkv(small_config(), 2, T, seed=5)
+    doc_ids = jnp.array([[0] * 5 + [1] * 7, [0] * 11 + [1]], jnp.int32)
+    for block_len in (1, 2, 6, 12):
+        config = small_config(block_len=block_len, mem_len=mem_len)
+        _, params = attn_fixture(config)
+        _, out = compiled_attention(config)(**arrays, doc_ids=doc_ids)
+        expected = quadratic_attention(config, params, **arrays, doc_ids=doc_ids)
+        np.testing.assert_allclose(out, expected, atol=2e-5, err_msg=f"block_len={block_len}")
+
+
+@functools.cache
+def compiled_layer(config):
+    """(state, x, doc_ids) -> (state, res) of the whole unit."""
+    cls, params = attn_fixture(config)
+
+    def apply(state, x, doc_ids):
+        inputs = dict(input_features=x, doc_ids=doc_ids, vq_spec=None)
+        state, out = cls.apply({"params": params}, state=state, input_dict=inputs, rngs=rngs_fixture())
+        return state, out["res"]
+
+    return jax.jit(apply)
+
+
+def test_an_update_is_its_blocks_one_by_one():
+    config = small_config(block_len=3, mem_len=5)
+    x = jax.random.normal(jax.random.key(0), [2, T, config.d_model])
+    doc_ids = jnp.array([[0] * 7 + [1] * 5, [0, 1, 1, 2] + [3] * 8], jnp.int32)
+    at_once, res = compiled_layer(config)(VQAttention.initial_state(config, 2), x, doc_ids)
+    state, parts = VQAttention.initial_state(config, 2), []
+    for begin in range(0, T, 3):
+        state, part = compiled_layer(config)(state, x[:, begin : begin + 3], doc_ids[:, begin : begin + 3])
+        parts.append(part)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), res, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, at_once)
+
+
+document_lengths = st.lists(st.integers(1, 14), min_size=1, max_size=6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=document_lengths, mem_len=st.sampled_from([1, 3, 4]), agg_cache=st.booleans())
+def test_a_document_never_sees_its_neighbours(lengths, mem_len, agg_cache):
+    """Documents back to back in a stream give what each gives alone, from a fresh state."""
+    config = small_config(block_len=4, mem_len=mem_len, agg_cache=agg_cache)
+    layer, total = compiled_layer(config), 48
+    lengths = [*lengths, max(total - sum(lengths), 0)]
+    doc_ids = np.repeat(np.arange(len(lengths)), lengths)[:total].astype(np.int32)[None]
+    x = np.random.default_rng(sum(lengths)).normal(size=[1, total, config.d_model]).astype(np.float32)
+    _, together = layer(VQAttention.initial_state(config, 1), x, doc_ids)
+    for doc_id in np.unique(doc_ids):
+        (places,) = np.nonzero(doc_ids[0] == doc_id)
+        alone_x = np.zeros_like(x)
+        alone_x[0, : len(places)] = x[0, places]
+        _, alone = layer(VQAttention.initial_state(config, 1), alone_x, np.zeros_like(doc_ids))
+        np.testing.assert_allclose(np.asarray(together)[0, places], np.asarray(alone)[0, : len(places)], atol=2e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_the_cache_counts_and_averages_one_document(data):
+    """`absorb`, fed any runs of tokens, holds exactly the count and mean of the last document's, per code."""
+    n_code, width = 3, 2
+    cache = dict(
+        upper_div_lower=jnp.zeros([1, 1, n_code, width]),
+        lower=jnp.zeros([1, 1, n_code]),
+        latest_doc_id=jnp.full([1], -1, jnp.int32),
+    )
+    ids = np.cumsum(data.draw(st.lists(st.integers(0, 1), min_size=12, max_size=12))).astype(np.int32)
+    z = np.array(data.draw(st.lists(st.integers(0, n_code - 1), min_size=12, max_size=12)))
+    v = np.random.default_rng(0).normal(size=[12, width])
+    for begin in range(0, 12, 3):
+        part = slice(begin, begin + 3)
+        leaving = dict(
+            z=jnp.array(z[None, None, part]), v=jnp.array(v[None, None, part], jnp.float32), doc_ids=ids[None, part]
+        )
+        cache = absorb(cache, leaving)
+        seen = slice(0, begin + 3)
+        of_last = ids[seen] == ids[begin + 2]
+        for code in range(n_code):
+            chosen = of_last & (z[seen] == code)
+            assert cache["lower"][0, 0, code] == chosen.sum()
+            mean = v[seen][chosen].mean(axis=0) if chosen.any() else np.zeros(width)
+            np.testing.assert_allclose(cache["upper_div_lower"][0, 0, code], mean, atol=1e-5)
+        assert cache["latest_doc_id"][0] == ids[begin + 2]
+
+
+def test_a_count_beyond_bfloat16_still_grows():
+    config = small_config(dtype=jnp.bfloat16, n_code=1, block_len=8, mem_len=8)
+    _, params = attn_fixture(small_config(n_code=1))
+    state = VQAttention.initial_state(config, 1)
+    layer = jax.jit(
+        lambda state, x: VQAttention(config).apply(
+            {"params": params}, state, dict(input_features=x, doc_ids=one_doc([1, 64]), vq_spec=None)
+        )[0]
+    )
+    for step in range(10):
+        state = layer(state, jnp.ones([1, 64, config.d_model], jnp.bfloat16))
+        assert state["aggcache"]["lower"][0, 0, 0] == 64 * (step + 1) - config.mem_len
+
+
+def test_bfloat16_is_near_float32():
+    arrays = random_qkv(small_config(), 2, T)
+    doc_ids = one_doc([2, T])
+    _, params = attn_fixture(small_config())
+    # Keys on their codes: a rounded key must not choose another code, which would be another function.
+    codes = params["quantizer"]["codebook"]
+    z = jax.random.randint(jax.random.key(0), [2, 2, T], 0, codes.shape[1])
+    arrays["k"] = jax.vmap(lambda z: jax.vmap(lambda c, i: c[i])(codes, z))(z)
+    _, exact = compiled_attention(small_config())(**arrays, doc_ids=doc_ids)
+    config = small_config(dtype=jnp.bfloat16)
+    half = {name: array.astype(jnp.bfloat16) for name, array in arrays.items()}
+    _, rough = attend_in_blocks(config, params, **half, doc_ids=doc_ids)
+    np.testing.assert_allclose(rough.astype(jnp.float32), exact, atol=0.1)
+
+
+@pytest.mark.parametrize("grad_thru_cache", [True, False])
+def test_grad_thru_cache_decides_whether_gradients_cross_blocks(grad_thru_cache):
+    config = small_config(block_len=4, mem_len=2, grad_thru_cache=grad_thru_cache)
+    cls, params = attn_fixture(config)
+
+    def second_block(x):
+        inputs = dict(input_features=x, doc_ids=one_doc([1, T]), vq_spec=None)
+        _, out = cls.apply({"params": params}, cls.initial_state(config, 1), inputs)
+        return jnp.sum(jnp.square(out["res"][:, 8:]))
+
+    x = jax.random.normal(jax.random.key(0), [1, T, config.d_model])
+    grad = np.abs(np.asarray(jax.jit(jax.grad(second_block))(x))).max(axis=(0, 2))
+    assert (grad[8:] > 1e-4).all()
+    if grad_thru_cache:
+        assert (grad[:8] > 1e-6).all()  # 6, 7 by the window, 0 .. 5 by the cache
+    else:
+        assert (grad[:8] == 0).all()
+
+
+def test_relative_biases_land_on_their_distance():
+    block_len, mem_len = 4, 3
+    by_distance = np.arange(1, block_len * (mem_len + 1) + 1, dtype=np.float32).reshape(block_len, mem_len + 1)
+    expected = np.zeros([block_len, mem_len + block_len])
+    for query in range(block_len):
+        for distance in range(mem_len + 1):
+            expected[query, mem_len + query - distance] = by_distance[query, distance]
+    np.testing.assert_array_equal(by_column(jnp.array(by_distance), mem_len), expected)
+
+
+def test_agg_biases_are_log_counts():
+    counts = jnp.array([0.0, 1.0, 2.0, 1e6])
+    biases = VQAttention.get_agg_biases(counts)
+    assert biases[0] == NEVER
+    np.testing.assert_allclose(jnp.exp(biases), counts, rtol=1e-5)
+
+
+def test_positions_count_from_the_documents_start():
+    config = small_config(block_len=4, mem_len=2)
+    layer, state = compiled_layer(config), VQAttention.initial_state(config, 2)
+    x = jnp.zeros([2, 8, config.d_model])
+    state, _ = layer(state, x, jnp.array([[0] * 8, [0] * 3 + [1] * 5], jnp.int32))
+    np.testing.assert_array_equal(state["pos_offset"], [8, 5])
+    state, _ = layer(state, x, jnp.array([[0] * 8, [1] * 7 + [2]], jnp.int32))
+    np.testing.assert_array_equal(state["pos_offset"], [16, 1])
+
+
+def test_masked_positions_are_left_out_of_commit_loss_and_sums():
+    config = small_config()
+    cls, params = attn_fixture(config)
+    x = jax.random.normal(jax.random.key(0), [1, 8, config.d_model])
+    mask = jnp.array([[1, 1, 1, 1, 1, 0, 0, 0]], jnp.float32)
+
+    def losses(params, x, mask, length):
+        inputs = dict(input_features=x, doc_ids=one_doc([1, length]), vq_spec=VQSpec(loss_mask=mask))
+        _, out = VQAttention(config.replace(block_len=length)).apply(
+            {"params": params}, cls.initial_state(config, 1), inputs
+        )
+        return out["l_codebook"], out["l_commit"]
+
+    grad = jax.jit(jax.grad(losses, has_aux=True), static_argnums=3)
+    masked, commit = grad(params, x, mask, 8)
+    short, commit_short = grad(params, x[:, :5], mask[:, :5], 5)
+    np.testing.assert_allclose(commit, commit_short, rtol=1e-5)
+    for name in ("codebook", "count"):
+        np.testing.assert_allclose(masked["quantizer"][name], short["quantizer"][name], atol=1e-5)
+    assert masked["quantizer"]["count"].sum() == 5 * config.n_head
+
+
+def test_block_len_must_divide_the_tokens_given():
+    config = small_config(block_len=5)
+    cls, params = attn_fixture(config)
+    inputs = dict(input_features=jnp.zeros([1, 12, config.d_model]), doc_ids=one_doc([1, 12]), vq_spec=None)
+    with pytest.raises(ValueError, match="block_len=5 does not divide the 12"):
+        cls.apply({"params": params}, cls.initial_state(config, 1), inputs)

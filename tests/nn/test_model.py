@@ -1,0 +1,171 @@
+"""The whole model: documents never meet, updates are seamless, and each option does what its name says."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.common import rngs_fixture, small_config
+from tvq_pod.nn.layers import doc_positions
+from tvq_pod.nn.model import Transformer, is_codebook, is_vector
+
+TOTAL = 48
+
+
+def params_of(config):
+    """Parameters, the same for all configs that have them in the same shapes."""
+    shapes = ("n_head", "n_layer", "e_norm", "e_tie", "pe_abs")
+    return _params_of(small_config(**{name: getattr(config, name) for name in shapes}))
+
+
+@functools.cache
+def _params_of(config):
+    state, tokens = Transformer.initial_state(config, 1), jnp.zeros([1, config.block_len], jnp.int32)
+    return nn.meta.unbox(jax.jit(Transformer(config).init)(jax.random.key(0), state, tokens, tokens)["params"])
+
+
+@functools.cache
+def compiled_model(config):
+    """(state, inputs, doc_ids) -> (state, logits)."""
+
+    @jax.jit
+    def apply(params, state, inputs, doc_ids):
+        state, out = Transformer(config).apply({"params": params}, state, inputs, doc_ids, rngs=rngs_fixture())
+        return state, out["logits"]
+
+    return functools.partial(apply, params_of(config))
+
+
+def run(config, inputs, doc_ids, update_len=TOTAL):
+    """Logits [B, TOTAL, n_vocab], by updates of update_len with the state carried."""
+    state, parts = Transformer.initial_state(config, len(inputs)), []
+    for begin in range(0, inputs.shape[1], update_len):
+        part = slice(begin, begin + update_len)
+        state, logits = compiled_model(config)(state, inputs[:, part], doc_ids[:, part])
+        parts.append(np.asarray(logits))
+    return np.concatenate(parts, axis=1)
+
+
+def random_tokens(batch_size=1, seed=0):
+    return np.random.default_rng(seed).integers(0, 11, size=[batch_size, TOTAL]).astype(np.int32)
+
+
+@pytest.mark.parametrize("pe_abs", [False, True])
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5), update_len=st.sampled_from([4, 12, 48]))
+def test_a_document_never_sees_its_neighbours(pe_abs, lengths, update_len):
+    config = small_config(pe_abs=pe_abs, mem_len=3)
+    lengths = [*lengths, max(TOTAL - sum(lengths), 0)]
+    doc_ids = np.repeat(np.arange(len(lengths)), lengths)[:TOTAL].astype(np.int32)[None]
+    inputs = random_tokens(seed=sum(lengths))
+    together = run(config, inputs, doc_ids, update_len)
+    for doc_id in np.unique(doc_ids):
+        (places,) = np.nonzero(doc_ids[0] == doc_id)
+        alone = np.zeros_like(inputs)
+        alone[0, : len(places)] = inputs[0, places]
+        expected = run(config, alone, np.zeros_like(doc_ids))
+        np.testing.assert_allclose(together[0, places], expected[0, : len(places)], atol=1e-4)
+
+
+def test_context_matters_within_a_document():
+    config = small_config(mem_len=3)
+    inputs, doc_ids = random_tokens(), np.zeros([1, TOTAL], np.int32)
+    changed = inputs.copy()
+    changed[0, 0] = (changed[0, 0] + 1) % 11
+    difference = np.abs(run(config, inputs, doc_ids) - run(config, changed, doc_ids)).max(axis=-1)[0]
+    assert difference[-1] > 1e-5  # 47 tokens later, far beyond the window: through the cache
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(n_head=1), dict(n_head=3, e_norm=False), dict(e_tie=True, e_scale=0.5), dict(remat="full"), dict(agg_cache=False)],
+    ids=str,
+)
+def test_updates_are_seamless(changes):
+    config = small_config(**changes)
+    inputs = random_tokens(2)
+    doc_ids = np.sort(np.random.default_rng(0).integers(0, 3, size=[2, TOTAL]), axis=1).astype(np.int32)
+    np.testing.assert_allclose(run(config, inputs, doc_ids, 8), run(config, inputs, doc_ids, 48), atol=1e-4)
+
+
+def test_tied_embeddings_have_no_output_matrix_and_e_scale_scales_logits():
+    tied, untied = params_of(small_config(e_tie=True)), params_of(small_config())
+    assert "w_out" in untied
+    assert "w_out" not in tied
+    inputs, doc_ids = random_tokens(), np.zeros([1, TOTAL], np.int32)
+    np.testing.assert_allclose(
+        run(small_config(e_tie=True, e_scale=0.25), inputs, doc_ids),
+        run(small_config(e_tie=True), inputs, doc_ids) * 0.25,
+        atol=1e-5,
+    )
+
+
+def test_absolute_positions_have_a_learned_scale():
+    config = small_config(pe_abs=True)
+    params = params_of(config)
+    assert params["pe_scale"].shape == ()
+
+    def loss(params):
+        tokens = random_tokens()
+        state = Transformer.initial_state(config, 1)
+        _, out = Transformer(config).apply({"params": params}, state, tokens, np.zeros_like(tokens))
+        return jnp.sum(jnp.square(out["logits"]))
+
+    assert abs(jax.jit(jax.grad(loss))(params)["pe_scale"]) > 1e-3
+
+
+def test_positions_of_tokens_in_their_documents():
+    doc_ids = np.array([[3, 3, 4, 4, 4, 5], [0, 0, 0, 0, 0, 0], [7, 8, 9, 9, 9, 9]], np.int32)
+    positions = doc_positions(doc_ids, np.array([3, -1, 6], np.int32), np.array([10, 0, 5], np.int32))
+    np.testing.assert_array_equal(positions, [[10, 11, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 2, 3]])
+
+
+@pytest.mark.parametrize("name", ["p_dropemb", "p_dropsin", "p_dropres", "p_droplyr"])
+def test_each_dropout_acts_in_training_only(name):
+    inputs, doc_ids = random_tokens(), np.zeros([1, TOTAL], np.int32)
+    plain = run(small_config(), inputs, doc_ids)
+    assert np.abs(run(small_config(is_train=True, **{name: 0.5}), inputs, doc_ids) - plain).max() > 1e-3
+    np.testing.assert_allclose(run(small_config(**{name: 0.5}), inputs, doc_ids), plain, atol=1e-6)
+
+
+def test_layerdrop_skips_whole_units_for_whole_streams():
+    config = small_config(is_train=True, p_droplyr=0.5, n_layer=1, e_norm=False)
+    rows = 32
+    tokens = np.repeat(random_tokens(), rows, axis=0)  # equal streams: they differ only by what was skipped
+    logits = run(config, tokens, np.zeros_like(tokens))
+    kinds = {tuple(np.round(row[[0, 10, 30], 0], 3)) for row in logits}
+    assert len(kinds) == 4  # two units, each there or not
+
+
+def test_rematerialisation_changes_no_gradient():
+    inputs, doc_ids = random_tokens(), np.zeros([1, TOTAL], np.int32)
+
+    def grads(config):
+        def loss(params):
+            state = Transformer.initial_state(config, 1)
+            _, out = Transformer(config).apply({"params": params}, state, inputs, doc_ids, rngs=rngs_fixture())
+            return jnp.sum(jnp.square(out["logits"])) + out["l_commit"] + out["l_codebook"]
+
+        return jax.jit(jax.grad(loss))(params_of(small_config()))
+
+    kept = grads(small_config(is_train=True, p_dropres=0.3))
+    recomputed = grads(small_config(is_train=True, p_dropres=0.3, remat="full"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-4), kept, recomputed)
+
+
+def test_codebooks_and_vectors_are_told_apart_from_matrices():
+    config = small_config(pe_abs=True)
+    names = {
+        "/".join(key.key for key in path): (is_codebook(path), is_vector(path))
+        for path, _ in jax.tree_util.tree_leaves_with_path(params_of(config))
+    }
+    assert names["layers/unit0/quantizer/codebook"][0]
+    assert names["layers/unit1/quantizer/count"][0]
+    matrices = {name for name, (codebook, vector) in names.items() if not codebook and not vector}
+    unit = {f"layers/unit{i}/w_{w}/proj/kernel" for i in range(2) for w in "qkvgr"}
+    assert matrices == unit | {"embed/embedding", "w_out/kernel", "layers/unit0/w_o/kernel", "layers/unit1/w_o/kernel"}
