@@ -153,7 +153,7 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
     for path, choices in CHOICES.items():
         value = _get(tree, path)
         if value not in choices:
-            raise UserError(f"config.{path}={value}: must be one of {', '.join(choices)}{_did_you_mean(value, choices)}")
+            raise UserError(f"config.{path}={value}: must be one of {', '.join(choices)}")
     for path, value in _leaves(tree):
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value < AT_LEAST.get(path, 0):
             raise UserError(f"config.{path}={value}: must be at least {AT_LEAST.get(path, 0)}")

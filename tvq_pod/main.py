@@ -6,14 +6,13 @@
 Exit code 0: done. 1: an error; where it is the user's to mend, one line says how.
 """
 
-import os
 import pathlib
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from tvq_pod.config import read_run_config, resolve
+from tvq_pod.config import Settings, read_run_config, resolve
 from tvq_pod.errors import UserError
 
 MODES = ("train", "eval", "sample", "prepare", "inspect")
@@ -40,7 +39,7 @@ def main(argv: list[str]) -> None:
     workdir, mode = pathlib.Path(_WORKDIR.value), _MODE.value
     if _CONFIG.value is None and mode in ("train", "prepare"):
         raise UserError(f"--config=: must be given for --mode={mode}, for example configs/stdlib.py")
-    settings = resolve(read_run_config(workdir) if _CONFIG.value is None else _CONFIG.value)
+    settings = _settings(workdir)
 
     # Modes are imported here: a wrong flag should not wait for jax.
     if mode == "train":
@@ -75,20 +74,27 @@ def _prompts() -> list[str]:
     return prompts
 
 
+def _settings(workdir: pathlib.Path) -> Settings:
+    if _CONFIG.value is None:
+        return resolve(read_run_config(workdir))
+    try:
+        return resolve(_CONFIG.value)
+    except OSError as error:  # config_flags keeps it until the config is used
+        name = config_flags.get_config_filename(flags.FLAGS["config"])
+        raise UserError(f"--config={name}: can't be read; must be the path of a config file") from error
+
+
 def _parse(argv: list[str]) -> list[str]:
-    """absl's own errors keep their form; config_flags raises others for what is wrong in a config or an override."""
+    """config_flags raises many things for what is wrong in a config file or an override; absl its own for other flags."""
     try:
         return flags.FLAGS(argv)
-    except flags.Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(f"--config: {error}") from error
+    except (flags.Error, ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        text = str(error)  # for an error inside the file, with a traceback: its last line says what
+        raise UserError("flags: " + (text.strip().splitlines()[-1] if "Traceback" in text else text)) from error
 
 
 def run() -> None:
     """What `python -m tvq_pod.main` and the command `tvq_pod` call."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         app.run(main, flags_parser=_parse)
     except UserError as error:

@@ -14,7 +14,10 @@ def schedule(settings: OptimizerSettings, num_steps: int) -> optax.Schedule:
     warmup = settings.warmup_steps
     if settings.schedule == "inverse_sqrt":
         peak = max(warmup, 1)
-        after = lambda step: jnp.sqrt(peak / (peak + step))  # noqa: E731
+
+        def after(step):  # steps since the warm-up; join_schedules asks for negative ones too
+            return jnp.sqrt(peak / (peak + jnp.maximum(step, 0)))
+
     elif settings.schedule == "linear":
         after = optax.linear_schedule(1.0, settings.final_fraction, max(num_steps - warmup, 1))
     else:

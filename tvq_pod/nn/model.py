@@ -43,9 +43,12 @@ class Transformer(nn.Module):
     @staticmethod
     def initial_state(config: TransformerConfig, batch_size: int) -> dict:
         """State of all layers for streams that have read nothing: VQAttention's per unit, behind an axis of n_layer."""
-        unit = VQAttention.initial_state(config, batch_size)
-        stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (config.n_layer, *x.shape)), unit)
-        return {name: stacked for name in UNITS}
+
+        def stacked():
+            unit = VQAttention.initial_state(config, batch_size)
+            return jax.tree.map(lambda x: jnp.broadcast_to(x, (config.n_layer, *x.shape)), unit)
+
+        return {name: stacked() for name in UNITS}  # no array twice: a step may donate each
 
     @staticmethod
     def state_axes() -> dict:

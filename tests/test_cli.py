@@ -1,0 +1,252 @@
+"""The command line as a user has it: real processes, their exit codes and their last words."""
+
+import fcntl
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMALL = """
+from tvq_pod.config import default_config
+
+def get_config():
+    config = default_config()
+    config.data.source = {source!r}
+    config.data.validation_share = config.data.test_share = 0.2
+    model = config.model
+    model.d_model, model.d_k, model.d_v, model.n_code, model.n_layer = 16, 8, 16, 8, 1
+    model.block_len = model.mem_len = 8
+    config.train.batch_size, config.train.update_len, config.train.num_steps = 8, 32, 40
+    config.train.log_every_steps = 5
+    config.optimizer.warmup_steps, config.optimizer.learning_rate = 5, 0.01
+    config.checkpoint.every_steps = 20
+    config.eval.batch_size = 8
+    config.sample.length = 20
+    return config
+"""
+
+
+def environment(devices=1):
+    """A user's environment: nothing of the test process's own flags."""
+    flags = f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
+    return os.environ | dict(JAX_PLATFORMS="cpu", XLA_FLAGS=flags, PYTHONPATH=str(ROOT))
+
+
+def start(*flags, devices=1) -> subprocess.Popen:
+    command = [sys.executable, "-m", "tvq_pod.main", *map(str, flags)]
+    return subprocess.Popen(
+        command, env=environment(devices), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finish(process) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def run(*flags, devices=1) -> tuple[str, str]:
+    """Output and messages of a command that must succeed."""
+    code, out, err = finish(start(*flags, devices=devices))
+    assert code == 0, err
+    return out, err
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> pathlib.Path:
+    """A folder of 40 text files."""
+    path = tmp_path_factory.mktemp("corpus")
+    for i in range(40):
+        (path / f"{i}.txt").write_text(f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (i % 7 + 1))
+    return path
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory, corpus) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("config") / "small.py"
+    path.write_text(SMALL.format(source=str(corpus)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, config_file) -> tuple[pathlib.Path, str, str]:
+    """The folder, output and messages of a run on eight devices."""
+    workdir = tmp_path_factory.mktemp("runs") / "trained"
+    out, err = run(f"--config={config_file}", f"--workdir={workdir}", devices=8)
+    return workdir, out, err
+
+
+def metrics_of(workdir, split):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["split"] == split]
+
+
+def test_training_shows_progress_evaluates_samples_and_saves(trained):
+    workdir, out, err = trained
+    assert "8 cpu device(s)" in err
+    for word in ("loss", "bits/byte", "tokens/s", "ETA", "validation loss", "bits per byte"):
+        assert word in err
+    losses = [line["loss"] for line in metrics_of(workdir, "train")]
+    assert [line["step"] for line in metrics_of(workdir, "train")] == list(range(5, 41, 5))
+    assert losses[-1] < losses[0] - 0.5
+    assert {"tokens_per_second", "bits_per_byte", "grad_norm", "learning_rate", "code_perplexity", "l_commit"} <= set(
+        metrics_of(workdir, "train")[0]
+    )
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["20", "40"]
+    assert json.loads((workdir / "config.json").read_text())["train"]["num_steps"] == 40
+    assert (workdir / "samples/step_40.txt").read_text() == out.rstrip("\n")
+
+
+def test_tensorboard_reads_the_events(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    workdir, _, _ = trained
+    events = EventAccumulator(str(workdir / "tensorboard")).Reload()
+    written = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    logged = metrics_of(workdir, "train")
+    assert [step for step, _ in written] == [line["step"] for line in logged]
+    assert [value for _, value in written] == pytest.approx([line["loss"] for line in logged], abs=1e-5)
+    assert "validation/bits_per_byte" in events.Tags()["scalars"]
+
+
+def test_eval_gives_what_training_gave_on_another_mesh(trained):
+    workdir, _, _ = trained
+    (during,) = metrics_of(workdir, "validation")[:1]
+    out, _ = run(f"--workdir={workdir}", "--mode=eval")
+    result = json.loads(out)
+    assert result["step"] == 40
+    assert result["tokens"] == during["tokens"]
+    assert result["loss"] == pytest.approx(during["loss"], rel=1e-5)
+    test_out, _ = run(f"--workdir={workdir}", "--mode=eval", "--split=test", "--step=20")
+    test_result = json.loads(test_out)
+    assert (test_result["split"], test_result["step"]) == ("test", 20)
+    assert test_result["loss"] != pytest.approx(result["loss"], rel=1e-5)
+    assert metrics_of(workdir, "test")[0]["loss"] == test_result["loss"]
+
+
+def test_sample_goes_on_from_each_prompt(trained, tmp_path, config_file):
+    workdir, _, _ = trained
+    (tmp_path / "prompt.txt").write_text("from a file: é")
+    flags = ["--mode=sample", f"--workdir={workdir}", f"--config={config_file}", "--config.sample.length=15"]
+    out, _ = run(*flags, "--prompt=the quick", "--prompt=lazy", f"--prompt_file={tmp_path / 'prompt.txt'}")
+    first, second, third = out.split("\n" + "-" * 80 + "\n")
+    assert first.startswith("the quick")
+    assert second.startswith("lazy")
+    assert third.startswith("from a file: é")
+    assert len(first) > len("the quick")
+
+
+def test_inspect_shows_the_run_and_a_fingerprint(trained):
+    workdir, _, _ = trained
+    out, _ = run(f"--workdir={workdir}", "--mode=inspect")
+    assert '"num_steps": 40' in out
+    assert "steps: 20 40" in out
+    assert "layers/unit0/w_q/proj/kernel" in out
+    parameters = [line.split() for line in out.splitlines() if " float32 P(" in line]
+    assert len(parameters) == 25
+    count = sum(math.prod(map(int, shape.split("x"))) for _, shape, *_ in parameters)
+    assert f"parameters: {count}\n" in out
+    older, _ = run(f"--workdir={workdir}", "--mode=inspect", "--step=20")
+    assert fingerprint(older) != fingerprint(out)
+
+
+def fingerprint(inspected: str) -> list[str]:
+    """The lines by which two runs are compared."""
+    lines = [line for line in inspected.splitlines() if "sha256" in line]
+    assert len(lines) == 2
+    return lines
+
+
+def test_prepare_makes_a_store_that_training_uses(tmp_path, config_file):
+    flags = [f"--config={config_file}", f"--workdir={tmp_path / 'run'}", f"--config.data.store={tmp_path / 'store'}"]
+    _, err = run(*flags, "--mode=prepare")
+    assert "train" in err
+    assert (tmp_path / "store/store.json").exists()
+    assert not (tmp_path / "run").exists()
+    _, err = run(*flags, "--mode=prepare")
+    assert "is there already" in err
+    _, err = run(*flags, "--config.train.num_steps=1", "--config.eval.at_end=False", "--config.sample.length=0")
+    assert "preparing" not in err
+
+
+def test_a_run_that_is_done_says_so_and_changes_nothing(trained, config_file):
+    workdir, _, _ = trained
+    before, _ = run(f"--workdir={workdir}", "--mode=inspect")
+    _, err = run(f"--config={config_file}", f"--workdir={workdir}")
+    assert "nothing to train: step 40" in err
+    after, _ = run(f"--workdir={workdir}", "--mode=inspect")
+    assert fingerprint(after) == fingerprint(before)
+
+
+def test_each_mistake_is_one_line_and_costs_nothing(trained, tmp_path, config_file):
+    """All at once, for time: start-up is what costs."""
+    workdir, _, _ = trained
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank.txt").write_text("\n\n")
+    (tmp_path / "broken.py").write_text("def get_config():\n    return 1 / 0\n")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "file").write_text("")
+    config, fresh = f"--config={config_file}", f"--workdir={tmp_path / 'fresh'}"
+    cases = {
+        (config, fresh, "--config.model.d_modle=3"): ("d_modle", "d_model"),
+        (config, fresh, "--config.modle.d_model=3"): ("modle", "model"),
+        (config, fresh, "--config.train.num_steps=many"): ("num_steps", "many"),
+        (config, fresh, "--config.model.block_len=7"): ("config.model.block_len=7", "must divide", "as 8 does"),
+        (config, fresh, "--config.mesh.data=3"): ("config.mesh.data=3", "-1"),
+        (config, fresh, "--config.model.n_vocab=100"): ("config.model.n_vocab=100", "at least 259"),
+        (config, fresh, f"--config.data.source={tmp_path / 'empty'}"): ("config.data.source=", "is empty"),
+        (config, fresh, f"--config.data.source={tmp_path / 'blank.txt'}"): ("config.data.source=", "is empty"),
+        (config, fresh, f"--config.data.source={tmp_path / 'nowhere'}"): ("config.data.source=", "is not there"),
+        (config, fresh, "--mode=trian"): ("mode", "trian"),
+        (config, fresh, "stray"): ("stray",),
+        (config, fresh, "--mode=eval"): ("--workdir=", "has no checkpoint"),
+        (config, fresh, "--mode=sample"): ("--workdir=", "has no checkpoint"),
+        (config, fresh, "--mode=inspect"): ("--workdir=", "has no checkpoint"),
+        (fresh, "--mode=eval"): ("--workdir=", "config.json"),
+        (fresh,): ("--config=", "must be given"),
+        (config,): ("--workdir=", "must be given"),
+        ("--config=configs/nowhere.py", fresh): ("configs/nowhere.py",),
+        (f"--config={tmp_path / 'broken.py'}", fresh): ("division by zero",),
+        (config, f"--workdir={tmp_path / 'file'}"): ("--workdir=", "can't be used"),
+        (config, f"--workdir={workdir}", "--config.model.d_v=24"): ("config.model.d_v=24", "was made with 16"),
+        (config, f"--workdir={workdir}", "--config.train.batch_size=16"): ("config.train.batch_size=16", "made with 8"),
+        (config, f"--workdir={workdir}", "--config.train.update_len=16"): ("config.train.update_len=16", "with 32"),
+        (config, f"--workdir={workdir}", "--config.data.test_share=0.3"): ("config.data.test_share=0.3", "with 0.2"),
+        (config, f"--workdir={workdir}", "--mode=sample", "--config.model.d_k=4"): ("config.model.d_k=4", "with 8"),
+        (config, f"--workdir={workdir}", "--mode=eval", "--step=7"): ("--step=7", "20, 40"),
+        (config, f"--workdir={workdir}", "--mode=sample", "--prompt_file=/nowhere"): ("--prompt_file=/nowhere",),
+        (config, f"--workdir={tmp_path / 'taken'}"): ("--workdir=", "in use by another process"),
+    }  # fmt: skip
+    # Runs on one folder would refuse each other: they come one by one, the others in fours.
+    one_by_one = [case for case in cases.items() if f"--workdir={workdir}" in case[0]]
+    together = [case for case in cases.items() if case not in one_by_one]
+    batches = [together[i : i + 4] for i in range(0, len(together), 4)] + [[case] for case in one_by_one]
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.name != "lock"}
+    with (tmp_path / "taken/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for batch in batches:
+            for (flags, words), process in [(case, start(*case[0])) for case in batch]:
+                code, out, err = finish(process)
+                assert code == 1, (flags, out, err)
+                assert "Traceback" not in err, (flags, err)
+                last = err.strip().splitlines()[-1] if "Pass --help" not in err else err
+                assert all(word in last for word in words), (flags, err)
+    assert not (tmp_path / "fresh").exists()
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["lock"]
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.name != "lock"} == before
+
+
+def test_rows_that_do_not_divide_over_devices_are_named(tmp_path, config_file):
+    workdir = tmp_path / "fresh"
+    for flag, message in (
+        ("--config.train.batch_size=12", "config.train.batch_size=12: must be a multiple of the 8 devices"),
+        ("--config.eval.batch_size=4", "config.eval.batch_size=4: must be a multiple of the 8 devices"),
+    ):
+        code, _, err = finish(start(f"--config={config_file}", f"--workdir={workdir}", flag, devices=8))
+        assert code == 1
+        assert err.splitlines()[-1].startswith(f"error: {message}")
+    assert not workdir.exists()

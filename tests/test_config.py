@@ -1,0 +1,81 @@
+"""Settings: one definition, checked before anything else happens."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+
+import ml_collections
+import pytest
+
+from tvq_pod.config import Settings, default_config, read_run_config, resolve, to_json
+from tvq_pod.errors import UserError
+
+CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def test_defaults_are_the_dataclasses():
+    assert resolve(default_config()) == Settings()
+
+
+def test_a_run_folder_gives_its_settings_back(tmp_path):
+    config = default_config()
+    config.model.d_model, config.optimizer.learning_rate, config.data.source = 64, 0.5, "stdlib"
+    settings = resolve(config)
+    (tmp_path / "config.json").write_text(to_json(settings))
+    assert resolve(read_run_config(tmp_path)) == settings
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json is not JSON"):
+        read_run_config(tmp_path)
+    with pytest.raises(UserError, match=r"has no config.json"):
+        read_run_config(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_file_sets_everything_and_is_valid(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    resolve(module.get_config())
+    assert f"--config=configs/{path.name}" in module.__doc__
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model.block_len", 100, "config.model.block_len=100: must divide config.train.update_len=512, as 128 does"),
+        ("model.dtype", "float16", "config.model.dtype=float16: must be one of float32, bfloat16"),
+        ("model.d_k", 0, "config.model.d_k=0: must be at least 1"),
+        ("model.p_dropres", 1.0, "config.model.p_dropres=1.0: must be below 1"),
+        ("train.num_steps", -5, "config.train.num_steps=-5: must be at least 1"),
+        ("optimizer.name", "adam", "config.optimizer.name=adam: must be one of adamw, lion, adafactor"),
+        ("optimizer.learning_rate", -1.0, "config.optimizer.learning_rate=-1.0: must be at least 0"),
+        ("mesh.model", 2, "config.mesh.model=2: must be 1"),
+        ("mesh.data", 0, "config.mesh.data=0: must be a number of devices, or -1 for all"),
+        ("data.test_share", 0.99, "config.data.validation_share=0.02: with config.data.test_share=0.99 nothing is left"),
+        ("sample.nucleus_p", 0.0, "config.sample.nucleus_p=0.0: must be above 0 and at most 1"),
+        ("data.format", "csv", "config.data.format=csv: must be one of"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_named_with_what_would_be_right(name, value, message):
+    config = default_config()
+    config.update_from_flattened_dict({name: value})
+    with pytest.raises(UserError) as error:
+        resolve(config)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_or_missing_name_is_an_error():
+    tree = json.loads(to_json(Settings()))
+    tree["model"]["d_modell"] = 3
+    with pytest.raises(UserError, match=r"config.model.d_modell: is not a setting; did you mean d_model\?"):
+        resolve(ml_collections.ConfigDict(tree))
+    del tree["model"]["d_modell"], tree["train"]["num_steps"]
+    with pytest.raises(UserError, match=r"config.train.num_steps: is missing"):
+        resolve(ml_collections.ConfigDict(tree))
+
+
+def test_settings_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings().train.num_steps = 3
