@@ -1,6 +1,6 @@
 """A byte-level model of the Python standard library's source files: 1,800 documents, 31 MB, no download.
 
-    python -m tvq_pod.main --config=configs/stdlib.py --workdir=runs/stdlib
+python -m tvq_pod.main --config=configs/stdlib.py --workdir=runs/stdlib
 """
 
 from tvq_pod.config import default_config

@@ -34,7 +34,9 @@ def step_fn(mesh):
 def a_batch(mesh, seed):
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, 11, size=[8, 8]).astype(np.int32)
-    batch = dict(inputs=tokens, targets=tokens, doc_ids=np.zeros([8, 8], np.int32), loss_mask=np.ones([8, 8], np.float32))
+    batch = dict(
+        inputs=tokens, targets=tokens, doc_ids=np.zeros([8, 8], np.int32), loss_mask=np.ones([8, 8], np.float32)
+    )
     return jax.device_put(batch, jax.NamedSharding(mesh, jax.P("data")))
 
 

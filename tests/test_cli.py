@@ -61,7 +61,9 @@ def corpus(tmp_path_factory) -> pathlib.Path:
     """A folder of 40 text files."""
     path = tmp_path_factory.mktemp("corpus")
     for i in range(40):
-        (path / f"{i}.txt").write_text(f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (i % 7 + 1))
+        (path / f"{i}.txt").write_text(
+            f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (i % 7 + 1)
+        )
     return path
 
 

@@ -52,7 +52,7 @@ def test_every_config_file_sets_everything_and_is_valid(path):
         ("optimizer.learning_rate", -1.0, "config.optimizer.learning_rate=-1.0: must be at least 0"),
         ("mesh.model", 2, "config.mesh.model=2: must be 1"),
         ("mesh.data", 0, "config.mesh.data=0: must be a number of devices, or -1 for all"),
-        ("data.test_share", 0.99, "config.data.validation_share=0.02: with config.data.test_share=0.99 nothing is left"),
+        ("data.test_share", 0.99, "config.data.validation_share=0.02: with config.data.test_share=0.99 nothing"),
         ("sample.nucleus_p", 0.0, "config.sample.nucleus_p=0.0: must be above 0 and at most 1"),
         ("data.format", "csv", "config.data.format=csv: must be one of"),
     ],

@@ -41,9 +41,7 @@ def test_adamw_is_the_papers_equation():
 def test_decay_is_not_scaled_by_the_optimizer_and_spares_vectors(name):
     params, _, plain, _ = one_step(name=name)
     _, _, decayed, _ = one_step(name=name, weight_decay=0.01)
-    np.testing.assert_allclose(
-        decayed["w"]["kernel"] - plain["w"]["kernel"], -0.01 * params["w"]["kernel"], atol=1e-6
-    )
+    np.testing.assert_allclose(decayed["w"]["kernel"] - plain["w"]["kernel"], -0.01 * params["w"]["kernel"], atol=1e-6)
     np.testing.assert_array_equal(decayed["norm"]["scale"], plain["norm"]["scale"])
 
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.test_cli import config_file, corpus, finish, fingerprint, metrics_of, run, start
+from tests.test_cli import config_file, corpus, fingerprint, finish, metrics_of, run, start
 
 __all__ = ["config_file", "corpus"]  # fixtures
 

@@ -98,7 +98,9 @@ def test_temperature_sharpens_and_flattens():
     probs = np.array([0.2, 0.8])
     keys = jax.random.split(jax.random.key(0), 20_000)
     for temperature in (0.5, 2.0):
-        draw = jax.jit(jax.vmap(functools.partial(draw_token, temperature=temperature, nucleus_p=1.0), in_axes=(None, 0)))
+        draw = jax.jit(
+            jax.vmap(functools.partial(draw_token, temperature=temperature, nucleus_p=1.0), in_axes=(None, 0))
+        )
         weights = probs ** (1 / temperature)
         np.testing.assert_allclose(np.mean(draw(jnp.log(probs), keys)), weights[1] / weights.sum(), atol=0.02)
     assert draw_token(jnp.log(probs), keys[0], temperature=0.0, nucleus_p=1.0) == 1

@@ -23,8 +23,9 @@ from tvq_pod.train_state import TrainState
 FORMAT = 1
 # Settings of the model that parameters and state have the shape of. Others (dropout, block_len, remat) may change.
 MODEL_SHAPE = (
-    "d_model d_k d_v n_head n_code n_layer n_vocab mem_len attn_type head_type dtype param_dtype pe_abs e_tie e_norm"
-).split()
+    *("d_model", "d_k", "d_v", "n_head", "n_code", "n_layer", "n_vocab", "mem_len", "attn_type", "head_type"),
+    *("dtype", "param_dtype", "pe_abs", "e_tie", "e_norm"),
+)
 
 
 def model_record(settings: Settings) -> dict:

@@ -182,7 +182,7 @@ def _check_relations(settings: Settings) -> None:
     for axis in ("sequence", "model", "slices"):
         if getattr(settings.mesh, axis) != 1:
             raise UserError(
-                f"config.mesh.{axis}={getattr(settings.mesh, axis)}: must be 1, rows over config.mesh.data are what works"
+                f"config.mesh.{axis}={getattr(settings.mesh, axis)}: must be 1; rows go over config.mesh.data"
             )
     if settings.mesh.data == 0:
         raise UserError("config.mesh.data=0: must be a number of devices, or -1 for all")
@@ -194,6 +194,15 @@ def check_divides(name: str, value: int, n_data: int) -> None:
         raise UserError(
             f"{name}={value}: must be a multiple of the {n_data} devices of config.mesh.data, "
             f"for example {max(1, round(value / n_data)) * n_data}"
+        )
+
+
+def check_vocab_fits(settings: Settings, n_vocab: int) -> None:
+    """Raises UserError if the model has fewer tokens than the vocabulary."""
+    if settings.model.n_vocab < n_vocab:
+        raise UserError(
+            f"config.model.n_vocab={settings.model.n_vocab}: must be at least {n_vocab}, the size of the vocabulary "
+            f"{settings.data.vocab}"
         )
 
 
@@ -211,7 +220,9 @@ def read_run_config(workdir) -> ml_collections.ConfigDict:
     try:
         tree = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"--workdir={workdir}: has no config.json; give the folder of a run, or --config=FILE") from None
+        raise UserError(
+            f"--workdir={workdir}: has no config.json; give the folder of a run, or --config=FILE"
+        ) from None
     except ValueError as error:
         raise UserError(f"--workdir={workdir}: config.json is not JSON ({error}); give --config=FILE") from None
     return ml_collections.ConfigDict(tree).lock()

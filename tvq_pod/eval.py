@@ -110,7 +110,9 @@ def evaluate(settings: Settings, workdir: pathlib.Path, split: str, step: int | 
     report(result, step, split)
     if jax.process_index() == 0:
         print(json.dumps(dict(step=step, split=split, **dataclasses.asdict(result))))
-    writer = MetricsWriter(workdir, dataclasses.replace(settings.metrics, wandb_project=""), enabled=jax.process_index() == 0)
+    writer = MetricsWriter(
+        workdir, dataclasses.replace(settings.metrics, wandb_project=""), enabled=jax.process_index() == 0
+    )
     writer.write(step, split, dataclasses.asdict(result))
     writer.close()
     checkpoints.close()
@@ -120,6 +122,6 @@ def evaluate(settings: Settings, workdir: pathlib.Path, split: str, step: int | 
 def report(result: Result, step: int, split: str) -> None:
     """Says a result in one line."""
     say(
-        f"step {step}: {split} loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte, over {result.tokens:,} "
-        f"tokens of {result.documents:,} documents ({result.seconds:.1f} s)"
+        f"step {step}: {split} loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte, "
+        f"over {result.tokens:,} tokens of {result.documents:,} documents ({result.seconds:.1f} s)"
     )

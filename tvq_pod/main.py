@@ -85,7 +85,7 @@ def _settings(workdir: pathlib.Path) -> Settings:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """config_flags raises many things for what is wrong in a config file or an override; absl its own for other flags."""
+    """absl has its own errors; config_flags raises many things for a wrong config file or override."""
     try:
         return flags.FLAGS(argv)
     except (flags.Error, ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:

@@ -24,7 +24,9 @@ class MetricsWriter:
     same step and split, the later one counts. They agree.
     """
 
-    def __init__(self, workdir: pathlib.Path, settings: MetricsSettings, config: dict | None = None, enabled: bool = True):
+    def __init__(
+        self, workdir: pathlib.Path, settings: MetricsSettings, config: dict | None = None, enabled: bool = True
+    ):
         """config: the run's settings, for W&B. enabled: False on all processes but 0."""
         self._file = self._events = self._wandb = None
         if not enabled:

@@ -1,4 +1,4 @@
-"""The optimizer of all weights but the codebook: gradient clipping, AdamW, Lion or Adafactor, schedule, weight decay."""
+"""The optimizer of all weights but the codebook: clipping, AdamW, Lion or Adafactor, schedule, weight decay."""
 
 import jax
 import jax.numpy as jnp

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tvq_pod.config import DataSettings, Settings
+from tvq_pod.config import DataSettings, Settings, check_vocab_fits
 from tvq_pod.data.corpora import Documents, documents
 from tvq_pod.data.store import SPLITS, TokenStore, write_store
 from tvq_pod.data.vocab import ByteVocab, SentencePieceVocab, load_vocab
@@ -33,7 +33,7 @@ def prepare(settings: Settings, workdir: pathlib.Path) -> None:
 def check_source(settings: Settings) -> None:
     """Raises UserError if there is no corpus, or no text in it. Writes nothing."""
     vocab = load_vocab(settings.data.vocab)
-    _check_vocab_fits(settings, vocab.n_vocab)
+    check_vocab_fits(settings, vocab.n_vocab)
     if not any(text for _, text in documents(settings.data)):
         raise UserError(f"config.data.source={settings.data.source}: is empty; give a corpus with text in it")
 
@@ -59,7 +59,7 @@ def open_store(settings: Settings, workdir: pathlib.Path) -> TokenStore:
             test_share=data.test_share,
             source=data.source,
         )
-    _check_vocab_fits(settings, store.n_vocab)
+    check_vocab_fits(settings, store.n_vocab)
     return store
 
 
@@ -78,8 +78,8 @@ def tokenized(
             if not vocab.takes_any_bytes:
                 if data.invalid_utf8 == "error":
                     raise UserError(
-                        f"config.data.invalid_utf8=error: {name} is not UTF-8 at byte {error.start}, and a SentencePiece "
-                        "model needs text; mend the file, or give replace or skip"
+                        f"config.data.invalid_utf8=error: {name} is not UTF-8 at byte {error.start}, and a "
+                        "SentencePiece model needs text; mend the file, or give replace or skip"
                     ) from None
                 if data.invalid_utf8 == "replace":
                     text = text.decode("utf-8", errors="replace").encode("utf-8")
@@ -110,18 +110,10 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
-def _check_vocab_fits(settings: Settings, n_vocab: int) -> None:
-    if settings.model.n_vocab < n_vocab:
-        raise UserError(
-            f"config.model.n_vocab={settings.model.n_vocab}: must be at least {n_vocab}, the size of the vocabulary "
-            f"{settings.data.vocab}"
-        )
-
-
 def _check_same_corpus(data: DataSettings, store: TokenStore) -> None:
-    vocab = store.vocab_name if pathlib.Path(data.vocab).suffix and not pathlib.Path(data.vocab).exists() else load_vocab(data.vocab).name
+    is_model_gone = data.vocab != ByteVocab.name and not pathlib.Path(data.vocab).exists()  # the store has its own copy
     for name, wanted, there in (
-        ("vocab", vocab, store.vocab_name),
+        ("vocab", store.vocab_name if is_model_gone else load_vocab(data.vocab).name, store.vocab_name),
         ("source", data.source, store.meta["source"]),
         ("validation_share", data.validation_share, store.meta["validation_share"]),
         ("test_share", data.test_share, store.meta["test_share"]),

@@ -22,7 +22,9 @@ def hours(seconds: float) -> str:
 class Speed:
     """Tokens per second and time left, from the times at which steps were seen to be done."""
 
-    def __init__(self, first_step: int, num_steps: int, tokens_per_step: int, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, first_step: int, num_steps: int, tokens_per_step: int, clock: Callable[[], float] = time.monotonic
+    ):
         self._clock, self._tokens_per_step, self._num_steps = clock, tokens_per_step, num_steps
         self._begin = self._latest = (first_step, clock())
 

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tvq_pod.checkpoint import Checkpoints, model_record
-from tvq_pod.config import MeshSettings, SampleSettings, Settings
+from tvq_pod.config import MeshSettings, SampleSettings, Settings, check_vocab_fits
 from tvq_pod.data.vocab import END_OF_DOC, PAD, UNKNOWN, ByteVocab, SentencePieceVocab, load_vocab
-from tvq_pod.errors import UserError
 from tvq_pod.nn.attn import NEVER
 from tvq_pod.nn.model import Transformer
 from tvq_pod.nn.types import TransformerConfig
@@ -98,7 +97,11 @@ def text_of(tokens: Iterator[int], vocab: ByteVocab | SentencePieceVocab) -> Ite
 
 
 def continuations(
-    params: dict, config: TransformerConfig, vocab: ByteVocab | SentencePieceVocab, settings: SampleSettings, prompts: list[str]
+    params: dict,
+    config: TransformerConfig,
+    vocab: ByteVocab | SentencePieceVocab,
+    settings: SampleSettings,
+    prompts: list[str],
 ) -> Iterator[Iterator[str]]:
     """For each prompt, the prompt and what the model makes of it, as an iterator over pieces of text."""
     sampler = Sampler(config, vocab.n_vocab, settings.temperature, settings.nucleus_p)
@@ -128,8 +131,7 @@ def sample(settings: Settings, workdir: pathlib.Path, prompts: list[str], step: 
     step = checkpoints.pick(step)
     checkpoints.check(step, model_record(settings))
     vocab = run_vocab(settings, workdir)
-    if vocab.n_vocab > settings.model.n_vocab:
-        raise UserError(f"config.data.vocab={settings.data.vocab}: has {vocab.n_vocab} tokens, the model only {settings.model.n_vocab}")
+    check_vocab_fits(settings, vocab.n_vocab)
     mesh = make_mesh(MeshSettings(), jax.local_devices()[:1])
     settings = dataclasses.replace(settings, mesh=MeshSettings())
     params = checkpoints.restore_params(step, abstract_train_state(settings, mesh).params)

@@ -20,9 +20,11 @@ def locked(workdir: pathlib.Path):
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / LOCK_NAME, "a+", encoding="utf-8")
+        file = (workdir / LOCK_NAME).open("a+", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--workdir={workdir}: can't be used ({error.strerror}); give a folder that can be written") from None
+        raise UserError(
+            f"--workdir={workdir}: can't be used ({error.strerror}); give a folder that can be written"
+        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -30,7 +32,8 @@ def locked(workdir: pathlib.Path):
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise UserError(
-                f"--workdir={workdir}: is in use by another process ({holder}); wait for it, end it, or give another folder"
+                f"--workdir={workdir}: is in use by another process ({holder}); "
+                "wait for it, end it, or give another folder"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

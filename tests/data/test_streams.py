@@ -28,7 +28,9 @@ def place_of(split, row):
     """Which corpus token each target of a row is: its value, or for an end-of-document what its input says."""
     ends = {int(split.tokens[end - 2].read().result()) if length > 1 else None: end - 1
             for end, length in zip(split.starts[1:], split.lengths, strict=True)}  # fmt: skip
-    return [int(t) - 10 if t != END_OF_DOC else ends[int(i)] for t, i in zip(row["targets"], row["inputs"], strict=True)]
+    return [
+        int(t) - 10 if t != END_OF_DOC else ends[int(i)] for t, i in zip(row["targets"], row["inputs"], strict=True)
+    ]
 
 
 def read_stream(split, streams, row, n_tokens, update_len):

@@ -83,7 +83,13 @@ def test_context_matters_within_a_document():
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(n_head=1), dict(n_head=3, e_norm=False), dict(e_tie=True, e_scale=0.5), dict(remat="full"), dict(agg_cache=False)],
+    [
+        dict(n_head=1),
+        dict(n_head=3, e_norm=False),
+        dict(e_tie=True, e_scale=0.5),
+        dict(remat="full"),
+        dict(agg_cache=False),
+    ],
     ids=str,
 )
 def test_updates_are_seamless(changes):

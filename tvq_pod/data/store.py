@@ -2,7 +2,7 @@
 
     STORE/store.json             vocabulary, sizes, fingerprint; written last, so a store that has it is whole
     STORE/vocab.model            the SentencePiece model, if there is one
-    STORE/SPLIT/tokens           uint16 or uint32 [n_tokens]: all documents end to end, each followed by an end-of-document
+    STORE/SPLIT/tokens           uint16 or uint32 [n_tokens]: documents end to end, each with an end-of-document
     STORE/SPLIT/starts           int64 [n_documents + 1]: where each begins; the last entry is n_tokens
     STORE/SPLIT/doc_bytes        int64 [n_documents]: bytes of each document's text, for bits per byte
 
@@ -158,7 +158,7 @@ def write_store(
         if not entries["train"]["n_documents"]:
             n_held_out = sum(entry["n_documents"] for entry in entries.values())
             raise UserError(
-                f"config.data.source={source}: has no document to train on ({n_held_out} fell into validation and test); "
+                f"config.data.source={source}: has no document to train on, {n_held_out} to validate and test; "
                 "give a corpus with text in it, or smaller config.data.validation_share and test_share"
             )
         fingerprint = hashlib.sha256(
@@ -213,7 +213,9 @@ class TokenStore:
         except OSError as error:
             raise UserError(f"config.data.store={path}: is no token store ({error.strerror}: store.json)") from None
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"config.data.store={path}: store.json is damaged; prepare the store anew elsewhere") from None
+            raise UserError(
+                f"config.data.store={path}: store.json is damaged; prepare the store anew elsewhere"
+            ) from None
         if not known:
             raise UserError(f"config.data.store={path}: has format {self.meta['format']}; this version reads {FORMAT}")
         self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
@@ -237,7 +239,9 @@ class TokenStore:
         """Opens a split. Raises UserError if it has no document, or is damaged."""
         if name not in self._splits:
             if not self.meta["splits"][name]["n_documents"]:
-                raise UserError(f"--split={name}: no document of {self.path} fell into it; take a larger corpus or share")
+                raise UserError(
+                    f"--split={name}: no document of {self.path} fell into it; take a larger corpus or share"
+                )
             try:
                 tokens, starts, doc_bytes = (self._open(f"{name}/{array}") for array in ARRAYS)
                 self._splits[name] = Split(tokens, starts.read().result(), doc_bytes.read().result())

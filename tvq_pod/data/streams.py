@@ -1,9 +1,10 @@
 """Streams: what each row of each batch reads, as a pure function of (corpus, seed, step, row).
 
 Training. The documents of an epoch, in an order drawn from (seed, epoch), are laid end to end; row r of B owns the part
-[r * N // B, (r + 1) * N // B) of these N tokens. A row's stream is its part of epoch 0, then of epoch 1, and so on, with
-nothing in between and nothing left over: in an epoch every token is read once. Step n reads tokens [n * T, (n + 1) * T)
-of every stream. A document cut by the border of two rows is two pieces, each a document to its stream.
+[r * N // B, (r + 1) * N // B) of these N tokens. A row's stream is its part of epoch 0, then of epoch 1, and so on,
+with nothing in between and nothing left over: in an epoch every token is read once. Step n reads tokens
+[n * T, (n + 1) * T) of every stream. A document cut by the border of two rows is two pieces, each a document to its
+stream.
 
 Evaluation. Whole documents are spread over rows, each row's end to end, so that all rows are about equally long; what a
 row lacks to the longest is padding.
@@ -62,7 +63,9 @@ class TrainStreams:
         self._lengths = np.diff(starts)
         n_tokens = int(starts[-1])
         if n_tokens < batch_size:
-            raise UserError(f"config.train.batch_size={batch_size}: the corpus has only {n_tokens} tokens; must be at most that")
+            raise UserError(
+                f"config.train.batch_size={batch_size}: the corpus has only {n_tokens} tokens; must be at most that"
+            )
         self._seed = seed
         self._borders = np.array([row * n_tokens // batch_size for row in range(batch_size + 1)], np.int64)
         self._epoch = functools.lru_cache(maxsize=4)(self._make_epoch)

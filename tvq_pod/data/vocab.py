@@ -57,7 +57,9 @@ class SentencePieceVocab:
             self.model = pathlib.Path(path).read_bytes()
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self.model)
         except OSError as error:
-            raise UserError(f"config.data.vocab={path}: must be 'bytes' or a SentencePiece model ({error.strerror})") from None
+            raise UserError(
+                f"config.data.vocab={path}: must be 'bytes' or a SentencePiece model ({error.strerror})"
+            ) from None
         except RuntimeError:
             raise UserError(f"config.data.vocab={path}: the file is not a SentencePiece model") from None
         pieces = self._pieces

@@ -223,7 +223,7 @@ def split_blocks(arrays: dict, n_blocks: int) -> dict:
 
     def split(path, array):
         axis = _time_axis(path[-1].key)
-        shape = array.shape[:axis] + (n_blocks, array.shape[axis] // n_blocks) + array.shape[axis + 1 :]
+        shape = (*array.shape[:axis], n_blocks, array.shape[axis] // n_blocks, *array.shape[axis + 1 :])
         return jnp.moveaxis(array.reshape(shape), axis, 0)
 
     return jax.tree_util.tree_map_with_path(split, arrays)
@@ -258,9 +258,7 @@ def block_attention(q, recent: dict, aggcache: dict, biases: dict, config: Trans
     top = jax.lax.stop_gradient(top)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = jnp.einsum(
-        "bhlm,bhmv->bhlv", weights.astype(config.dtype), recent["v"], preferred_element_type=jnp.float32
-    )
+    out = jnp.einsum("bhlm,bhmv->bhlv", weights.astype(config.dtype), recent["v"], preferred_element_type=jnp.float32)
     if config.agg_cache:
         weights = jnp.exp(cache_scores - top)
         total += jnp.sum(weights, axis=-1, keepdims=True)
@@ -310,9 +308,7 @@ def next_state(recent: dict, state: dict) -> dict:
     leaving = {name: jax.lax.slice_in_dim(recent[name], 0, block_len, axis=_time_axis(name)) for name in recent}
     return dict(
         pos_offset=pos_offset,
-        xlcache={
-            name: jax.lax.slice_in_dim(recent[name], block_len, None, axis=_time_axis(name)) for name in recent
-        },
+        xlcache={name: jax.lax.slice_in_dim(recent[name], block_len, None, axis=_time_axis(name)) for name in recent},
         aggcache=absorb(state["aggcache"], leaving),
     )
 

@@ -1,6 +1,7 @@
 """The Transformer-VQ language model: embeddings, layers of two gated units, logits.
 
-The layers' parameters and states are stacked, and one lax.scan goes through them: compile time does not grow with depth.
+The layers' parameters and states are stacked, and one lax.scan goes through them: compile time does not grow with
+depth.
 """
 
 import flax.linen as nn

@@ -9,9 +9,9 @@ chose them (Transformer-VQ, arXiv 2309.16354, section 3.4; van den Oord et al., 
 with n_s the number of keys of the update, over the whole global batch, whose shortcode is s, and g = `c_gamma`.
 A code with n_s = 0 keeps its place exactly.
 
-How the sums reach the training step: `l_codebook` is linear in (codebook, count), and its gradient *is* (sum of keys, n).
-So they pass through scans, rematerialisation and batch sharding as any gradient does, and `ema_update` takes them from
-the gradient's tree.
+How the sums reach the training step: `l_codebook` is linear in (codebook, count), and its gradient *is* (sum of keys,
+n). So they pass through scans, rematerialisation and batch sharding as any gradient does, and `ema_update` takes them
+from the gradient's tree.
 """
 
 import flax.linen as nn
@@ -57,7 +57,10 @@ class VectorQuantizer(nn.Module):
             jnp.float32,
         )
         self.count = self.param(
-            "count", nn.with_logical_partitioning(nn.initializers.ones, ("heads", "codes")), (n_head, n_code), jnp.float32
+            "count",
+            nn.with_logical_partitioning(nn.initializers.ones, ("heads", "codes")),
+            (n_head, n_code),
+            jnp.float32,
         )
 
     def codes(self) -> jax.Array:
@@ -97,7 +100,9 @@ class VectorQuantizer(nn.Module):
             quantized=chosen.astype(keys.dtype) + (keys - jax.lax.stop_gradient(keys)),
             l_commit=l_commit,
             l_codebook=l_codebook,
-            metrics=dict(code_perplexity=jnp.mean(jnp.exp(entropy)), code_usage=jnp.mean((counts > 0).astype(jnp.float32))),
+            metrics=dict(
+                code_perplexity=jnp.mean(jnp.exp(entropy)), code_usage=jnp.mean((counts > 0).astype(jnp.float32))
+            ),
         )
 
 

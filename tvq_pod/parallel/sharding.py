@@ -30,9 +30,11 @@ def shardings_of(axes, mesh: Mesh):
 
 
 def param_shardings(boxed_params, mesh: Mesh):
-    """Shardings of parameters that still are in the boxes that carry their axes' names (flax's LogicallyPartitioned)."""
+    """Shardings of parameters that are still in the boxes with their axes' names (flax's LogicallyPartitioned)."""
     specs = nn.get_partition_spec(boxed_params)
-    return jax.tree.map(lambda spec: sharding_of(tuple(spec), mesh), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    return jax.tree.map(
+        lambda spec: sharding_of(tuple(spec), mesh), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
