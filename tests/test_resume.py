@@ -36,13 +36,15 @@ def kill_once_saved(process, workdir, step):
 def test_a_run_killed_and_started_again_ends_with_the_same_bits(tmp_path, config_file, devices):
     flags = [f"--config={config_file}", *FLAGS]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
+    left_alone = start(*flags, f"--workdir={straight}", devices=devices)
     process = start(*flags, f"--workdir={killed}", devices=devices)
     kill_once_saved(process, killed, 20)
     assert not (killed / "checkpoints/40").exists()
     _, err = run(*flags, f"--workdir={killed}", devices=devices)
     assert "goes on from step 20" in err
 
-    run(*flags, f"--workdir={straight}", devices=devices)
+    code, _, err = finish(left_alone)
+    assert code == 0, err
     expected, _ = run("--mode=inspect", f"--workdir={straight}")
     found, _ = run("--mode=inspect", f"--workdir={killed}")
     assert "step: 40" in found

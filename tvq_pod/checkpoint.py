@@ -9,15 +9,16 @@ array is read.
 """
 
 import hashlib
-import pathlib
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from tvq_pod.config import Settings
 from tvq_pod.errors import UserError
+from tvq_pod.paths import is_bucket
 from tvq_pod.train_state import TrainState
 
 FORMAT = 1
@@ -47,9 +48,9 @@ def run_record(settings: Settings, fingerprint: str) -> dict:
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, workdir: pathlib.Path, keep: int = 0, read_only: bool = False):
+    def __init__(self, workdir: epath.Path, keep: int = 0, read_only: bool = False):
         """keep: how many of the newest steps stay; 0 keeps all. read_only: never writes, and makes no folder."""
-        self.path = (workdir / "checkpoints").absolute()
+        self.path = (workdir if is_bucket(workdir) else workdir.absolute()) / "checkpoints"
         if read_only and not self.path.is_dir():
             raise UserError(f"--workdir={workdir}: has no checkpoint; train there first")
         policy = preservation_policy.LatestN(n=keep) if keep else preservation_policy.PreserveAll()

@@ -8,9 +8,9 @@ back into them, checked.
 import dataclasses
 import difflib
 import json
-import pathlib
 
 import ml_collections
+from etils import epath
 
 from tvq_pod.errors import UserError
 from tvq_pod.nn.types import TransformerConfig
@@ -216,7 +216,7 @@ def to_json(settings: Settings) -> str:
 
 def read_run_config(workdir) -> ml_collections.ConfigDict:
     """The config of the run in `workdir`. Raises UserError if there is none."""
-    path = pathlib.Path(workdir) / "config.json"
+    path = epath.Path(workdir) / "config.json"
     try:
         tree = json.loads(path.read_text())
     except FileNotFoundError:

@@ -7,11 +7,11 @@ token is predicted from all that came before it in its document, however long.
 import dataclasses
 import json
 import math
-import pathlib
 import time
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from tvq_pod.checkpoint import Checkpoints, model_record
 from tvq_pod.config import Settings, check_divides
@@ -97,7 +97,7 @@ class Evaluator:
         )
 
 
-def evaluate(settings: Settings, workdir: pathlib.Path, split: str, step: int | None) -> Result:
+def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | None) -> Result:
     """Evaluates a checkpoint of the run in `workdir`, prints the result, and adds it to metrics.jsonl."""
     mesh = make_mesh(settings.mesh)
     check_divides("config.eval.batch_size", settings.eval.batch_size, mesh.shape["data"])

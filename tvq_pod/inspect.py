@@ -1,8 +1,7 @@
 """--mode=inspect: what is in a run's folder, and a fingerprint to compare two runs by."""
 
-import pathlib
-
 import jax
+from etils import epath
 
 from tvq_pod.checkpoint import Checkpoints, model_record, sha256_of
 from tvq_pod.config import MeshSettings, Settings, to_json
@@ -10,7 +9,7 @@ from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.train_state import abstract_train_state
 
 
-def inspect(settings: Settings, workdir: pathlib.Path, step: int | None) -> None:
+def inspect(settings: Settings, workdir: epath.Path, step: int | None) -> None:
     """Prints the config, the steps kept, each parameter's shape, dtype and sharding, their count, and two SHA-256: of
     all parameters, and of the rest of the train state (step, optimizer, recurrent state)."""
     checkpoints = Checkpoints(workdir, read_only=True)

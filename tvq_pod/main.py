@@ -10,6 +10,7 @@ import pathlib
 import sys
 
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import config_flags
 
 from tvq_pod.config import Settings, read_run_config, resolve
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{argv[1]}: is no flag; flags are --name=value")
     if not _WORKDIR.value:
         raise UserError("--workdir=: must be given: the run's folder")
-    workdir, mode = pathlib.Path(_WORKDIR.value), _MODE.value
+    workdir, mode = epath.Path(_WORKDIR.value), _MODE.value
     if _CONFIG.value is None and mode in ("train", "prepare"):
         raise UserError(f"--config=: must be given for --mode={mode}, for example configs/stdlib.py")
     settings = _settings(workdir)
@@ -74,7 +75,7 @@ def _prompts() -> list[str]:
     return prompts
 
 
-def _settings(workdir: pathlib.Path) -> Settings:
+def _settings(workdir: epath.Path) -> Settings:
     if _CONFIG.value is None:
         return resolve(read_run_config(workdir))
     try:

@@ -1,9 +1,9 @@
 """--mode=prepare: a corpus becomes a token store. Training does the same when its store is not there."""
 
-import pathlib
 from collections.abc import Iterator
 
 import numpy as np
+from etils import epath
 
 from tvq_pod.config import DataSettings, Settings, check_vocab_fits
 from tvq_pod.data.corpora import Documents, documents
@@ -15,12 +15,12 @@ from tvq_pod.progress import say
 SHOWN = 3  # names of odd documents that a message lists
 
 
-def store_path(settings: Settings, workdir: pathlib.Path) -> pathlib.Path:
+def store_path(settings: Settings, workdir: epath.Path) -> epath.Path:
     """Where the run's token store is."""
-    return pathlib.Path(settings.data.store) if settings.data.store else workdir / "store"
+    return epath.Path(settings.data.store) if settings.data.store else workdir / "store"
 
 
-def prepare(settings: Settings, workdir: pathlib.Path) -> None:
+def prepare(settings: Settings, workdir: epath.Path) -> None:
     """Makes the token store, or says that it is there."""
     path = store_path(settings, workdir)
     if TokenStore.exists(path):
@@ -38,7 +38,7 @@ def check_source(settings: Settings) -> None:
         raise UserError(f"config.data.source={settings.data.source}: is empty; give a corpus with text in it")
 
 
-def open_store(settings: Settings, workdir: pathlib.Path) -> TokenStore:
+def open_store(settings: Settings, workdir: epath.Path) -> TokenStore:
     """The run's token store, made first if it is not there.
 
     Raises UserError if it was made from something else than the settings say, or has more tokens than the model knows.
@@ -111,7 +111,7 @@ def _some(names: list[str]) -> str:
 
 
 def _check_same_corpus(data: DataSettings, store: TokenStore) -> None:
-    is_model_gone = data.vocab != ByteVocab.name and not pathlib.Path(data.vocab).exists()  # the store has its own copy
+    is_model_gone = data.vocab != ByteVocab.name and not epath.Path(data.vocab).exists()  # the store has its own copy
     for name, wanted, there in (
         ("vocab", store.vocab_name if is_model_gone else load_vocab(data.vocab).name, store.vocab_name),
         ("source", data.source, store.meta["source"]),

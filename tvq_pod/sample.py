@@ -6,12 +6,12 @@ the model remembers is its state, whose size is fixed.
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from tvq_pod.checkpoint import Checkpoints, model_record
 from tvq_pod.config import MeshSettings, SampleSettings, Settings, check_vocab_fits
@@ -116,13 +116,13 @@ def _chain(prompt: str, pieces: Iterator[str]) -> Iterator[str]:
     yield from pieces
 
 
-def run_vocab(settings: Settings, workdir: pathlib.Path) -> ByteVocab | SentencePieceVocab:
+def run_vocab(settings: Settings, workdir: epath.Path) -> ByteVocab | SentencePieceVocab:
     """The run's vocabulary: its own copy of a SentencePiece model, if it has one."""
     own = workdir / "vocab.model"
     return load_vocab(str(own) if own.exists() else settings.data.vocab)
 
 
-def sample(settings: Settings, workdir: pathlib.Path, prompts: list[str], step: int | None) -> None:
+def sample(settings: Settings, workdir: epath.Path, prompts: list[str], step: int | None) -> None:
     """Continues each prompt (or config.sample.prompt) with a checkpoint of the run in `workdir`, on stdout.
 
     One device does it: a stream's next token waits for the last one, and its state is small.

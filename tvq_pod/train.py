@@ -1,11 +1,10 @@
 """--mode=train: from a config to a trained model. Reads from top to bottom: check, prepare, restore, loop, finish."""
 
 import dataclasses
-import pathlib
-import shutil
 import time
 
 import jax
+from etils import epath
 
 from tvq_pod.checkpoint import Checkpoints, run_record
 from tvq_pod.config import Settings, check_divides, to_json
@@ -14,7 +13,7 @@ from tvq_pod.data.store import TokenStore
 from tvq_pod.data.streams import TrainStreams
 from tvq_pod.data.vocab import SentencePieceVocab
 from tvq_pod.eval import Evaluator, report
-from tvq_pod.metrics import MetricsWriter, bits_per_byte
+from tvq_pod.metrics import MetricsWriter, bits_per_byte, check_packages
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.prepare import check_source, describe, open_store, store_path
 from tvq_pod.progress import Speed, hours, say
@@ -23,19 +22,20 @@ from tvq_pod.train_state import abstract_train_state, create_train_state, make_t
 from tvq_pod.workdir import locked
 
 
-def train(settings: Settings, workdir: pathlib.Path) -> None:
+def train(settings: Settings, workdir: epath.Path) -> None:
     """Trains to config.train.num_steps, from the newest checkpoint in `workdir` if there is one."""
     # ------------------------------------------------- what can be refused before anything is written
     mesh = make_mesh(settings.mesh)
     check_divides("config.train.batch_size", settings.train.batch_size, mesh.shape["data"])
     check_divides("config.eval.batch_size", settings.eval.batch_size, mesh.shape["data"])
+    check_packages(settings.metrics)
     if not TokenStore.exists(store_path(settings, workdir)):
         check_source(settings)
     with locked(workdir):
         _train(settings, workdir, mesh)
 
 
-def _train(settings: Settings, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> None:
+def _train(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> None:
     config, is_writer = settings.train, jax.process_index() == 0
     # ------------------------------------------------- corpus
     store = open_store(settings, workdir)
@@ -52,7 +52,7 @@ def _train(settings: Settings, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -
     if is_writer:
         (workdir / "config.json").write_text(to_json(settings))
         if isinstance(store.vocab(), SentencePieceVocab):
-            shutil.copyfile(store.path / "vocab.model", workdir / "vocab.model")
+            (workdir / "vocab.model").write_bytes((store.path / "vocab.model").read_bytes())
     writer = MetricsWriter(workdir, settings.metrics, dataclasses.asdict(settings), enabled=is_writer)
     describe(store)
     if saved_steps:
@@ -145,14 +145,14 @@ def _evaluate(evaluator: Evaluator, params: dict, step: int, writer: MetricsWrit
     writer.write(step, "validation", dataclasses.asdict(result))
 
 
-def _sample(settings: Settings, workdir: pathlib.Path, params: dict, step: int) -> None:
+def _sample(settings: Settings, workdir: epath.Path, params: dict, step: int) -> None:
     """Prints a sample, and keeps it in WORKDIR/samples."""
     params = jax.device_put(params, jax.local_devices()[0])
     vocab = run_vocab(settings, workdir)
     text = "".join(next(continuations(params, settings.model, vocab, settings.sample, [settings.sample.prompt])))
     path = workdir / "samples" / f"step_{step}.txt"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text)
     say(f"a sample, kept in {path}:")
     print(text, flush=True)
 

@@ -3,24 +3,31 @@
 import contextlib
 import fcntl
 import os
-import pathlib
 import socket
 
+from etils import epath
+
 from tvq_pod.errors import UserError
+from tvq_pod.paths import is_bucket
+from tvq_pod.progress import say
 
 LOCK_NAME = "lock"
 
 
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path):
+def locked(workdir: epath.Path):
     """Makes the folder if need be, and holds its lock until the end of the block.
 
-    The kernel drops the lock when the process ends, however it ends, so a lock is never stale. Raises UserError if
-    another process has it, or the folder can't be made.
+    The kernel drops the lock when the process ends, however it ends, so a lock is never stale. A bucket (gs://) has no
+    such lock, and says so. Raises UserError if another process has it, or the folder can't be made.
     """
+    if is_bucket(workdir):
+        say(f"{workdir} is in a bucket, which can't be locked: see that no other process trains there")
+        yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / LOCK_NAME).open("a+", encoding="utf-8")
+        file = open(workdir / LOCK_NAME, "a+", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise UserError(
             f"--workdir={workdir}: can't be used ({error.strerror}); give a folder that can be written"

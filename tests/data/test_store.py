@@ -111,6 +111,17 @@ def test_a_store_that_was_not_finished_is_no_store(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_two_that_prepare_at_once_both_end_with_a_whole_store(tmp_path):
+    def documents():
+        yield b"text", ByteVocab().encode(b"text")
+        write(tmp_path / "s", [b"text"])  # another process is faster
+
+    shares = dict(validation_share=0.0, test_share=0.0)
+    store = write_store(tmp_path / "s", documents(), ByteVocab(), source="slow", **shares)
+    assert texts_of(store) == [b"text"]
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
 def test_nothing_to_train_on_is_an_error_and_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match=r"config.data.source=here: has no document to train on"):
         write(tmp_path / "s", [])

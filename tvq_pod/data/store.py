@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterable
 
 import numpy as np
@@ -22,6 +23,7 @@ from etils import epath
 
 from tvq_pod.data.vocab import END_OF_DOC, ByteVocab, SentencePieceVocab
 from tvq_pod.errors import UserError
+from tvq_pod.paths import is_bucket
 
 SPLITS = ("train", "validation", "test")
 FORMAT = 1
@@ -34,7 +36,7 @@ ARRAYS = ("tokens", "starts", "doc_bytes")
 def kvstore(path: epath.PathLike) -> str | dict:
     """What TensorStore calls a path: gs:// stays, anything else is a local folder."""
     path = str(path)
-    return f"{path}/" if "://" in path else {"driver": "file", "path": f"{os.path.abspath(path)}/"}
+    return f"{path}/" if is_bucket(path) else {"driver": "file", "path": f"{os.path.abspath(path)}/"}
 
 
 class ArrayWriter:
@@ -143,11 +145,12 @@ def write_store(
 ) -> "TokenStore":
     """Writes the (text, token ids) of documents as a store, and opens it.
 
-    The store appears under its name only when it is whole: a killed process leaves at most a folder NAME.writing-PID.
+    The store appears under its name only when it is whole: a killed process leaves at most a folder NAME.writing-*.
     Raises UserError if no document is left to train on.
     """
     path = epath.Path(path)
-    draft = path.with_name(f"{path.name}.writing-{os.getpid()}")
+    # In a bucket nothing can be renamed at once: there a store is whole when it has its store.json, written last.
+    draft = path if is_bucket(path) else path.with_name(f"{path.name}.writing-{secrets.token_hex(4)}")
     draft.rmtree(missing_ok=True)
     try:
         token_dtype = np.dtype(np.uint16 if vocab.n_vocab <= 2**16 else np.uint32)
@@ -177,10 +180,22 @@ def write_store(
         if isinstance(vocab, SentencePieceVocab):
             (draft / "vocab.model").write_bytes(vocab.model)
         (draft / "store.json").write_text(json.dumps(meta, indent=2) + "\n")
-        draft.rename(path)
-    finally:
+        if draft != path:
+            _give_name(draft, path)
+    except BaseException:
         draft.rmtree(missing_ok=True)
+        raise
     return TokenStore(path)
+
+
+def _give_name(draft: epath.Path, path: epath.Path) -> None:
+    """Renames a finished store; if another process was first, that one's store stays and ours goes."""
+    try:
+        draft.rename(path)
+    except OSError:
+        if not TokenStore.exists(path):
+            raise
+        draft.rmtree()
 
 
 @dataclasses.dataclass(frozen=True)

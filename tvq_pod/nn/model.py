@@ -23,7 +23,8 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, state: dict, doc_ids: jax.Array, vq_spec: VQSpec | None):
         """x [B, T, D] -> x and (the next state, l_commit, l_codebook, metrics by unit)."""
-        unit_cls = nn.remat(VQAttention) if self.config.remat == "full" else VQAttention
+        # the scan over layers already keeps the compiler from undoing it: no need for prevent_cse
+        unit_cls = nn.remat(VQAttention, prevent_cse=False) if self.config.remat == "full" else VQAttention
         new_state, l_commit, l_codebook, metrics = {}, 0.0, 0.0, {}
         for name in UNITS:
             inputs = dict(input_features=x, doc_ids=doc_ids, vq_spec=vq_spec)
