@@ -18,7 +18,7 @@ SETTINGS = Settings(
     train=TrainSettings(batch_size=8, update_len=8, num_steps=10),
     optimizer=OptimizerSettings(learning_rate=0.1, warmup_steps=0),
 )
-RECORD = run_record(SETTINGS, "corpus-a")
+RECORD = run_record(SETTINGS, "bytes", "corpus-a")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_another_runs_checkpoint_is_refused_by_name(tmp_path, mesh):
     checkpoints.save(create_train_state(SETTINGS, mesh), 7, RECORD)
     checkpoints.wait()
     checkpoints.check(7, RECORD)
-    checkpoints.check(7, model_record(SETTINGS))
+    checkpoints.check(7, model_record(SETTINGS, "bytes"))
 
     def changed(part, **changes):
         return dataclasses.replace(SETTINGS, **{part: dataclasses.replace(getattr(SETTINGS, part), **changes)})
@@ -93,9 +93,11 @@ def test_another_runs_checkpoint_is_refused_by_name(tmp_path, mesh):
         (SETTINGS, "corpus-b", "config.data.store, fingerprint=corpus-b: .* was made with corpus-a"),
     ):
         with pytest.raises(UserError, match=message):
-            checkpoints.check(7, run_record(other, fingerprint))
+            checkpoints.check(7, run_record(other, "bytes", fingerprint))
+    with pytest.raises(UserError, match=r"config.data.vocab=pieces: .* was made with bytes"):
+        checkpoints.check(7, model_record(SETTINGS, "pieces"))
     # what has no part in shapes or data may change
-    checkpoints.check(7, run_record(changed("model", p_dropres=0.5, block_len=2), "corpus-a"))
+    checkpoints.check(7, run_record(changed("model", p_dropres=0.5, block_len=2), "bytes", "corpus-a"))
     checkpoints.close()
 
 

@@ -5,10 +5,12 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
+import sentencepiece
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = """
@@ -118,7 +120,7 @@ def test_tensorboard_reads_the_events(trained):
 def test_eval_gives_what_training_gave_on_another_mesh(trained):
     workdir, _, _ = trained
     (during,) = metrics_of(workdir, "validation")[:1]
-    out, _ = run(f"--workdir={workdir}", "--mode=eval")
+    out, _ = run(f"--workdir={workdir}", "--mode=eval", "--config.eval.batch_size=3")
     result = json.loads(out)
     assert result["step"] == 40
     assert result["tokens"] == during["tokens"]
@@ -130,10 +132,10 @@ def test_eval_gives_what_training_gave_on_another_mesh(trained):
     assert metrics_of(workdir, "test")[0]["loss"] == test_result["loss"]
 
 
-def test_sample_goes_on_from_each_prompt(trained, tmp_path, config_file):
+def test_sample_goes_on_from_each_prompt(trained, tmp_path):
     workdir, _, _ = trained
     (tmp_path / "prompt.txt").write_text("from a file: é")
-    flags = ["--mode=sample", f"--workdir={workdir}", f"--config={config_file}", "--config.sample.length=15"]
+    flags = ["--mode=sample", f"--workdir={workdir}", "--config.sample.length=15"]  # on the run's own config
     out, _ = run(*flags, "--prompt=the quick", "--prompt=lazy", f"--prompt_file={tmp_path / 'prompt.txt'}")
     first, second, third = out.split("\n" + "-" * 80 + "\n")
     assert first.startswith("the quick")
@@ -175,13 +177,67 @@ def test_prepare_makes_a_store_that_training_uses(tmp_path, config_file):
     assert "preparing" not in err
 
 
-def test_a_run_that_is_done_says_so_and_changes_nothing(trained, config_file):
-    workdir, _, _ = trained
-    before, _ = run(f"--workdir={workdir}", "--mode=inspect")
-    _, err = run(f"--config={config_file}", f"--workdir={workdir}")
+def contents(workdir):
+    return {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+def test_a_run_that_is_done_says_so_and_changes_nothing(trained):
+    workdir, out, _ = trained
+    before = contents(workdir)
+    again, err = run(f"--workdir={workdir}", "--config.metrics.tensorboard=False", "--config.optimizer.clip_norm=0.0")
     assert "nothing to train: step 40" in err
-    after, _ = run(f"--workdir={workdir}", "--mode=inspect")
-    assert fingerprint(after) == fingerprint(before)
+    assert contents(workdir) == before
+    assert again == out  # the same sample
+
+
+def test_settings_that_are_no_part_of_a_checkpoint_may_change_on_the_way(trained, tmp_path):
+    workdir, _, _ = trained
+    shutil.copytree(workdir, tmp_path / "copy")
+    flags = ["--config.train.num_steps=45", "--config.optimizer.clip_norm=0.0", "--config.model.block_len=16"]
+    _, err = run(f"--workdir={tmp_path / 'copy'}", *flags, "--config.model.remat=none")
+    assert "goes on from step 40" in err
+    assert json.loads((tmp_path / "copy/config.json").read_text())["optimizer"]["clip_norm"] == 0.0
+    assert metrics_of(tmp_path / "copy", "validation")[-1]["step"] == 45
+
+
+def test_a_damaged_corpus_or_checkpoint_ends_a_run_in_one_line(trained, tmp_path):
+    workdir, _, _ = trained
+    for name, kept, words in (
+        ("store/train/tokens/c/0", 300, ("config.data.store", "is damaged")),
+        ("checkpoints/40/record/metadata", 5, ("checkpoints/40: can't be read",)),
+    ):
+        copy = tmp_path / name.split("/")[0]
+        shutil.copytree(workdir, copy)
+        (copy / name).write_bytes((workdir / name).read_bytes()[:kept])
+        code, _, err = finish(start(f"--workdir={copy}", "--config.train.num_steps=45"))
+        assert code == 1
+        assert err.splitlines()[-1].startswith("error: ")
+        assert all(word in err.splitlines()[-1] for word in words), err
+        assert (copy / "checkpoints/20").exists()
+
+
+def test_a_sentencepiece_model_on_json_lines(tmp_path, config_file):
+    texts = [f"the quick brown fox number {i} jumps over the lazy dog" for i in range(60)]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(dict(body=text)) + "\n" for text in texts))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(tmp_path / "m"), vocab_size=80, minloglevel=2,
+        hard_vocab_limit=False,
+    )  # fmt: skip
+    workdir = tmp_path / "run"
+    flags = [
+        f"--config.data.source={tmp_path / 'docs.jsonl'}", "--config.data.text_field=body",
+        f"--config.data.vocab={tmp_path / 'm.model'}", "--config.model.n_vocab=100", "--config.train.num_steps=5",
+    ]  # fmt: skip
+    run(f"--config={config_file}", f"--workdir={workdir}", *flags)
+    (tmp_path / "m.model").unlink()  # the run has its own
+    (validation,) = metrics_of(workdir, "validation")
+    nats = validation["loss"] * validation["tokens"]
+    n_bytes = nats / math.log(2) / validation["bits_per_byte"]
+    store = json.loads((workdir / "store/store.json").read_text())
+    assert n_bytes == pytest.approx(store["splits"]["validation"]["n_bytes"], rel=1e-6)
+    assert n_bytes > validation["tokens"]
+    out, _ = run(f"--workdir={workdir}", "--mode=sample", "--prompt=the quick", "--config.sample.length=5")
+    assert out.startswith("the quick")
 
 
 def test_each_mistake_is_one_line_and_costs_nothing(trained, tmp_path, config_file):
@@ -209,7 +265,7 @@ def test_each_mistake_is_one_line_and_costs_nothing(trained, tmp_path, config_fi
         (config, fresh, "--mode=sample"): ("--workdir=", "has no checkpoint"),
         (config, fresh, "--mode=inspect"): ("--workdir=", "has no checkpoint"),
         (fresh, "--mode=eval"): ("--workdir=", "config.json"),
-        (fresh,): ("--config=", "must be given"),
+        (fresh,): ("--workdir=", "config.json", "--config=FILE"),
         (config,): ("--workdir=", "must be given"),
         ("--config=configs/nowhere.py", fresh): ("configs/nowhere.py",),
         (f"--config={tmp_path / 'broken.py'}", fresh): ("division by zero",),
@@ -220,6 +276,16 @@ def test_each_mistake_is_one_line_and_costs_nothing(trained, tmp_path, config_fi
         (config, f"--workdir={workdir}", "--config.data.test_share=0.3"): ("config.data.test_share=0.3", "with 0.2"),
         (config, f"--workdir={workdir}", "--mode=sample", "--config.model.d_k=4"): ("config.model.d_k=4", "with 8"),
         (config, f"--workdir={workdir}", "--mode=eval", "--step=7"): ("--step=7", "20, 40"),
+        (f"--workdir={workdir}", "--mode=eval", "--config.model.agg_cache=False"): ("agg_cache=False", "with True"),
+        (f"--workdir={workdir}", "--mode=inspect", "--config.train.batch_size=16"): ("batch_size=16", "with 8"),
+        (f"--workdir={workdir}", "--mode=eval", f"--config.data.store={tmp_path / 'empty'}"): ("is no token store",),
+        (f"--workdir={workdir}", "--mode=eval", "--config.data.vocab=byte"): ("config.data.vocab=byte",),
+        (f"--workdir={workdir}", "--config.data.glob=*.md"): ("config.data.glob=*.md", "with **/*"),
+        (config, fresh, f"--config.data.store={workdir}"): ("config.data.store=", "no whole token store"),
+        (config, fresh, "--config.data.glob=/x"): ("config.data.glob=/x", "is no pattern"),
+        (config, fresh, "--config.seed=99999999999999999999"): ("config.seed=", "below 2 ** 31"),
+        (config, fresh, "--config.optimizer.learning_rate=nan"): ("config.optimizer.learning_rate=nan",),
+        (f"--workdir={tmp_path / 'file'}", "--mode=eval"): ("--workdir=", "has no config.json"),
         (config, f"--workdir={workdir}", "--mode=sample", "--prompt_file=/nowhere"): ("--prompt_file=/nowhere",),
         (config, f"--workdir={tmp_path / 'taken'}"): ("--workdir=", "in use by another process"),
     }  # fmt: skip

@@ -71,7 +71,14 @@ def test_an_unknown_or_missing_name_is_an_error():
     tree["model"]["d_modell"] = 3
     with pytest.raises(UserError, match=r"config.model.d_modell: is not a setting; did you mean d_model\?"):
         resolve(ml_collections.ConfigDict(tree))
-    del tree["model"]["d_modell"], tree["train"]["num_steps"]
+    del tree["model"]["d_modell"]
+    for name, value, message in (
+        ("d_model", "16", r"config.model.d_model='16': must be int"),
+        ("e_tie", 1, r"config.model.e_tie=1: must be bool"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resolve(ml_collections.ConfigDict(tree | dict(model=tree["model"] | {name: value})))
+    del tree["train"]["num_steps"]
     with pytest.raises(UserError, match=r"config.train.num_steps: is missing"):
         resolve(ml_collections.ConfigDict(tree))
 

@@ -114,7 +114,7 @@ def test_the_likeliest_token_is_always_in_the_nucleus():
 def test_samples_are_a_function_of_the_seed_and_the_prompt_starts_them():
     def texts(seed):
         settings = SampleSettings(length=20, seed=seed, nucleus_p=1.0)
-        return ["".join(pieces) for pieces in continuations(params(), CONFIG, ByteVocab(), settings, ["ab", "ab"])]
+        return ["".join(pieces) for pieces in continuations(params(), CONFIG, ByteVocab(), settings, [b"ab", b"ab"])]
 
     first = texts(0)
     assert texts(0) == first

@@ -22,26 +22,29 @@ from tvq_pod.paths import is_bucket
 from tvq_pod.train_state import TrainState
 
 FORMAT = 1
-# Settings of the model that parameters and state have the shape of. Others (dropout, block_len, remat) may change.
-MODEL_SHAPE = (
-    *("d_model", "d_k", "d_v", "n_head", "n_code", "n_layer", "n_vocab", "mem_len", "attn_type", "head_type"),
-    *("dtype", "param_dtype", "pe_abs", "e_tie", "e_norm"),
+FINGERPRINT = "config.data.store, fingerprint"
+# Settings that make another model of the same parameters, or parameters and state of another shape. The others
+# (dropout, block_len, remat, the codebook's decay) may change from one session to the next.
+MODEL_IDENTITY = (
+    *("d_model", "d_k", "d_v", "n_head", "n_code", "n_layer", "n_vocab", "mem_len", "agg_cache", "attn_type"),
+    *("head_type", "dtype", "param_dtype", "pe_abs", "e_tie", "e_norm", "e_scale"),
 )
 
 
-def model_record(settings: Settings) -> dict:
+def model_record(settings: Settings, vocab_name: str) -> dict:
     """What parameters belong to, as {setting's name: value}."""
-    return {f"config.model.{name}": str(getattr(settings.model, name)) for name in MODEL_SHAPE}
+    record = {f"config.model.{name}": str(getattr(settings.model, name)) for name in MODEL_IDENTITY}
+    return record | {"config.data.vocab": vocab_name}
 
 
-def run_record(settings: Settings, fingerprint: str) -> dict:
+def run_record(settings: Settings, vocab_name: str, fingerprint: str) -> dict:
     """What a whole checkpoint belongs to: the model, and all that the data function depends on."""
-    return model_record(settings) | {
+    return model_record(settings, vocab_name) | {
         "config.optimizer.name": settings.optimizer.name,
         "config.seed": str(settings.seed),
         "config.train.batch_size": str(settings.train.batch_size),
         "config.train.update_len": str(settings.train.update_len),
-        "config.data.store, fingerprint": fingerprint,
+        FINGERPRINT: fingerprint,
     }
 
 
@@ -95,10 +98,14 @@ class Checkpoints:
             force=True,
         )
 
+    def record(self, step: int) -> dict:
+        """What `step` belongs to."""
+        return self._restore(step, record=ocp.args.JsonRestore())["record"]
+
     def check(self, step: int, record: dict) -> None:
         """Raises UserError naming the first setting in which the checkpoint's record differs from `record`
         (see run_record; entries that `record` lacks are not looked at)."""
-        saved = self._restore(step, record=ocp.args.JsonRestore())["record"]
+        saved = self.record(step)
         if saved.get("format") != FORMAT:
             raise UserError(f"{self.path}/{step}: has format {saved.get('format')}; this version reads {FORMAT}")
         for name, value in record.items():
@@ -129,7 +136,14 @@ class Checkpoints:
         self._manager.close()
 
     def _restore(self, step: int, **items):
-        return self._manager.restore(step, args=ocp.args.Composite(**items))
+        """Raises UserError if the files can't be read; orbax's own errors then are of many kinds."""
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.path}/{step}: can't be read ({str(error)[:200]}); "
+                "if it is damaged, move it away, and the step before it is used"
+            ) from error
 
 
 def sha256_of(tree) -> str:

@@ -155,7 +155,7 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
         if value not in choices:
             raise UserError(f"config.{path}={value}: must be one of {', '.join(choices)}")
     for path, value in _leaves(tree):
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value < AT_LEAST.get(path, 0):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not value >= AT_LEAST.get(path, 0):
             raise UserError(f"config.{path}={value}: must be at least {AT_LEAST.get(path, 0)}")
         if path in BELOW_ONE and value >= 1:
             raise UserError(f"config.{path}={value}: must be below 1")
@@ -177,6 +177,9 @@ def _check_relations(settings: Settings) -> None:
             f"config.data.validation_share={data.validation_share}: with config.data.test_share={data.test_share} "
             "nothing is left to train on; their sum must be below 1"
         )
+    for name, seed in (("seed", settings.seed), ("sample.seed", settings.sample.seed)):
+        if seed >= 2**31:
+            raise UserError(f"config.{name}={seed}: must be below 2 ** 31")
     if not 0 < settings.sample.nucleus_p <= 1:
         raise UserError(f"config.sample.nucleus_p={settings.sample.nucleus_p}: must be above 0 and at most 1")
     for axis in ("sequence", "model", "slices"):
@@ -219,12 +222,14 @@ def read_run_config(workdir) -> ml_collections.ConfigDict:
     path = epath.Path(workdir) / "config.json"
     try:
         tree = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"--workdir={workdir}: has no config.json; give the folder of a run, or --config=FILE"
         ) from None
     except ValueError as error:
         raise UserError(f"--workdir={workdir}: config.json is not JSON ({error}); give --config=FILE") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"--workdir={workdir}: config.json is no config; give --config=FILE")
     return ml_collections.ConfigDict(tree).lock()
 
 
@@ -239,8 +244,14 @@ def _build(cls, tree: dict, path: str):
             raise UserError(f"{path}.{name}: is missing; start the config from tvq_pod.config.default_config()")
     values = {}
     for name, value in tree.items():
-        nested = dataclasses.is_dataclass(fields[name].default)
-        values[name] = _build(type(fields[name].default), value, f"{path}.{name}") if nested else value
+        default = fields[name].default
+        kind = dict if dataclasses.is_dataclass(default) else type(default)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            kind_name = "a group of settings" if kind is dict else kind.__name__
+            raise UserError(f"{path}.{name}={value!r}: must be {kind_name}")
+        values[name] = _build(type(default), value, f"{path}.{name}") if kind is dict else value
     return cls(**values)
 
 

@@ -13,16 +13,17 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from tvq_pod.checkpoint import Checkpoints, model_record
+from tvq_pod.checkpoint import FINGERPRINT, Checkpoints, model_record
 from tvq_pod.config import Settings, check_divides
 from tvq_pod.data.loader import global_batches
 from tvq_pod.data.store import TokenStore
 from tvq_pod.data.streams import PackedDocuments
+from tvq_pod.errors import UserError
 from tvq_pod.metrics import LOG_2, MetricsWriter
 from tvq_pod.nn.model import Transformer
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.parallel.sharding import batch_sharding, replicated, shardings_of
-from tvq_pod.prepare import open_store
+from tvq_pod.prepare import open_store, store_path
 from tvq_pod.progress import say
 from tvq_pod.train_state import abstract_train_state, token_losses
 
@@ -84,6 +85,7 @@ class Evaluator:
             ahead=data.prefetch_batches,
         ):
             state, sum_ = self._eval_step(params, state, batch)
+            jax.block_until_ready(sums[-1:])  # the host runs ahead by one step, no more: batches take memory
             sums.append(sum_)
         sums = jax.device_get(sums)
         # Python's floats are doubles: sums of float32 over one step each, added exactly enough
@@ -98,13 +100,22 @@ class Evaluator:
 
 
 def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | None) -> Result:
-    """Evaluates a checkpoint of the run in `workdir`, prints the result, and adds it to metrics.jsonl."""
+    """Evaluates a checkpoint of the run in `workdir`, prints the result, and adds it to metrics.jsonl.
+
+    Needs no lock: it only reads checkpoints, and adds one line. So a run may be evaluated while it trains.
+    """
     mesh = make_mesh(settings.mesh)
     check_divides("config.eval.batch_size", settings.eval.batch_size, mesh.shape["data"])
     checkpoints = Checkpoints(workdir, read_only=True)
     step = checkpoints.pick(step)
-    checkpoints.check(step, model_record(settings))
-    evaluator = Evaluator(settings, mesh, open_store(settings, workdir), split)
+    path = store_path(settings, workdir)
+    if not TokenStore.exists(path):
+        raise UserError(f"config.data.store={path}: is no token store; --mode=prepare makes one")
+    store = open_store(settings, workdir)
+    checkpoints.check(step, model_record(settings, store.vocab_name))
+    if checkpoints.record(step)[FINGERPRINT] != store.fingerprint:
+        say(f"{store.path} is not the corpus that the model was trained on")
+    evaluator = Evaluator(settings, mesh, store, split)
     params = checkpoints.restore_params(step, abstract_train_state(settings, mesh).params)
     result = evaluator.evaluate(params)
     report(result, step, split)

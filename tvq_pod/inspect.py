@@ -3,9 +3,10 @@
 import jax
 from etils import epath
 
-from tvq_pod.checkpoint import Checkpoints, model_record, sha256_of
+from tvq_pod.checkpoint import FINGERPRINT, Checkpoints, run_record, sha256_of
 from tvq_pod.config import MeshSettings, Settings, to_json
 from tvq_pod.parallel.mesh import make_mesh
+from tvq_pod.sample import run_vocab
 from tvq_pod.train_state import abstract_train_state
 
 
@@ -14,7 +15,8 @@ def inspect(settings: Settings, workdir: epath.Path, step: int | None) -> None:
     all parameters, and of the rest of the train state (step, optimizer, recurrent state)."""
     checkpoints = Checkpoints(workdir, read_only=True)
     steps, step = checkpoints.steps(), checkpoints.pick(step)
-    checkpoints.check(step, model_record(settings))
+    record = run_record(settings, run_vocab(settings, workdir).name, fingerprint="")
+    checkpoints.check(step, {name: value for name, value in record.items() if name != FINGERPRINT})
     # One device, so that any machine can look; a sharding's names are those of the run's mesh.
     mesh = make_mesh(MeshSettings(), jax.local_devices()[:1])
     state = checkpoints.restore(step, abstract_train_state(settings, mesh))

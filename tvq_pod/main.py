@@ -6,6 +6,7 @@
 Exit code 0: done. 1: an error; where it is the user's to mend, one line says how.
 """
 
+import os
 import pathlib
 import sys
 
@@ -13,13 +14,13 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from tvq_pod.config import Settings, read_run_config, resolve
+from tvq_pod.config import Settings, resolve
 from tvq_pod.errors import UserError
 
 MODES = ("train", "eval", "sample", "prepare", "inspect")
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file; eval, sample and inspect take the run's own if it is not given.", lock_config=True
+    "config", None, "Config file; the run's own config.json if it is not given.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, metrics, samples, config.json.")
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
@@ -38,9 +39,8 @@ def main(argv: list[str]) -> None:
     if not _WORKDIR.value:
         raise UserError("--workdir=: must be given: the run's folder")
     workdir, mode = epath.Path(_WORKDIR.value), _MODE.value
-    if _CONFIG.value is None and mode in ("train", "prepare"):
-        raise UserError(f"--config=: must be given for --mode={mode}, for example configs/stdlib.py")
-    settings = _settings(workdir)
+    sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character must not end a run
+    settings = _settings()
 
     # Modes are imported here: a wrong flag should not wait for jax.
     if mode == "train":
@@ -65,19 +65,17 @@ def main(argv: list[str]) -> None:
         inspect(settings, workdir, _STEP.value)
 
 
-def _prompts() -> list[str]:
-    prompts = list(_PROMPT.value)
+def _prompts() -> list[bytes]:
+    prompts = [os.fsencode(prompt) for prompt in _PROMPT.value]
     if _PROMPT_FILE.value:
         try:
-            prompts.append(pathlib.Path(_PROMPT_FILE.value).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt_file={_PROMPT_FILE.value}: can't be read as text ({error})") from None
+            prompts.append(pathlib.Path(_PROMPT_FILE.value).read_bytes())
+        except OSError as error:
+            raise UserError(f"--prompt_file={_PROMPT_FILE.value}: can't be read ({error.strerror})") from None
     return prompts
 
 
-def _settings(workdir: epath.Path) -> Settings:
-    if _CONFIG.value is None:
-        return resolve(read_run_config(workdir))
+def _settings() -> Settings:
     try:
         return resolve(_CONFIG.value)
     except OSError as error:  # config_flags keeps it until the config is used
@@ -87,11 +85,23 @@ def _settings(workdir: epath.Path) -> Settings:
 
 def _parse(argv: list[str]) -> list[str]:
     """absl has its own errors; config_flags raises many things for a wrong config file or override."""
+    config, workdir = _given(argv, "config"), _given(argv, "workdir")
+    if config is None and workdir is not None:  # the run's own, so that it can be overridden as any other
+        argv = [argv[0], f"--config={pathlib.Path(__file__).with_name('run_config.py')}:{workdir}", *argv[1:]]
     try:
         return flags.FLAGS(argv)
     except (flags.Error, ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         text = str(error)  # for an error inside the file, with a traceback: its last line says what
         raise UserError("flags: " + (text.strip().splitlines()[-1] if "Traceback" in text else text)) from error
+
+
+def _given(argv: list[str], name: str) -> str | None:
+    """The value of a flag, before absl has read it."""
+    for place, argument in enumerate(argv):
+        flag, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and flag == name:
+            return value if equals else [*argv, ""][place + 1]
+    return None
 
 
 def run() -> None:

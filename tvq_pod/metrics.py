@@ -1,5 +1,6 @@
 """Where numbers go: metrics.jsonl, TensorBoard events, and, on request, W&B. Process 0 writes, the others don't."""
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -31,7 +32,7 @@ class MetricsWriter:
     """Appends numbers of a run to its folder. In a bucket there are no TensorBoard events, only metrics.jsonl.
 
     A run that is killed between a log and a checkpoint logs those steps again when it goes on: of two lines with the
-    same step and split, the later one counts. They agree.
+    same step and split, the later one counts. Their losses agree: every checkpoint has a line, so no mean spans one.
     """
 
     def __init__(
@@ -49,7 +50,12 @@ class MetricsWriter:
             import wandb
 
             self._wandb = wandb.init(
-                project=settings.wandb_project, id=workdir.name, resume="allow", dir=str(workdir), config=config
+                project=settings.wandb_project,
+                name=workdir.name,
+                id=hashlib.sha256(os.path.abspath(workdir).encode()).hexdigest()[:16],  # the same when it goes on
+                resume="allow",
+                dir=str(workdir),
+                config=config,
             )
 
     def write(self, step: int, split: str, values: dict) -> None:
@@ -72,6 +78,13 @@ class MetricsWriter:
             self._events.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def has_line(workdir: epath.Path, step: int, split: str) -> bool:
+    """Whether metrics.jsonl has a line of that step and split."""
+    path = workdir / "metrics.jsonl"
+    head = json.dumps(dict(step=step, split=split))[:-1]  # as `write` begins it
+    return path.exists() and any(line.startswith(head) for line in path.read_text().splitlines())
 
 
 def _open_to_append(path: epath.Path) -> TextIO:

@@ -45,13 +45,13 @@ def make_optimizer(settings: OptimizerSettings, num_steps: int) -> optax.Gradien
         "adafactor": lambda: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
     }
     steps = [
+        # identity, not nothing: the optimizer's state in a checkpoint keeps its form
+        optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity(),
         directions[settings.name](),
         optax.scale(settings.learning_rate),
         optax.add_decayed_weights(settings.weight_decay, mask=_mask(lambda path: not is_vector(path))),
         optax.scale_by_learning_rate(schedule(settings, num_steps)),
     ]
-    if settings.clip_norm:
-        steps.insert(0, optax.clip_by_global_norm(settings.clip_norm))
     return optax.masked(optax.chain(*steps), _mask(lambda path: not is_codebook(path)))
 
 

@@ -1,5 +1,6 @@
 """--mode=prepare: a corpus becomes a token store. Training does the same when its store is not there."""
 
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -7,11 +8,12 @@ from etils import epath
 
 from tvq_pod.config import DataSettings, Settings, check_vocab_fits
 from tvq_pod.data.corpora import Documents, documents
-from tvq_pod.data.store import SPLITS, TokenStore, write_store
+from tvq_pod.data.store import SPLITS, TokenStore, check_free, write_store
 from tvq_pod.data.vocab import ByteVocab, SentencePieceVocab, load_vocab
 from tvq_pod.errors import UserError
 from tvq_pod.progress import say
 
+MADE_WITH = ("format", "text_field", "glob", "invalid_utf8")  # what documents depend on besides source and vocab
 SHOWN = 3  # names of odd documents that a message lists
 
 
@@ -24,14 +26,20 @@ def prepare(settings: Settings, workdir: epath.Path) -> None:
     """Makes the token store, or says that it is there."""
     path = store_path(settings, workdir)
     if TokenStore.exists(path):
-        say(f"{path} is there already: prepared from {TokenStore(path).meta['source']}")
-    else:
-        check_source(settings)
+        say(f"{path} is there already")
     describe(open_store(settings, workdir))
 
 
-def check_source(settings: Settings) -> None:
-    """Raises UserError if there is no corpus, or no text in it. Writes nothing."""
+def check_source(settings: Settings, workdir: epath.Path) -> None:
+    """Raises UserError if a store can't be made: no corpus, no text in it, no place for it. Writes nothing."""
+    path = store_path(settings, workdir)
+    check_free(path)
+    source = os.path.abspath(settings.data.source)
+    if os.path.isdir(source) and os.path.abspath(path).startswith(f"{source}/"):
+        raise UserError(
+            f"config.data.source={settings.data.source}: holds the token store {path}, which would be read as text; "
+            "give another --workdir or config.data.store"
+        )
     vocab = load_vocab(settings.data.vocab)
     check_vocab_fits(settings, vocab.n_vocab)
     if not any(text for _, text in documents(settings.data)):
@@ -48,7 +56,7 @@ def open_store(settings: Settings, workdir: epath.Path) -> TokenStore:
         store = TokenStore(path)
         _check_same_corpus(data, store)
     else:
-        check_source(settings)
+        check_source(settings, workdir)
         vocab = load_vocab(data.vocab)
         say(f"preparing {path} from {data.source}")
         store = write_store(
@@ -58,6 +66,7 @@ def open_store(settings: Settings, workdir: epath.Path) -> TokenStore:
             validation_share=data.validation_share,
             test_share=data.test_share,
             source=data.source,
+            made_with={name: getattr(data, name) for name in MADE_WITH},
         )
     check_vocab_fits(settings, store.n_vocab)
     return store
@@ -111,15 +120,15 @@ def _some(names: list[str]) -> str:
 
 
 def _check_same_corpus(data: DataSettings, store: TokenStore) -> None:
-    is_model_gone = data.vocab != ByteVocab.name and not epath.Path(data.vocab).exists()  # the store has its own copy
-    for name, wanted, there in (
-        ("vocab", store.vocab_name if is_model_gone else load_vocab(data.vocab).name, store.vocab_name),
-        ("source", data.source, store.meta["source"]),
-        ("validation_share", data.validation_share, store.meta["validation_share"]),
-        ("test_share", data.test_share, store.meta["test_share"]),
-    ):
-        if wanted != there:
+    vocab = data.vocab
+    # Where the file of a SentencePiece model is gone, the store's own copy is what it was.
+    is_gone = ByteVocab.name not in (vocab, store.vocab_name) and not os.path.exists(vocab)
+    vocab = store.vocab_name if is_gone else load_vocab(vocab).name
+    there = {name: store.meta[name] for name in ("vocab", "source", "validation_share", "test_share")}
+    there |= store.meta["made_with"]
+    for name, value in there.items():
+        if (vocab if name == "vocab" else getattr(data, name)) != value:
             raise UserError(
-                f"config.data.{name}={getattr(data, name)}: the store {store.path} was prepared with {there}; "
+                f"config.data.{name}={getattr(data, name)}: the store {store.path} was prepared with {value}; "
                 "give that, or another config.data.store"
             )

@@ -16,6 +16,7 @@ from etils import epath
 from tvq_pod.checkpoint import Checkpoints, model_record
 from tvq_pod.config import MeshSettings, SampleSettings, Settings, check_vocab_fits
 from tvq_pod.data.vocab import END_OF_DOC, PAD, UNKNOWN, ByteVocab, SentencePieceVocab, load_vocab
+from tvq_pod.errors import UserError
 from tvq_pod.nn.attn import NEVER
 from tvq_pod.nn.model import Transformer
 from tvq_pod.nn.types import TransformerConfig
@@ -101,14 +102,19 @@ def continuations(
     config: TransformerConfig,
     vocab: ByteVocab | SentencePieceVocab,
     settings: SampleSettings,
-    prompts: list[str],
+    prompts: list[bytes],
 ) -> Iterator[Iterator[str]]:
-    """For each prompt, the prompt and what the model makes of it, as an iterator over pieces of text."""
+    """For each prompt, the prompt and what the model makes of it, as an iterator over pieces of text. Raises UserError
+    if a prompt must be text, for a SentencePiece model, and is not."""
     sampler = Sampler(config, vocab.n_vocab, settings.temperature, settings.nucleus_p)
     for index, prompt in enumerate(prompts):
         key = jax.random.fold_in(jax.random.key(settings.seed), index)
-        tokens = sampler.sample(params, vocab.encode(prompt.encode()), settings.length, key)
-        yield _chain(prompt, text_of(tokens, vocab))
+        try:
+            prompt_tokens = vocab.encode(prompt)
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompt={prompt!r}: is not UTF-8 at byte {error.start}") from None
+        tokens = sampler.sample(params, prompt_tokens, settings.length, key)
+        yield _chain(prompt.decode("utf-8", errors="replace"), text_of(tokens, vocab))
 
 
 def _chain(prompt: str, pieces: Iterator[str]) -> Iterator[str]:
@@ -119,24 +125,24 @@ def _chain(prompt: str, pieces: Iterator[str]) -> Iterator[str]:
 def run_vocab(settings: Settings, workdir: epath.Path) -> ByteVocab | SentencePieceVocab:
     """The run's vocabulary: its own copy of a SentencePiece model, if it has one."""
     own = workdir / "vocab.model"
-    return load_vocab(str(own) if own.exists() else settings.data.vocab)
+    return load_vocab(str(own) if settings.data.vocab != ByteVocab.name and own.exists() else settings.data.vocab)
 
 
-def sample(settings: Settings, workdir: epath.Path, prompts: list[str], step: int | None) -> None:
+def sample(settings: Settings, workdir: epath.Path, prompts: list[bytes], step: int | None) -> None:
     """Continues each prompt (or config.sample.prompt) with a checkpoint of the run in `workdir`, on stdout.
 
     One device does it: a stream's next token waits for the last one, and its state is small.
     """
     checkpoints = Checkpoints(workdir, read_only=True)
     step = checkpoints.pick(step)
-    checkpoints.check(step, model_record(settings))
     vocab = run_vocab(settings, workdir)
+    checkpoints.check(step, model_record(settings, vocab.name))
     check_vocab_fits(settings, vocab.n_vocab)
     mesh = make_mesh(MeshSettings(), jax.local_devices()[:1])
     settings = dataclasses.replace(settings, mesh=MeshSettings())
     params = checkpoints.restore_params(step, abstract_train_state(settings, mesh).params)
     for index, pieces in enumerate(
-        continuations(params, settings.model, vocab, settings.sample, prompts or [settings.sample.prompt])
+        continuations(params, settings.model, vocab, settings.sample, prompts or [settings.sample.prompt.encode()])
     ):
         if index:
             print("\n" + "-" * 80)

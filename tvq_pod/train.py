@@ -13,8 +13,9 @@ from tvq_pod.data.store import TokenStore
 from tvq_pod.data.streams import TrainStreams
 from tvq_pod.data.vocab import SentencePieceVocab
 from tvq_pod.eval import Evaluator, report
-from tvq_pod.metrics import MetricsWriter, bits_per_byte, check_packages
+from tvq_pod.metrics import MetricsWriter, bits_per_byte, check_packages, has_line
 from tvq_pod.parallel.mesh import make_mesh
+from tvq_pod.paths import write_whole
 from tvq_pod.prepare import check_source, describe, open_store, store_path
 from tvq_pod.progress import Speed, hours, say
 from tvq_pod.sample import continuations, run_vocab
@@ -30,7 +31,7 @@ def train(settings: Settings, workdir: epath.Path) -> None:
     check_divides("config.eval.batch_size", settings.eval.batch_size, mesh.shape["data"])
     check_packages(settings.metrics)
     if not TokenStore.exists(store_path(settings, workdir)):
-        check_source(settings)
+        check_source(settings, workdir)
     with locked(workdir):
         _train(settings, workdir, mesh)
 
@@ -44,16 +45,10 @@ def _train(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
     evaluator = _make_evaluator(settings, mesh, store)
     # ------------------------------------------------- checkpoint
     checkpoints = Checkpoints(workdir, keep=settings.checkpoint.keep)
-    record = run_record(settings, store.fingerprint)
+    record = run_record(settings, store.vocab_name, store.fingerprint)
     saved_steps = checkpoints.steps()
     if saved_steps:
         checkpoints.check(saved_steps[-1], record)
-    # ------------------------------------------------- from here on the folder is ours to write
-    if is_writer:
-        (workdir / "config.json").write_text(to_json(settings))
-        if isinstance(store.vocab(), SentencePieceVocab):
-            (workdir / "vocab.model").write_bytes((store.path / "vocab.model").read_bytes())
-    writer = MetricsWriter(workdir, settings.metrics, dataclasses.asdict(settings), enabled=is_writer)
     describe(store)
     if saved_steps:
         state = checkpoints.restore(saved_steps[-1], abstract_train_state(settings, mesh))
@@ -61,6 +56,12 @@ def _train(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
     else:
         state = create_train_state(settings, mesh)
     first_step = saved_steps[-1] if saved_steps else 0
+    # ------------------------------------------------- nothing can be refused any more
+    if is_writer and (first_step < config.num_steps or not (workdir / "config.json").exists()):
+        if isinstance(store.vocab(), SentencePieceVocab):
+            (workdir / "vocab.model").write_bytes((store.path / "vocab.model").read_bytes())
+        write_whole(workdir / "config.json", to_json(settings))
+    writer = MetricsWriter(workdir, settings.metrics, dataclasses.asdict(settings), enabled=is_writer)
     n_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     say(f"{n_params:,} parameters on {mesh.size} {jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}")
     # ------------------------------------------------- loop
@@ -105,28 +106,31 @@ def _train(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
         if waiting:  # fetched only now that the device has its next step to do
             log(*waiting)
             waiting = None
-        if step % config.log_every_steps == 0 or step == config.num_steps:
+        save = _due(step, settings.checkpoint.every_steps) or step == config.num_steps
+        evaluate = evaluator and step < config.num_steps and _due(step, settings.eval.every_steps)
+        if step % config.log_every_steps == 0 or save:
             waiting, interval = (step, interval), []
-        if _due(step, settings.checkpoint.every_steps, config.num_steps, at_end=True):
-            checkpoints.save(state, step, record)
-        if evaluator and _due(step, settings.eval.every_steps, config.num_steps, at_end=settings.eval.at_end):
-            if waiting:
-                log(*waiting)
-                waiting = None
+        if waiting and (save or evaluate):
+            log(*waiting)
+            waiting = None
+        # What belongs to a step is written before its checkpoint: a run that goes on from there does not come back.
+        if evaluate:
             _evaluate(evaluator, state.params, step, writer)
             speed.skip()
-    if waiting:
-        log(*waiting)
+        if save:
+            checkpoints.save(state, step, record)
     checkpoints.wait()
     # ------------------------------------------------- the end
+    last_step = max(first_step, config.num_steps)
     if first_step >= config.num_steps:
         say(f"nothing to train: step {first_step} of config.train.num_steps={config.num_steps} is there")
-        if evaluator and settings.eval.at_end:
-            _evaluate(evaluator, state.params, first_step, writer)
+    evaluate = settings.eval.at_end or _due(last_step, settings.eval.every_steps)
+    if evaluator and evaluate and not has_line(workdir, last_step, "validation"):
+        _evaluate(evaluator, state.params, last_step, writer)
     writer.close()
     checkpoints.close()
     if settings.sample.length and is_writer and jax.process_count() == 1:
-        _sample(settings, workdir, state.params, max(first_step, config.num_steps))
+        _sample(settings, workdir, state.params, last_step)
     say(f"done: {workdir}")
 
 
@@ -149,7 +153,8 @@ def _sample(settings: Settings, workdir: epath.Path, params: dict, step: int) ->
     """Prints a sample, and keeps it in WORKDIR/samples."""
     params = jax.device_put(params, jax.local_devices()[0])
     vocab = run_vocab(settings, workdir)
-    text = "".join(next(continuations(params, settings.model, vocab, settings.sample, [settings.sample.prompt])))
+    prompt = settings.sample.prompt.encode()
+    text = "".join(next(continuations(params, settings.model, vocab, settings.sample, [prompt])))
     path = workdir / "samples" / f"step_{step}.txt"
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
@@ -157,8 +162,8 @@ def _sample(settings: Settings, workdir: epath.Path, params: dict, step: int) ->
     print(text, flush=True)
 
 
-def _due(step: int, every: int, num_steps: int, at_end: bool) -> bool:
-    return (every > 0 and step % every == 0) or (at_end and step == num_steps)
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _means(metrics: list[dict]) -> dict:

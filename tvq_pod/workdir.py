@@ -25,6 +25,7 @@ def locked(workdir: epath.Path):
         say(f"{workdir} is in a bucket, which can't be locked: see that no other process trains there")
         yield
         return
+    made = not workdir.exists()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / LOCK_NAME, "a+", encoding="utf-8")  # noqa: SIM115
@@ -35,14 +36,22 @@ def locked(workdir: epath.Path):
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise UserError(
                 f"--workdir={workdir}: is in use by another process ({holder}); "
                 "wait for it, end it, or give another folder"
             ) from None
+        except OSError as error:  # some network file systems
+            raise UserError(f"--workdir={workdir}: can't be locked ({error.strerror}); give another folder") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        yield
+        try:
+            yield
+        except UserError:  # refused: leave no empty folder behind
+            if made and [path.name for path in workdir.iterdir()] == [LOCK_NAME]:
+                (workdir / LOCK_NAME).unlink()
+                workdir.rmdir()
+            raise

@@ -122,6 +122,16 @@ def test_two_that_prepare_at_once_both_end_with_a_whole_store(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
+    (tmp_path / "s").mkdir()
+    write(tmp_path / "s", [b"into an empty folder"])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"config.data.store=.*mine: holds something that is no whole token store"):
+        write(tmp_path / "mine", [b"text"])
+    assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
+
+
 def test_nothing_to_train_on_is_an_error_and_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match=r"config.data.source=here: has no document to train on"):
         write(tmp_path / "s", [])

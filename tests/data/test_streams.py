@@ -117,7 +117,7 @@ def test_batches_are_the_same_for_any_number_of_hosts_and_any_start():
                 np.testing.assert_array_equal(batch[name], same[name])
 
 
-def test_a_stream_far_into_training_needs_no_replay():
+def test_a_step_far_into_training_is_what_reading_up_to_it_gives():
     split = corpus([7, 3, 20, 2])
     fresh = TrainStreams(split.starts, 2, seed=1)
     late = read_row(split.tokens, fresh, 1, step=1000, update_len=6)

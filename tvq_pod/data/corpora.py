@@ -20,7 +20,10 @@ def documents(data: DataSettings) -> Documents:
     if kind == "folder":
         if not path.is_dir():
             raise UserError(f"config.data.source={data.source}: must be a folder, as config.data.format=folder says")
-        return folder(path, data.glob)
+        try:
+            return folder(path, data.glob)
+        except (NotImplementedError, ValueError) as error:
+            raise UserError(f"config.data.glob={data.glob}: is no pattern ({error}); '**/*' takes all files") from None
     if not path.is_file():
         raise UserError(f"config.data.source={data.source}: must be a file, as config.data.format={kind} says")
     return jsonl(path, data.text_field) if kind == "jsonl" else lines(path)
@@ -51,9 +54,8 @@ def stdlib() -> Documents:
 
 def folder(root: pathlib.Path, glob: str) -> Documents:
     """Each file below `root` that matches `glob` is a document, in the order of their paths."""
-    for path in sorted(root.glob(glob)):
-        if path.is_file():
-            yield str(path.relative_to(root)), path.read_bytes()
+    paths = sorted(root.glob(glob))
+    return ((str(path.relative_to(root)), path.read_bytes()) for path in paths if path.is_file())
 
 
 def lines(path: pathlib.Path) -> Documents:

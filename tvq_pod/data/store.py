@@ -142,16 +142,18 @@ def write_store(
     validation_share: float,
     test_share: float,
     source: str,
+    made_with: dict | None = None,
 ) -> "TokenStore":
     """Writes the (text, token ids) of documents as a store, and opens it.
 
     The store appears under its name only when it is whole: a killed process leaves at most a folder NAME.writing-*.
-    Raises UserError if no document is left to train on.
+    made_with: more settings that the documents depend on; kept in store.json. Raises UserError if there is something
+    else at `path`, or no document is left to train on.
     """
     path = epath.Path(path)
+    check_free(path)
     # In a bucket nothing can be renamed at once: there a store is whole when it has its store.json, written last.
     draft = path if is_bucket(path) else path.with_name(f"{path.name}.writing-{secrets.token_hex(4)}")
-    draft.rmtree(missing_ok=True)
     try:
         token_dtype = np.dtype(np.uint16 if vocab.n_vocab <= 2**16 else np.uint32)
         splits = {split: SplitWriter(draft / split, token_dtype) for split in SPLITS}
@@ -170,6 +172,7 @@ def write_store(
         meta = dict(
             format=FORMAT,
             source=source,
+            made_with=made_with or {},
             vocab=vocab.name,
             n_vocab=vocab.n_vocab,
             validation_share=validation_share,
@@ -183,15 +186,25 @@ def write_store(
         if draft != path:
             _give_name(draft, path)
     except BaseException:
-        draft.rmtree(missing_ok=True)
+        if draft != path:
+            draft.rmtree(missing_ok=True)
         raise
     return TokenStore(path)
+
+
+def check_free(path: epath.PathLike) -> None:
+    """Raises UserError if there is something at `path`: a store is made only where nothing is."""
+    path = epath.Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(
+            f"config.data.store={path}: holds something that is no whole token store; remove it, or give another folder"
+        )
 
 
 def _give_name(draft: epath.Path, path: epath.Path) -> None:
     """Renames a finished store; if another process was first, that one's store stays and ours goes."""
     try:
-        draft.rename(path)
+        os.rename(draft, path)  # onto an empty folder, too
     except OSError:
         if not TokenStore.exists(path):
             raise
@@ -261,7 +274,9 @@ class TokenStore:
                 tokens, starts, doc_bytes = (self._open(f"{name}/{array}") for array in ARRAYS)
                 self._splits[name] = Split(tokens, starts.read().result(), doc_bytes.read().result())
             except ValueError as error:
-                raise UserError(f"config.data.store={self.path}: {name} is damaged ({str(error)[:300]})") from None
+                raise UserError(
+                    f"config.data.store={self.path}: is damaged ({str(error)[:300]}); prepare it anew elsewhere"
+                ) from None
         return self._splits[name]
 
     def _open(self, name: str) -> tensorstore.TensorStore:

@@ -151,6 +151,7 @@ def read_row(tokens: tensorstore.TensorStore, plan: Plan, row: int, step: int, u
 
     inputs int32: the token before each target in its document; end-of-document at a document's first position.
     targets int32. doc_ids int32. loss_mask float32: 0 on padding, which has a document id of its own.
+    Raises UserError if the store is damaged there.
     """
     inputs = np.full(update_len, PAD, np.int32)
     targets = np.full(update_len, PAD, np.int32)
@@ -161,7 +162,10 @@ def read_row(tokens: tensorstore.TensorStore, plan: Plan, row: int, step: int, u
     reads = [tokens[s.start - (not s.begins) : s.start + s.length].read() for s in segments]
     at = 0
     for segment, read in zip(segments, reads, strict=True):
-        values = read.result()
+        try:
+            values = read.result()
+        except ValueError as error:  # names the file
+            raise UserError(f"config.data.store: is damaged ({str(error)[:300]}); prepare it anew elsewhere") from None
         stop = at + segment.length
         targets[at:stop] = values[-segment.length :]
         inputs[at:stop] = np.concatenate([[END_OF_DOC], values[:-1]]) if segment.begins else values[:-1]

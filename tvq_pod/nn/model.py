@@ -98,22 +98,17 @@ class Transformer(nn.Module):
         if c.e_norm:
             x = rms_norm(c, use_scale=True, name="norm_out")(x)
         if c.e_tie:
-            logits = embed.attend(x)
+            output = embed.embedding.T
         else:
-            kernel_init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "vocab"))
-            logits = nn.Dense(
-                c.n_vocab,
-                use_bias=False,
-                dtype=dtype,
-                param_dtype=c.param_dtype,
-                kernel_init=kernel_init,
-                name="w_out",
-            )(x)
+            init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "vocab"))
+            output = self.param("w_out", init, (c.d_model, c.n_vocab), c.param_dtype)
+        # operands in the compute dtype, sums and logits in float32
+        logits = jnp.matmul(x, output.astype(dtype), preferred_element_type=jnp.float32)
         mean_metrics = {
             name: jnp.mean(jnp.stack([metrics[unit][name] for unit in UNITS])) for name in metrics[UNITS[0]]
         }
         return new_state, dict(
-            logits=logits.astype(jnp.float32) * c.e_scale,
+            logits=logits * c.e_scale,
             l_commit=jnp.sum(l_commit),
             l_codebook=jnp.sum(l_codebook),
             metrics=mean_metrics,
@@ -132,4 +127,4 @@ def is_codebook(path: tuple) -> bool:
 
 def is_vector(path: tuple) -> bool:
     """Whether a path leads to gains, biases or a scale: what weight decay leaves alone."""
-    return getattr(path[-1], "key", None) not in ("kernel", "embedding")
+    return getattr(path[-1], "key", None) not in ("kernel", "embedding", "w_out")

@@ -38,7 +38,7 @@ class TransformerConfig:
     p_droplyr: float = 0.0  # LayerDrop: a stream skips a unit for one update
     e_tie: bool = False  # output embeddings are the input embeddings
     e_norm: bool = True  # RMSNorm before the output embeddings
-    e_scale: float = 1.0  # factor on the logits
+    e_scale: float = 1.0  # factor on the logits; tied embeddings, of variance 1, want about d_model ** -0.5 or less
     c_beta: float = 1e-4  # weight of the commit loss
     c_gamma: float = 0.99  # decay of the codebook's moving average, per update
     is_train: bool = False  # dropout on
