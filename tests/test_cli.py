@@ -12,6 +12,7 @@ import sys
 import pytest
 import sentencepiece
 
+QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = """
 from tvq_pod.config import default_config
@@ -34,8 +35,8 @@ def get_config():
 
 
 def environment(devices=1):
-    """A user's environment: nothing of the test process's own flags."""
-    flags = f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
+    """A user's environment, but for quick compilation."""
+    flags = f"--xla_force_host_platform_device_count={devices} {QUICK_COMPILATION}"
     return os.environ | dict(JAX_PLATFORMS="cpu", XLA_FLAGS=flags, PYTHONPATH=str(ROOT))
 
 
