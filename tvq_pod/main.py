@@ -6,6 +6,7 @@
 Exit code 0: done. 1: an error; where it is the user's to mend, one line says how.
 """
 
+import importlib.util
 import os
 import pathlib
 import sys
@@ -16,6 +17,7 @@ from ml_collections import config_flags
 
 from tvq_pod.config import Settings, resolve
 from tvq_pod.errors import UserError
+from tvq_pod.paths import is_bucket
 
 MODES = ("train", "eval", "sample", "prepare", "inspect")
 
@@ -33,7 +35,7 @@ _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "sample: a file whose te
 def main(argv: list[str]) -> None:
     """Calls the mode. Raises UserError for what the user can mend."""
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # orbax writes a page per save at INFO
+        logging.set_verbosity(logging.ERROR)  # orbax writes a page per save; what goes wrong in it is raised
     if len(argv) > 1:
         raise UserError(f"{argv[1]}: is no flag; flags are --name=value")
     if not _WORKDIR.value:
@@ -41,6 +43,9 @@ def main(argv: list[str]) -> None:
     workdir, mode = epath.Path(_WORKDIR.value), _MODE.value
     sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character must not end a run
     settings = _settings()
+    for name, path in (("--workdir", workdir), ("config.data.store", settings.data.store)):
+        if is_bucket(path) and not importlib.util.find_spec("gcsfs"):
+            raise UserError(f"{name}={path}: a bucket needs pip install -e '.[gcs]'")
 
     # Modes are imported here: a wrong flag should not wait for jax.
     if mode == "train":
