@@ -123,6 +123,14 @@ def test_samples_are_a_function_of_the_seed_and_the_prompt_starts_them():
     assert all(text.startswith("ab") for text in first)
 
 
+def test_every_token_is_drawn_anew():
+    indifferent = params() | dict(w_out=jnp.zeros_like(params()["w_out"]))
+    sampler = Sampler(CONFIG, ByteVocab.n_vocab, temperature=1.0, nucleus_p=1.0)
+    drawn = list(sampler.sample(indifferent, np.array([], np.int32), 60, jax.random.key(0)))
+    assert len(drawn) > 20  # 1 in 257 ends a document
+    assert len(set(drawn)) > len(drawn) * 0.7
+
+
 def test_text_streams_out_character_by_character():
     tokens = ByteVocab().encode("añb".encode()).tolist()
     pieces = list(text_of(iter(tokens), ByteVocab()))

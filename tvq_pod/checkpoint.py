@@ -8,6 +8,7 @@ A step's folder appears under its name only when it is whole. A record that diff
 array is read.
 """
 
+import contextlib
 import hashlib
 
 import jax
@@ -86,17 +87,18 @@ class Checkpoints:
         return steps[-1] if step is None else step
 
     def save(self, state: TrainState, step: int, record: dict) -> None:
-        """Copies the state to the host, returns, and writes in the background."""
+        """Copies the state to the host, returns, and writes in the background.
+
+        Raises UserError if the save before this one could not be written.
+        """
         train = dict(step=state.step, opt_state=state.opt_state, recurrent=state.recurrent)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                train=ocp.args.StandardSave(train),
-                record=ocp.args.JsonSave(dict(record, format=FORMAT)),
-            ),
-            force=True,
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            train=ocp.args.StandardSave(train),
+            record=ocp.args.JsonSave(dict(record, format=FORMAT)),
         )
+        with self._writing():
+            self._manager.save(step, args=items, force=True)
 
     def record(self, step: int) -> dict:
         """What `step` belongs to."""
@@ -128,12 +130,23 @@ class Checkpoints:
         return self._restore(step, params=ocp.args.StandardRestore(abstract_params))["params"]
 
     def wait(self) -> None:
-        """Until what was saved is on disk. Raises what went wrong there."""
-        self._manager.wait_until_finished()
+        """Until what was saved is on disk. Raises UserError if it could not be written."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and ends orbax's threads."""
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--workdir={self.path.parent}: a checkpoint can't be written ({str(error)[-200:]}); "
+                "those before it are whole; make room and start again"
+            ) from error
 
     def _restore(self, step: int, **items):
         """Raises UserError if the files can't be read; orbax's own errors then are of many kinds."""

@@ -90,8 +90,13 @@ class ArrayWriter:
             return
         values = np.concatenate(self._pending)
         begin = self.length - self._n_pending
-        self._array = self._array.resize(exclusive_max=[begin + n]).result()
-        self._array[begin : begin + n].write(values[:n]).result()
+        try:
+            self._array = self._array.resize(exclusive_max=[begin + n]).result()
+            self._array[begin : begin + n].write(values[:n]).result()
+        except ValueError as error:
+            raise UserError(
+                f"config.data.store: can't be written ({str(error)[-200:]}); make room, or give another"
+            ) from error
         self._pending, self._n_pending = [values[n:]], self._n_pending - n
 
 
