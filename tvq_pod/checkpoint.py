@@ -135,8 +135,9 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and ends orbax's threads."""
-        self._manager.close()
+        """Waits as `wait` does, and ends orbax's threads."""
+        with self._writing():
+            self._manager.close()
 
     @contextlib.contextmanager
     def _writing(self):

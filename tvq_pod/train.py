@@ -1,5 +1,6 @@
 """--mode=train: from a config to a trained model. Reads from top to bottom: check, prepare, restore, loop, finish."""
 
+import contextlib
 import dataclasses
 import time
 
@@ -32,11 +33,12 @@ def train(settings: Settings, workdir: epath.Path) -> None:
     check_packages(settings.metrics)
     if not TokenStore.exists(store_path(settings, workdir)):
         check_source(settings, workdir)
-    with locked(workdir):
-        _train(settings, workdir, mesh)
+    with locked(workdir), contextlib.ExitStack() as opened:
+        _train(settings, workdir, mesh, opened)
 
 
-def _train(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> None:
+def _train(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh, opened: contextlib.ExitStack) -> None:
+    """opened: closes what has threads or files of its own, however this ends."""
     config, is_writer = settings.train, jax.process_index() == 0
     # ------------------------------------------------- corpus
     store = open_store(settings, workdir)
@@ -44,7 +46,7 @@ def _train(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
     streams = TrainStreams(split.starts, config.batch_size, settings.seed)
     evaluator = _make_evaluator(settings, mesh, store)
     # ------------------------------------------------- checkpoint
-    checkpoints = Checkpoints(workdir, keep=settings.checkpoint.keep)
+    checkpoints = opened.enter_context(contextlib.closing(Checkpoints(workdir, keep=settings.checkpoint.keep)))
     record = run_record(settings, store.vocab_name, store.fingerprint)
     saved_steps = checkpoints.steps()
     if saved_steps:
@@ -62,6 +64,7 @@ def _train(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
             (workdir / "vocab.model").write_bytes((store.path / "vocab.model").read_bytes())
         write_whole(workdir / "config.json", to_json(settings))
     writer = MetricsWriter(workdir, settings.metrics, dataclasses.asdict(settings), enabled=is_writer)
+    opened.enter_context(contextlib.closing(writer))
     n_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     say(f"{n_params:,} parameters on {mesh.size} {jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}")
     # ------------------------------------------------- loop
@@ -77,6 +80,7 @@ def _train(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
         threads=settings.data.num_threads,
         ahead=settings.data.prefetch_batches,
     )
+    opened.enter_context(contextlib.closing(batches))
     step_fn, behind = None, None
     interval, waiting = [], None  # metrics since the last log, and those that are to be logged once the device moved on
     speed = None
@@ -127,8 +131,6 @@ def _train(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
     evaluate = settings.eval.at_end or _due(last_step, settings.eval.every_steps)
     if evaluator and evaluate and not has_line(workdir, last_step, "validation"):
         _evaluate(evaluator, state.params, last_step, writer)
-    writer.close()
-    checkpoints.close()
     if settings.sample.length and is_writer and jax.process_count() == 1:
         _sample(settings, workdir, state.params, last_step)
     say(f"done: {workdir}")

@@ -1,5 +1,6 @@
 """From a plan to global arrays: each process reads its rows ahead, in threads, and joins them with the others'."""
 
+import contextlib
 from collections.abc import Iterator
 
 import grain
@@ -25,7 +26,11 @@ def host_batches(
     """
     source = RowSource(split.tokens, plan, rows, update_len, first_step, last_step)
     dataset = grain.MapDataset.source(source).batch(len(rows))
-    yield from dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead))
+    iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)))
+    try:
+        yield from iterator
+    finally:  # also when the caller is done before the end
+        iterator.close()
 
 
 def global_batches(
@@ -44,7 +49,7 @@ def global_batches(
     loss_mask float32. See `read_row` for their meaning."""
     rows = local_rows(batch_size, jax.process_index(), jax.process_count())
     sharding = batch_sharding(mesh)
-    for batch in host_batches(
+    batches = host_batches(
         split,
         plan,
         rows,
@@ -53,5 +58,7 @@ def global_batches(
         last_step=last_step,
         threads=threads,
         ahead=ahead,
-    ):
-        yield {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    )
+    with contextlib.closing(batches):
+        for batch in batches:
+            yield {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
