@@ -249,7 +249,7 @@ def test_each_mistake_is_one_line_and_costs_nothing(trained, tmp_path, config_fi
     (tmp_path / "broken.py").write_text("def get_config():\n    return 1 / 0\n")
     (tmp_path / "taken").mkdir()
     (tmp_path / "file").write_text("")
-    config, fresh = f"--config={config_file}", f"--workdir={tmp_path / 'fresh'}"
+    config, fresh, folder = f"--config={config_file}", f"--workdir={tmp_path / 'fresh'}", config_file.parent
     cases = {
         (config, fresh, "--config.model.d_modle=3"): ("d_modle", "d_model"),
         (config, fresh, "--config.modle.d_model=3"): ("modle", "model"),
@@ -260,6 +260,8 @@ def test_each_mistake_is_one_line_and_costs_nothing(trained, tmp_path, config_fi
         (config, fresh, f"--config.data.source={tmp_path / 'empty'}"): ("config.data.source=", "is empty"),
         (config, fresh, f"--config.data.source={tmp_path / 'blank.txt'}"): ("config.data.source=", "is empty"),
         (config, fresh, f"--config.data.source={tmp_path / 'nowhere'}"): ("config.data.source=", "is not there"),
+        (config, fresh, "--config.data.source="): ("config.data.source=", "is not there"),
+        (config, f"--workdir={folder}/run", f"--config.data.source={folder}"): ("holds the token store",),
         (config, fresh, "--mode=trian"): ("mode", "trian"),
         (config, fresh, "stray"): ("stray",),
         (config, fresh, "--mode=eval"): ("--workdir=", "has no checkpoint"),

@@ -33,17 +33,17 @@ def prepare(settings: Settings, workdir: epath.Path) -> None:
 def check_source(settings: Settings, workdir: epath.Path) -> None:
     """Raises UserError if a store can't be made: no corpus, no text in it, no place for it. Writes nothing."""
     path = store_path(settings, workdir)
+    source = settings.data.source
     check_free(path)
-    source = os.path.abspath(settings.data.source)
-    if os.path.isdir(source) and os.path.abspath(path).startswith(f"{source}/"):
-        raise UserError(
-            f"config.data.source={settings.data.source}: holds the token store {path}, which would be read as text; "
-            "give another --workdir or config.data.store"
-        )
     vocab = load_vocab(settings.data.vocab)
     check_vocab_fits(settings, vocab.n_vocab)
     if not any(text for _, text in documents(settings.data)):
-        raise UserError(f"config.data.source={settings.data.source}: is empty; give a corpus with text in it")
+        raise UserError(f"config.data.source={source}: is empty; give a corpus with text in it")
+    if os.path.isdir(source) and os.path.abspath(path).startswith(f"{os.path.abspath(source)}/"):
+        raise UserError(
+            f"config.data.source={source}: holds the token store {path}, which would be read as text; "
+            "give another --workdir or config.data.store"
+        )
 
 
 def open_store(settings: Settings, workdir: epath.Path) -> TokenStore:
