@@ -1,7 +1,7 @@
 """The command line: flags in, one mode called.
 
     python -m tvq_pod.main --config=configs/stdlib.py --workdir=runs/stdlib [--config.model.d_model=256 ...]
-        [--mode=train|eval|sample|prepare|inspect]
+        [--mode=train|eval|sample|prepare|inspect|plan]
 
 Exit code 0: done. 1: an error; where it is the user's to mend, one line says how.
 """
@@ -19,7 +19,7 @@ from tvq_pod.config import Settings, resolve
 from tvq_pod.errors import UserError
 from tvq_pod.paths import is_bucket
 
-MODES = ("train", "eval", "sample", "prepare", "inspect")
+MODES = ("train", "eval", "sample", "prepare", "inspect", "plan")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file; the run's own config.json if it is not given.", lock_config=True
@@ -30,6 +30,10 @@ _SPLIT = flags.DEFINE_enum("split", "validation", ("validation", "test"), "eval:
 _STEP = flags.DEFINE_integer("step", None, "eval, sample, inspect: which checkpoint; the newest if not given.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "sample: text to go on from; may be given several times.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "sample: a file whose text is one more prompt.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "plan: the slice, as v5e:4x4; or cpu:8 for simulated devices.")
+_SLICES = flags.DEFINE_integer("slices", 1, "plan: how many of them.", lower_bound=1)
+_TOKENS = flags.DEFINE_float("tokens", None, "plan: a budget, to give in days.", lower_bound=0.0)
+_SWEEP = flags.DEFINE_string("sweep", None, 'plan: a grid of overrides, as "config.train.update_len=2048,8192;...".')
 
 
 def main(argv: list[str]) -> None:
@@ -68,6 +72,16 @@ def main(argv: list[str]) -> None:
         from tvq_pod.inspect import inspect
 
         inspect(settings, workdir, _STEP.value)
+    elif mode == "plan":
+        from tvq_pod.plan import plan, sweep
+
+        if not _TOPOLOGY.value:
+            raise UserError("--topology=: must be given for --mode=plan, for example v5e:4x4")
+        if _SWEEP.value:
+            dropped = ("--sweep", "--workdir", "-sweep", "-workdir")
+            sweep([flag for flag in sys.argv[1:] if flag.partition("=")[0] not in dropped], workdir, _SWEEP.value)
+        else:
+            plan(settings, workdir, _TOPOLOGY.value, _SLICES.value, _TOKENS.value)
 
 
 def _prompts() -> list[bytes]:

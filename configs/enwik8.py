@@ -1,0 +1,39 @@
+"""Byte-level Transformer-VQ on enwik8, with the paper's settings (arXiv 2309.16354, appendix): 190M parameters.
+
+    python -m tvq_pod.main --config=configs/enwik8.py --workdir=runs/enwik8 --config.data.source=PATH
+
+PATH: a file or folder with the text. To see what it costs before a slice is rented:
+
+    python -m tvq_pod.main --mode=plan --config=configs/enwik8.py --topology=v5e:4x4 --workdir=runs/enwik8
+"""
+
+from tvq_pod.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.model.d_model = 768
+    config.model.d_k = 128
+    config.model.d_v = 1536
+    config.model.n_code = 512
+    config.model.block_len = 512
+    config.model.mem_len = 512
+    config.model.n_layer = 24
+    config.model.dtype = "bfloat16"
+    config.model.p_dropsin = 0.2
+    config.model.p_dropres = 0.5
+    config.model.p_droplyr = 0.3
+    config.train.batch_size = 128
+    config.train.update_len = 2048
+    config.train.num_steps = 125_000
+    config.train.log_every_steps = 100
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 4e-4
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 10_000
+    config.optimizer.weight_decay = 2e-4
+    config.optimizer.clip_norm = 0.1
+    config.checkpoint.every_steps = 1000
+    config.eval.every_steps = 10_000
+    config.eval.batch_size = 128
+    return config

@@ -1,0 +1,38 @@
+"""Transformer-VQ on ImageNet64 as bytes, with the paper's settings (arXiv 2309.16354, appendix): 1.2B parameters.
+
+    python -m tvq_pod.main --config=configs/imagenet64.py --workdir=runs/imagenet64 --config.data.source=PATH
+
+PATH: a folder of files of 12,288 bytes, one an image. To see what it costs before a slice is rented:
+
+    python -m tvq_pod.main --mode=plan --config=configs/imagenet64.py --topology=v5p:4x4x4 --workdir=runs/imagenet64
+"""
+
+from tvq_pod.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.model.d_model = 2048
+    config.model.d_k = 128
+    config.model.d_v = 4096
+    config.model.n_code = 512
+    config.model.block_len = 512
+    config.model.mem_len = 512
+    config.model.n_layer = 24
+    config.model.dtype = "bfloat16"
+    config.model.pe_abs = True
+    config.model.e_tie = True
+    config.model.e_norm = True
+    config.model.e_scale = 0.005
+    config.train.batch_size = 128
+    config.train.update_len = 1536  # an image is eight updates
+    config.train.num_steps = 500_000
+    config.train.log_every_steps = 100
+    config.optimizer.name = "adafactor"
+    config.optimizer.learning_rate = 0.01
+    config.optimizer.schedule = "inverse_sqrt"
+    config.optimizer.warmup_steps = 10_000
+    config.checkpoint.every_steps = 1000
+    config.eval.every_steps = 10_000
+    config.eval.batch_size = 128
+    return config

@@ -1,0 +1,40 @@
+"""Transformer-VQ on PG-19 books, with the paper's settings (arXiv 2309.16354, appendix): 1.3B parameters.
+
+    python -m tvq_pod.main --config=configs/pg19.py --workdir=runs/pg19 --config.data.source=PATH \\
+        --config.data.vocab=MODEL
+
+PATH: a folder of the books, one a file. MODEL: a SentencePiece model of at most 32,000 pieces. To see what it costs
+before a slice is rented:
+
+    python -m tvq_pod.main --mode=plan --config=configs/pg19.py --topology=v5p:4x4x4 --workdir=runs/pg19
+"""
+
+from tvq_pod.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.model.d_model = 2048
+    config.model.d_k = 128
+    config.model.d_v = 4096
+    config.model.n_code = 512
+    config.model.block_len = 512
+    config.model.mem_len = 512
+    config.model.n_layer = 24
+    config.model.n_vocab = 32_000
+    config.model.dtype = "bfloat16"
+    config.model.e_tie = True
+    config.model.e_norm = True
+    config.model.e_scale = 0.005
+    config.train.batch_size = 128
+    config.train.update_len = 2048
+    config.train.num_steps = 500_000
+    config.train.log_every_steps = 100
+    config.optimizer.name = "adafactor"
+    config.optimizer.learning_rate = 0.01
+    config.optimizer.schedule = "inverse_sqrt"
+    config.optimizer.warmup_steps = 10_000
+    config.checkpoint.every_steps = 1000
+    config.eval.every_steps = 10_000
+    config.eval.batch_size = 128
+    return config

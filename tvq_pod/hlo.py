@@ -1,0 +1,197 @@
+"""Reads the program that XLA's TPU compiler scheduled: its own estimate of cycles, and what is sent between chips.
+
+The text is that of `compiled.as_text()`: computations, of which one is the entry, with an instruction a line. A `while`
+counts as often as it turns.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+import re
+
+import numpy as np
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*)$")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8,
+          "s64": 8, "u64": 8, "c64": 8}  # fmt: skip
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    type: str  # of what it returns
+    opcode: str
+    rest: str  # operands and attributes
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All instructions of one kind that cross the same mesh axes."""
+
+    kind: str
+    axes: tuple[str, ...]
+    count: int  # a step
+    bytes: int  # a step, a device: what the operation returns, or for reduce-scatter takes
+
+
+class Program:
+    """A scheduled program. Raises ValueError on a text that is none."""
+
+    def __init__(self, text: str):
+        self._computations: dict[str, list[Instruction]] = {}
+        self._entry, current = None, None
+        for line in text.splitlines():
+            if opening := _COMPUTATION.match(line):
+                current = self._computations.setdefault(opening[2], [])
+                self._entry = opening[2] if opening[1] else self._entry
+            elif current is not None and (found := _INSTRUCTION.match(line)):
+                current.append(Instruction(*found.groups()))
+        if self._entry is None:
+            raise ValueError("no HLO module: it has no ENTRY computation")
+
+    def cycles(self) -> int:
+        """The compiler's estimate for one run, on one device. Collectives carry no estimate and count as 0."""
+        return sum(self._cycles_by(lambda instruction: None).values())
+
+    def cycles_by_source(self) -> dict[str, int]:
+        """Cycles by pass and source, the dearest first: "backward layers/unit0 bhlm,bhmv->bhlv"."""
+        by_source = self._cycles_by(source_of)
+        return dict(sorted(by_source.items(), key=lambda item: -item[1]))
+
+    def _cycles_by(self, key) -> dict:
+        totals = collections.Counter()
+        for instruction, times in self._instructions(self._entry, 1):
+            if own := _own_cycles(instruction):
+                totals[key(instruction)] += times * own
+        return totals
+
+    def collectives(self, mesh_shape: dict[str, int]) -> list[Collective]:
+        """What a device sends and receives in one run; mesh_shape: sizes of the mesh's axes by name, in their order."""
+        count, size = collections.Counter(), collections.Counter()
+        for instruction, times in self._instructions(self._entry, 1):
+            kind = instruction.opcode.removesuffix("-start")
+            if kind not in COLLECTIVES:
+                continue
+            try:
+                groups = replica_groups(instruction.rest)
+                key = kind, crossed_axes(groups, mesh_shape)
+            except ValueError:  # libtpu's next version may write them in another way: say so, and count all the same
+                groups, key = [[0]], (kind, ("unknown",))
+            returned = [array_bytes(*array) for array in _ARRAY.findall(instruction.type)]
+            if instruction.opcode.endswith("-start") and kind != "all-reduce" and len(returned) > 1:
+                returned = [max(returned)]  # a pair of what goes in and what comes out, and the like
+            count[key] += times
+            size[key] += times * sum(returned) * (len(groups[0]) if kind == "reduce-scatter" else 1)
+        return [Collective(*key, count[key], size[key]) for key in sorted(count, key=lambda key: -size[key])]
+
+    def _instructions(self, computation: str, times: int):
+        """Every instruction that is run, with how often; what is inside a fusion is the fusion's."""
+        for instruction in self._computations[computation]:
+            yield instruction, times
+            if instruction.opcode == "while":
+                turns = times * self._trip_count(instruction)
+                yield from self._instructions(_called(instruction.rest, "body"), turns)
+            elif instruction.opcode in ("call", "async-start"):
+                callee = _called(instruction.rest, "to_apply") or _called(instruction.rest, "calls")
+                if callee:
+                    yield from self._instructions(callee, times)
+            elif instruction.opcode == "conditional":  # the dearest branch
+                branches = _branches(instruction.rest)
+                cost = {name: sum(t * _own_cycles(i) for i, t in self._instructions(name, 1)) for name in branches}
+                yield from self._instructions(max(cost, key=cost.get), times)
+
+    def _trip_count(self, loop: Instruction) -> int:
+        if known := _TRIP_COUNT.search(loop.rest):
+            return int(known[1])
+        condition = self._computations[_called(loop.rest, "condition")]
+        limits = [
+            int(found[1]) for i in condition if i.opcode == "constant" and (found := re.match(r"(\d+)\)", i.rest))
+        ]
+        if len(limits) != 1:
+            raise ValueError(f"while {loop.name}: its trip count can't be read from its condition")
+        return limits[0]
+
+
+def source_of(instruction: Instruction) -> str:
+    """Pass, module path and operation, from an instruction's metadata; its opcode, where that is all there is."""
+    found = _OP_NAME.search(instruction.rest)
+    if not found:
+        return f"other ({instruction.opcode})"
+    path = found[1]
+    passage = "recompute" if "rematted_computation" in path else "backward" if "transpose(" in path else "forward"
+    parts = [part for part in path.split("/") if not _is_noise(part)]
+    if "jvp(" not in path:
+        passage = "update"
+    kept = [part for n, part in enumerate(parts) if n == 0 or part != parts[n - 1]]
+    return f"{passage} {'/'.join(kept) or f'({instruction.opcode})'}"
+
+
+def _is_noise(part: str) -> bool:
+    return part in ("while", "body", "cond", "closed_call", "checkpoint", "rematted_computation") or bool(
+        re.match(r"(jit|jvp|transpose|pjit|vmap)\(", part)
+    )
+
+
+def replica_groups(rest: str) -> list[list[int]]:
+    """The groups of devices that a collective joins, by their places in the mesh. Raises ValueError on a new form."""
+    if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", rest):
+        return [[int(n) for n in pair] for pair in re.findall(r"\{(\d+),(\d+)\}", pairs[1])]
+    if listed := re.search(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}", rest):
+        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        shape = [int(n) for n in iota[3].split(",")]
+        ids = np.arange(math.prod(shape)).reshape(shape)
+        if iota[4]:
+            ids = ids.transpose([int(n) for n in iota[4].split(",")])
+        return ids.reshape(int(iota[1]), int(iota[2])).tolist()
+    order = r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+    if named := re.search(rf"replica_groups=mesh\[([^\]]*)\]{order} \{{([^}}]*)\}}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        joined = re.findall(r"'(\w+)'", named[4])
+        ids = np.arange(math.prod(map(int, sizes.values())))
+        if named[2]:
+            ids = ids.reshape([int(n) for n in named[2].split(",")])
+            ids = ids.transpose([int(n) for n in named[3].split(",")]) if named[3] else ids
+        ids = ids.reshape([int(n) for n in sizes.values()])
+        names = list(sizes)
+        order = [names.index(name) for name in names if name not in joined] + [names.index(name) for name in joined]
+        return ids.transpose(order).reshape(-1, math.prod(int(sizes[name]) for name in joined)).tolist()
+    raise ValueError(f"replica groups of an unknown form: {rest[:300]}")
+
+
+def crossed_axes(groups: list[list[int]], mesh_shape: dict[str, int]) -> tuple[str, ...]:
+    """The mesh axes along which the devices of a group differ."""
+    crossed = set()
+    for first, other in itertools.chain.from_iterable(((group[0], n) for n in group[1:]) for group in groups):
+        a, b = (np.unravel_index(n, list(mesh_shape.values())) for n in (first, other))
+        crossed |= {name for name, x, y in zip(mesh_shape, a, b, strict=True) if x != y}
+    return tuple(name for name in mesh_shape if name in crossed)
+
+
+def array_bytes(dtype: str, dims: str) -> int:
+    """Bytes of an array type, as in f32[2,3]."""
+    return _BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n)
+
+
+def _own_cycles(instruction: Instruction) -> int:
+    found = _CYCLES.search(instruction.rest)
+    return int(found[1]) if found else 0
+
+
+def _called(rest: str, attribute: str) -> str | None:
+    found = re.search(rf"\b{attribute}=%([^,\s)}}]+)", rest)
+    return found[1] if found else None
+
+
+def _branches(rest: str) -> list[str]:
+    listed = re.search(r"branch_computations=\{([^}]*)\}", rest)
+    if listed:
+        return re.findall(r"%([^,\s]+)", listed[1])
+    return [name for attribute in ("true_computation", "false_computation") if (name := _called(rest, attribute))]
