@@ -7,6 +7,8 @@ PATH: a folder of the books, one a file. MODEL: a SentencePiece model of at most
 before a slice is rented:
 
     python -m tvq_pod.main --mode=plan --config=configs/pg19.py --topology=v5p:4x4x4 --workdir=runs/pg19
+
+It says 0.51 s a step, 510,000 tokens/s, and a peak of 18.5 of a chip's 95 GiB.
 """
 
 from tvq_pod.config import default_config

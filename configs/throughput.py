@@ -2,6 +2,8 @@
 
     python -m tvq_pod.main --mode=plan --config=configs/throughput.py --topology=v5e:2x2 --workdir=runs/throughput
 
+It says 28.6 ms a step, 573,000 tokens/s, and a temp of 0.54 GiB a chip.
+
 Set config.model.n_layer, config.train.batch_size and config.train.update_len by override.
 """
 
