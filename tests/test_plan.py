@@ -158,7 +158,10 @@ def test_a_grid_must_be_one():
 
 def test_the_cost_of_a_token_does_not_grow_with_the_update():
     config = Settings(train=TrainSettings()).model
-    assert train_flops(config, 8192) == 4 * train_flops(config, 2048)
+    assert train_flops(config, 8192, 8192) == 4 * train_flops(config, 2048, 2048)
+    full = config.replace(attn_type="full")
+    more = forward_flops_per_token(full, 8192) - forward_flops_per_token(full, 2048)
+    assert more == 2 * 2 * config.n_layer * config.n_head * 3072 * (config.d_k + config.d_v)
 
 
 def test_flops_are_those_of_the_matmuls():
@@ -171,7 +174,7 @@ def test_flops_are_those_of_the_matmuls():
     shapes += [(5, 36), (36, 7), (5, 20)]  # content scores, values; scores by distance
     shapes += [(5, 11), (11, 7), (11, 7)]  # scores of codes, their means, what is added to them
     unit = 2 * sum(a * b for a, b in shapes)
-    assert forward_flops_per_token(config) == 2 * (2 * unit + 3 * 13)
+    assert forward_flops_per_token(config, 17) == 2 * (2 * unit + 3 * 13)
 
 
 def test_clocks_are_peak_over_operations_a_cycle():

@@ -108,7 +108,7 @@ class Settings:
 
 NOT_IN_CONFIG = ("is_train",)  # the mode decides
 CHOICES = {
-    "model.attn_type": ("vq",),
+    "model.attn_type": ("vq", "full"),
     "model.head_type": ("shga",),
     "model.reduction": ("serial",),
     "model.remat": ("full", "none"),

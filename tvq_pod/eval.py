@@ -39,6 +39,33 @@ class Result:
     seconds: float
 
 
+def make_eval_state(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int) -> dict:
+    """The state of rows that have read nothing, spread over the mesh."""
+    shardings = shardings_of(Transformer.state_axes(settings.model), mesh)
+    return jax.jit(lambda: Transformer.initial_state(settings.model, n_rows), out_shardings=shardings)()
+
+
+def make_eval_step(settings: Settings, mesh: jax.sharding.Mesh):
+    """The compiled step: (params, state, batch) -> (state, sums); the state given is donated.
+
+    batch: see `global_batches`. sums: float32 scalars: loss (nats) and tokens, over positions that are no padding.
+    """
+    config = settings.model.replace(is_train=False)
+    shardings = shardings_of(Transformer.state_axes(config), mesh)
+
+    def eval_step(params, state, batch):
+        state, out = Transformer(config).apply({"params": params}, state, batch["inputs"], batch["doc_ids"])
+        losses = token_losses(out["logits"], batch["targets"]) * batch["loss_mask"]
+        return state, dict(loss=jnp.sum(losses), tokens=jnp.sum(batch["loss_mask"]))
+
+    return jax.jit(
+        eval_step,
+        in_shardings=(None, shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=1,
+    )
+
+
 class Evaluator:
     """Evaluates parameters on one split; compiled once, used as often as one likes."""
 
@@ -49,30 +76,13 @@ class Evaluator:
         self._split = store.split(split)
         self._plan = PackedDocuments(self._split.starts, settings.eval.batch_size, settings.eval.max_tokens)
         self._n_bytes = int(self._split.doc_bytes[self._plan.documents].sum())
-        config = settings.model.replace(is_train=False)
-        state_shardings = shardings_of(Transformer.state_axes(), mesh)
-        rows, everywhere = batch_sharding(mesh), replicated(mesh)
-
-        def eval_step(params, state, batch):
-            state, out = Transformer(config).apply({"params": params}, state, batch["inputs"], batch["doc_ids"])
-            losses = token_losses(out["logits"], batch["targets"]) * batch["loss_mask"]
-            return state, dict(loss=jnp.sum(losses), tokens=jnp.sum(batch["loss_mask"]))
-
-        self._initial_state = jax.jit(
-            lambda: Transformer.initial_state(config, settings.eval.batch_size), out_shardings=state_shardings
-        )
-        self._eval_step = jax.jit(
-            eval_step,
-            in_shardings=(None, state_shardings, rows),
-            out_shardings=(state_shardings, everywhere),
-            donate_argnums=1,
-        )
+        self._eval_step = make_eval_step(settings, mesh)
 
     def evaluate(self, params: dict) -> Result:
         """Loss over the split's documents (or as many as config.eval.max_tokens takes)."""
         began = time.monotonic()
         train, data = self._settings.train, self._settings.data
-        state, sums = self._initial_state(), []
+        state, sums = make_eval_state(self._settings, self._mesh, self._settings.eval.batch_size), []
         for batch in global_batches(
             self._split,
             self._plan,

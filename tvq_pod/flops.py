@@ -3,22 +3,26 @@
 from tvq_pod.nn.types import TransformerConfig
 
 
-def forward_flops_per_token(config: TransformerConfig) -> int:
+def forward_flops_per_token(config: TransformerConfig, update_len: int) -> int:
     """Operations (a multiply-add is two) of the matmuls that the forward pass needs for one token.
 
     A query meets the M + L keys of its window and block (the masked half of the block included, as dense blocks are
-    computed) and S codes, whatever the length of the document: the cost of a token does not depend on T.
+    computed) and S codes, whatever the length of the document: the cost of a token does not depend on T, `update_len`.
+    With attn_type full it does: a query meets the window and, on average, half of the update.
     """
     c = config
     projections = c.d_model * (2 * c.d_k + 3 * c.d_v)  # q, k; v, gate, output
     quantize = c.n_code * c.d_k
     window = (c.mem_len + c.block_len) * (c.d_k + c.d_v) + (c.mem_len + 1) * c.d_k  # content, values; relative bias
     cache = c.n_code * (c.d_k + c.d_v) + c.n_code * c.d_v if c.agg_cache else 0  # read; add what leaves the window
+    if c.attn_type == "full":
+        quantize = cache = 0
+        window = (c.mem_len + update_len // 2) * (c.d_k + c.d_v) + (c.mem_len + 1) * c.d_k
     unit = c.n_head * (projections + quantize + window + cache)
     return 2 * (2 * c.n_layer * unit + c.d_model * c.n_vocab)
 
 
-def train_flops(config: TransformerConfig, tokens: int) -> int:
+def train_flops(config: TransformerConfig, tokens: int, update_len: int) -> int:
     """Operations of a training step over `tokens`: the backward pass has two matmuls for each of the forward's. What is
     computed twice to save memory is not counted twice."""
-    return 3 * tokens * forward_flops_per_token(config)
+    return 3 * tokens * forward_flops_per_token(config, update_len)

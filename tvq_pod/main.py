@@ -1,7 +1,7 @@
 """The command line: flags in, one mode called.
 
     python -m tvq_pod.main --config=configs/stdlib.py --workdir=runs/stdlib [--config.model.d_model=256 ...]
-        [--mode=train|eval|sample|prepare|inspect|plan]
+        [--mode=train|eval|sample|prepare|inspect|plan|bench]
 
 Exit code 0: done. 1: an error; where it is the user's to mend, one line says how.
 """
@@ -19,7 +19,7 @@ from tvq_pod.config import Settings, resolve
 from tvq_pod.errors import UserError
 from tvq_pod.paths import is_bucket
 
-MODES = ("train", "eval", "sample", "prepare", "inspect", "plan")
+MODES = ("train", "eval", "sample", "prepare", "inspect", "plan", "bench")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file; the run's own config.json if it is not given.", lock_config=True
@@ -34,6 +34,9 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "plan: the slice, as v5e:4x4; 
 _SLICES = flags.DEFINE_integer("slices", 1, "plan: how many of them.", lower_bound=1)
 _TOKENS = flags.DEFINE_float("tokens", None, "plan: a budget, to give in days.", lower_bound=0.0)
 _SWEEP = flags.DEFINE_string("sweep", None, 'plan: a grid of overrides, as "config.train.update_len=2048,8192;...".')
+_AGAINST = flags.DEFINE_enum("against", None, ("vq", "full"), "bench: another attention, measured in turns.")
+_LENGTHS = flags.DEFINE_list("lengths", [], "bench: update lengths, as 1024,2048; the config's if not given.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "bench: turns after the warm-up.", lower_bound=1)
 
 
 def main(argv: list[str]) -> None:
@@ -72,6 +75,10 @@ def main(argv: list[str]) -> None:
         from tvq_pod.inspect import inspect
 
         inspect(settings, workdir, _STEP.value)
+    elif mode == "bench":
+        from tvq_pod.bench import bench
+
+        bench(settings, workdir, _AGAINST.value, _lengths(), _ROUNDS.value)
     elif mode == "plan":
         from tvq_pod.plan import plan, sweep
 
@@ -82,6 +89,12 @@ def main(argv: list[str]) -> None:
             sweep([flag for flag in sys.argv[1:] if flag.partition("=")[0] not in dropped], workdir, _SWEEP.value)
         else:
             plan(settings, workdir, _TOPOLOGY.value, _SLICES.value, _TOKENS.value)
+
+
+def _lengths() -> list[int]:
+    if not all(length.isdigit() and int(length) for length in _LENGTHS.value):
+        raise UserError(f"--lengths={','.join(_LENGTHS.value)}: must be numbers of tokens, as 1024,2048")
+    return [int(length) for length in _LENGTHS.value]
 
 
 def _prompts() -> list[bytes]:

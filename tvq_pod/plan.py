@@ -93,7 +93,7 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
     batch = abstract_batch(settings, mesh)
     per_chip = chip.devices if chip else 1
     n_chips = len(devices) // per_chip
-    flops = train_flops(settings.model, train.batch_size * train.update_len)
+    flops = train_flops(settings.model, train.batch_size * train.update_len, train.update_len)
     sizes = dict(
         parameters=local_bytes(state.params),
         optimizer=local_bytes(state.opt_state),

@@ -17,8 +17,8 @@ from tvq_pod.checkpoint import Checkpoints, model_record
 from tvq_pod.config import MeshSettings, SampleSettings, Settings, check_vocab_fits
 from tvq_pod.data.vocab import END_OF_DOC, PAD, UNKNOWN, ByteVocab, SentencePieceVocab, load_vocab
 from tvq_pod.errors import UserError
-from tvq_pod.nn.attn import NEVER
 from tvq_pod.nn.model import Transformer
+from tvq_pod.nn.scores import NEVER
 from tvq_pod.nn.types import TransformerConfig
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.train_state import abstract_train_state
@@ -49,9 +49,11 @@ class Sampler:
         state, out = Transformer(config).apply({"params": params}, state, tokens, jnp.zeros_like(tokens))
         return state, out["logits"][0, -1]
 
-    def sample(self, params: dict, prompt: np.ndarray, length: int, key: jax.Array) -> Iterator[int]:
+    def sample(
+        self, params: dict, prompt: np.ndarray, length: int, key: jax.Array, stop_at_end: bool = True
+    ) -> Iterator[int]:
         """Yields up to `length` tokens that go on from prompt [n], a document's first tokens; stops before an
-        end-of-document."""
+        end-of-document, if `stop_at_end`."""
         state = jax.jit(Transformer.initial_state, static_argnums=(0, 1))(self._config, 1)
         tokens = np.concatenate([[END_OF_DOC], prompt]).astype(np.int32)
         for block in cut_prompt(tokens, self._config.block_len):
@@ -59,7 +61,7 @@ class Sampler:
         for index in range(length):
             state, logits, token = self._step(params, state, logits, key, index)
             token = int(token)
-            if token == END_OF_DOC:
+            if stop_at_end and token == END_OF_DOC:
                 return
             yield token
 

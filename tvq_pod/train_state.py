@@ -59,7 +59,7 @@ def abstract_train_state(settings: Settings, mesh: jax.sharding.Mesh) -> TrainSt
         step=everywhere,
         params=on_params,
         opt_state=_like_params(shapes.opt_state, shapes.params, on_params, everywhere),
-        recurrent=shardings_of(Transformer.state_axes(), mesh),
+        recurrent=shardings_of(Transformer.state_axes(settings.model), mesh),
     )
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 

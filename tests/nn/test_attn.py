@@ -21,7 +21,8 @@ from tests.common import (
     small_config,
     transformer_config_fixture,
 )
-from tvq_pod.nn.attn import NEVER, VQAttention, absorb, by_column
+from tvq_pod.nn.attn import VQAttention, absorb
+from tvq_pod.nn.scores import NEVER, by_column
 from tvq_pod.nn.types import VQSpec
 
 T = 12

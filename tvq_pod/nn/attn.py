@@ -20,11 +20,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tvq_pod.nn.full import full_attention
 from tvq_pod.nn.layers import HeadProjection, rms_norm, sinusoids
+from tvq_pod.nn.scores import NEVER, by_column
 from tvq_pod.nn.types import TransformerConfig, VQSpec
 from tvq_pod.nn.vq import VectorQuantizer
 
-NEVER = -1e30  # score of what must not be attended to; finite, so that no difference of two is NaN
 NO_DOC = -1  # document id of an empty window slot and of an empty cache
 
 
@@ -59,7 +60,7 @@ class VQAttention(nn.Module):
         bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ("heads", "key"))
         self.u = self.param("u", bias_init, (c.n_head, c.d_k), c.param_dtype)
         self.v = self.param("v", bias_init, (c.n_head, c.d_k), c.param_dtype)
-        self.quantizer = VectorQuantizer(c)
+        self.quantizer = VectorQuantizer(c) if c.attn_type == "vq" else None
         self.drop_sin = nn.Dropout(c.p_dropsin, rng_collection="timeless", deterministic=not c.is_train)
         self.drop_res = nn.Dropout(c.p_dropres, rng_collection="ephemeral", deterministic=not c.is_train)
         self.drop_layer = nn.Dropout(
@@ -77,9 +78,10 @@ class VQAttention(nn.Module):
           doc_ids [B, M] int32.
         aggcache: the cache: upper_div_lower [B, H, S, V] float32 (mean value per code; in bfloat16 a mean of more than
           256 values would stop moving), lower [B, H, S] float32 (count), latest_doc_id [B] int32.
+        With attn_type full there is no z and no aggcache.
         """
         c, n_head = config, config.n_head
-        return dict(
+        state = dict(
             pos_offset=jnp.zeros([batch_size], jnp.int32),
             xlcache=dict(
                 z=jnp.zeros([batch_size, n_head, c.mem_len], jnp.int32),
@@ -93,11 +95,12 @@ class VQAttention(nn.Module):
                 latest_doc_id=jnp.full([batch_size], NO_DOC, jnp.int32),
             ),
         )
+        return state if c.attn_type == "vq" else _without_cache(state)
 
     @staticmethod
-    def state_axes() -> dict:
+    def state_axes(config: TransformerConfig) -> dict:
         """The logical name of every axis of `initial_state`, in the same tree."""
-        return dict(
+        axes = dict(
             pos_offset=("batch",),
             xlcache=dict(
                 z=("batch", "heads", "window"),
@@ -111,6 +114,7 @@ class VQAttention(nn.Module):
                 latest_doc_id=("batch",),
             ),
         )
+        return axes if config.attn_type == "vq" else _without_cache(axes)
 
     @staticmethod
     def get_agg_biases(counts: jax.Array) -> jax.Array:
@@ -120,7 +124,7 @@ class VQAttention(nn.Module):
     # --- one block ---------------------------------------------------------------------------------------------------
 
     def attn(self, present_q, present_k, present_v, present_doc_ids, state: dict, vq_spec: VQSpec | None) -> dict:
-        """Attention of one block: any length L, whatever `block_len` says.
+        """Attention of one block: any length L, whatever `block_len` says. For attn_type vq.
 
         present_q, present_k: [B, H, L, K], normalised and scaled, keys not yet quantized. present_v: [B, H, L, V].
         present_doc_ids: int32 [B, L]. vq_spec: loss_mask [B, L], or None.
@@ -154,8 +158,9 @@ class VQAttention(nn.Module):
         """What the scores are made of besides queries and keys: codes [H, S, K], u and v [H, K], r [H, M + 1, K]."""
         c = self.config
         table = self.drop_sin(sinusoids(jnp.arange(c.mem_len + 1), c.d_model))
+        codes = dict(codes=self.quantizer.codes().astype(c.dtype)) if self.quantizer else {}
         return dict(
-            codes=self.quantizer.codes().astype(c.dtype),
+            **codes,
             u=self.u.astype(c.dtype),
             v=self.v.astype(c.dtype),
             r=self.w_r(table.astype(c.dtype)) * c.d_k**-0.25,
@@ -183,6 +188,12 @@ class VQAttention(nn.Module):
         v = nn.silu(self.w_v(x))
         gate = nn.silu(self.w_g(x))
 
+        if c.attn_type == "full":
+            recent = extend_window(state["xlcache"], dict(k_hat=k, v=v, doc_ids=doc_ids))
+            out = full_attention(q, recent, self._biases(), c)
+            losses = dict(l_commit=jnp.zeros([]), l_codebook=jnp.zeros([]), metrics={})
+            return next_state(recent, state), dict(res=self._residual(out, gate), **losses)
+
         quantized = self.quantizer(k, input_dict["vq_spec"])
         present = dict(z=quantized["shortcodes"], k_hat=quantized["quantized"], v=v, doc_ids=doc_ids)
         biases = self._biases()
@@ -201,12 +212,21 @@ class VQAttention(nn.Module):
             state, out = jax.lax.scan(one_block, state, split_blocks(dict(q=q, present=present), n_blocks))
             out = jnp.moveaxis(out, 0, 2).reshape(batch_size, c.n_head, update_len, c.d_v)
 
-        res = self.w_o(jnp.swapaxes(out * gate, 1, 2))
-        res = self.drop_layer(self.drop_res(res))
-        return state, dict(res=res, **{name: quantized[name] for name in ("l_commit", "l_codebook", "metrics")})
+        return state, dict(
+            res=self._residual(out, gate), **{name: quantized[name] for name in ("l_commit", "l_codebook", "metrics")}
+        )
+
+    def _residual(self, out, gate) -> jax.Array:
+        """[B, H, T, V] and its gate -> [B, T, D]."""
+        return self.drop_layer(self.drop_res(self.w_o(jnp.swapaxes(out * gate, 1, 2))))
 
 
 # --- the pieces, as functions of arrays ------------------------------------------------------------------------------
+
+
+def _without_cache(state: dict) -> dict:
+    window = {name: leaf for name, leaf in state["xlcache"].items() if name != "z"}
+    return dict(pos_offset=state["pos_offset"], xlcache=window)
 
 
 def _time_axis(name: str) -> int:
@@ -279,19 +299,6 @@ def window_mask(block_len: int, mem_len: int, local: bool) -> jax.Array:
     return visible & (distance <= mem_len) if local else visible
 
 
-def by_column(by_distance: jax.Array, mem_len: int) -> jax.Array:
-    """Biases [..., L, M + 1] by distance 0 .. M -> [..., L, M + L] by column, 0 beyond that reach.
-
-    Query a sees distance d at column M + a - d: each row is the reversed biases, shifted right by a. Laid flat with L
-    zeros behind each row, and read again with rows one shorter, each row falls one further to the right.
-    """
-    *lead, block_len, _ = by_distance.shape
-    width = mem_len + block_len
-    rows = jnp.pad(by_distance[..., ::-1], [(0, 0)] * (len(lead) + 1) + [(0, block_len)])  # [..., L, width + 1]
-    flat = rows.reshape(*lead, block_len * (width + 1))[..., : block_len * width]
-    return flat.reshape(*lead, block_len, width)
-
-
 def next_state(recent: dict, state: dict) -> dict:
     """The state after a block: its last M keys are the window, what came before them goes into the cache.
 
@@ -305,10 +312,13 @@ def next_state(recent: dict, state: dict) -> dict:
     n_present = jnp.sum(doc_ids[:, mem_len:] == last[:, None], axis=1, dtype=jnp.int32)
     pos_offset = n_present + jnp.where(last_before == last, state["pos_offset"], 0)
 
+    window = {name: jax.lax.slice_in_dim(recent[name], block_len, None, axis=_time_axis(name)) for name in recent}
+    if "aggcache" not in state:
+        return dict(pos_offset=pos_offset, xlcache=window)
     leaving = {name: jax.lax.slice_in_dim(recent[name], 0, block_len, axis=_time_axis(name)) for name in recent}
     return dict(
         pos_offset=pos_offset,
-        xlcache={name: jax.lax.slice_in_dim(recent[name], block_len, None, axis=_time_axis(name)) for name in recent},
+        xlcache=window,
         aggcache=absorb(state["aggcache"], leaving),
     )
 

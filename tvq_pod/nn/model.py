@@ -53,9 +53,9 @@ class Transformer(nn.Module):
         return {name: stacked() for name in UNITS}  # no array twice: a step may donate each
 
     @staticmethod
-    def state_axes() -> dict:
+    def state_axes(config: TransformerConfig) -> dict:
         """The logical name of every axis of `initial_state`."""
-        axes = jax.tree.map(lambda names: ("layers", *names), VQAttention.state_axes(), is_leaf=_is_names)
+        axes = jax.tree.map(lambda names: ("layers", *names), VQAttention.state_axes(config), is_leaf=_is_names)
         return {name: axes for name in UNITS}
 
     @nn.compact

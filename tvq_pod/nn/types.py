@@ -25,7 +25,7 @@ class TransformerConfig:
     mem_len: int = 128  # M: keys kept exact before they go to the cache
     agg_cache: bool = True  # False: attention ends with the window
     grad_thru_cache: bool = True  # False: gradients stay inside a block
-    attn_type: str = "vq"
+    attn_type: str = "vq"  # full: quadratic attention over exact keys, for comparison; no codes, no cache
     head_type: str = "shga"
     reduction: str = "serial"  # how the blocks of an update are gone through
     remat: str = "full"  # full: recompute each gated unit in the backward pass; none: keep everything

@@ -1,0 +1,52 @@
+"""Measuring: every figure that is asked for, and the two attentions in turns."""
+
+import json
+
+import pytest
+
+from tests.test_cli import config_file, corpus, finish, run, start
+
+__all__ = ["config_file", "corpus"]  # fixtures
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, config_file) -> tuple[dict, str]:
+    folder = tmp_path_factory.mktemp("bench")
+    flags = ["--mode=bench", f"--config={config_file}", f"--workdir={folder}"]
+    _, err = run(*flags, "--against=full", "--lengths=16,64", "--rounds=2")
+    assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((folder / "bench.json").read_text()), err
+
+
+def test_both_attentions_are_measured_at_every_length(measured):
+    result, err = measured
+    assert [(row["attn_type"], row["update_len"]) for row in result["rows"]] == [
+        ("vq", 16), ("full", 16), ("vq", 64), ("full", 64),
+    ]  # fmt: skip
+    for row in result["rows"]:
+        for name in ("train_step_seconds", "eval_step_seconds", "sampling_seconds"):
+            assert 0 < row[name]["min"] <= row[name]["median"] <= row[name]["max"]
+        tokens = 8 * row["update_len"]
+        assert row["train_tokens_per_second"] == pytest.approx(tokens / row["train_step_seconds"]["median"])
+        assert row["train_flops_per_second"] > 0
+        assert row["peak_bytes"] > 0
+        assert row["compile_seconds"] > 0
+    assert "T = 64: full takes" in err
+
+
+def test_ratios_are_of_the_medians(measured):
+    result, _ = measured
+    vq, full = (row["train_step_seconds"]["median"] for row in result["rows"][2:])
+    assert result["ratios"]["64"] == pytest.approx(full / vq)
+
+
+def test_lengths_that_make_no_sense_are_one_line(tmp_path, config_file):
+    for flag, message in (
+        ("--lengths=10", "--lengths=10: must be a multiple of config.model.block_len=8"),
+        ("--lengths=many", "--lengths=many: must be numbers of tokens"),
+    ):
+        flags = ["--mode=bench", f"--config={config_file}", f"--workdir={tmp_path / 'x'}"]
+        code, _, err = finish(start(*flags, flag))
+        assert code == 1
+        assert err.splitlines()[-1].startswith(f"error: {message}")
+    assert not (tmp_path / "x").exists()
