@@ -1,5 +1,6 @@
 """Planning: the real TPU compiler on a small model, against independent counts."""
 
+import importlib.util
 import json
 import math
 
@@ -181,3 +182,9 @@ def test_clocks_are_peak_over_operations_a_cycle():
     for name, megahertz in (("v2", 700), ("v3", 940), ("v4", 1050), ("v5e", 1500), ("v5p", 1750), ("v6e", 1750)):
         assert CHIPS[name].clock_hz / 1e6 == pytest.approx(megahertz, rel=0.01)
     assert all(math.log2(chip.flops_per_cycle).is_integer() for chip in CHIPS.values())
+
+
+def test_without_libtpu_plan_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--topology=v5e:2x2: needs the TPU compiler; pip install -e '.\[tpu\]'"):
+        topology_devices("v5e:2x2", 1)
