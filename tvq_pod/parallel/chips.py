@@ -1,11 +1,10 @@
 """What the TPU chips are: the one table of them.
 
 Sources. HBM, peak bf16 FLOP/s, HBM and ICI bandwidth: the per-generation pages of Google's TPU documentation
-(cloud.google.com/tpu/docs/v4 ... /v6e, /tpu7x); for v2 and v3 Jouppi et al., Ten Lessons From Three Generations,
-ISCA 2021. Operations a cycle: what XLA's own cost model reaches on a large
-bf16 matmul compiled for each generation lies between 70 and 98% of the powers of two given here. Clock: peak over
-operations a cycle; for v2, v3 and v4 that gives the 700, 940 and 1050 MHz that are published (the same paper, and arXiv
-2304.01433).
+(cloud.google.com/tpu/docs/v4 ... /v6e, /tpu7x); for v2 and v3 Jouppi et al., Ten Lessons From Three Generations, ISCA
+2021. Operations a cycle: what XLA's own cost model reaches on a large bf16 matmul compiled for each generation lies
+between 70 and 98% of the powers of two given here. Clock: peak over operations a cycle; for v2, v3 and v4 that gives
+the 700, 940 and 1050 MHz that are published (the same paper, and arXiv 2304.01433).
 """
 
 import dataclasses
@@ -41,7 +40,7 @@ CHIPS = {
         Chip("v4", "v4", 32 * GIB, 275e12, 1.228e12, 0.3e12, 2, 2, 2**17),
         Chip("v5e", "v5litepod", 16 * GIB, 197e12, 0.819e12, 0.2e12, 1, 1, 2**17),
         Chip("v5p", "v5p", 95 * GIB, 459e12, 2.765e12, 0.6e12, 2, 1, 2**18),
-        Chip("v6e", "v6e", 32 * GIB, 918e12, 1.64e12, 0.448e12, 1, 1, 2**19),
+        Chip("v6e", "v6e", 32 * GIB, 918e12, 1.638e12, 0.4e12, 1, 1, 2**19),
         Chip("tpu7x", "tpu7x", 192 * GIB, 2307e12, 7.38e12, 0.6e12, 2, 2, 2**19),
     )
 }
