@@ -27,7 +27,7 @@ def get_config():
     config.model.e_norm = True
     config.model.e_scale = 0.005
     config.train.batch_size = 128
-    config.train.update_len = 1536  # an image is eight updates
+    config.train.update_len = 1536
     config.train.num_steps = 500_000
     config.train.log_every_steps = 100
     config.optimizer.name = "adafactor"

@@ -85,8 +85,7 @@ def main(argv: list[str]) -> None:
         if not _TOPOLOGY.value:
             raise UserError("--topology=: must be given for --mode=plan, for example v5e:4x4")
         if _SWEEP.value:
-            dropped = ("--sweep", "--workdir", "-sweep", "-workdir")
-            sweep([flag for flag in sys.argv[1:] if flag.partition("=")[0] not in dropped], workdir, _SWEEP.value)
+            sweep(_without(("sweep", "workdir"), _with_config(sys.argv))[1:], workdir, _SWEEP.value)
         else:
             plan(settings, workdir, _TOPOLOGY.value, _SLICES.value, _TOKENS.value)
 
@@ -117,14 +116,31 @@ def _settings() -> Settings:
 
 def _parse(argv: list[str]) -> list[str]:
     """absl has its own errors; config_flags raises many things for a wrong config file or override."""
-    config, workdir = _given(argv, "config"), _given(argv, "workdir")
-    if config is None and workdir is not None:  # the run's own, so that it can be overridden as any other
-        argv = [argv[0], f"--config={pathlib.Path(__file__).with_name('run_config.py')}:{workdir}", *argv[1:]]
     try:
-        return flags.FLAGS(argv)
+        return flags.FLAGS(_with_config(argv))
     except (flags.Error, ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         text = str(error)  # for an error inside the file, with a traceback: its last line says what
         raise UserError("flags: " + (text.strip().splitlines()[-1] if "Traceback" in text else text)) from error
+
+
+def _with_config(argv: list[str]) -> list[str]:
+    """With the run's own config where none is given, so that it can be overridden as any other."""
+    config, workdir = _given(argv, "config"), _given(argv, "workdir")
+    if config is not None or workdir is None:
+        return argv
+    return [argv[0], f"--config={pathlib.Path(__file__).with_name('run_config.py')}:{workdir}", *argv[1:]]
+
+
+def _without(names: tuple[str, ...], argv: list[str]) -> list[str]:
+    """The command line without some flags, given as --name=value or as --name value."""
+    kept, skip = [], False
+    for argument in argv:
+        flag, equals, _ = argument.lstrip("-").partition("=")
+        is_dropped = argument.startswith("-") and flag in names
+        if not (skip or is_dropped):
+            kept.append(argument)
+        skip = is_dropped and not equals
+    return kept
 
 
 def _given(argv: list[str], name: str) -> str | None:

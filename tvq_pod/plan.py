@@ -30,7 +30,7 @@ from tvq_pod.parallel.sharding import batch_sharding
 from tvq_pod.paths import write_whole
 from tvq_pod.train_state import abstract_train_state, make_train_step
 
-_UNITS = dict(K=2**10, M=2**20, G=2**30)
+_UNITS = dict(K=2**10, M=2**20, G=2**30, T=2**40)
 SHOWN = 15  # of the dearest operations
 # libtpu asks the machine it is on for these; planning, there is none. Several processes may plan at once.
 LIBTPU_ENVIRONMENT = dict(
@@ -45,12 +45,17 @@ LIBTPU_ENVIRONMENT = dict(
 def plan(settings: Settings, workdir: epath.Path, topology: str, slices: int, tokens: float | None) -> dict:
     """Plans one config: prints the result, writes it to plan.json in `workdir`, and returns it."""
     jax.config.update("jax_platforms", "cpu")  # never a real accelerator
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir}: can't be used ({error.strerror}); give a folder that can be written"
+        ) from None
     chip, devices = topology_devices(topology, slices)
     result = plan_step(settings, chip, devices)
     result = dict(topology=topology, slices=slices) | result
     if tokens and result.get("predicted_tokens_per_second"):
         result["days"] = tokens / result["predicted_tokens_per_second"] / 86400
-    workdir.mkdir(parents=True, exist_ok=True)
     write_whole(workdir / "plan.json", json.dumps(result, indent=2) + "\n")
     print(_text(result, tokens))
     return result
@@ -65,18 +70,23 @@ def topology_devices(topology: str, slices: int) -> tuple[Chip | None, list]:
     if name == "cpu":
         if not shape.isdigit() or not int(shape):
             raise UserError(f"--topology={topology}: must name a number of devices, as cpu:8 does")
+        if slices > 1:
+            raise UserError(f"--slices={slices}: simulated devices have no slices; leave it out")
         jax.config.update("jax_num_cpu_devices", int(shape))
         return None, jax.devices()
     if name not in CHIPS:
         raise UserError(f"--topology={topology}: must begin with one of {', '.join(CHIPS)}, cpu, as v5e:4x4 does")
-    if not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
-        raise UserError(f"--topology={topology}: must give the slice's shape in chips, as {name}:2x2 does")
+    example = "x".join("2" * CHIPS[name].dimensions)
+    if not re.fullmatch(r"\d+" + r"x\d+" * (CHIPS[name].dimensions - 1), shape):
+        raise UserError(f"--topology={topology}: must give the slice's shape in chips, as {name}:{example} does")
     if not importlib.util.find_spec("libtpu"):
         raise UserError(f"--topology={topology}: needs the TPU compiler; pip install -e '.[tpu]'")
     for variable, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     try:
         more = dict(num_slices=slices) if slices > 1 else {}
+        if CHIPS[name].is_megacore:
+            more["chip_config_name"] = "megacore"
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
     except Exception as error:  # whatever libtpu has to say about the shape
         raise UserError(f"--topology={topology}: is no slice that libtpu knows ({str(error)[:200]})") from error
@@ -117,7 +127,7 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
     try:
         compiled = make_train_step(settings, mesh).lower(state, batch).compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
             raise
         return result | dict(
             fits=False,
@@ -136,7 +146,7 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
         + memory.generated_code_size_in_bytes
     )
     result["bytes_per_chip"] |= dict(temp=memory.temp_size_in_bytes * per_chip, peak=peak * per_chip)
-    result["fits"] = True
+    result["fits"] = None if chip is None else True  # who knows what memory there is
     if chip is None:
         return result
     program = Program(compiled.as_text())
@@ -157,10 +167,10 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
 
 def short_by_bytes(message: str) -> int | None:
     """How much memory is missing, from the compiler's own words; None if they are new."""
-    if total := re.search(r"\(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)", message):
+    if total := re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", message):
         needed, there = (float(total[i]) * _UNITS[total[i + 1]] for i in (1, 3))
         return round(needed - there)
-    if excess := re.search(r"Exceeded hbm capacity by ([\d.]+)([KMG])", message):
+    if excess := re.search(r"Exceeded hbm capacity by ([\d.]+)([KMGT])", message):
         return round(float(excess[1]) * _UNITS[excess[2]])
     return None
 
@@ -232,7 +242,8 @@ def sweep(flags: list[str], workdir: epath.Path, grid: str) -> None:
         speed, mfu = result.get("predicted_tokens_per_second"), result.get("predicted_mfu")
         peak = result["bytes_per_chip"].get("peak")
         cells += [f"{speed:8,.0f}" if speed else f"{'-':>8}", f"{mfu:7.1%}" if mfu else f"{'-':>7}"]
-        cells += [f"{peak / 2**30:8.2f}" if peak else f"{'-':>8}", "yes" if result["fits"] else "no"]
+        fits = {True: "yes", False: "no", None: "-"}[result["fits"]]
+        cells += [f"{peak / 2**30:8.2f}" if peak else f"{'-':>8}", fits]
         print("  ".join(cells))
 
 
@@ -255,7 +266,7 @@ def _text(result: dict, tokens: float | None) -> str:
         + ", ".join(f"{name} {size / gib:.3f}" for name, size in result["bytes_per_chip"].items())
         + (f", of {result['hbm_bytes_per_chip'] / gib:.0f}" if result["hbm_bytes_per_chip"] else ""),
     ]
-    if not result["fits"]:
+    if result["fits"] is False:
         short = result["short_by_bytes"]
         by = f" by {short / gib:.2f} GiB a device" if short else ""
         lines += [f"does not fit{by}: {result['lack']}", f"what would help: {result['advice']}"]

@@ -24,7 +24,13 @@ class Chip:
     ici_bandwidth: float  # bytes a second, all links, one way
     cores: int
     devices: int  # that jax sees: two cores may be one device
+    dimensions: int  # of a slice's shape
     flops_per_cycle: int  # bf16, of a device
+
+    @property
+    def is_megacore(self) -> bool:
+        """Whether two cores are one device only if asked for."""
+        return self.name == "v4"
 
     @property
     def clock_hz(self) -> float:
@@ -35,12 +41,12 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v2", "v2", 16 * GIB, 45.9e12, 0.7e12, 0.248e12, 2, 2, 2**15),
-        Chip("v3", "v3", 32 * GIB, 123.2e12, 0.9e12, 0.328e12, 2, 2, 2**16),
-        Chip("v4", "v4", 32 * GIB, 275e12, 1.228e12, 0.3e12, 2, 2, 2**17),
-        Chip("v5e", "v5litepod", 16 * GIB, 197e12, 0.819e12, 0.2e12, 1, 1, 2**17),
-        Chip("v5p", "v5p", 95 * GIB, 459e12, 2.765e12, 0.6e12, 2, 1, 2**18),
-        Chip("v6e", "v6e", 32 * GIB, 918e12, 1.638e12, 0.4e12, 1, 1, 2**19),
-        Chip("tpu7x", "tpu7x", 192 * GIB, 2307e12, 7.38e12, 0.6e12, 2, 2, 2**19),
+        Chip("v2", "v2", 16 * GIB, 45.9e12, 0.7e12, 0.248e12, 2, 2, 2, 2**15),
+        Chip("v3", "v3", 32 * GIB, 123.2e12, 0.9e12, 0.328e12, 2, 2, 2, 2**16),
+        Chip("v4", "v4", 32 * GIB, 275e12, 1.228e12, 0.3e12, 2, 1, 3, 2**18),
+        Chip("v5e", "v5litepod", 16 * GIB, 197e12, 0.819e12, 0.2e12, 1, 1, 2, 2**17),
+        Chip("v5p", "v5p", 95 * GIB, 459e12, 2.765e12, 0.6e12, 2, 1, 3, 2**18),
+        Chip("v6e", "v6e", 32 * GIB, 918e12, 1.638e12, 0.4e12, 1, 1, 2, 2**19),
+        Chip("tpu7x", "tpu7x", 192 * GIB, 2307e12, 7.38e12, 0.6e12, 2, 2, 3, 2**19),
     )
 }
