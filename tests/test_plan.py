@@ -187,6 +187,14 @@ def test_flops_are_those_of_the_matmuls():
     assert forward_flops_per_token(config, 17) == 2 * (2 * unit + 3 * 13)
 
 
+def test_a_matmul_without_a_gradient_is_not_counted_in_the_backward_pass():
+    config = TransformerConfig(n_layer=3, n_head=2, n_code=11, d_k=5, d_v=7)
+    forward = forward_flops_per_token(config, 128)
+    units = 2 * 3 * 2
+    distances, added = 2 * 5 * 11, 2 * 11 * 7
+    assert train_flops(config, 1, 128) == 3 * forward - units * (2 * distances + added)
+
+
 def test_clocks_are_peak_over_operations_a_cycle():
     for name, megahertz in (("v2", 700), ("v3", 940), ("v4", 1050), ("v5e", 1500), ("v5p", 1750), ("v6e", 1750)):
         assert CHIPS[name].clock_hz / 1e6 == pytest.approx(megahertz, rel=0.01)

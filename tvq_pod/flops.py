@@ -22,7 +22,17 @@ def forward_flops_per_token(config: TransformerConfig, update_len: int) -> int:
     return 2 * (2 * c.n_layer * unit + c.d_model * c.n_vocab)
 
 
+def _without_gradient_per_token(config: TransformerConfig) -> tuple[int, int]:
+    """Operations of the forward pass whose matmul has no matmul in the backward pass, and of that which has only one:
+    the nearest code has no gradient, and what is added to the cache has one by the values alone."""
+    if config.attn_type == "full":
+        return 0, 0
+    units = 2 * config.n_layer * config.n_head
+    return 2 * units * config.n_code * config.d_k, 2 * units * config.n_code * config.d_v * config.agg_cache
+
+
 def train_flops(config: TransformerConfig, tokens: int, update_len: int) -> int:
-    """Operations of a training step over `tokens`: the backward pass has two matmuls for each of the forward's. What is
-    computed twice to save memory is not counted twice."""
-    return 3 * tokens * forward_flops_per_token(config, update_len)
+    """Operations of a training step over `tokens`: the backward pass has two matmuls for each of the forward's that has
+    gradients by both its operands. What is computed twice to save memory is not counted twice."""
+    none, one = _without_gradient_per_token(config)
+    return tokens * (3 * forward_flops_per_token(config, update_len) - 2 * none - one)

@@ -31,6 +31,7 @@ from tvq_pod.paths import write_whole
 from tvq_pod.train_state import abstract_train_state, make_train_step
 
 _UNITS = dict(K=2**10, M=2**20, G=2**30, T=2**40)
+_TRAVELS = {"all-reduce": 2}  # times that each byte of a collective crosses a chip's links, at most
 SHOWN = 15  # of the dearest operations
 # libtpu asks the machine it is on for these; planning, there is none. Several processes may plan at once.
 LIBTPU_ENVIRONMENT = dict(
@@ -52,7 +53,7 @@ def plan(settings: Settings, workdir: epath.Path, topology: str, slices: int, to
             f"--workdir={workdir}: can't be used ({error.strerror}); give a folder that can be written"
         ) from None
     chip, devices = topology_devices(topology, slices)
-    result = plan_step(settings, chip, devices)
+    result = plan_step(settings, chip, devices, slices)
     result = dict(topology=topology, slices=slices) | result
     if tokens and result.get("predicted_tokens_per_second"):
         result["days"] = tokens / result["predicted_tokens_per_second"] / 86400
@@ -93,7 +94,7 @@ def topology_devices(topology: str, slices: int) -> tuple[Chip | None, list]:
     return CHIPS[name], list(described.devices)
 
 
-def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
+def plan_step(settings: Settings, chip: Chip | None, devices: list, slices: int = 1) -> dict:
     """Compiles the train step for the devices. See the README for the fields; bytes and cycles are of one device's
     program, per chip where a field's name says so."""
     mesh = make_mesh(settings.mesh, devices)
@@ -161,7 +162,9 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
         predicted_tokens_per_second=result["tokens_per_step"] / seconds,
         operations=[dict(source=source, share=own / cycles) for source, own in by_source[:SHOWN]],
         collectives=[dataclasses.asdict(collective) for collective in collectives],
-        collective_seconds_if_alone=sum(c.bytes for c in collectives) * per_chip / chip.ici_bandwidth,
+        collective_seconds_if_alone=None  # the network between slices is another, and slower by far
+        if slices > 1
+        else sum(c.bytes * _TRAVELS.get(c.kind, 1) for c in collectives) * per_chip / chip.ici_bandwidth,
     )
 
 
@@ -278,7 +281,9 @@ def _text(result: dict, tokens: float | None) -> str:
         if "days" in result:
             lines.append(f"{tokens:.3g} tokens: {result['days']:.2f} days")
         lines += ["share of cycles:"] + [f"  {row['share']:6.1%}  {row['source']}" for row in result["operations"]]
-        lines += ["collectives a step and device:"] + [
+        alone = result["collective_seconds_if_alone"]
+        took = f", {alone * 1e3:.2f} ms at the links' full speed" if alone is not None else ""
+        lines += [f"collectives a step and device{took}:"] + [
             f"  {row['kind']:<18} {row['count']:>6} {row['bytes'] / 2**20:>12,.2f} MiB  over {', '.join(row['axes'])}"
             for row in result["collectives"]
         ]
