@@ -1,4 +1,4 @@
-"""Byte-level Transformer-VQ on enwik8, with the paper's settings (arXiv 2309.16354, appendix): 190M parameters.
+"""Byte-level Transformer-VQ on enwik8, with the paper's settings: 190M parameters.
 
     python -m tvq_pod.main --config=configs/enwik8.py --workdir=runs/enwik8 --config.data.source=PATH
 
@@ -7,6 +7,7 @@ PATH: a file or folder with the text. To see what it costs before a slice is ren
     python -m tvq_pod.main --mode=plan --config=configs/enwik8.py --topology=v5e:4x4 --workdir=runs/enwik8
 
 It says 1.56 s a step, 168,000 tokens/s, and a peak of 10.7 of a chip's 16 GiB.
+Settings: arXiv 2309.16354, appendix, and its code's scripts/lm_enwik8.sh (github.com/transformer-vq/transformer_vq).
 """
 
 from tvq_pod.config import default_config
@@ -25,6 +26,7 @@ def get_config():
     config.model.p_dropsin = 0.2
     config.model.p_dropres = 0.5
     config.model.p_droplyr = 0.3
+    config.model.e_norm = False
     config.train.batch_size = 128
     config.train.update_len = 2048
     config.train.num_steps = 125_000
@@ -38,4 +40,5 @@ def get_config():
     config.checkpoint.every_steps = 1000
     config.eval.every_steps = 10_000
     config.eval.batch_size = 128
+    config.sample.nucleus_p = 0.9
     return config

@@ -1,4 +1,4 @@
-"""Transformer-VQ on ImageNet64 as bytes, with the paper's settings (arXiv 2309.16354, appendix): 1.2B parameters.
+"""Transformer-VQ on ImageNet64 as bytes, with the paper's settings: 1.2B parameters.
 
     python -m tvq_pod.main --config=configs/imagenet64.py --workdir=runs/imagenet64 --config.data.source=PATH
 
@@ -7,6 +7,7 @@ PATH: a folder of files of 12,288 bytes, one an image. To see what it costs befo
     python -m tvq_pod.main --mode=plan --config=configs/imagenet64.py --topology=v5p:4x4x4 --workdir=runs/imagenet64
 
 It says 0.40 s a step, 487,000 tokens/s, and a peak of 17.3 of a chip's 95 GiB.
+Settings: arXiv 2309.16354, appendix, and its code's scripts/lm_imagenet64.sh (github.com/transformer-vq/transformer_vq).
 """
 
 from tvq_pod.config import default_config
@@ -23,6 +24,7 @@ def get_config():
     config.model.n_layer = 24
     config.model.dtype = "bfloat16"
     config.model.pe_abs = True
+    config.model.p_dropsin = 0.1
     config.model.e_tie = True
     config.model.e_norm = True
     config.model.e_scale = 0.005
@@ -32,9 +34,11 @@ def get_config():
     config.train.log_every_steps = 100
     config.optimizer.name = "adafactor"
     config.optimizer.learning_rate = 0.01
-    config.optimizer.schedule = "inverse_sqrt"
+    config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 10_000
+    config.optimizer.clip_norm = 0.0  # Adafactor clips each update by its own size
     config.checkpoint.every_steps = 1000
     config.eval.every_steps = 10_000
     config.eval.batch_size = 128
+    config.sample.nucleus_p = 0.999
     return config

@@ -1,4 +1,4 @@
-"""Transformer-VQ on PG-19 books, with the paper's settings (arXiv 2309.16354, appendix): 1.3B parameters.
+"""Transformer-VQ on PG-19 books, with the paper's settings: 1.3B parameters.
 
     python -m tvq_pod.main --config=configs/pg19.py --workdir=runs/pg19 --config.data.source=PATH \\
         --config.data.vocab=MODEL
@@ -9,6 +9,7 @@ before a slice is rented:
     python -m tvq_pod.main --mode=plan --config=configs/pg19.py --topology=v5p:4x4x4 --workdir=runs/pg19
 
 It says 0.51 s a step, 510,000 tokens/s, and a peak of 18.5 of a chip's 95 GiB.
+Settings: arXiv 2309.16354, appendix, and its code's scripts/lm_pg19.sh (github.com/transformer-vq/transformer_vq).
 """
 
 from tvq_pod.config import default_config
@@ -25,6 +26,9 @@ def get_config():
     config.model.n_layer = 24
     config.model.n_vocab = 32_000
     config.model.dtype = "bfloat16"
+    config.model.p_dropsin = 0.1
+    config.model.p_dropres = 0.1
+    config.model.p_droplyr = 0.1
     config.model.e_tie = True
     config.model.e_norm = True
     config.model.e_scale = 0.005
@@ -34,9 +38,11 @@ def get_config():
     config.train.log_every_steps = 100
     config.optimizer.name = "adafactor"
     config.optimizer.learning_rate = 0.01
-    config.optimizer.schedule = "inverse_sqrt"
+    config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 10_000
+    config.optimizer.clip_norm = 0.0  # Adafactor clips each update by its own size
     config.checkpoint.every_steps = 1000
     config.eval.every_steps = 10_000
     config.eval.batch_size = 128
+    config.sample.nucleus_p = 0.8
     return config

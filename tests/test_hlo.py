@@ -39,7 +39,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %x = f32[8]{0} parameter(0)
   %c = (f32[8]{0:T(8)}, f32[8]{0}) copy(%x), backend_config={"estimated_cycles":"7"}
   %w = (s32[], f32[8]{0}) while(%x), condition=%outer_cond, body=%outer_body, backend_config={"known_trip_count":{"n":"3"}}
-  %g = (bf16[2,8]{1,0}, bf16[4,8]{1,0:T(8,128)(2,1)}) all-gather-start(%x), replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}
+  %g = ((bf16[2,8]{1,0}, s8[2]), (bf16[4,8]{1,0:T(8,128)(2,1)}, s8[4])) all-gather-start(%x), replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}
   ROOT %s = f32[4]{0} reduce-scatter(%x), replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1'}, to_apply=%fused
 }
 """  # noqa: E501
@@ -62,7 +62,7 @@ def test_collectives_are_counted_with_their_bytes_and_axes():
     found = {(c.kind, c.axes): (c.count, c.bytes) for c in collectives}
     assert found == {
         ("all-reduce", ("model",)): (15, 15 * 32),
-        ("all-gather", ("data",)): (1, 4 * 8 * 2),
+        ("all-gather", ("data",)): (1, 4 * 8 * 2 + 4),
         ("reduce-scatter", ("data", "model")): (1, 4 * 4 * 4),
     }
 

@@ -102,6 +102,25 @@ def test_the_bytes_of_a_known_matmul():
     assert program.cycles() > 2 * 512 * 512 * 256 / 2**17
 
 
+def test_what_is_gathered_beside_matmuls_and_scattered_is_counted_once():
+    _, devices = topology_devices("v5e:2x2", 1)
+    mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+    split = jax.NamedSharding(mesh, jax.P("data"))
+    x = jax.ShapeDtypeStruct((4096, 1024), jnp.bfloat16, sharding=split)
+    weights = [jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16, sharding=split)] * 3
+
+    def loss(weights, x):
+        for weight in weights:
+            x = jnp.tanh(x @ weight)
+        return jnp.sum(jnp.square(x.astype(jnp.float32)))
+
+    compiled = jax.jit(jax.grad(loss), out_shardings=[split] * 3).lower(weights, x).compile()
+    sent = {c.kind: (c.axes, c.bytes) for c in Program(compiled.as_text()).collectives(dict(mesh.shape))}
+    size = 1024 * 1024 * 2
+    assert sent["reduce-scatter"] == (("data",), 3 * size)  # each weight's gradient: every device keeps its part
+    assert sent["all-gather"] in [(("data",), 3 * size), (("data",), 5 * size)]  # again in the backward pass, or not
+
+
 def test_a_config_that_does_not_fit_is_an_answer(planned):
     plan = planned["lacks"]
     assert plan["fits"] is False

@@ -75,21 +75,33 @@ class Program:
     def collectives(self, mesh_shape: dict[str, int]) -> list[Collective]:
         """What a device sends and receives in one run; mesh_shape: sizes of the mesh's axes by name, in their order."""
         count, size = collections.Counter(), collections.Counter()
-        for instruction, times in self._instructions(self._entry, 1):
-            kind = instruction.opcode.removesuffix("-start")
-            if kind not in COLLECTIVES:
-                continue
+        for kind, instruction, times in self._sent(self._entry):
             try:
                 groups = replica_groups(instruction.rest)
                 key = kind, crossed_axes(groups, mesh_shape)
             except ValueError:  # libtpu's next version may write them in another way: say so, and count all the same
                 groups, key = [[0]], (kind, ("unknown",))
-            returned = [array_bytes(*array) for array in _ARRAY.findall(instruction.type)]
-            if instruction.opcode.endswith("-start") and kind != "all-reduce" and len(returned) > 1:
-                returned = [max(returned)]  # a pair of what goes in and what comes out, and the like
             count[key] += times
-            size[key] += times * sum(returned) * (len(groups[0]) if kind == "reduce-scatter" else 1)
+            size[key] += times * _returned_bytes(instruction) * (len(groups[0]) if _is_scattered(instruction) else 1)
         return [Collective(*key, count[key], size[key]) for key in sorted(count, key=lambda key: -size[key])]
+
+    def _sent(self, computation: str):
+        """Every collective that is run: its kind, the instruction, and how often.
+
+        libtpu also puts them into fusions: one that runs beside matmuls is split over several, which name the same
+        channel; and a reduce-scatter is an all-reduce in a computation that keeps this device's part.
+        """
+        channels = set()
+        for instruction, times in self._instructions(computation, 1):
+            if (kind := instruction.opcode.removesuffix("-start")) in COLLECTIVES:
+                yield kind, instruction, times
+            elif instruction.opcode == "fusion" and (callee := _called(instruction.rest, "calls")):
+                for kind, part, _ in self._sent(callee):
+                    channel = re.search(r"channel_id=(\d+)", part.rest)
+                    if channel and channel[1] in channels:
+                        continue
+                    channels |= {channel[1]} if channel else set()
+                    yield "reduce-scatter" if callee.startswith("all-reduce-scatter") else kind, part, times
 
     def _instructions(self, computation: str, times: int):
         """Every instruction that is run, with how often; what is inside a fusion is the fusion's."""
@@ -173,6 +185,33 @@ def crossed_axes(groups: list[list[int]], mesh_shape: dict[str, int]) -> tuple[s
         a, b = (np.unravel_index(n, list(mesh_shape.values())) for n in (first, other))
         crossed |= {name for name, x, y in zip(mesh_shape, a, b, strict=True) if x != y}
     return tuple(name for name in mesh_shape if name in crossed)
+
+
+def _is_scattered(collective: Instruction) -> bool:
+    """Whether it returns a device's part of what it takes."""
+    return collective.opcode.startswith("reduce-scatter")
+
+
+def _returned_bytes(collective: Instruction) -> int:
+    """Bytes of what a collective returns. One that only starts has a type (what it takes, what it returns, more)."""
+    parts = _top_level(collective.type)
+    is_start = collective.opcode.endswith("-start") and not collective.opcode.startswith("all-reduce")
+    returned = parts[1] if is_start and len(parts) > 1 else collective.type
+    return sum(array_bytes(*array) for array in _ARRAY.findall(returned))
+
+
+def _top_level(type_: str) -> list[str]:
+    """The parts of a tuple's type, "(f32[2]{0:T(8)}, (s32[], s32[]))"; of any other, itself."""
+    if not type_.startswith("("):
+        return [type_]
+    parts, depth = [""], 0
+    for letter in type_[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def array_bytes(dtype: str, dims: str) -> int:
