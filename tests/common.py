@@ -155,9 +155,9 @@ def quadratic_attention(config: TransformerConfig, params: dict, q, k, v, doc_id
     q, k, v, doc_ids = (np.asarray(x) for x in (q, k, v, doc_ids))
     codebook = np.asarray(params["quantizer"]["codebook"], np.float64)
     u, pos_v = np.asarray(params["u"], np.float64), np.asarray(params["v"], np.float64)
-    kernel = np.asarray(params["w_r"]["proj"]["kernel"], np.float64)  # [D, H, K]
+    kernel = np.asarray(params["w_r"]["kernel"], np.float64)  # [H, K, D]
     table = sinusoid_table(config.mem_len + 1, config.d_model)
-    r = np.einsum("md,dhk->hmk", table, kernel) * config.d_k**-0.25
+    r = np.einsum("md,hkd->hmk", table, kernel) * config.d_k**-0.25
     batch_size, n_head, length, _ = q.shape
     out = np.zeros([batch_size, length, n_head, v.shape[-1]])
     for b, h, i in itertools.product(range(batch_size), range(n_head), range(length)):

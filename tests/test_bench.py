@@ -40,6 +40,25 @@ def test_ratios_are_of_the_medians(measured):
     assert result["ratios"]["64"] == pytest.approx(full / vq)
 
 
+def test_a_length_that_does_not_fit_is_a_row_and_the_others_are_kept(tmp_path, config_file):
+    """A gigabyte of address space for 2 ** 22 tokens a row: a real lack of memory, in the first call."""
+    limited = ["bash", "-c", 'ulimit -v 12000000; exec "$@"', "-"]
+    flags = ["--mode=bench", f"--config={config_file}", f"--workdir={tmp_path}", "--lengths=16,4194304", "--rounds=1"]
+    code, _, err = finish(start(*flags, prefix=limited))
+    assert code == 0, err
+    short, long = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert short["train_tokens_per_second"] > 0
+    assert "RESOURCE_EXHAUSTED" in long["error"]
+    assert "does not fit" in err
+
+
+def test_a_folder_that_cannot_be_used_is_found_out_first(tmp_path, config_file):
+    (tmp_path / "file").write_text("")
+    code, _, err = finish(start("--mode=bench", f"--config={config_file}", f"--workdir={tmp_path / 'file'}"))
+    assert code == 1
+    assert err.splitlines()[-1].startswith(f"error: --workdir={tmp_path / 'file'}: can't be used")
+
+
 def test_lengths_that_make_no_sense_are_one_line(tmp_path, config_file):
     for flag, message in (
         ("--lengths=10", "--lengths=10: must be a multiple of config.model.block_len=8"),

@@ -40,8 +40,8 @@ def environment(devices=1):
     return os.environ | dict(JAX_PLATFORMS="cpu", XLA_FLAGS=flags, PYTHONPATH=str(ROOT))
 
 
-def start(*flags, devices=1) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tvq_pod.main", *map(str, flags)]
+def start(*flags, devices=1, prefix=()) -> subprocess.Popen:
+    command = [*prefix, sys.executable, "-m", "tvq_pod.main", *map(str, flags)]
     return subprocess.Popen(
         command, env=environment(devices), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -150,7 +150,7 @@ def test_inspect_shows_the_run_and_a_fingerprint(trained):
     out, _ = run(f"--workdir={workdir}", "--mode=inspect")
     assert '"num_steps": 40' in out
     assert "steps: 20 40" in out
-    assert "layers/unit0/w_q/proj/kernel" in out
+    assert "layers/unit0/w_q/kernel" in out
     parameters = [line.split() for line in out.splitlines() if " float32 P(" in line]
     assert len(parameters) == 25
     count = sum(math.prod(map(int, shape.split("x"))) for _, shape, *_ in parameters)

@@ -16,7 +16,7 @@ from tvq_pod.flops import forward_flops_per_token, train_flops
 from tvq_pod.hlo import Program
 from tvq_pod.nn.types import TransformerConfig
 from tvq_pod.parallel.chips import CHIPS, GIB
-from tvq_pod.plan import parse_grid, short_by_bytes, topology_devices
+from tvq_pod.plan import parse_grid, shortage, topology_devices
 
 SMALL = [
     f"--config={ROOT}/configs/throughput.py",
@@ -126,15 +126,17 @@ def test_a_config_that_does_not_fit_is_an_answer(planned):
     assert plan["fits"] is False
     assert "memory" in plan["lack"]
     assert plan["short_by_bytes"] > GIB
+    assert plan["bytes_per_chip"]["peak"] > plan["hbm_bytes_per_chip"]
+    assert plan["bytes_per_chip"]["temp"] is None
     assert plan["advice"].startswith("config.train.batch_size=2048, or config.train.update_len=32768")
     assert "does not fit" in plan["printed"]
 
 
 def test_what_is_missing_is_read_from_the_compilers_words():
-    assert short_by_bytes("required for HLO temporaries (26.5G) exceeds available HBM (15.75G).") == 10.75 * GIB
-    assert short_by_bytes("Used 20.1G of 15.75G hbm. Exceeded hbm capacity by 512.0M.") == GIB // 2
-    assert short_by_bytes("temporaries (1.5T) exceeds available HBM (512.0G).") == 1024 * GIB
-    assert short_by_bytes("other words") is None
+    assert shortage("required for HLO temporaries (26.5G) exceeds available HBM (15.75G).") == (26.5 * GIB, 10.75 * GIB)
+    assert shortage("Used 16.5G of 15.75G hbm. Exceeded hbm capacity by 767.0M.") == (16.5 * GIB, 767 * 2**20)
+    assert shortage("temporaries (1.5T) exceeds available HBM (512.0G).") == (1536 * GIB, 1024 * GIB)
+    assert shortage("other words") == (None, None)
 
 
 def test_simulated_devices_have_no_estimate_of_cycles(tmp_path):

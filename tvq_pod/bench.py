@@ -5,6 +5,7 @@ Timings of shared machines drift. So what is compared takes turns in one process
 
 import dataclasses
 import importlib.util
+import io
 import json
 import statistics
 import time
@@ -44,18 +45,12 @@ def bench(settings: Settings, workdir: epath.Path, against: str | None, lengths:
         raise UserError(f"--lengths={','.join(map(str, lengths))}: the picture needs pip install -e '.[bench]'")
     mesh = make_mesh(settings.mesh)
     check_divides("config.train.batch_size", settings.train.batch_size, mesh.shape["data"])
-    rows = []
-    for length in lengths:
-        runs = [Run(with_sizes(settings, kind, length), mesh) for kind in kinds]
-        for run in runs:
-            run.warm_up()
-        for _ in range(rounds):
-            for run in runs:
-                run.turn()
-        rows += [run.result() for run in runs]
-        for row in rows[-len(runs) :]:
-            say(_line(row))
-    by_kind = {(row["attn_type"], row["update_len"]): row["train_step_seconds"]["median"] for row in rows}
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir}: can't be used ({error.strerror}); give a folder that can be written"
+        ) from None
     result = dict(
         device=jax.devices()[0].device_kind,
         devices=mesh.size,
@@ -63,18 +58,33 @@ def bench(settings: Settings, workdir: epath.Path, against: str | None, lengths:
         rounds=rounds,
         batch_size=settings.train.batch_size,
         model={name: value for name, value in dataclasses.asdict(settings.model).items() if name != "attn_type"},
-        rows=rows,
-        ratios={length: by_kind[kinds[1], length] / by_kind[kinds[0], length] for length in lengths}
-        if len(kinds) > 1
-        else {},
+        rows=[],
+        ratios={},
     )
+    for length in lengths:
+        rows = measure([with_sizes(settings, kind, length) for kind in kinds], mesh, rounds)
+        result["rows"] += rows
+        for row in rows:
+            say(_line(row))
+        if len(rows) == 2 and not any("error" in row for row in rows):
+            ours, other = (row["train_step_seconds"]["median"] for row in rows)
+            result["ratios"][length] = other / ours
+        write_whole(workdir / "bench.json", json.dumps(result, indent=2) + "\n")  # what is measured is not lost again
+        if len(lengths) > 1:
+            draw(result, workdir / "bench.png")
     for length, ratio in result["ratios"].items():
         say(f"T = {length}: {kinds[1]} takes {ratio:.2f} times as long as {kinds[0]}")
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_whole(workdir / "bench.json", json.dumps(result, indent=2) + "\n")
-    if len(lengths) > 1:
-        draw(result, workdir / "bench.png")
     return result
+
+
+def measure(variants: list[Settings], mesh: jax.sharding.Mesh, rounds: int) -> list[dict]:
+    """One row for each of the settings, which take turns. One that the devices' memory can't hold has an `error`
+    instead of figures."""
+    runs = [Run(settings, mesh) for settings in variants]
+    errors = [run.attempt(run.warm_up) for run in runs]
+    for _ in range(rounds):
+        errors = [error or run.attempt(run.turn) for run, error in zip(runs, errors, strict=True)]
+    return [run.failed(error) if error else run.result() for run, error in zip(runs, errors, strict=True)]
 
 
 def with_sizes(settings: Settings, attn_type: str, update_len: int) -> Settings:
@@ -117,6 +127,23 @@ class Run:
         self._time("train_step", self._train)
         self._time("eval_step", self._evaluate)
         self._time("sampling", self._sample)
+
+    def attempt(self, function) -> str | None:
+        """Calls warm_up or turn; if memory is lacking, lets go of everything and returns what the device said."""
+        try:
+            function()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            said = " ".join(str(error).split())[:400]
+        else:
+            return None
+        self._state = self._eval_state = self._batch = None
+        return said
+
+    def failed(self, error: str) -> dict:
+        """The row of one that did not fit."""
+        return dict(attn_type=self._settings.model.attn_type, update_len=self._settings.train.update_len, error=error)
 
     def _time(self, name: str, function) -> None:
         began = time.monotonic()
@@ -171,7 +198,7 @@ def draw(result: dict, path: epath.Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for kind in dict.fromkeys(row["attn_type"] for row in result["rows"]):
-        rows = [row for row in result["rows"] if row["attn_type"] == kind]
+        rows = [row for row in result["rows"] if row["attn_type"] == kind and "error" not in row]
         axes.plot(
             [row["update_len"] for row in rows],
             [row["train_tokens_per_second"] for row in rows],
@@ -186,11 +213,15 @@ def draw(result: dict, path: epath.Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(str(path), dpi=120)
+    picture = io.BytesIO()  # the folder may be a bucket's
+    figure.savefig(picture, format="png", dpi=120)
     pyplot.close(figure)
+    path.write_bytes(picture.getvalue())
 
 
 def _line(row: dict) -> str:
+    if "error" in row:
+        return f"{row['attn_type']:>5} T {row['update_len']:>7}: does not fit: {row['error']}"
     train = row["train_step_seconds"]
     return (
         f"{row['attn_type']:>5} T {row['update_len']:>7}: train step {train['median']:.3f} s "

@@ -110,8 +110,8 @@ NOT_IN_CONFIG = ("is_train",)  # the mode decides
 CHOICES = {
     "model.attn_type": ("vq", "full"),
     "model.head_type": ("shga",),
-    "model.reduction": ("serial",),
-    "model.remat": ("full", "none"),
+    "model.reduction": ("serial", "cumulative", "matmul", "assoc_scan"),
+    "model.remat": ("full", "dots", "named", "none"),
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
     "data.format": ("auto", "stdlib", "folder", "lines", "jsonl"),

@@ -130,11 +130,13 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list, slices: int 
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
             raise
+        needed, short = shortage(str(error))
+        result["bytes_per_chip"] |= dict(temp=None, peak=needed and needed * per_chip)
         return result | dict(
             fits=False,
             compile_seconds=time.monotonic() - began,
             lack=" ".join(str(error).split())[:400],
-            short_by_bytes=short_by_bytes(str(error)),
+            short_by_bytes=short,
             advice=advice(settings, mesh),
         )
     result["compile_seconds"] = time.monotonic() - began
@@ -168,14 +170,15 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list, slices: int 
     )
 
 
-def short_by_bytes(message: str) -> int | None:
-    """How much memory is missing, from the compiler's own words; None if they are new."""
-    if total := re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)", message):
-        needed, there = (float(total[i]) * _UNITS[total[i + 1]] for i in (1, 3))
-        return round(needed - there)
-    if excess := re.search(r"Exceeded hbm capacity by ([\d.]+)([KMGT])", message):
-        return round(float(excess[1]) * _UNITS[excess[2]])
-    return None
+def shortage(message: str) -> tuple[int | None, int | None]:
+    """Bytes of a device that are needed, and that are missing, from the compiler's own words; None if they are new."""
+    size = r"([\d.]+)([KMGT])"
+    for words in (rf"\({size}\) exceeds available HBM \({size}\)", rf"Used {size} of {size} hbm"):
+        if total := re.search(words, message):
+            needed, there = (float(total[i]) * _UNITS[total[i + 1]] for i in (1, 3))
+            excess = re.search(rf"Exceeded hbm capacity by {size}", message)  # rounded less
+            return round(needed), round(float(excess[1]) * _UNITS[excess[2]] if excess else needed - there)
+    return None, None
 
 
 def advice(settings: Settings, mesh: jax.sharding.Mesh) -> str:
@@ -243,7 +246,7 @@ def sweep(flags: list[str], workdir: epath.Path, grid: str) -> None:
             print("  ".join([*cells, message]))
             continue
         speed, mfu = result.get("predicted_tokens_per_second"), result.get("predicted_mfu")
-        peak = result["bytes_per_chip"].get("peak")
+        peak = result["bytes_per_chip"]["peak"]
         cells += [f"{speed:8,.0f}" if speed else f"{'-':>8}", f"{mfu:7.1%}" if mfu else f"{'-':>7}"]
         fits = {True: "yes", False: "no", None: "-"}[result["fits"]]
         cells += [f"{peak / 2**30:8.2f}" if peak else f"{'-':>8}", fits]
@@ -266,7 +269,7 @@ def _text(result: dict, tokens: float | None) -> str:
         f"mesh {result['mesh']}, {result['parameter_count']:,} parameters, "
         f"compiled in {result['compile_seconds']:.0f} s",
         "GiB a chip: "
-        + ", ".join(f"{name} {size / gib:.3f}" for name, size in result["bytes_per_chip"].items())
+        + ", ".join(f"{name} {size / gib:.3f}" for name, size in result["bytes_per_chip"].items() if size is not None)
         + (f", of {result['hbm_bytes_per_chip'] / gib:.0f}" if result["hbm_bytes_per_chip"] else ""),
     ]
     if result["fits"] is False:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from tvq_pod.config import Settings
-from tvq_pod.nn.model import Transformer, is_codebook
+from tvq_pod.nn.model import Transformer, codebook_metrics, is_codebook
 from tvq_pod.nn.types import VQSpec
 from tvq_pod.nn.vq import ema_update
 from tvq_pod.optim import make_optimizer, schedule
@@ -107,8 +107,8 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh):
         )
         losses = token_losses(out["logits"], batch["targets"])
         loss = jnp.sum(losses * mask) / jnp.maximum(jnp.sum(mask), 1.0)
-        metrics = dict(loss=loss, l_commit=out["l_commit"], **out["metrics"])
-        # l_codebook has no meaning as a value: its gradient carries the codebook's sums (see nn/vq.py)
+        metrics = dict(loss=loss, l_commit=out["l_commit"])
+        # l_codebook is 0: its gradient carries the codebook's sums (see nn/vq.py)
         return loss + config.c_beta * out["l_commit"] + out["l_codebook"], (new_recurrent, metrics)
 
     def train_step(state: TrainState, batch: dict):
@@ -119,7 +119,7 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh):
         grads, (recurrent, metrics) = grad_fn(state.params, state.recurrent, batch, rngs)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = apply_updates(state.params, updates, grads, config.c_gamma)
-        metrics["grad_norm"] = grad_norm(grads)
+        metrics |= codebook_metrics(grads) | dict(grad_norm=grad_norm(grads))
         metrics["learning_rate"] = settings.optimizer.learning_rate * share(state.step)
         return TrainState(state.step + 1, params, opt_state, recurrent), metrics
 

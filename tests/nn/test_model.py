@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.common import rngs_fixture, small_config
-from tvq_pod.nn.layers import doc_positions
+from tvq_pod.nn.attn import doc_positions
 from tvq_pod.nn.model import Transformer, is_codebook, is_vector
 
 TOTAL = 48
@@ -127,8 +127,10 @@ def test_absolute_positions_have_a_learned_scale():
 
 def test_positions_of_tokens_in_their_documents():
     doc_ids = np.array([[3, 3, 4, 4, 4, 5], [0, 0, 0, 0, 0, 0], [7, 8, 9, 9, 9, 9]], np.int32)
-    positions = doc_positions(doc_ids, np.array([3, -1, 6], np.int32), np.array([10, 0, 5], np.int32))
-    np.testing.assert_array_equal(positions, [[10, 11, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 2, 3]])
+    window = np.array([[2, 3], [-1, -1], [6, 6]], np.int32)
+    state = dict(xlcache=dict(doc_ids=window), pos_offset=np.array([10, 0, 5], np.int32))
+    positions = doc_positions(state, doc_ids.reshape(3, 2, 3).swapaxes(0, 1))  # two blocks of three
+    np.testing.assert_array_equal(np.swapaxes(positions, 0, 1).reshape(3, 6), [[10, 11, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 2, 3]])
 
 
 @pytest.mark.parametrize("name", ["p_dropemb", "p_dropsin", "p_dropres", "p_droplyr"])
@@ -173,5 +175,5 @@ def test_codebooks_and_vectors_are_told_apart_from_matrices():
     assert names["layers/unit0/quantizer/codebook"][0]
     assert names["layers/unit1/quantizer/count"][0]
     matrices = {name for name, (codebook, vector) in names.items() if not codebook and not vector}
-    unit = {f"layers/unit{i}/w_{w}/proj/kernel" for i in range(2) for w in "qkvgr"}
+    unit = {f"layers/unit{i}/w_{w}/kernel" for i in range(2) for w in "qkvgr"}
     assert matrices == unit | {"embed/embedding", "w_out", "layers/unit0/w_o/kernel", "layers/unit1/w_o/kernel"}

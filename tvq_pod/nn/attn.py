@@ -10,62 +10,54 @@ query q_i and the keys j <= i of its document, with d = i - j,
 since a key farther than M contributes only through its code. So the answer does not depend on how tokens are cut into
 blocks, only on M, the reach of the relative bias. With `agg_cache` off, attention itself ends at d = M.
 
-Here are the unit's projections, the attention of one block, the state that goes from block to block, and the loop over
-an update's blocks. The quantizer is in vq.py. Nothing here knows of a mesh.
+Here are the unit's projections and the state that goes from update to update. All blocks of an update are attended to
+at once: attend.py has the softmax, cache.py the caches of all blocks, scores.py the relative biases, vq.py the
+quantizer. Nothing here knows of a mesh.
 
-Shapes: B rows, T tokens, R blocks of L, M window, S codes, H heads, K key width, V value width, D model width.
+Shapes: B rows, T tokens, R blocks of L, M window, S codes, Q query heads, H key heads, K key width, V value width,
+D model width. Q = H, but for head_type mqa, where H = 1. Blocks come first: [R, B, ...]; so the keys and values before a
+block are the same array, one place further on, and cost no copy.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from tvq_pod.nn.attend import Places, Sources, attend
+from tvq_pod.nn.cache import NO_DOC, caches, initial_cache
 from tvq_pod.nn.full import full_attention
-from tvq_pod.nn.layers import HeadProjection, rms_norm, sinusoids
-from tvq_pod.nn.scores import NEVER, by_column
+from tvq_pod.nn.layers import Dropout, HeadProjection, OutputProjection, RMSNorm, sinusoids
+from tvq_pod.nn.scores import NEVER, relative_bias
 from tvq_pod.nn.types import TransformerConfig, VQSpec
 from tvq_pod.nn.vq import VectorQuantizer
 
-NO_DOC = -1  # document id of an empty window slot and of an empty cache
-
 
 class VQAttention(nn.Module):
-    """A gated attention unit (GAU, Hua et al., arXiv 2202.10447) over quantized keys.
+    """Attention over quantized keys. With head_type shga it is a gated attention unit (GAU, Hua et al., arXiv
+    2202.10447); with mqa and mha there is no gate, and an MLP follows (mlp.py).
 
-    Parameters: norm, w_q, w_k, w_v, w_g, w_o, w_r, u, v and quantizer; all but the quantizer's have `param_dtype`.
+    Parameters: norm, w_q, w_k, w_v, w_g (shga), w_o, w_r, u, v and quantizer; all but the quantizer's have
+    `param_dtype`.
     """
 
     config: TransformerConfig
 
     def setup(self):
         c = self.config
-        self.norm = rms_norm(c, use_scale=True)
-        self.key_norm = rms_norm(c, use_scale=False)
-        self.w_q = HeadProjection(c, c.d_k, "key")
-        self.w_k = HeadProjection(c, c.d_k, "key")
-        self.w_v = HeadProjection(c, c.d_v, "value")
-        self.w_g = HeadProjection(c, c.d_v, "value")
-        self.w_r = HeadProjection(c, c.d_k, "key")
-        self.w_o = nn.DenseGeneral(
-            features=c.d_model,
-            axis=(-2, -1),
-            use_bias=False,
-            dtype=c.dtype,
-            param_dtype=c.param_dtype,
-            # the residual stream sums 2 n_layer units
-            kernel_init=nn.with_logical_partitioning(
-                nn.initializers.variance_scaling(0.5 / c.n_layer, "fan_in", "normal"), ("heads", "value", "embed")
-            ),
-        )
+        self.norm = RMSNorm(c, use_scale=True)
+        self.key_norm = RMSNorm(c, use_scale=False)
+        self.w_q = HeadProjection(c, c.n_head, c.d_k, "key")
+        self.w_k = HeadProjection(c, c.n_key_head, c.d_k, "key")
+        self.w_v = HeadProjection(c, c.n_key_head, c.d_v, "value")
+        self.w_g = HeadProjection(c, c.n_head, c.d_v, "value") if c.head_type == "shga" else None
+        self.w_r = HeadProjection(c, c.n_key_head, c.d_k, "key")
+        self.w_o = OutputProjection(c, "value")
         bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ("heads", "key"))
         self.u = self.param("u", bias_init, (c.n_head, c.d_k), c.param_dtype)
         self.v = self.param("v", bias_init, (c.n_head, c.d_k), c.param_dtype)
         self.quantizer = VectorQuantizer(c) if c.attn_type == "vq" else None
-        self.drop_sin = nn.Dropout(c.p_dropsin, rng_collection="timeless", deterministic=not c.is_train)
-        self.drop_res = nn.Dropout(c.p_dropres, rng_collection="ephemeral", deterministic=not c.is_train)
-        self.drop_layer = nn.Dropout(
-            c.p_droplyr, broadcast_dims=(1, 2), rng_collection="timeless", deterministic=not c.is_train
-        )
+        self.drop_sin = Dropout(c.p_dropsin, "timeless", c.is_train)
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -76,11 +68,10 @@ class VQAttention(nn.Module):
         pos_offset [B] int32: tokens read of the document that the stream is in.
         xlcache: the window, oldest first: z [B, H, M] int32, k_hat [B, H, M, K] and v [B, H, M, V] in `dtype`,
           doc_ids [B, M] int32.
-        aggcache: the cache: upper_div_lower [B, H, S, V] float32 (mean value per code; in bfloat16 a mean of more than
-          256 values would stop moving), lower [B, H, S] float32 (count), latest_doc_id [B] int32.
+        aggcache: the cache, see `initial_cache`.
         With attn_type full there is no z and no aggcache.
         """
-        c, n_head = config, config.n_head
+        c, n_head = config, config.n_key_head
         state = dict(
             pos_offset=jnp.zeros([batch_size], jnp.int32),
             xlcache=dict(
@@ -89,11 +80,7 @@ class VQAttention(nn.Module):
                 v=jnp.zeros([batch_size, n_head, c.mem_len, c.d_v], c.dtype),
                 doc_ids=jnp.full([batch_size, c.mem_len], NO_DOC, jnp.int32),
             ),
-            aggcache=dict(
-                upper_div_lower=jnp.zeros([batch_size, n_head, c.n_code, c.d_v], jnp.float32),
-                lower=jnp.zeros([batch_size, n_head, c.n_code], jnp.float32),
-                latest_doc_id=jnp.full([batch_size], NO_DOC, jnp.int32),
-            ),
+            aggcache=initial_cache(batch_size, n_head, c.n_code, c.d_v),
         )
         return state if c.attn_type == "vq" else _without_cache(state)
 
@@ -126,45 +113,34 @@ class VQAttention(nn.Module):
     def attn(self, present_q, present_k, present_v, present_doc_ids, state: dict, vq_spec: VQSpec | None) -> dict:
         """Attention of one block: any length L, whatever `block_len` says. For attn_type vq.
 
-        present_q, present_k: [B, H, L, K], normalised and scaled, keys not yet quantized. present_v: [B, H, L, V].
-        present_doc_ids: int32 [B, L]. vq_spec: loss_mask [B, L], or None.
-        Returns attn_out [B, L, H * V]; recent_z [B, H, M + L], recent_k_hat [B, H, M + L, K], recent_v
+        present_q: [B, Q, L, K] and present_k: [B, H, L, K], normalised and scaled, keys not yet quantized. present_v:
+        [B, H, L, V]. present_doc_ids: int32 [B, L]. vq_spec: loss_mask [B, L], or None.
+        Returns attn_out [B, L, Q * V]; recent_z [B, H, M + L], recent_k_hat [B, H, M + L, K], recent_v
         [B, H, M + L, V], recent_doc_ids [B, M + L], which are the window followed by the block; and the quantizer's
         l_commit, l_codebook, metrics.
         """
-        quantized = self.quantizer(present_k, vq_spec)
-        recent = extend_window(
-            state["xlcache"],
-            dict(
-                z=quantized["shortcodes"],
-                k_hat=quantized["quantized"],
-                v=present_v.astype(self.config.dtype),
-                doc_ids=present_doc_ids,
-            ),
+        quantized = self.quantizer(present_k[None], None if vq_spec is None else VQSpec(vq_spec.loss_mask[None]))
+        present = dict(
+            z=quantized["shortcodes"],
+            k_hat=quantized["quantized"],
+            v=present_v[None].astype(self.config.dtype),
+            doc_ids=present_doc_ids[None],
         )
-        out = block_attention(present_q, recent, state["aggcache"], self._biases(), self.config)  # [B, H, L, V]
-        batch_size, _, block_len, _ = out.shape
+        out, _ = self._attend(present_q[None], present, state)
+        batch_size, _, block_len, _ = out.shape[1:]
         return dict(
-            attn_out=jnp.swapaxes(out, 1, 2).reshape(batch_size, block_len, -1),
-            **{f"recent_{name}": array for name, array in recent.items()},
+            attn_out=jnp.swapaxes(out[0], 1, 2).reshape(batch_size, block_len, -1),
+            **{f"recent_{name}": array for name, array in extend_window(state["xlcache"], present).items()},
             **{name: quantized[name] for name in ("l_commit", "l_codebook", "metrics")},
         )
 
     def update_state(self, recent_z, recent_k_hat, recent_v, recent_doc_ids, state: dict) -> dict:
         """The state after a block, from what `attn` returned for it and the state before it."""
-        return next_state(dict(z=recent_z, k_hat=recent_k_hat, v=recent_v, doc_ids=recent_doc_ids), state)
-
-    def _biases(self) -> dict:
-        """What the scores are made of besides queries and keys: codes [H, S, K], u and v [H, K], r [H, M + 1, K]."""
-        c = self.config
-        table = self.drop_sin(sinusoids(jnp.arange(c.mem_len + 1), c.d_model))
-        codes = dict(codes=self.quantizer.codes().astype(c.dtype)) if self.quantizer else {}
-        return dict(
-            **codes,
-            u=self.u.astype(c.dtype),
-            v=self.v.astype(c.dtype),
-            r=self.w_r(table.astype(c.dtype)) * c.d_k**-0.25,
-        )
+        recent = dict(z=recent_z, k_hat=recent_k_hat, v=recent_v, doc_ids=recent_doc_ids)
+        mem_len = self.config.mem_len
+        present = {n: jax.lax.slice_in_dim(x, mem_len, None, axis=TOKEN_AXIS[n])[None] for n, x in recent.items()}
+        _, aggcache = caches(state["aggcache"], leaving_chunks(state["xlcache"], present), self.config.reduction)
+        return next_state(present, state) | dict(aggcache=aggcache)
 
     # --- an update ---------------------------------------------------------------------------------------------------
 
@@ -176,49 +152,83 @@ class VQAttention(nn.Module):
         Raises ValueError if block_len does not divide T.
         """
         c = self.config
-        x, doc_ids = input_dict["input_features"], input_dict["doc_ids"]
+        x, doc_ids, vq_spec = (input_dict[name] for name in ("input_features", "doc_ids", "vq_spec"))
         batch_size, update_len, _ = x.shape
         if update_len % c.block_len:
             raise ValueError(f"block_len={c.block_len} does not divide the {update_len} tokens given")
+        vq_spec = vq_spec and VQSpec(loss_mask=split_blocks(vq_spec.loss_mask, c.block_len))
+        state, out = self.blocks(state, split_blocks(x, c.block_len), split_blocks(doc_ids, c.block_len), vq_spec)
+        return state, out | dict(res=join_blocks(out["res"]))
 
+    def blocks(self, state: dict, x, doc_ids, vq_spec: VQSpec | None) -> tuple[dict, dict]:
+        """The unit over R blocks: x [R, B, L, D], doc_ids and loss_mask [R, B, L]. Returns what `__call__` does, with
+        res [R, B, L, D]."""
+        c = self.config
         x = self.norm(x)
         scale = c.d_k**-0.25
-        q = self.key_norm(self.w_q(x)) * scale
-        k = self.key_norm(self.w_k(x)) * scale
-        v = nn.silu(self.w_v(x))
-        gate = nn.silu(self.w_g(x))
-
+        q = self.key_norm(checkpoint_name(self.w_q(x), "projected")) * scale
+        k = self.key_norm(checkpoint_name(self.w_k(x), "projected")) * scale
+        v = checkpoint_name(self.w_v(x), "projected")
+        if c.head_type == "shga":
+            v, gate = nn.silu(v), nn.silu(checkpoint_name(self.w_g(x), "projected"))
         if c.attn_type == "full":
-            recent = extend_window(state["xlcache"], dict(k_hat=k, v=v, doc_ids=doc_ids))
-            out = full_attention(q, recent, self._biases(), c)
+            present = dict(k_hat=k, v=v, doc_ids=doc_ids)
+            biases, recent = self._biases(), extend_window(state["xlcache"], present)
+            grouped = self._grouped(q)
+            position_q = grouped + _per_query_head(biases["v"], c)
+            grouped += _per_query_head(biases["u"], c)
+            out = full_attention(grouped, position_q, biases["r"], recent, c.mem_len).reshape(*q.shape[:-1], c.d_v)
             losses = dict(l_commit=jnp.zeros([]), l_codebook=jnp.zeros([]), metrics={})
-            return next_state(recent, state), dict(res=self._residual(out, gate), **losses)
-
-        quantized = self.quantizer(k, input_dict["vq_spec"])
-        present = dict(z=quantized["shortcodes"], k_hat=quantized["quantized"], v=v, doc_ids=doc_ids)
-        biases = self._biases()
-
-        def one_block(state, block):
-            if not c.grad_thru_cache:
-                state = jax.lax.stop_gradient(state)
-            recent = extend_window(state["xlcache"], block["present"])
-            out = block_attention(block["q"], recent, state["aggcache"], biases, c)
-            return next_state(recent, state), out
-
-        n_blocks = update_len // c.block_len
-        if n_blocks == 1:
-            state, out = one_block(state, dict(q=q, present=present))
+            new_state = next_state(present, state)
         else:
-            state, out = jax.lax.scan(one_block, state, split_blocks(dict(q=q, present=present), n_blocks))
-            out = jnp.moveaxis(out, 0, 2).reshape(batch_size, c.n_head, update_len, c.d_v)
+            quantized = self.quantizer(k, vq_spec)
+            losses = {name: quantized[name] for name in ("l_commit", "l_codebook", "metrics")}
+            present = dict(z=quantized["shortcodes"], k_hat=quantized["quantized"], v=v, doc_ids=doc_ids)
+            out, aggcache = self._attend(q, present, state)
+            new_state = next_state(present, state) | dict(aggcache=aggcache)
+        out = out * gate if c.head_type == "shga" else out
+        return new_state, dict(res=self.w_o(out), **losses)
 
-        return state, dict(
-            res=self._residual(out, gate), **{name: quantized[name] for name in ("l_commit", "l_codebook", "metrics")}
+    def _attend(self, q, present: dict, state: dict) -> tuple[jax.Array, dict]:
+        """Attention of R blocks: q [R, B, Q, L, K]; present: z, k_hat, v, doc_ids of the blocks. Returns
+        [R, B, Q, L, V], and the cache after the last of them."""
+        c = self.config
+        shape = (*q.shape[:-1], c.d_v)
+        past = window_of_blocks(state["xlcache"], present)
+        before, after = caches(state["aggcache"], leaving_chunks(state["xlcache"], present), c.reduction)
+        if not c.grad_thru_cache:
+            past, before = jax.lax.stop_gradient((past, before))
+        biases, of_cache = self._biases(), c.agg_cache
+        q = self._grouped(q)
+        out = attend(
+            c.mem_len,
+            q + _per_query_head(biases["u"], c),
+            relative_bias(q + _per_query_head(biases["v"], c), biases["r"]),
+            Sources(past["k_hat"], present["k_hat"], biases["codes"] if of_cache else None),
+            Sources(past["v"], present["v"], before["upper_div_lower"] if of_cache else None),
+            Places(
+                doc_positions(state, present["doc_ids"]),
+                present["doc_ids"] == before["latest_doc_id"][..., None] if of_cache else None,
+                self.get_agg_biases(before["lower"]) if of_cache else None,
+            ),
         )
+        return out.reshape(shape), after
 
-    def _residual(self, out, gate) -> jax.Array:
-        """[B, H, T, V] and its gate -> [B, T, D]."""
-        return self.drop_layer(self.drop_res(self.w_o(jnp.swapaxes(out * gate, 1, 2))))
+    def _grouped(self, q: jax.Array) -> jax.Array:
+        """[R, B, Q, L, K] -> [R, B, H, G, L, K]: query heads by their key head."""
+        return q.reshape(*q.shape[:2], self.config.n_key_head, -1, *q.shape[3:])
+
+    def _biases(self) -> dict:
+        """What scores are made of besides queries and keys: codes [H, S, K], u and v [Q, K], r [H, M + 1, K]."""
+        c = self.config
+        table = self.drop_sin(sinusoids(jnp.arange(c.mem_len + 1), c.d_model))
+        codes = dict(codes=self.quantizer.codes().astype(c.dtype)) if self.quantizer else {}
+        return dict(
+            **codes,
+            u=self.u.astype(c.dtype),
+            v=self.v.astype(c.dtype),
+            r=self.w_r(table.astype(c.dtype)) * c.d_k**-0.25,
+        )
 
 
 # --- the pieces, as functions of arrays ------------------------------------------------------------------------------
@@ -229,116 +239,105 @@ def _without_cache(state: dict) -> dict:
     return dict(pos_offset=state["pos_offset"], xlcache=window)
 
 
-def _time_axis(name: str) -> int:
-    return {"z": 2, "k_hat": 2, "v": 2, "q": 2, "doc_ids": 1}[name]
+def _per_query_head(bias: jax.Array, config: TransformerConfig) -> jax.Array:
+    """[Q, K] -> [1, 1, H, G, 1, K]."""
+    return bias.reshape(1, 1, config.n_key_head, -1, 1, config.d_k)
+
+
+TOKEN_AXIS = dict(z=2, k_hat=2, v=2, doc_ids=1)  # of the window; of blocks, one more
+
+
+def split_blocks(x: jax.Array, block_len: int) -> jax.Array:
+    """[B, T, ...] -> [R, B, L, ...]."""
+    return jnp.swapaxes(x.reshape(len(x), -1, block_len, *x.shape[2:]), 0, 1)
+
+
+def join_blocks(x: jax.Array) -> jax.Array:
+    """[R, B, L, ...] -> [B, T, ...]."""
+    return jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
 
 
 def extend_window(xlcache: dict, present: dict) -> dict:
-    """The window followed by the block: z, k_hat, v and doc_ids, each M + L long."""
-    return {name: jnp.concatenate([xlcache[name], present[name]], axis=_time_axis(name)) for name in xlcache}
+    """The window followed by the blocks, as one stretch of M + T tokens: [B, H, M + T, ...], doc_ids [B, M + T]."""
+
+    def extended(name, window):
+        axis = TOKEN_AXIS[name]
+        blocks = jnp.moveaxis(present[name], 0, axis)  # [B, H, R, L, ...]
+        blocks = blocks.reshape(*blocks.shape[:axis], -1, *blocks.shape[axis + 2 :])
+        return jnp.concatenate([window, blocks], axis=axis)
+
+    return {name: extended(name, window) for name, window in xlcache.items()}
 
 
-def split_blocks(arrays: dict, n_blocks: int) -> dict:
-    """Cuts the T axis of q, z, k_hat, v and doc_ids into R blocks, and puts R first."""
-
-    def split(path, array):
-        axis = _time_axis(path[-1].key)
-        shape = (*array.shape[:axis], n_blocks, array.shape[axis] // n_blocks, *array.shape[axis + 1 :])
-        return jnp.moveaxis(array.reshape(shape), axis, 0)
-
-    return jax.tree_util.tree_map_with_path(split, arrays)
+def _window_as_blocks(name: str, window: jax.Array, block_len: int) -> jax.Array:
+    """The window as whole blocks, [P / L, B, H, L, ...], oldest first; zeros stand before its first token."""
+    axis, mem_len = TOKEN_AXIS[name], window.shape[TOKEN_AXIS[name]]
+    window = jnp.pad(window, [(-mem_len % block_len if n == axis else 0, 0) for n in range(window.ndim)])
+    return jnp.moveaxis(window.reshape(*window.shape[:axis], -1, block_len, *window.shape[axis + 1 :]), axis, 0)
 
 
-def block_attention(q, recent: dict, aggcache: dict, biases: dict, config: TransformerConfig) -> jax.Array:
-    """Attention of one block's queries over its window and its cache; the equation is at the head of this file.
+def window_of_blocks(xlcache: dict, present: dict) -> dict:
+    """The window of each block: k_hat and v [R, B, H, P, ...]. P is M; for several blocks, M rounded up to whole blocks,
+    and the last M columns are the window."""
+    n_blocks, _, block_len = present["doc_ids"].shape
 
-    q: [B, H, L, K]. recent: see `extend_window`. aggcache: see `VQAttention.initial_state`. biases: see `_biases`.
-    Returns [B, H, L, V] in `dtype`; scores and softmax are float32.
-    """
-    block_len, mem_len = q.shape[2], config.mem_len
-    content_q = q + biases["u"][None, :, None, :]
-    position_q = q + biases["v"][None, :, None, :]
+    def past(name):
+        axis, blocks, window = TOKEN_AXIS[name] + 1, present[name], xlcache[name]
+        if n_blocks == 1:
+            return window[None]
+        before = _window_as_blocks(name, window, block_len)
+        # written as parts of the whole, not as a whole of parts, XLA makes no copy of it
+        whole = jnp.concatenate([before, blocks])
+        pieces = [whole[n : n + n_blocks] for n in range(len(before))]
+        return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=axis)
 
-    scores = jnp.einsum("bhlk,bhmk->bhlm", content_q, recent["k_hat"], preferred_element_type=jnp.float32)
-    by_distance = jnp.einsum("bhlk,hdk->bhld", position_q, biases["r"], preferred_element_type=jnp.float32)
-    scores += by_column(by_distance, mem_len)
-    present_doc_ids = recent["doc_ids"][:, mem_len:]
-    visible = window_mask(block_len, mem_len, local=not config.agg_cache)
-    visible = visible[None] & (present_doc_ids[:, :, None] == recent["doc_ids"][:, None, :])  # [B, L, M + L]
-    scores = jnp.where(visible[:, None], scores, NEVER)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-
-    if config.agg_cache:
-        cache_scores = jnp.einsum("bhlk,hsk->bhls", content_q, biases["codes"], preferred_element_type=jnp.float32)
-        cache_scores += VQAttention.get_agg_biases(aggcache["lower"])[:, :, None, :]
-        same_doc = present_doc_ids == aggcache["latest_doc_id"][:, None]  # [B, L]
-        cache_scores = jnp.where(same_doc[:, None, :, None], cache_scores, NEVER)
-        top = jnp.maximum(top, jnp.max(cache_scores, axis=-1, keepdims=True))
-
-    top = jax.lax.stop_gradient(top)
-    weights = jnp.exp(scores - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = jnp.einsum("bhlm,bhmv->bhlv", weights.astype(config.dtype), recent["v"], preferred_element_type=jnp.float32)
-    if config.agg_cache:
-        weights = jnp.exp(cache_scores - top)
-        total += jnp.sum(weights, axis=-1, keepdims=True)
-        out += jnp.einsum(
-            "bhls,bhsv->bhlv",
-            weights.astype(config.dtype),
-            aggcache["upper_div_lower"].astype(config.dtype),
-            preferred_element_type=jnp.float32,
-        )
-    return (out / total).astype(config.dtype)
+    return {name: past(name) for name in ("k_hat", "v")}
 
 
-def window_mask(block_len: int, mem_len: int, local: bool) -> jax.Array:
-    """[L, M + L] bool: query a of the block may look at column j of the window and block: a key at or before it, and,
-    if `local`, at most M before it."""
-    distance = mem_len + jnp.arange(block_len)[:, None] - jnp.arange(mem_len + block_len)[None, :]
-    visible = distance >= 0
-    return visible & (distance <= mem_len) if local else visible
+def leaving_chunks(xlcache: dict, present: dict) -> dict:
+    """The tokens that leave the window after each block: z and v [R, B, H, L, ...], doc_ids [R, B, L]."""
+    n_blocks, _, block_len = present["doc_ids"].shape
+    mem_len = xlcache["doc_ids"].shape[1]
+
+    def leaving(name):
+        axis, blocks, window = TOKEN_AXIS[name], present[name], xlcache[name]
+        if n_blocks == 1:
+            recent = jnp.concatenate([window, blocks[0]], axis=axis)
+            return jax.lax.slice_in_dim(recent, 0, block_len, axis=axis)[None]
+        before = _window_as_blocks(name, window, block_len)
+        whole = jnp.concatenate([before, blocks])
+        rest = -mem_len % block_len  # zeros in front: a chunk begins so many places into a block
+        if not rest:
+            return whole[:n_blocks]
+        parts = [
+            jax.lax.slice_in_dim(whole[:n_blocks], rest, None, axis=axis + 1),
+            jax.lax.slice_in_dim(whole[1 : n_blocks + 1], 0, rest, axis=axis + 1),
+        ]
+        return jnp.concatenate(parts, axis=axis + 1)
+
+    return {name: leaving(name) for name in ("z", "v", "doc_ids")}
 
 
-def next_state(recent: dict, state: dict) -> dict:
-    """The state after a block: its last M keys are the window, what came before them goes into the cache.
+def doc_positions(state: dict, doc_ids: jax.Array) -> jax.Array:
+    """Position of each token in its document, int32 [R, B, L]. doc_ids: [R, B, L], after what `state` has read."""
+    n_blocks, batch_size, block_len = doc_ids.shape
+    doc_ids = join_blocks(doc_ids)
+    before = jnp.concatenate([state["xlcache"]["doc_ids"][:, -1:], doc_ids[:, :-1]], axis=1)
+    t = jnp.broadcast_to(jnp.arange(doc_ids.shape[1], dtype=jnp.int32), doc_ids.shape)
+    latest_start = jax.lax.cummax(jnp.where(doc_ids != before, t, -1), axis=1)
+    return split_blocks(jnp.where(latest_start < 0, state["pos_offset"][:, None] + t, t - latest_start), block_len)
 
-    The rule for documents: the cache keeps tokens of one document only, that of the last token to leave the window.
-    """
-    mem_len = state["xlcache"]["doc_ids"].shape[1]
-    block_len = recent["doc_ids"].shape[1] - mem_len
-    doc_ids = recent["doc_ids"]
 
-    last_before, last = doc_ids[:, mem_len - 1], doc_ids[:, -1]
-    n_present = jnp.sum(doc_ids[:, mem_len:] == last[:, None], axis=1, dtype=jnp.int32)
+def next_state(present: dict, state: dict) -> dict:
+    """pos_offset and xlcache after the blocks: the last M keys are the window."""
+    xlcache, doc_ids = state["xlcache"], present["doc_ids"]
+    n_blocks, _, block_len = doc_ids.shape
+    mem_len = xlcache["doc_ids"].shape[1]
+    last_before, last = xlcache["doc_ids"][:, -1], doc_ids[-1, :, -1]
+    n_present = jnp.sum(doc_ids == last[None, :, None], axis=(0, 2), dtype=jnp.int32)
     pos_offset = n_present + jnp.where(last_before == last, state["pos_offset"], 0)
-
-    window = {name: jax.lax.slice_in_dim(recent[name], block_len, None, axis=_time_axis(name)) for name in recent}
-    if "aggcache" not in state:
-        return dict(pos_offset=pos_offset, xlcache=window)
-    leaving = {name: jax.lax.slice_in_dim(recent[name], 0, block_len, axis=_time_axis(name)) for name in recent}
-    return dict(
-        pos_offset=pos_offset,
-        xlcache=window,
-        aggcache=absorb(state["aggcache"], leaving),
-    )
-
-
-def absorb(aggcache: dict, leaving: dict) -> dict:
-    """Adds the keys that leave the window (z [B, H, n], v [B, H, n, V], doc_ids [B, n]) to the cache."""
-    lower, mean = aggcache["lower"], aggcache["upper_div_lower"]
-    doc_id = leaving["doc_ids"][:, -1]
-    counted = (leaving["doc_ids"] == doc_id[:, None]) & (doc_id[:, None] != NO_DOC)  # [B, n]
-    onehot = jax.nn.one_hot(leaving["z"], lower.shape[-1], dtype=jnp.float32) * counted[:, None, :, None]
-    n = jnp.sum(onehot, axis=2)  # [B, H, S]
-    value_sums = jnp.einsum(
-        "bhns,bhnv->bhsv",
-        onehot.astype(leaving["v"].dtype),
-        leaving["v"],
-        preferred_element_type=jnp.float32,
-    )
-    keep = (aggcache["latest_doc_id"] == doc_id)[:, None, None]
-    old_lower = jnp.where(keep, lower, 0.0)
-    old_mean = jnp.where(keep[..., None], mean, 0.0)
-    new_lower = old_lower + n
-    new_mean = old_mean + (value_sums - n[..., None] * old_mean) / jnp.maximum(new_lower, 1.0)[..., None]
-    return dict(upper_div_lower=new_mean, lower=new_lower, latest_doc_id=doc_id)
+    n_last = min(n_blocks, -(-mem_len // block_len))  # blocks that the window reaches
+    recent = extend_window(xlcache, {name: present[name][n_blocks - n_last :] for name in xlcache})
+    window = {name: jax.lax.slice_in_dim(x, x.shape[axis] - mem_len, None, axis=axis)
+              for name, x in recent.items() for axis in [TOKEN_AXIS[name]]}  # fmt: skip
+    return dict(pos_offset=pos_offset, xlcache=window)

@@ -1,9 +1,12 @@
-"""Small pieces that several modules share: sinusoids, projections onto heads, positions in a document."""
+"""Small pieces that several modules share: sinusoids, dropout, projections, normalisation."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
+from tvq_pod.nn.scores import as_last_axes
 from tvq_pod.nn.types import TransformerConfig
 
 MAX_WAVELENGTH = 100_000.0
@@ -21,47 +24,107 @@ def sinusoids(positions: jax.Array, width: int) -> jax.Array:
     return jnp.pad(features, [(0, 0)] * positions.ndim + [(0, width - 2 * half)])
 
 
-def doc_positions(doc_ids: jax.Array, latest_doc_id: jax.Array, pos_offset: jax.Array) -> jax.Array:
-    """Position of each token in its document.
+class Dropout(nn.Module):
+    """Zeroes a share `rate` of x and scales the rest by 1 / (1 - rate), in training.
 
-    doc_ids: int32 [B, T]. latest_doc_id: int32 [B], the id of the token before the first; pos_offset: int32 [B], how
-    many tokens of that document have passed. Returns int32 [B, T].
+    Random bits are a hash of (key, index of the element): the 32-bit mixer `lowbias32` (C. Wellons, Prospecting for
+    hash functions, 2018), once to spread the key over indices and once more with the key's other half. Jax's threefry
+    is ten times the arithmetic, which the vector unit of a TPU feels: see docs/attention.md. Like it, the mask depends
+    on the key and on places in the global array alone, so it is the same on any mesh.
     """
-    before = jnp.concatenate([latest_doc_id[:, None], doc_ids[:, :-1]], axis=1)
-    t = jnp.arange(doc_ids.shape[1], dtype=jnp.int32)[None]
-    starts = jnp.where(doc_ids != before, t, -1)
-    latest_start = jax.lax.cummax(starts, axis=1)
-    return jnp.where(latest_start < 0, pos_offset[:, None] + t, t - latest_start)
+
+    rate: float
+    rng_collection: str
+    is_train: bool
+    per_stream: bool = False  # one draw for each row of x [R, B, L, D]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if not self.is_train or self.rate == 0.0:
+            return x
+        shape = (1, x.shape[1], 1, 1) if self.per_stream else x.shape
+        bits = random_bits(self.make_rng(self.rng_collection), shape)
+        keep = bits >= np.uint32(round(self.rate * 2**32))
+        return jnp.where(keep, x / np.asarray(1.0 - self.rate, x.dtype), jnp.zeros([], x.dtype))
+
+
+def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """uint32 of a shape of fewer than 2 ** 32 elements; see `Dropout`."""
+    first, second = jax.random.bits(key, [2])
+    index = jnp.zeros(shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
+        stride *= shape[axis]
+    return _mixed(_mixed(index ^ first) + second)
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """A bijection of uint32 in which every input bit moves every output bit with probability 1/2, nearly."""
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)
 
 
 class HeadProjection(nn.Module):
-    """x [..., D] -> [B, H, T, width] (for x [B, T, D]) or [H, T, width] (for x [T, D]); no bias."""
+    """x [..., T, D] -> [..., H, T, width] with H `n_head`; no bias.
+
+    Its kernel is [H, width, D]. A TPU lays out the last two axes in tiles, so neither should be of size 1; and with D
+    last the gradient, a matmul, has the layout of the kernel and of the optimizer's arrays: no copies.
+    """
 
     config: TransformerConfig
+    n_head: int
     width: int
     width_name: str  # the logical name of that axis
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = nn.DenseGeneral(
-            features=(self.config.n_head, self.width),
-            use_bias=False,
-            dtype=self.config.dtype,
-            param_dtype=self.config.param_dtype,
-            kernel_init=nn.with_logical_partitioning(
-                nn.initializers.lecun_normal(), ("embed", "heads", self.width_name)
-            ),
-            name="proj",
-        )(x)
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=2, out_axis=1, batch_axis=0)
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(init, ("heads", self.width_name, "embed")),
+            (self.n_head, self.width, self.config.d_model),
+            self.config.param_dtype,
+        )
+        y = jnp.tensordot(x, kernel.astype(self.config.dtype), axes=[[-1], [2]])  # [..., T, H, width]
         return jnp.swapaxes(y, -3, -2)
 
 
-def rms_norm(config: TransformerConfig, *, use_scale: bool, name: str | None = None) -> nn.RMSNorm:
-    """Root-mean-square normalisation over the last axis, reduced in float32; its gain, if any, is named `scale`."""
-    return nn.RMSNorm(
-        use_scale=use_scale,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
-        name=name,
-    )
+class OutputProjection(nn.Module):
+    """What a unit adds to the residual stream: [R, B, H, L, width] -> [R, B, L, D], with residual dropout and LayerDrop."""
+
+    config: TransformerConfig
+    width_name: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c, (_, _, n_head, _, width) = self.config, x.shape
+        # of the sum over heads and their width; the residual stream sums 2 n_layer units
+        init = nn.initializers.variance_scaling(0.5 / c.n_layer, "fan_in", "normal", in_axis=(0, 1), out_axis=2)
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(init, ("heads", self.width_name, "embed")),
+            (n_head, width, c.d_model),
+            c.param_dtype,
+        )
+        y = jnp.einsum("rbhlw,hwd->rbld", x, kernel.astype(c.dtype))
+        y = Dropout(c.p_dropres, "ephemeral", c.is_train)(y)
+        return Dropout(c.p_droplyr, "timeless", c.is_train, per_stream=True)(y)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + 1e-6) over the last axis, in float32, times a gain `scale` if there is one."""
+
+    config: TransformerConfig
+    use_scale: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
+        y = x * checkpoint_name(jax.lax.rsqrt(mean_square + 1e-6), "projected")
+        if self.use_scale:
+            init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+            scale = self.param("scale", init, x.shape[-1:], self.config.param_dtype)
+            y *= as_last_axes(scale, y)
+        return y.astype(self.config.dtype)

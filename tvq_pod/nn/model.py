@@ -8,10 +8,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tvq_pod.nn.attn import VQAttention
-from tvq_pod.nn.layers import doc_positions, rms_norm, sinusoids
+from tvq_pod.nn.attn import VQAttention, doc_positions, join_blocks, split_blocks
+from tvq_pod.nn.layers import Dropout, RMSNorm, sinusoids
 from tvq_pod.nn.types import TransformerConfig, VQSpec
+from tvq_pod.nn.vq import code_metrics
 
+# What each unit keeps for the backward pass; the rest is computed again.
+REMAT_POLICIES = dict(
+    full=None,
+    dots=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    named=jax.checkpoint_policies.save_only_these_names("projected", "attended"),
+)
 UNITS = ("unit0", "unit1")  # of one layer
 
 
@@ -22,18 +29,23 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, state: dict, doc_ids: jax.Array, vq_spec: VQSpec | None):
-        """x [B, T, D] -> x and (the next state, l_commit, l_codebook, metrics by unit)."""
-        # the scan over layers already keeps the compiler from undoing it: no need for prevent_cse
-        unit_cls = nn.remat(VQAttention, prevent_cse=False) if self.config.remat == "full" else VQAttention
-        new_state, l_commit, l_codebook, metrics = {}, 0.0, 0.0, {}
+        """x [R, B, L, D], doc_ids and loss_mask [R, B, L] -> x and (the next state, l_commit, l_codebook)."""
+        # a scan over layers already keeps the compiler from undoing it: no need for prevent_cse there
+        unit_cls = VQAttention
+        if self.config.remat != "none":
+            unit_cls = nn.remat(
+                VQAttention,
+                prevent_cse=self.config.unroll > 1,
+                policy=REMAT_POLICIES[self.config.remat],
+                methods=["blocks"],
+            )
+        new_state, l_commit, l_codebook = {}, 0.0, 0.0
         for name in UNITS:
-            inputs = dict(input_features=x, doc_ids=doc_ids, vq_spec=vq_spec)
-            new_state[name], out = unit_cls(self.config, name=name)(state[name], inputs)
+            new_state[name], out = unit_cls(self.config, name=name).blocks(state[name], x, doc_ids, vq_spec)
             x = x + out["res"]
             l_commit += out["l_commit"]
             l_codebook += out["l_codebook"]
-            metrics[name] = out["metrics"]
-        return x, (new_state, l_commit, l_codebook, metrics)
+        return x, (new_state, l_commit, l_codebook)
 
 
 class Transformer(nn.Module):
@@ -63,7 +75,7 @@ class Transformer(nn.Module):
         """inputs, doc_ids: int32 [B, T], T a multiple of block_len.
 
         Returns (next state, dict): logits float32 [B, T, n_vocab]; l_commit (summed over units, mean over positions)
-        and l_codebook, float32 scalars; metrics, a dict of float32 scalars, means over units.
+        and l_codebook (see vq.py), float32 scalars.
         """
         c = self.config
         dtype = jnp.dtype(c.dtype)
@@ -78,11 +90,12 @@ class Transformer(nn.Module):
         x = embed(inputs)
         if c.pe_abs:
             first_unit = jax.tree.map(lambda leaf: leaf[0], state[UNITS[0]])
-            positions = doc_positions(doc_ids, first_unit["xlcache"]["doc_ids"][:, -1], first_unit["pos_offset"])
+            positions = doc_positions(first_unit, doc_ids[None])[0]
             scale_init = nn.with_logical_partitioning(nn.initializers.ones, ())
             pe_scale = self.param("pe_scale", scale_init, (), c.param_dtype)
             x += (pe_scale * sinusoids(positions, c.d_model)).astype(dtype)
-        x = nn.Dropout(c.p_dropemb, rng_collection="ephemeral", deterministic=not c.is_train)(x)
+        x = split_blocks(Dropout(c.p_dropemb, "ephemeral", c.is_train)(x), c.block_len)
+        vq_spec = vq_spec and VQSpec(loss_mask=split_blocks(vq_spec.loss_mask, c.block_len))
 
         layers = nn.scan(
             Layer,
@@ -91,12 +104,14 @@ class Transformer(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast),
             out_axes=0,
             length=c.n_layer,
+            unroll=c.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, name="layers")
-        x, (new_state, l_commit, l_codebook, metrics) = layers(x, state, doc_ids, vq_spec)
+        x, (new_state, l_commit, l_codebook) = layers(x, state, split_blocks(doc_ids, c.block_len), vq_spec)
+        x = join_blocks(x)
 
         if c.e_norm:
-            x = rms_norm(c, use_scale=True, name="norm_out")(x)
+            x = RMSNorm(c, use_scale=True, name="norm_out")(x)
         if c.e_tie:
             output = embed.embedding.T
         else:
@@ -104,14 +119,10 @@ class Transformer(nn.Module):
             output = self.param("w_out", init, (c.d_model, c.n_vocab), c.param_dtype)
         # operands in the compute dtype, sums and logits in float32
         logits = jnp.matmul(x, output.astype(dtype), preferred_element_type=jnp.float32)
-        mean_metrics = {
-            name: jnp.mean(jnp.stack([metrics[unit][name] for unit in UNITS])) for name in metrics[UNITS[0]]
-        }
         return new_state, dict(
             logits=logits * c.e_scale,
             l_commit=jnp.sum(l_commit),
             l_codebook=jnp.sum(l_codebook),
-            metrics=mean_metrics,
         )
 
 
@@ -123,6 +134,13 @@ def is_codebook(path: tuple) -> bool:
     """Whether a path in the parameters' tree (of jax.tree_util keys) leads into a quantizer, whose parameters follow
     their moving average and are no optimizer's business."""
     return any(getattr(key, "key", None) == "quantizer" for key in path)
+
+
+def codebook_metrics(sums: dict) -> dict:
+    """`code_metrics`, means over all codebooks, from the gradient's tree, which has the keys of each code counted."""
+    leaves = jax.tree_util.tree_leaves_with_path(sums)
+    counts = [leaf for path, leaf in leaves if is_codebook(path) and getattr(path[-1], "key", None) == "count"]
+    return code_metrics(jnp.stack(counts)) if counts else {}
 
 
 def is_vector(path: tuple) -> bool:

@@ -1,19 +1,122 @@
-"""What both kinds of attention do with scores: hide what must not be seen, and place relative biases."""
+"""Relative biases: from distances, where they are made, to the columns of a window and a block, where they are used.
+
+A query at place a of its block sees distance d at column M + a - d of the window and the block. So every row of the
+biases by distance is turned by its own a. Moving data by a different amount in every row is what a TPU does worst, so
+the rows are turned by the Fourier shift theorem: with N = max(M, L) and r_d = sum_f R_f e^(2 pi i f d / N),
+
+    q . r_{(a - j) mod N} = sum_f (q . R_f) e^(2 pi i f a / N) e^(-2 pi i f j / N)
+
+which is two matmuls with an elementwise turn between them. Compiled for v5e at L = M = 512, K = 128 in bfloat16, for
+eight blocks forward and backward: 53 us, where moving the rows by pad and reshape takes 1,150.
+"""
+
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 NEVER = -1e30  # score of what must not be attended to; finite, so that no difference of two is NaN
 
 
-def by_column(by_distance: jax.Array, mem_len: int) -> jax.Array:
-    """Biases [..., L, M + 1] by distance 0 .. M -> [..., L, M + L] by column, 0 beyond that reach.
+def as_last_axes(x, of):
+    """x, of fewer axes than `of`, as its last ones."""
+    return x.reshape((1,) * (of.ndim - x.ndim) + x.shape)
 
-    Query a sees distance d at column M + a - d: each row is the reversed biases, shifted right by a. Laid flat with L
-    zeros behind each row, and read again with rows one shorter, each row falls one further to the right.
+
+class RelativeBias(NamedTuple):
+    """Biases of L queries.
+
+    turned: float32 [..., L, N], column j that of distance (a - j) mod N, where that is below M or N exceeds M.
+    at_reach: float32 [..., L], that of distance M; zeros where `turned` has it.
     """
-    *lead, block_len, _ = by_distance.shape
-    width = mem_len + block_len
-    rows = jnp.pad(by_distance[..., ::-1], [(0, 0)] * (len(lead) + 1) + [(0, block_len)])  # [..., L, width + 1]
-    flat = rows.reshape(*lead, block_len * (width + 1))[..., : block_len * width]
-    return flat.reshape(*lead, block_len, width)
+
+    turned: jax.Array
+    at_reach: jax.Array
+
+    def past(self, mem_len: int) -> jax.Array:
+        """For the window, [..., L, M]: 0 where the distance exceeds M."""
+        block_len = self.turned.shape[-2]
+        shape = (1,) * (self.turned.ndim - 2) + (block_len, mem_len)
+        a, c = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (len(shape) - 2, len(shape) - 1))
+        near = jnp.where(c >= a, self.turned[..., -mem_len:], 0.0)
+        if self.turned.shape[-1] == mem_len:  # there distance M has the place of distance 0
+            near = jnp.where(c == a, self.at_reach[..., None], near)
+        return near
+
+    def present(self) -> jax.Array:
+        """For the block itself, [..., L, L]; what comes after a query is hidden by the caller."""
+        return self.turned[..., : self.turned.shape[-2]]
+
+
+def relative_bias(q: jax.Array, r: jax.Array) -> RelativeBias:
+    """q: [..., H, G, L, K], queries of blocks; r: [H, M + 1, K], by distance 0 .. M. The biases q . r_d.
+
+    A few queries are moved row by row, which is cheaper there; the answer is the same up to rounding.
+    """
+    block_len, mem_len = q.shape[-2], r.shape[1] - 1
+    period = max(mem_len, block_len)
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    if period == mem_len:
+        at_reach, table = dot("...hglk,hk->...hgl", q, r[:, mem_len]), r[:, :mem_len]
+    else:
+        at_reach = jnp.zeros(q.shape[:-1], jnp.float32)
+        table = jnp.pad(r, [(0, 0), (0, period - mem_len - 1), (0, 0)])
+    n_queries = q.size // (q.shape[-4] * q.shape[-1])  # for each head's table
+    if n_queries < period or period % 2:
+        turned = turn_rows(dot("...hglk,hdk->...hgld", q, table))
+    else:
+        turned = _turned_by_frequency(q, table)
+    return RelativeBias(turned, at_reach)
+
+
+def _turned_by_frequency(q: jax.Array, table: jax.Array) -> jax.Array:
+    """q [..., H, G, L, K] and r_d, table [H, N, K] -> float32 [..., H, G, L, N], by the shift theorem."""
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    basis, weights = _basis(table.shape[1])
+    spectrum = jnp.einsum("fd,hdk->hfk", basis * weights, table.astype(jnp.float32), precision="highest")
+    spectrum = spectrum.astype(q.dtype)
+    half = len(basis) // 2
+    by_cosine, by_sine = (dot("...hglk,hfk->...hglf", q, part) for part in (spectrum[:, :half], spectrum[:, half:]))
+    turned = jnp.concatenate(_turned_coefficients(by_cosine, by_sine), axis=-1).astype(q.dtype)
+    return dot("...f,fj->...j", turned, jnp.asarray(basis, q.dtype))
+
+
+def turn_rows(by_distance: jax.Array) -> jax.Array:
+    """x [..., L, N] -> y with y[..., a, j] = x[..., a, (a - j) mod N].
+
+    Two copies of each reversed row, laid flat, and read again with rows one shorter: each falls one further right.
+    """
+    *lead, block_len, period = by_distance.shape
+    twice = jnp.concatenate([by_distance[..., ::-1]] * 2, axis=-1).reshape(*lead, 2 * block_len * period)
+    rows = jnp.pad(twice, [(0, 0)] * len(lead) + [(0, period)])[..., period - 1 :]
+    width = 2 * period - 1
+    return rows[..., : block_len * width].reshape(*lead, block_len, width)[..., :period]
+
+
+@functools.cache
+def _basis(period: int) -> tuple[np.ndarray, np.ndarray]:
+    """The real Fourier basis, float32 [N, N], by frequency and place: cosines of frequencies 0 .. N / 2 - 1, then sines
+    of the same; the sine of frequency 0, which is nothing, gives its place to the cosine of frequency N / 2. And the
+    weights [N, 1] that make it its own inverse."""
+    half = period // 2
+    angles = 2 * np.pi * np.outer(np.arange(half), np.arange(period)) / period
+    sines = np.sin(angles)
+    sines[0] = np.cos(np.pi * np.arange(period))
+    weights = np.full([period, 1], 2.0 / period)
+    weights[[0, half]] = 1.0 / period
+    return np.concatenate([np.cos(angles), sines]).astype(np.float32), weights.astype(np.float32)
+
+
+def _turned_coefficients(by_cosine, by_sine):
+    """Coefficients [..., L, N / 2] of functions of the distance d = a - j -> of functions of j."""
+    block_len, half = by_cosine.shape[-2:]
+    angles = np.outer(np.arange(block_len), np.pi * np.arange(half) / half)
+    cos, sin = (as_last_axes(f(angles).astype(np.float32), by_cosine) for f in (np.cos, np.sin))
+    # cos f(a - j) = cos fa cos fj + sin fa sin fj;  sin f(a - j) = sin fa cos fj - cos fa sin fj
+    of_cosine, of_sine = by_cosine * cos + by_sine * sin, by_cosine * sin - by_sine * cos
+    # of the two that share the first place, frequency N / 2 changes its sign from place to place
+    sign = as_last_axes(np.where(np.arange(block_len) % 2, -1.0, 1.0).astype(np.float32)[:, None], by_sine)
+    is_first = as_last_axes(np.arange(half) == 0, by_sine)
+    return jnp.where(is_first, by_cosine, of_cosine), jnp.where(is_first, by_sine * sign, of_sine)

@@ -29,6 +29,7 @@ class TransformerConfig:
     head_type: str = "shga"
     reduction: str = "serial"  # how the blocks of an update are gone through
     remat: str = "full"  # full: recompute each gated unit in the backward pass; none: keep everything
+    unroll: int = 1  # layers that one turn of the scan over layers goes through
     dtype: Any = "float32"  # of activations; softmax, logits, counts and means stay float32
     param_dtype: Any = "float32"  # of weights; the codebook stays float32
     pe_abs: bool = False  # add sinusoids of the position in the document, times a learned scale
@@ -42,6 +43,11 @@ class TransformerConfig:
     c_beta: float = 1e-4  # weight of the commit loss
     c_gamma: float = 0.99  # decay of the codebook's moving average, per update
     is_train: bool = False  # dropout on
+
+    @property
+    def n_key_head(self) -> int:
+        """H: heads of keys and values, each with its codebook."""
+        return 1 if self.head_type == "mqa" else self.n_head
 
     def replace(self, **changes) -> "TransformerConfig":
         """A copy with some fields changed."""

@@ -9,15 +9,17 @@ chose them (Transformer-VQ, arXiv 2309.16354, section 3.4; van den Oord et al., 
 with n_s the number of keys of the update, over the whole global batch, whose shortcode is s, and g = `c_gamma`.
 A code with n_s = 0 keeps its place exactly.
 
-How the sums reach the training step: `l_codebook` is linear in (codebook, count), and its gradient *is* (sum of keys,
-n). So they pass through scans, rematerialisation and batch sharding as any gradient does, and `ema_update` takes them
-from the gradient's tree.
+How the sums reach the training step: `l_codebook` is 0, and its gradient by (codebook, count) *is* (sum of keys, n).
+So they pass through scans, rematerialisation and batch sharding as any gradient does, off the path of the forward pass;
+`ema_update` takes them from the gradient's tree.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
+from tvq_pod.nn.scores import as_last_axes
 from tvq_pod.nn.types import TransformerConfig, VQSpec
 
 # An unused code's N_s shrinks by g each update; below this it stays, or it would underflow to a division by zero.
@@ -27,18 +29,18 @@ MIN_COUNT = 1e-6
 def nearest_code(keys: jax.Array, codebook: jax.Array) -> jax.Array:
     """Index of the code with the least squared distance; ties go to the lower index.
 
-    keys: [B, H, T, K]; codebook: [H, S, K]. Returns shortcodes z, int32 [B, H, T].
+    keys: [..., H, T, K]; codebook: [H, S, K]. Returns shortcodes z, int32 [..., H, T].
     """
     keys = keys.astype(jnp.float32)
     half_sq_norms = 0.5 * jnp.sum(jnp.square(codebook), axis=-1)  # [H, S]
     # |k - c|^2 / 2 without the term that all codes share
-    dists = half_sq_norms[None, :, None, :] - jnp.einsum("bhtk,hsk->bhts", keys, codebook)
+    dists = as_last_axes(half_sq_norms[:, None, :], keys) - jnp.einsum("...htk,hsk->...hts", keys, codebook)
     return jnp.argmin(dists, axis=-1).astype(jnp.int32)
 
 
 def lookup(shortcodes: jax.Array, codebook: jax.Array) -> jax.Array:
-    """The codes of shortcodes [B, H, T] in codebook [H, S, K], as [B, H, T, K]."""
-    return jax.vmap(lambda z, c: c[z], in_axes=(1, 0), out_axes=1)(shortcodes, codebook)
+    """The codes of shortcodes [..., H, T] in codebook [H, S, K], as [..., H, T, K]."""
+    return jax.vmap(lambda z, c: c[z], in_axes=(-2, 0), out_axes=-3)(shortcodes, codebook)
 
 
 class VectorQuantizer(nn.Module):
@@ -47,7 +49,7 @@ class VectorQuantizer(nn.Module):
     config: TransformerConfig
 
     def setup(self):
-        n_head, n_code, d_k = self.config.n_head, self.config.n_code, self.config.d_k
+        n_head, n_code, d_k = self.config.n_key_head, self.config.n_code, self.config.d_k
         # Keys have squared norm sqrt(K) (see attn.py); codes start on that scale.
         codebook_init = nn.initializers.normal(stddev=d_k**-0.25)
         self.codebook = self.param(
@@ -68,42 +70,73 @@ class VectorQuantizer(nn.Module):
         return jax.lax.stop_gradient(self.codebook)
 
     def __call__(self, keys: jax.Array, vq_spec: VQSpec | None) -> dict:
-        """Quantizes keys [B, H, T, K]; `vq_spec` None means that every position counts.
+        """Quantizes keys [..., H, T, K]; vq_spec: loss_mask [..., T]; None means that every position counts.
 
         Returns a dict:
-          shortcodes: int32 [B, H, T].
+          shortcodes: int32 [..., H, T].
           quantized: like keys; its value is the code, its gradient goes straight through to the keys.
           l_commit: float32 scalar, mean over positions and heads of |k - code|^2; pulls keys to codes.
-          l_codebook: float32 scalar without meaning as a value; see the head of this file.
+          l_codebook: 0, but for its gradient; see the head of this file.
           metrics: code_perplexity (exp of the entropy of code use, 1 .. S) and code_usage (share of codes used),
             float32 scalars, means over heads.
         """
         codes = self.codes()
-        z = nearest_code(jax.lax.stop_gradient(keys), codes)
+        z = checkpoint_name(nearest_code(jax.lax.stop_gradient(keys), codes), "projected")
         chosen = lookup(z, codes)
-        mask = jnp.ones(z.shape[::2], jnp.float32) if vq_spec is None else vq_spec.loss_mask.astype(jnp.float32)
+        mask = jnp.ones_like(z[..., 0, :]) if vq_spec is None else vq_spec.loss_mask
+        mask = mask.astype(jnp.float32)[..., None, :]  # [..., 1, T]
 
-        n_positions = jnp.maximum(jnp.sum(mask), 1.0) * self.config.n_head
-        sq_errors = jnp.sum(jnp.square(keys.astype(jnp.float32) - chosen), axis=-1)  # [B, H, T]
-        l_commit = jnp.sum(mask[:, None, :] * sq_errors) / n_positions
-
-        onehot = jax.nn.one_hot(z, self.config.n_code, dtype=jnp.float32) * mask[:, None, :, None]
-        counts = jnp.sum(onehot, axis=(0, 2))  # [H, S]
-        key_sums = jnp.einsum("bhts,bhtk->hsk", onehot, jax.lax.stop_gradient(keys).astype(jnp.float32))
-        l_codebook = jnp.sum(self.codebook * key_sums) + jnp.sum(self.count * counts)
-
-        use = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1.0)
-        entropy = -jnp.sum(use * jnp.log(jnp.maximum(use, 1e-30)), axis=-1)
+        n_positions = jnp.maximum(jnp.sum(mask), 1.0) * self.config.n_key_head
+        sq_errors = jnp.sum(jnp.square(keys.astype(jnp.float32) - chosen), axis=-1)  # [..., H, T]
         return dict(
             shortcodes=z,
-            # k - k is exactly 0, so the value is exactly the code, as the cache has it
-            quantized=chosen.astype(keys.dtype) + (keys - jax.lax.stop_gradient(keys)),
-            l_commit=l_commit,
-            l_codebook=l_codebook,
-            metrics=dict(
-                code_perplexity=jnp.mean(jnp.exp(entropy)), code_usage=jnp.mean((counts > 0).astype(jnp.float32))
-            ),
+            quantized=_straight_through(keys, chosen.astype(keys.dtype)),
+            l_commit=jnp.sum(mask * sq_errors) / n_positions,
+            l_codebook=_carry_sums(self.codebook, self.count, keys, z, mask),
+            metrics=code_metrics(code_sums(keys, z, mask, self.config.n_code)[1]),
         )
+
+
+def code_sums(keys, shortcodes, mask, n_code: int) -> tuple[jax.Array, jax.Array]:
+    """Sum [H, S, K] and number [H, S] of the keys [..., H, T, K] of each code, float32, where mask [..., 1, T] is 1."""
+    onehot = jax.nn.one_hot(shortcodes, n_code, dtype=jnp.float32) * mask[..., None]
+    key_sums = jnp.einsum("...hts,...htk->hsk", onehot, keys.astype(jnp.float32))
+    return key_sums, jnp.einsum("...hts->hs", onehot)
+
+
+def code_metrics(counts: jax.Array) -> dict:
+    """counts [..., S] -> code_perplexity and code_usage, means over all heads (and layers) there are."""
+    use = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1.0)
+    entropy = -jnp.sum(use * jnp.log(jnp.maximum(use, 1e-30)), axis=-1)
+    return dict(code_perplexity=jnp.mean(jnp.exp(entropy)), code_usage=jnp.mean((counts > 0).astype(jnp.float32)))
+
+
+@jax.custom_vjp
+def _straight_through(keys, codes):
+    """The codes; their gradient goes to the keys."""
+    return codes
+
+
+_straight_through.defvjp(lambda keys, codes: (codes, None), lambda _, cotangent: (cotangent, None))
+
+
+@jax.custom_vjp
+def _carry_sums(codebook, count, keys, shortcodes, mask):
+    """0, whose gradients by codebook and count are `code_sums`: they are made in the backward pass only."""
+    return jnp.zeros([])
+
+
+def _carry_sums_forward(codebook, count, keys, shortcodes, mask):
+    return jnp.zeros([]), (keys, shortcodes, mask, count)
+
+
+def _carry_sums_backward(kept, cotangent):
+    keys, shortcodes, mask, count = kept
+    key_sums, counts = code_sums(keys, shortcodes, mask, count.shape[-1])
+    return cotangent * key_sums, cotangent * counts, None, None, None
+
+
+_carry_sums.defvjp(_carry_sums_forward, _carry_sums_backward)
 
 
 def ema_update(quantizer_params: dict, sums: dict, gamma: float) -> dict:
