@@ -336,8 +336,15 @@ def next_state(present: dict, state: dict) -> dict:
     last_before, last = xlcache["doc_ids"][:, -1], doc_ids[-1, :, -1]
     n_present = jnp.sum(doc_ids == last[None, :, None], axis=(0, 2), dtype=jnp.int32)
     pos_offset = n_present + jnp.where(last_before == last, state["pos_offset"], 0)
-    n_last = min(n_blocks, -(-mem_len // block_len))  # blocks that the window reaches
-    recent = extend_window(xlcache, {name: present[name][n_blocks - n_last :] for name in xlcache})
-    window = {name: jax.lax.slice_in_dim(x, x.shape[axis] - mem_len, None, axis=axis)
-              for name, x in recent.items() for axis in [TOKEN_AXIS[name]]}  # fmt: skip
-    return dict(pos_offset=pos_offset, xlcache=window)
+
+    def last_ones(name):
+        axis = TOKEN_AXIS[name]
+        if n_blocks == 1:
+            recent = jnp.concatenate([xlcache[name], present[name][0]], axis=axis)
+        else:
+            whole = jnp.concatenate([_window_as_blocks(name, xlcache[name], block_len), present[name]])
+            recent = jnp.moveaxis(whole[n_blocks:], 0, axis)  # [B, H, P / L, L, ...]
+            recent = recent.reshape(*recent.shape[:axis], -1, *recent.shape[axis + 2 :])
+        return jax.lax.slice_in_dim(recent, recent.shape[axis] - mem_len, None, axis=axis)
+
+    return dict(pos_offset=pos_offset, xlcache={name: last_ones(name) for name in xlcache})

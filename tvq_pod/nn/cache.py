@@ -42,13 +42,12 @@ def caches(cache: dict, leaving: dict, reduction: str) -> tuple[dict, dict]:
     latest = jnp.concatenate([cache["latest_doc_id"][None], ids[:, :, -1]])  # [1 + R, B]
     keep = latest[1:] == latest[:-1]  # [R, B]
     counted = (ids == ids[:, :, -1:]) & (ids != NO_DOC)  # of each chunk's last document
-    z = jnp.where(counted[:, :, None], leaving["z"], -1)
-    onehot = jax.nn.one_hot(z, lower.shape[-1], dtype=values.dtype)  # [R, B, H, L, S]; zeros for -1
-
-    counts = checkpoint_name(jnp.sum(onehot, axis=3, dtype=jnp.float32), "projected")
+    z = jnp.where(counted[:, :, None], leaving["z"], -1)  # -1: no code
+    code = jnp.arange(lower.shape[-1], dtype=z.dtype).reshape(1, 1, 1, -1, 1)
+    counts = checkpoint_name(jnp.sum(z[:, :, :, None, :] == code, axis=-1, dtype=jnp.float32), "projected")
     all_counts = _running_totals(lower, keep, counts)  # [1 + R, B, H, S]
-    sums, last_sum = REDUCTIONS[reduction](mean * lower[..., None], keep, onehot, values)
-    share = (1.0 / jnp.maximum(all_counts, 1.0))[..., None]
+    sums, last_sum = REDUCTIONS[reduction](mean, lower, keep, z, values)
+    share = (1.0 / jnp.maximum(all_counts, 1.0)).at[0].set(1.0)[..., None]  # the first is a mean already
     before = dict(
         upper_div_lower=(sums * share[:-1]).astype(values.dtype),
         lower=all_counts[:-1],
@@ -71,53 +70,57 @@ def _kept(keep, totals):
     return jnp.where(keep.reshape(keep.shape + (1,) * (totals.ndim - 1)), totals, 0.0)
 
 
-def _chunk_sum(onehot, values):
-    """s [..., B, H, S, V], float32."""
+def _chunk_sum(z, values, n_code: int):
+    """s [..., B, H, S, V], float32: of values [..., B, H, L, V] by their codes [..., B, H, L]."""
+    onehot = jax.nn.one_hot(z, n_code, dtype=values.dtype)
     return jnp.einsum("...bhls,...bhlv->...bhsv", onehot, values, preferred_element_type=jnp.float32)
 
 
-# --- first [B, H, S, V] float32, keep [R, B], onehot [R, B, H, L, S], values [R, B, H, L, V] -> C_0 .. C_{R-1}, C_R --
+# --- mean [B, H, S, V] and lower [B, H, S] before the update, keep [R, B], z [R, B, H, L], values [R, B, H, L, V] ->
+# --- the mean and C_1 .. C_{R-1}, stacked; C_R -----------------------------------------------------------------------
 
 
-def _serial(first, keep, onehot, values):
+def _serial(mean, lower, keep, z, values):
     """By lax.scan over chunks."""
 
     def step(total, chunk):
-        keep, onehot, values = chunk
-        total = _kept(keep, total) + _chunk_sum(onehot, values)
+        keep, z, values = chunk
+        total = _kept(keep, total) + _chunk_sum(z, values, lower.shape[-1])
         return total, total
 
-    _, totals = jax.lax.scan(step, first, (keep, onehot, values))
-    return jnp.concatenate([first[None], totals[:-1]]), totals[-1]
+    last, totals = jax.lax.scan(step, mean * lower[..., None], (keep, z, values))
+    return jnp.concatenate([mean[None], totals[:-1]]), last
 
 
-def _cumulative(first, keep, onehot, values):
+def _cumulative(mean, lower, keep, z, values):
     """Written out: each chunk's matmul starts from the total before it."""
-    totals = [first]
+    totals = []
     for r in range(len(values)):
-        totals.append(_kept(keep[r], totals[-1]) + _chunk_sum(onehot[r], values[r]))
-    return jnp.stack(totals[:-1]), totals[-1]
+        before = totals[-1] if totals else mean * lower[..., None]
+        totals.append(_kept(keep[r], before) + _chunk_sum(z[r], values[r], lower.shape[-1]))
+    return jnp.stack([mean, *totals[:-1]]), totals[-1]
 
 
-def _matmul(first, keep, onehot, values):
+def _matmul(mean, lower, keep, z, values):
     """All sums at once, added up by a triangular matrix of zeros and ones."""
     n_chunks = len(values)
     segment = jnp.cumsum(~keep, axis=0)
-    same = (segment[:, None] == segment[None, :]) & jnp.tril(jnp.ones([n_chunks, n_chunks, 1], bool))  # [R, R, B]
-    totals = jnp.einsum("rqb,qb...->rb...", same.astype(jnp.float32), _chunk_sum(onehot, values), precision="highest")
-    totals += jnp.stack([_kept(kept, first) for kept in jnp.cumprod(keep, axis=0)])
-    return jnp.concatenate([first[None], totals[:-1]]), totals[-1]
+    same = (segment[:, None] == segment[None, :]) & jnp.tril(jnp.ones([n_chunks, n_chunks], bool))[..., None]
+    sums = _chunk_sum(z, values, lower.shape[-1])
+    totals = jnp.einsum("rqb,qb...->rb...", same.astype(jnp.float32), sums, precision="highest")
+    totals += jnp.stack([_kept(kept, mean * lower[..., None]) for kept in jnp.cumprod(keep, axis=0)])
+    return jnp.concatenate([mean[None], totals[:-1]]), totals[-1]
 
 
-def _assoc_scan(first, keep, onehot, values):
+def _assoc_scan(mean, lower, keep, z, values):
     """By a tree of joins."""
 
     def join(a, b):
         return a[0] & b[0], jax.vmap(_kept)(b[0], a[1]) + b[1]
 
-    kept, totals = jax.lax.associative_scan(join, (keep, _chunk_sum(onehot, values)))
-    totals += jnp.stack([_kept(k, first) for k in kept])
-    return jnp.concatenate([first[None], totals[:-1]]), totals[-1]
+    kept, totals = jax.lax.associative_scan(join, (keep, _chunk_sum(z, values, lower.shape[-1])))
+    totals += jnp.stack([_kept(k, mean * lower[..., None]) for k in kept])
+    return jnp.concatenate([mean[None], totals[:-1]]), totals[-1]
 
 
 REDUCTIONS: dict[str, Callable] = dict(serial=_serial, cumulative=_cumulative, matmul=_matmul, assoc_scan=_assoc_scan)

@@ -39,7 +39,13 @@ def nearest_code(keys: jax.Array, codebook: jax.Array) -> jax.Array:
 
 
 def lookup(shortcodes: jax.Array, codebook: jax.Array) -> jax.Array:
-    """The codes of shortcodes [..., H, T] in codebook [H, S, K], as [..., H, T, K]."""
+    """The codes of shortcodes [..., H, T] in codebook [H, S, K], as [..., H, T, K].
+
+    Exactly, either way: in bfloat16 a TPU is faster with a matmul than with a gather.
+    """
+    if codebook.dtype == jnp.bfloat16:
+        onehot = jax.nn.one_hot(shortcodes, codebook.shape[1], dtype=codebook.dtype)
+        return jnp.einsum("...hts,hsk->...htk", onehot, codebook)
     return jax.vmap(lambda z, c: c[z], in_axes=(-2, 0), out_axes=-3)(shortcodes, codebook)
 
 
@@ -82,15 +88,15 @@ class VectorQuantizer(nn.Module):
         """
         codes = self.codes()
         z = checkpoint_name(nearest_code(jax.lax.stop_gradient(keys), codes), "projected")
-        chosen = lookup(z, codes)
+        chosen = lookup(z, codes.astype(keys.dtype))
         mask = jnp.ones_like(z[..., 0, :]) if vq_spec is None else vq_spec.loss_mask
         mask = mask.astype(jnp.float32)[..., None, :]  # [..., 1, T]
 
         n_positions = jnp.maximum(jnp.sum(mask), 1.0) * self.config.n_key_head
-        sq_errors = jnp.sum(jnp.square(keys.astype(jnp.float32) - chosen), axis=-1)  # [..., H, T]
+        sq_errors = jnp.sum(jnp.square(keys.astype(jnp.float32) - chosen.astype(jnp.float32)), axis=-1)  # [..., H, T]
         return dict(
             shortcodes=z,
-            quantized=_straight_through(keys, chosen.astype(keys.dtype)),
+            quantized=_straight_through(keys, chosen),
             l_commit=jnp.sum(mask * sq_errors) / n_positions,
             l_codebook=_carry_sums(self.codebook, self.count, keys, z, mask),
             metrics=code_metrics(code_sums(keys, z, mask, self.config.n_code)[1]),
@@ -99,9 +105,11 @@ class VectorQuantizer(nn.Module):
 
 def code_sums(keys, shortcodes, mask, n_code: int) -> tuple[jax.Array, jax.Array]:
     """Sum [H, S, K] and number [H, S] of the keys [..., H, T, K] of each code, float32, where mask [..., 1, T] is 1."""
-    onehot = jax.nn.one_hot(shortcodes, n_code, dtype=jnp.float32) * mask[..., None]
-    key_sums = jnp.einsum("...hts,...htk->hsk", onehot, keys.astype(jnp.float32))
-    return key_sums, jnp.einsum("...hts->hs", onehot)
+    z = jnp.where(mask > 0, shortcodes, -1)  # -1: no code
+    onehot = jax.nn.one_hot(z, n_code, dtype=keys.dtype)
+    key_sums = jnp.einsum("...hts,...htk->hsk", onehot, keys, preferred_element_type=jnp.float32)
+    is_code = z[..., None, :] == as_last_axes(jnp.arange(n_code, dtype=z.dtype)[:, None], z[..., None])
+    return key_sums, jnp.einsum("...hst->hs", is_code.astype(jnp.float32))
 
 
 def code_metrics(counts: jax.Array) -> dict:
