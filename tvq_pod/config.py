@@ -111,7 +111,7 @@ CHOICES = {
     "model.attn_type": ("vq", "full"),
     "model.head_type": ("shga",),
     "model.reduction": ("serial", "cumulative", "matmul", "assoc_scan"),
-    "model.remat": ("full", "dots", "named", "none"),
+    "model.remat": ("projections", "dots", "full", "none"),
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
     "data.format": ("auto", "stdlib", "folder", "lines", "jsonl"),

@@ -25,7 +25,7 @@ from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.parallel.sharding import batch_sharding, replicated, shardings_of
 from tvq_pod.prepare import open_store, store_path
 from tvq_pod.progress import say
-from tvq_pod.train_state import abstract_train_state, token_losses
+from tvq_pod.train_state import abstract_train_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +54,9 @@ def make_eval_step(settings: Settings, mesh: jax.sharding.Mesh):
     shardings = shardings_of(Transformer.state_axes(config), mesh)
 
     def eval_step(params, state, batch):
-        state, out = Transformer(config).apply({"params": params}, state, batch["inputs"], batch["doc_ids"])
-        losses = token_losses(out["logits"], batch["targets"]) * batch["loss_mask"]
+        inputs = (batch["inputs"], batch["doc_ids"], None, batch["targets"])
+        state, out = Transformer(config).apply({"params": params}, state, *inputs)
+        losses = out["losses"] * batch["loss_mask"]
         return state, dict(loss=jnp.sum(losses), tokens=jnp.sum(batch["loss_mask"]))
 
     return jax.jit(

@@ -20,6 +20,7 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8,
           "s64": 8, "u64": 8, "c64": 8}  # fmt: skip
+_FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "GatherScatterIndicesBitpacked", "Sharding")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -64,6 +65,20 @@ class Program:
         """Cycles by pass and source, the dearest first: "backward layers/unit0 bhlm,bhmv->bhlv"."""
         by_source = self._cycles_by(source_of)
         return dict(sorted(by_source.items(), key=lambda item: -item[1]))
+
+    def without_estimate(self) -> dict[str, int]:
+        """How often operations run that the compiler gives no cycles for, by source: gathers, scatters, kernels written
+        by hand. Collectives, and what only renames memory, are left out."""
+        count = collections.Counter()
+        for instruction, times in self._instructions(self._entry, 1):
+            is_work = instruction.opcode in ("fusion", "custom-call", "gather", "scatter", "sort")
+            target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
+            if target and target[1] in _FREE_CALLS:
+                continue
+            callee = _called(instruction.rest, "calls")
+            if is_work and not _own_cycles(instruction) and not (callee and any(True for _ in self._sent(callee))):
+                count[source_of(instruction)] += times
+        return dict(count.most_common())
 
     def _cycles_by(self, key) -> dict:
         totals = collections.Counter()

@@ -163,6 +163,7 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list, slices: int 
         predicted_mfu=flops / seconds / (n_chips * chip.peak_flops),
         predicted_tokens_per_second=result["tokens_per_step"] / seconds,
         operations=[dict(source=source, share=own / cycles) for source, own in by_source[:SHOWN]],
+        without_estimate=program.without_estimate(),
         collectives=[dataclasses.asdict(collective) for collective in collectives],
         collective_seconds_if_alone=None  # the network between slices is another, and slower by far
         if slices > 1
@@ -284,6 +285,8 @@ def _text(result: dict, tokens: float | None) -> str:
         if "days" in result:
             lines.append(f"{tokens:.3g} tokens: {result['days']:.2f} days")
         lines += ["share of cycles:"] + [f"  {row['share']:6.1%}  {row['source']}" for row in result["operations"]]
+        if result["without_estimate"]:
+            lines.append("not in the estimate: " + ", ".join(f"{n} x {s}" for s, n in result["without_estimate"].items()))
         alone = result["collective_seconds_if_alone"]
         took = f", {alone * 1e3:.2f} ms at the links' full speed" if alone is not None else ""
         lines += [f"collectives a step and device{took}:"] + [

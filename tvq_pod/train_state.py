@@ -84,11 +84,6 @@ def create_train_state(settings: Settings, mesh: jax.sharding.Mesh) -> TrainStat
     return jax.jit(lambda: initial_train_state(settings), out_shardings=shardings)()
 
 
-def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Cross-entropy in nats, float32 [B, T], of logits [B, T, vocabulary] and targets int32 [B, T]."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
-
-
 def make_train_step(settings: Settings, mesh: jax.sharding.Mesh):
     """The compiled step: (TrainState, batch) -> (TrainState, metrics); the TrainState given is donated.
 
@@ -103,10 +98,15 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh):
     def loss_fn(params, recurrent, batch, rngs):
         mask = batch["loss_mask"]
         new_recurrent, out = model.apply(
-            {"params": params}, recurrent, batch["inputs"], batch["doc_ids"], VQSpec(loss_mask=mask), rngs=rngs
+            {"params": params},
+            recurrent,
+            batch["inputs"],
+            batch["doc_ids"],
+            VQSpec(loss_mask=mask),
+            batch["targets"],
+            rngs=rngs,
         )
-        losses = token_losses(out["logits"], batch["targets"])
-        loss = jnp.sum(losses * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+        loss = jnp.sum(out["losses"] * mask) / jnp.maximum(jnp.sum(mask), 1.0)
         metrics = dict(loss=loss, l_commit=out["l_commit"])
         # l_codebook is 0: its gradient carries the codebook's sums (see nn/vq.py)
         return loss + config.c_beta * out["l_commit"] + out["l_codebook"], (new_recurrent, metrics)

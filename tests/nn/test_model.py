@@ -176,4 +176,4 @@ def test_codebooks_and_vectors_are_told_apart_from_matrices():
     assert names["layers/unit1/quantizer/count"][0]
     matrices = {name for name, (codebook, vector) in names.items() if not codebook and not vector}
     unit = {f"layers/unit{i}/w_{w}/kernel" for i in range(2) for w in "qkvgr"}
-    assert matrices == unit | {"embed/embedding", "w_out", "layers/unit0/w_o/kernel", "layers/unit1/w_o/kernel"}
+    assert matrices == unit | {"embedding", "w_out", "layers/unit0/w_o/kernel", "layers/unit1/w_o/kernel"}

@@ -15,9 +15,9 @@ from tvq_pod.nn.vq import code_metrics
 
 # What each unit keeps for the backward pass; the rest is computed again.
 REMAT_POLICIES = dict(
-    full=None,
+    full=jax.checkpoint_policies.nothing_saveable,
     dots=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    named=jax.checkpoint_policies.save_only_these_names("projected", "attended"),
+    projections=jax.checkpoint_policies.save_only_these_names("projected", "attended"),
 )
 UNITS = ("unit0", "unit1")  # of one layer
 
@@ -49,7 +49,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The whole model. Parameters: embed, layers (stacked: a leading axis of n_layer), and by settings pe_scale,
+    """The whole model. Parameters: embedding, layers (stacked: a leading axis of n_layer), and by settings pe_scale,
     norm_out and w_out."""
 
     config: TransformerConfig
@@ -71,23 +71,29 @@ class Transformer(nn.Module):
         return {name: axes for name in UNITS}
 
     @nn.compact
-    def __call__(self, state: dict, inputs: jax.Array, doc_ids: jax.Array, vq_spec: VQSpec | None = None):
-        """inputs, doc_ids: int32 [B, T], T a multiple of block_len.
+    def __call__(
+        self,
+        state: dict,
+        inputs: jax.Array,
+        doc_ids: jax.Array,
+        vq_spec: VQSpec | None = None,
+        targets: jax.Array | None = None,
+    ):
+        """inputs, doc_ids, targets: int32 [B, T], T a multiple of block_len.
 
-        Returns (next state, dict): logits float32 [B, T, n_vocab]; l_commit (summed over units, mean over positions)
+        Returns (next state, dict): logits float32 [B, T, n_vocab], or, if there are targets, losses float32 [B, T],
+        their cross-entropy in nats, without ever holding all logits of a large vocabulary; l_commit (summed over units, mean over positions)
         and l_codebook (see vq.py), float32 scalars.
         """
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        embed = nn.Embed(
-            c.n_vocab,
-            c.d_model,
-            dtype=dtype,
-            param_dtype=c.param_dtype,
-            embedding_init=nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed")),
-            name="embed",
+        embedding = self.param(
+            "embedding",
+            nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed")),
+            (c.n_vocab, c.d_model),
+            c.param_dtype,
         )
-        x = embed(inputs)
+        x = embed(inputs, embedding.astype(dtype))
         if c.pe_abs:
             first_unit = jax.tree.map(lambda leaf: leaf[0], state[UNITS[0]])
             positions = doc_positions(first_unit, doc_ids[None])[0]
@@ -108,22 +114,48 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, name="layers")
         x, (new_state, l_commit, l_codebook) = layers(x, state, split_blocks(doc_ids, c.block_len), vq_spec)
-        x = join_blocks(x)
-
         if c.e_norm:
             x = RMSNorm(c, use_scale=True, name="norm_out")(x)
         if c.e_tie:
-            output = embed.embedding.T
+            output = embedding.T
         else:
             init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "vocab"))
             output = self.param("w_out", init, (c.d_model, c.n_vocab), c.param_dtype)
-        # operands in the compute dtype, sums and logits in float32
-        logits = jnp.matmul(x, output.astype(dtype), preferred_element_type=jnp.float32)
-        return new_state, dict(
-            logits=logits * c.e_scale,
-            l_commit=jnp.sum(l_commit),
-            l_codebook=jnp.sum(l_codebook),
-        )
+        output = output.astype(dtype)
+        if targets is None:
+            result = dict(logits=join_blocks(logits_of(x, output, c.e_scale)))
+        else:
+            result = dict(losses=join_blocks(token_losses(x, output, split_blocks(targets, c.block_len), c.e_scale)))
+        return new_state, result | dict(l_commit=jnp.sum(l_commit), l_codebook=jnp.sum(l_codebook))
+
+
+def embed(inputs: jax.Array, embedding: jax.Array) -> jax.Array:
+    """Rows of embedding [n_vocab, D]. A small vocabulary goes by matmul, which a TPU does faster than a gather, and its
+    gradient much faster than a scatter; in bfloat16 that is as exact."""
+    if embedding.dtype != jnp.bfloat16 or len(embedding) > embedding.shape[1]:
+        return jnp.take(embedding, inputs, axis=0)
+    return jax.nn.one_hot(inputs, len(embedding), dtype=embedding.dtype) @ embedding
+
+
+def logits_of(x: jax.Array, output: jax.Array, scale: float) -> jax.Array:
+    """Operands in the compute dtype; sums and logits in float32."""
+    return jnp.matmul(x, output, preferred_element_type=jnp.float32) * scale
+
+
+def token_losses(x: jax.Array, output: jax.Array, targets: jax.Array, scale: float) -> jax.Array:
+    """Cross-entropy in nats, float32 [R, B, L], from x [R, B, L, D], output [D, n_vocab] and targets [R, B, L].
+
+    With a large vocabulary the logits of one block at a time are held, and made again in the backward pass.
+    """
+
+    def block_losses(x, targets):
+        logits = logits_of(x, output, scale)
+        is_target = targets[..., None] == jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+
+    if output.shape[1] <= output.shape[0]:
+        return block_losses(x, targets)
+    return jax.lax.map(lambda block: jax.checkpoint(block_losses)(*block), (x, targets))
 
 
 def _is_names(x) -> bool:

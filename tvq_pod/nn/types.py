@@ -27,9 +27,11 @@ class TransformerConfig:
     grad_thru_cache: bool = True  # False: gradients stay inside a block
     attn_type: str = "vq"  # full: quadratic attention over exact keys, for comparison; no codes, no cache
     head_type: str = "shga"
-    reduction: str = "serial"  # how the blocks of an update are gone through
-    remat: str = "full"  # full: recompute each gated unit in the backward pass; none: keep everything
-    unroll: int = 1  # layers that one turn of the scan over layers goes through
+    reduction: str = "cumulative"  # how the caches of an update's blocks are made, see nn/cache.py
+    # What each unit keeps for the backward pass. projections: q, k, v and gate before their activations, shortcodes, what
+    # attention returns, and what is as small; dots: every matmul without a batch axis; full: its input; none: everything
+    remat: str = "projections"
+    unroll: int = 1  # layers in one turn of the loop over layers: with n_layer, no loop; faster, and slower to compile
     dtype: Any = "float32"  # of activations; softmax, logits, counts and means stay float32
     param_dtype: Any = "float32"  # of weights; the codebook stays float32
     pe_abs: bool = False  # add sinusoids of the position in the document, times a learned scale
