@@ -103,18 +103,19 @@ def basic_vq_spec_fixture(batch_size: int, block_len: int) -> VQSpec:
 
 
 def random_qkv(config: TransformerConfig, batch_size: int, length: int, seed: int = 0) -> dict:
-    """q, k [B, H, T, K] and v [B, H, T, V]."""
+    """q [B, Q, T, K], k [B, H, T, K] and v [B, H, T, V]."""
     keys = jax.random.split(rng_fixture(seed), 3)
     widths = dict(q=config.d_k, k=config.d_k, v=config.d_v)
+    heads = dict(q=config.n_head, k=config.n_key_head, v=config.n_key_head)
     return {
-        name: jax.random.normal(key, [batch_size, config.n_head, length, widths[name]])
+        name: jax.random.normal(key, [batch_size, heads[name], length, widths[name]])
         for (name, key) in zip("qkv", keys, strict=True)
     }
 
 
 def attend_in_blocks(config: TransformerConfig, params: dict, q, k, v, doc_ids, state=None):
     """The recurrent way, by the contract's methods alone: attention of T / L blocks, the state carried from one to the
-    next. Returns (state, attn_out [B, T, H * V])."""
+    next. Returns (state, attn_out [B, T, Q * V])."""
     cls = VQAttention(config)
     batch_size, length = doc_ids.shape
     state = VQAttention.initial_state(config, batch_size) if state is None else state
@@ -151,7 +152,7 @@ def sinusoid_table(length: int, width: int) -> np.ndarray:
 
 def quadratic_attention(config: TransformerConfig, params: dict, q, k, v, doc_ids) -> np.ndarray:
     """The slow, obvious version, in float64: a softmax over all quantized keys of the same document at or before each
-    query. No blocks, no window, no cache. Returns [B, T, H * V]."""
+    query. No blocks, no window, no cache. Returns [B, T, Q * V]."""
     q, k, v, doc_ids = (np.asarray(x) for x in (q, k, v, doc_ids))
     codebook = np.asarray(params["quantizer"]["codebook"], np.float64)
     u, pos_v = np.asarray(params["u"], np.float64), np.asarray(params["v"], np.float64)
@@ -160,17 +161,18 @@ def quadratic_attention(config: TransformerConfig, params: dict, q, k, v, doc_id
     r = np.einsum("md,hkd->hmk", table, kernel) * config.d_k**-0.25
     batch_size, n_head, length, _ = q.shape
     out = np.zeros([batch_size, length, n_head, v.shape[-1]])
-    for b, h, i in itertools.product(range(batch_size), range(n_head), range(length)):
-        scores, values = [], []
+    per_key_head = n_head // k.shape[1]
+    for b, query_head, i in itertools.product(range(batch_size), range(n_head), range(length)):
+        h, scores, values = query_head // per_key_head, [], []
         for j in range(i + 1):
             if doc_ids[b, i] != doc_ids[b, j] or (i - j > config.mem_len and not config.agg_cache):
                 continue
             code = codebook[h, np.argmin(np.sum((k[b, h, j] - codebook[h]) ** 2, axis=-1))]
-            score = (q[b, h, i] + u[h]) @ code
+            score = (q[b, query_head, i] + u[query_head]) @ code
             if i - j <= config.mem_len:
-                score += (q[b, h, i] + pos_v[h]) @ r[h, i - j]
+                score += (q[b, query_head, i] + pos_v[query_head]) @ r[h, i - j]
             scores.append(score)
             values.append(v[b, h, j])
         weights = np.exp(np.array(scores) - np.max(scores))
-        out[b, i, h] = weights @ np.array(values) / weights.sum()
+        out[b, i, query_head] = weights @ np.array(values) / weights.sum()
     return out.reshape(batch_size, length, -1)

@@ -109,7 +109,7 @@ class Settings:
 NOT_IN_CONFIG = ("is_train",)  # the mode decides
 CHOICES = {
     "model.attn_type": ("vq", "full"),
-    "model.head_type": ("shga",),
+    "model.head_type": ("shga", "mqa", "mha"),
     "model.reduction": ("serial", "cumulative", "matmul", "assoc_scan"),
     "model.remat": ("projections", "dots", "full", "none"),
     "model.dtype": ("float32", "bfloat16"),

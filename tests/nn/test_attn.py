@@ -27,6 +27,7 @@ from tvq_pod.nn.scores import NEVER, relative_bias, turn_rows
 from tvq_pod.nn.types import VQSpec
 
 T = 12
+REDUCTIONS = ("serial", "cumulative", "matmul", "assoc_scan")
 one_doc = functools.partial(jnp.zeros, dtype=jnp.int32)
 
 
@@ -130,17 +131,81 @@ def compiled_layer(config):
     return jax.jit(apply)
 
 
-def test_an_update_is_its_blocks_one_by_one():
-    config = small_config(block_len=3, mem_len=5)
-    x = jax.random.normal(jax.random.key(0), [2, T, config.d_model])
-    doc_ids = jnp.array([[0] * 7 + [1] * 5, [0, 1, 1, 2] + [3] * 8], jnp.int32)
-    at_once, res = compiled_layer(config)(VQAttention.initial_state(config, 2), x, doc_ids)
-    state, parts = VQAttention.initial_state(config, 2), []
-    for begin in range(0, T, 3):
-        state, part = compiled_layer(config)(state, x[:, begin : begin + 3], doc_ids[:, begin : begin + 3])
-        parts.append(part)
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), res, atol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, at_once)
+@functools.cache
+def layer_and_gradients(config):
+    """The unit with its gradients, over T tokens at once or in blocks of `step` tokens, the state carried: (x, doc_ids,
+    step) -> (last state, res, gradients of a fixed sum of squares by parameters and x)."""
+    cls, params = attn_fixture(config)
+
+    def run(params, x, doc_ids, step):
+        state, parts, l_codebook = cls.initial_state(config, len(x)), [], 0.0
+        for begin in range(0, x.shape[1], step):
+            part = slice(begin, begin + step)
+            inputs = dict(input_features=x[:, part], doc_ids=doc_ids[:, part], vq_spec=None)
+            state, out = cls.apply({"params": params}, state=state, input_dict=inputs)
+            parts.append(out["res"])
+            l_codebook += out["l_codebook"]
+        res = jnp.concatenate(parts, axis=1).astype(jnp.float32)
+        weights = jnp.sin(jnp.arange(res.size, dtype=jnp.float32)).reshape(res.shape)
+        return jnp.sum(weights * res) + l_codebook, (state, res)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def apply(x, doc_ids, step):
+        grads, (state, res) = jax.grad(run, argnums=(0, 1), has_aux=True)(params, x, doc_ids, step)
+        return state, res, grads
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(dict(reduction=reduction) for reduction in REDUCTIONS),
+        dict(head_type="mqa"),
+        dict(head_type="mha", n_head=3),
+        dict(agg_cache=False, mem_len=5),
+        dict(mem_len=5),
+        dict(mem_len=1, n_head=1),
+        dict(block_len=2, mem_len=6),
+    ],
+    ids=str,
+)
+@settings(max_examples=8, deadline=None)
+@given(borders=st.lists(st.integers(1, 23), max_size=5), seed=st.integers(0, 9))
+def test_an_update_is_its_blocks_one_by_one_gradients_too(changes, borders, seed):
+    config = small_config(**(dict(block_len=4, mem_len=4) | changes))
+    x = np.random.default_rng(seed).normal(size=[1, 24, config.d_model]).astype(np.float32)
+    doc_ids = np.searchsorted(np.unique(borders), np.arange(24), side="right").astype(np.int32)[None]
+    at_once = layer_and_gradients(config)(x, doc_ids, 24)
+    one_by_one = layer_and_gradients(config)(x, doc_ids, config.block_len)
+    assert np.abs(at_once[2][1]).max() > 1e-3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), at_once, one_by_one)
+
+
+def test_an_update_is_its_blocks_one_by_one_in_bfloat16():
+    config = small_config(block_len=4, mem_len=4, dtype=jnp.bfloat16)
+    x = np.random.default_rng(0).normal(size=[1, 24, config.d_model]).astype(np.float32)
+    doc_ids = np.array([[0] * 9 + [1] * 15], np.int32)
+    at_once = layer_and_gradients(config)(x.astype(jnp.bfloat16), doc_ids, 24)
+    one_by_one = layer_and_gradients(config)(x.astype(jnp.bfloat16), doc_ids, 4)
+    np.testing.assert_array_equal(at_once[0]["xlcache"]["z"], one_by_one[0]["xlcache"]["z"])  # else another function
+
+    def near(a, b):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        np.testing.assert_allclose(a, b, atol=0.02 * (np.abs(b).max() + 0.1))
+
+    jax.tree.map(near, at_once, one_by_one)
+
+
+@pytest.mark.parametrize("changes", [dict(head_type="mqa"), dict(head_type="mqa", n_head=3), dict(head_type="mha")], ids=str)
+def test_every_head_type_is_the_quadratic_softmax(changes):
+    config = small_config(block_len=3, mem_len=4, **changes)
+    _, params = attn_fixture(config)
+    assert "w_g" not in params
+    assert params["quantizer"]["codebook"].shape[0] == config.n_key_head == (1 if config.head_type == "mqa" else 2)
+    arrays, doc_ids = random_qkv(config, 2, T), jnp.array([[0] * 5 + [1] * 7, [0] * 12], jnp.int32)
+    _, out = compiled_attention(config)(**arrays, doc_ids=doc_ids)
+    np.testing.assert_allclose(out, quadratic_attention(config, params, **arrays, doc_ids=doc_ids), atol=2e-5)
 
 
 document_lengths = st.lists(st.integers(1, 14), min_size=1, max_size=6)
@@ -164,7 +229,6 @@ def test_a_document_never_sees_its_neighbours(lengths, mem_len, agg_cache):
         np.testing.assert_allclose(np.asarray(together)[0, places], np.asarray(alone)[0, : len(places)], atol=2e-5)
 
 
-REDUCTIONS = ("serial", "cumulative", "matmul", "assoc_scan")
 compiled_caches = jax.jit(caches, static_argnums=2)
 
 

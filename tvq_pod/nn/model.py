@@ -1,4 +1,4 @@
-"""The Transformer-VQ language model: embeddings, layers of two gated units, logits.
+"""The Transformer-VQ language model: embeddings, layers of two units, logits.
 
 The layers' parameters and states are stacked, and one lax.scan goes through them: compile time does not grow with
 depth.
@@ -10,41 +10,41 @@ import jax.numpy as jnp
 
 from tvq_pod.nn.attn import VQAttention, doc_positions, join_blocks, split_blocks
 from tvq_pod.nn.layers import Dropout, RMSNorm, sinusoids
-from tvq_pod.nn.types import TransformerConfig, VQSpec
+from tvq_pod.nn.mlp import MLP
+from tvq_pod.nn.types import UNITS, TransformerConfig, VQSpec
 from tvq_pod.nn.vq import code_metrics
 
-# What each unit keeps for the backward pass; the rest is computed again.
-REMAT_POLICIES = dict(
-    full=jax.checkpoint_policies.nothing_saveable,
-    dots=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    projections=jax.checkpoint_policies.save_only_these_names("projected", "attended"),
-)
-UNITS = ("unit0", "unit1")  # of one layer
+_KEEP = jax.checkpoint_policies
+REMAT_POLICIES = {  # by attn_type and remat: what each unit keeps for the backward pass; the rest is computed again
+    ("vq", "full"): _KEEP.nothing_saveable,
+    ("full", "full"): _KEEP.save_only_these_names("attended"),  # quadratic attention makes its scores again anyway
+    **{(kind, "dots"): _KEEP.dots_with_no_batch_dims_saveable for kind in ("vq", "full")},
+    **{(kind, "projections"): _KEEP.save_only_these_names("projected", "attended") for kind in ("vq", "full")},
+}
 
 
 class Layer(nn.Module):
-    """Two gated units, each with its residual connection."""
+    """Two units, each with its residual connection: both attend, or an MLP follows attention."""
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, state: dict, doc_ids: jax.Array, vq_spec: VQSpec | None):
         """x [R, B, L, D], doc_ids and loss_mask [R, B, L] -> x and (the next state, l_commit, l_codebook)."""
-        # a scan over layers already keeps the compiler from undoing it: no need for prevent_cse there
-        unit_cls = VQAttention
-        if self.config.remat != "none":
-            unit_cls = nn.remat(
-                VQAttention,
-                prevent_cse=self.config.unroll > 1,
-                policy=REMAT_POLICIES[self.config.remat],
-                methods=["blocks"],
-            )
-        new_state, l_commit, l_codebook = {}, 0.0, 0.0
+        c, new_state, l_commit, l_codebook = self.config, {}, 0.0, 0.0
+        attention_cls, mlp_cls = VQAttention, MLP
+        if c.remat != "none":
+            # a scan over layers already keeps the compiler from undoing it; without one, `prevent_cse` must
+            policy = dict(policy=REMAT_POLICIES[c.attn_type, c.remat], prevent_cse=c.unroll > 1)
+            attention_cls, mlp_cls = nn.remat(VQAttention, methods=["blocks"], **policy), nn.remat(MLP, **policy)
         for name in UNITS:
-            new_state[name], out = unit_cls(self.config, name=name).blocks(state[name], x, doc_ids, vq_spec)
-            x = x + out["res"]
-            l_commit += out["l_commit"]
-            l_codebook += out["l_codebook"]
+            if name in c.attention_units:
+                new_state[name], out = attention_cls(c, name=name).blocks(state[name], x, doc_ids, vq_spec)
+                x = x + out["res"]
+                l_commit += out["l_commit"]
+                l_codebook += out["l_codebook"]
+            else:
+                x = x + mlp_cls(c, name=name)(x)
         return x, (new_state, l_commit, l_codebook)
 
 
@@ -62,13 +62,13 @@ class Transformer(nn.Module):
             unit = VQAttention.initial_state(config, batch_size)
             return jax.tree.map(lambda x: jnp.broadcast_to(x, (config.n_layer, *x.shape)), unit)
 
-        return {name: stacked() for name in UNITS}  # no array twice: a step may donate each
+        return {name: stacked() for name in config.attention_units}  # no array twice: a step may donate each
 
     @staticmethod
     def state_axes(config: TransformerConfig) -> dict:
         """The logical name of every axis of `initial_state`."""
         axes = jax.tree.map(lambda names: ("layers", *names), VQAttention.state_axes(config), is_leaf=_is_names)
-        return {name: axes for name in UNITS}
+        return {name: axes for name in config.attention_units}
 
     @nn.compact
     def __call__(

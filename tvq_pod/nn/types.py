@@ -7,6 +7,9 @@ import flax.struct
 import jax
 
 
+UNITS = ("unit0", "unit1")  # of one layer
+
+
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """Settings of one Transformer-VQ model. `config.model.*` has these names, `is_train` apart.
@@ -19,14 +22,17 @@ class TransformerConfig:
     d_v: int = 256  # V: width of a head's values and gates
     n_head: int = 1  # H: each head has its own keys, values and codebook
     n_code: int = 128  # S: codes per head
-    n_layer: int = 2  # layers of two gated units each
+    n_layer: int = 2  # layers of two units each
     n_vocab: int = 259  # 256 bytes + pad, end-of-document, unknown
     block_len: int = 128  # L: tokens that are attended to at once
     mem_len: int = 128  # M: keys kept exact before they go to the cache
     agg_cache: bool = True  # False: attention ends with the window
     grad_thru_cache: bool = True  # False: gradients stay inside a block
     attn_type: str = "vq"  # full: quadratic attention over exact keys, for comparison; no codes, no cache
+    # shga: layers of two gated units, of n_head heads each; mha: attention of n_head heads, then an MLP; mqa: the same with
+    # one key head, value head and codebook for all n_head query heads
     head_type: str = "shga"
+    d_ff: int = 0  # width of that MLP; 0: so that a layer has as many parameters as two gated units with d_v = 2 d_model
     reduction: str = "cumulative"  # how the caches of an update's blocks are made, see nn/cache.py
     # What each unit keeps for the backward pass. projections: q, k, v and gate before their activations, shortcodes, what
     # attention returns, and what is as small; dots: every matmul without a batch axis; full: its input; none: everything
@@ -50,6 +56,20 @@ class TransformerConfig:
     def n_key_head(self) -> int:
         """H: heads of keys and values, each with its codebook."""
         return 1 if self.head_type == "mqa" else self.n_head
+
+    @property
+    def attention_units(self) -> tuple[str, ...]:
+        """Names of a layer's units that attend, and so have a state."""
+        return UNITS if self.head_type == "shga" else UNITS[:1]
+
+    @property
+    def hidden_width(self) -> int:
+        """Width of the MLP, a multiple of 128 (a TPU's tile) if it is not given by `d_ff`."""
+        if self.d_ff:
+            return self.d_ff
+        two_gated_units = 2 * (3 * self.d_k + 3 * 2 * self.d_model)  # queries, keys, biases; values, gate, output
+        attention = self.n_head * (self.d_k + self.d_v) + self.n_key_head * (2 * self.d_k + self.d_v)
+        return max(1, round((two_gated_units - attention) / 2 / 128)) * 128
 
     def replace(self, **changes) -> "TransformerConfig":
         """A copy with some fields changed."""
