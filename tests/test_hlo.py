@@ -92,6 +92,40 @@ def test_axes_are_those_along_which_a_group_differs():
     assert crossed_axes([[0, 1, 2, 3]], dict(data=2, sequence=1, model=2)) == ("data", "model")
 
 
+def test_what_has_no_estimate_is_named():
+    gather = '  %g2 = f32[8]{0} fusion(%x), kind=kCustom, calls=%fused, metadata={op_name="jit(f)/jvp(M)/gather"}'
+    free = '  %a2 = f32[8]{0} custom-call(%x), custom_call_target="AllocateBuffer"'
+    text = PROGRAM.replace("  %c = (f32[8]", f"{gather}\n{free}\n  %c = (f32[8]")
+    assert Program(text).without_estimate() == {"forward gather": 1}
+    assert Program(PROGRAM).without_estimate() == {}
+
+
+def test_a_collective_inside_fusions_is_one():
+    """One that runs beside two matmuls names the same channel in both; a reduce-scatter hides in a computation."""
+    parts = """
+%async_part (p: f32[8]) -> f32[16] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %ag = f32[16]{0} all-gather(%p), channel_id=7, replica_groups={{0,1},{2,3}}, dimensions={0}
+}
+
+%all-reduce-scatter.1 (p: f32[8]) -> f32[4] {
+  %p = f32[8]{0} parameter(0)
+  %ar = f32[8]{0} all-reduce(%p), channel_id=8, replica_groups={{0,1},{2,3}}, to_apply=%fused
+  ROOT %ds = f32[4]{0} dynamic-slice(%ar, %p), dynamic_slice_sizes={4}
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %f1 = f32[8]{0} fusion(%x), kind=kOutput, calls=%async_part, backend_config={"estimated_cycles":"5"}
+  %f2 = f32[8]{0} fusion(%f1), kind=kOutput, calls=%async_part, backend_config={"estimated_cycles":"5"}
+  %f3 = f32[4]{0} fusion(%f2), kind=kCustom, calls=%all-reduce-scatter.1
+"""
+    program = Program(PROGRAM.replace("\nENTRY %main (x: f32[8]) -> f32[8] {\n", parts))
+    found = {(c.kind, c.axes): (c.count, c.bytes) for c in program.collectives(dict(data=2, model=2))}
+    assert found["all-gather", ("model",)] == (1, 16 * 4)
+    assert found["reduce-scatter", ("model",)] == (1, 8 * 4)
+    assert program.without_estimate() == {}
+
+
 def test_what_is_no_program_is_an_error():
     with pytest.raises(ValueError, match="no HLO module"):
         Program("hello")

@@ -110,7 +110,7 @@ NOT_IN_CONFIG = ("is_train",)  # the mode decides
 CHOICES = {
     "model.attn_type": ("vq", "full"),
     "model.head_type": ("shga", "mqa", "mha"),
-    "model.reduction": ("serial", "cumulative", "matmul", "assoc_scan"),
+    "model.reduction": ("cumulative", "serial"),
     "model.remat": ("projections", "dots", "full", "none"),
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),

@@ -27,7 +27,7 @@ from tvq_pod.nn.scores import NEVER, relative_bias, turn_rows
 from tvq_pod.nn.types import VQSpec
 
 T = 12
-REDUCTIONS = ("serial", "cumulative", "matmul", "assoc_scan")
+REDUCTIONS = ("cumulative", "serial")
 one_doc = functools.partial(jnp.zeros, dtype=jnp.int32)
 
 

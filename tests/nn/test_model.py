@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 
 from tests.common import rngs_fixture, small_config
 from tvq_pod.nn.attn import doc_positions
-from tvq_pod.nn.model import Transformer, is_codebook, is_vector
+from tvq_pod.nn.model import Transformer, embed, is_codebook, is_vector
+from tvq_pod.nn.types import TransformerConfig
 
 TOTAL = 48
 
 
 def params_of(config):
     """Parameters, the same for all configs that have them in the same shapes."""
-    shapes = ("n_head", "n_layer", "e_norm", "e_tie", "pe_abs")
+    shapes = ("n_head", "n_layer", "e_norm", "e_tie", "pe_abs", "head_type", "attn_type", "n_vocab", "d_v")
     return _params_of(small_config(**{name: getattr(config, name) for name in shapes}))
 
 
@@ -88,6 +89,9 @@ def test_context_matters_within_a_document():
         dict(n_head=3, e_norm=False),
         dict(e_tie=True, e_scale=0.5),
         dict(remat="full"),
+        dict(unroll=2),
+        dict(head_type="mqa"),
+        dict(head_type="mha", d_v=4),
         dict(agg_cache=False),
     ],
     ids=str,
@@ -150,20 +154,85 @@ def test_layerdrop_skips_whole_units_for_whole_streams():
     assert len(kinds) == 4  # two units, each there or not
 
 
-def test_rematerialisation_changes_no_gradient():
-    inputs, doc_ids = random_tokens(), np.zeros([1, TOTAL], np.int32)
+@functools.cache
+def gradients(config):
+    """Of the loss by the parameters, with dropout, for two documents."""
+    inputs, targets = random_tokens(seed=1), random_tokens(seed=2)
+    doc_ids = np.array([[0] * 17 + [1] * 31], np.int32)
 
-    def grads(config):
-        def loss(params):
-            state = Transformer.initial_state(config, 1)
-            _, out = Transformer(config).apply({"params": params}, state, inputs, doc_ids, rngs=rngs_fixture())
-            return jnp.sum(jnp.square(out["logits"])) + out["l_commit"] + out["l_codebook"]
+    def loss(params):
+        state = Transformer.initial_state(config, 1)
+        model = Transformer(config)
+        _, out = model.apply({"params": params}, state, inputs, doc_ids, None, targets, rngs=rngs_fixture())
+        return jnp.sum(out["losses"]) + out["l_commit"] + out["l_codebook"]
 
-        return jax.jit(jax.grad(loss))(params_of(small_config()))
+    return jax.jit(jax.grad(loss))(params_of(config))
 
-    kept = grads(small_config(is_train=True, p_dropres=0.3))
-    recomputed = grads(small_config(is_train=True, p_dropres=0.3, remat="full"))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-4), kept, recomputed)
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(remat="projections"),
+        dict(remat="projections", unroll=2),
+        dict(remat="dots"),
+        dict(remat="full"),
+        dict(remat="projections", head_type="mha"),
+        dict(remat="full", attn_type="full"),
+    ],
+    ids=str,
+)
+def test_what_is_kept_for_the_backward_pass_changes_no_gradient(changes):
+    config = small_config(is_train=True, p_dropres=0.3, **changes)
+    kept = gradients(config.replace(remat="none", unroll=1))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-4), kept, gradients(config))
+
+
+@pytest.mark.parametrize("n_vocab", [8, 11])  # at most d_model: at once; above: block by block
+def test_losses_are_the_cross_entropy_of_the_logits(n_vocab):
+    config = small_config(n_vocab=n_vocab, e_scale=0.7)
+    inputs, targets = random_tokens(2) % n_vocab, random_tokens(2, seed=1) % n_vocab
+    logits = run(config, inputs, np.zeros_like(inputs))
+    state = Transformer.initial_state(config, 2)
+    apply = jax.jit(lambda *args: Transformer(config).apply({"params": params_of(config)}, *args)[1])
+    losses = apply(state, inputs, np.zeros_like(inputs), None, targets)["losses"]
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    expected = np.log(np.exp(shifted).sum(axis=-1)) - np.take_along_axis(shifted, targets[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(losses, expected, atol=1e-5)
+
+
+def test_no_array_holds_all_logits_of_a_large_vocabulary():
+    config = small_config(n_vocab=1000, remat="projections", is_train=True)
+    tokens = random_tokens()
+
+    def loss(params):
+        state = Transformer.initial_state(config, 1)
+        return jnp.sum(Transformer(config).apply({"params": params}, state, tokens, tokens * 0, None, tokens)[1]["losses"])
+
+    text = jax.jit(jax.value_and_grad(loss)).lower(params_of(config)).compile().as_text()
+    assert f"[1,{config.block_len},1000]" in text
+    assert f"{TOTAL},1000]" not in text
+    assert f"[{TOTAL // config.block_len},1,{config.block_len},1000]" not in text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_small_vocabularies_are_looked_up_exactly(dtype):
+    table = jax.random.normal(jax.random.key(0), [7, 8]).astype(dtype)
+    ids = np.array([[3, 0, 6], [6, 6, 1]], np.int32)
+    np.testing.assert_array_equal(jax.jit(embed)(ids, table), np.asarray(table)[ids])
+
+
+@pytest.mark.parametrize(("n_head", "d_k", "d_v"), [(6, 128, 128), (1, 128, 1536)])
+@pytest.mark.parametrize("head_type", ["mqa", "mha"])
+def test_layers_of_every_head_type_have_about_as_many_parameters(head_type, n_head, d_k, d_v):
+    def size(config):
+        tokens = jnp.zeros([1, config.block_len], jnp.int32)
+        init = jax.eval_shape(Transformer(config).init, jax.random.key(0), Transformer.initial_state(config, 1), tokens, tokens)
+        leaves = jax.tree_util.tree_leaves_with_path(init["params"]["layers"])
+        return sum(leaf.size for path, leaf in leaves if not is_codebook(path))
+
+    gated = TransformerConfig(d_model=768, d_k=128, d_v=1536, n_layer=1)
+    other = gated.replace(head_type=head_type, n_head=n_head, d_k=d_k, d_v=d_v)
+    assert size(other) == pytest.approx(size(gated), rel=0.02)
 
 
 def test_codebooks_and_vectors_are_told_apart_from_matrices():

@@ -19,4 +19,3 @@ class MLP(nn.Module):
         hidden = HeadProjection(c, 1, c.hidden_width, "hidden", name="w_up")(x)
         hidden = nn.gelu(checkpoint_name(hidden, "projected"))
         return OutputProjection(c, "hidden", name="w_down")(hidden)
-'''

@@ -33,7 +33,8 @@ class TransformerConfig:
     # one key head, value head and codebook for all n_head query heads
     head_type: str = "shga"
     d_ff: int = 0  # width of that MLP; 0: so that a layer has as many parameters as two gated units with d_v = 2 d_model
-    reduction: str = "cumulative"  # how the caches of an update's blocks are made, see nn/cache.py
+    # How the caches of an update's blocks are made. cumulative: the fastest; serial: its program does not grow with T / L
+    reduction: str = "cumulative"
     # What each unit keeps for the backward pass. projections: q, k, v and gate before their activations, shortcodes, what
     # attention returns, and what is as small; dots: every matmul without a batch axis; full: its input; none: everything
     remat: str = "projections"
