@@ -2,9 +2,9 @@
 
     python -m tvq_pod.main --mode=plan --config=configs/throughput.py --topology=v5e:2x2 --workdir=runs/throughput
 
-It says 28.6 ms a step, 573,000 tokens/s, and a temp of 0.54 GiB a chip.
+It says 8.90 ms a step, 1,840,000 tokens/s, and a temp of 0.28 GiB a chip.
 
-Set config.model.n_layer, config.train.batch_size and config.train.update_len by override.
+Set config.model.n_layer (and config.model.unroll), config.train.batch_size and config.train.update_len by override.
 """
 
 from tvq_pod.config import default_config
@@ -20,6 +20,7 @@ def get_config():
     config.model.block_len = 512
     config.model.mem_len = 512
     config.model.n_layer = 2
+    config.model.unroll = 2
     config.model.dtype = "bfloat16"
     config.model.p_dropsin = 0.2
     config.model.p_dropres = 0.5

@@ -97,9 +97,10 @@ def _serial(mean, lower, keep, z, values):
 def _cumulative(mean, lower, keep, z, values):
     """Written out: each chunk's matmul starts from the total before it."""
     totals = []
-    for r in range(len(values)):
+    # split, not indexed: the gradient of that is one concatenation, not a sum of R padded arrays
+    for r, chunk in enumerate(jax.lax.split(values, [1] * len(values))):
         before = totals[-1] if totals else mean * lower[..., None]
-        totals.append(_kept(keep[r], before) + _chunk_sum(z[r], values[r], lower.shape[-1]))
+        totals.append(_kept(keep[r], before) + _chunk_sum(z[r], chunk[0], lower.shape[-1]))
     return jnp.stack([mean, *totals[:-1]]), totals[-1]
 
 
