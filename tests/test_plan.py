@@ -211,7 +211,17 @@ def test_flops_are_those_of_the_matmuls():
 def test_flops_of_attention_and_mlp():
     """mqa: three query heads share one key head; then an MLP."""
     config = TransformerConfig(
-        head_type="mqa", d_ff=23, d_model=3, d_k=5, d_v=7, n_head=3, n_code=11, n_layer=2, n_vocab=13, block_len=17, mem_len=19
+        head_type="mqa",
+        d_ff=23,
+        d_model=3,
+        d_k=5,
+        d_v=7,
+        n_head=3,
+        n_code=11,
+        n_layer=2,
+        n_vocab=13,
+        block_len=17,
+        mem_len=19,
     )
     per_query_head = [(3, 5), (7, 3), (5, 36), (36, 7), (5, 20), (5, 11), (11, 7)]  # q; output; as above; codes, means
     per_key_head = [(3, 5), (3, 7), (5, 11), (11, 7)]  # k; v; distances; what is added

@@ -120,7 +120,10 @@ CHOICES = {
     "optimizer.schedule": ("cosine", "linear", "inverse_sqrt"),
 }
 AT_LEAST = {  # everything else that is a number must be at least 0
-    **{f"model.{name}": 1 for name in ("d_model", "d_k", "d_v", "n_head", "n_code", "n_layer", "block_len", "mem_len")},
+    **{
+        f"model.{name}": 1
+        for name in ("d_model", "d_k", "d_v", "n_head", "n_code", "n_layer", "block_len", "mem_len", "unroll")
+    },
     "model.n_vocab": 4,
     "data.num_threads": 1,
     "data.prefetch_batches": 1,

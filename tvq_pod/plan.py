@@ -286,7 +286,9 @@ def _text(result: dict, tokens: float | None) -> str:
             lines.append(f"{tokens:.3g} tokens: {result['days']:.2f} days")
         lines += ["share of cycles:"] + [f"  {row['share']:6.1%}  {row['source']}" for row in result["operations"]]
         if result["without_estimate"]:
-            lines.append("not in the estimate: " + ", ".join(f"{n} x {s}" for s, n in result["without_estimate"].items()))
+            lines.append(
+                "not in the estimate: " + ", ".join(f"{n} x {s}" for s, n in result["without_estimate"].items())
+            )
         alone = result["collective_seconds_if_alone"]
         took = f", {alone * 1e3:.2f} ms at the links' full speed" if alone is not None else ""
         lines += [f"collectives a step and device{took}:"] + [

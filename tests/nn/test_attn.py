@@ -197,7 +197,9 @@ def test_an_update_is_its_blocks_one_by_one_in_bfloat16():
     jax.tree.map(near, at_once, one_by_one)
 
 
-@pytest.mark.parametrize("changes", [dict(head_type="mqa"), dict(head_type="mqa", n_head=3), dict(head_type="mha")], ids=str)
+@pytest.mark.parametrize(
+    "changes", [dict(head_type="mqa"), dict(head_type="mqa", n_head=3), dict(head_type="mha")], ids=str
+)
 def test_every_head_type_is_the_quadratic_softmax(changes):
     config = small_config(block_len=3, mem_len=4, **changes)
     _, params = attn_fixture(config)

@@ -134,7 +134,9 @@ def test_positions_of_tokens_in_their_documents():
     window = np.array([[2, 3], [-1, -1], [6, 6]], np.int32)
     state = dict(xlcache=dict(doc_ids=window), pos_offset=np.array([10, 0, 5], np.int32))
     positions = doc_positions(state, doc_ids.reshape(3, 2, 3).swapaxes(0, 1))  # two blocks of three
-    np.testing.assert_array_equal(np.swapaxes(positions, 0, 1).reshape(3, 6), [[10, 11, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 2, 3]])
+    np.testing.assert_array_equal(
+        np.swapaxes(positions, 0, 1).reshape(3, 6), [[10, 11, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 2, 3]]
+    )
 
 
 @pytest.mark.parametrize("name", ["p_dropemb", "p_dropsin", "p_dropres", "p_droplyr"])
@@ -206,7 +208,9 @@ def test_no_array_holds_all_logits_of_a_large_vocabulary():
 
     def loss(params):
         state = Transformer.initial_state(config, 1)
-        return jnp.sum(Transformer(config).apply({"params": params}, state, tokens, tokens * 0, None, tokens)[1]["losses"])
+        return jnp.sum(
+            Transformer(config).apply({"params": params}, state, tokens, tokens * 0, None, tokens)[1]["losses"]
+        )
 
     text = jax.jit(jax.value_and_grad(loss)).lower(params_of(config)).compile().as_text()
     assert f"[1,{config.block_len},1000]" in text
@@ -226,7 +230,9 @@ def test_small_vocabularies_are_looked_up_exactly(dtype):
 def test_layers_of_every_head_type_have_about_as_many_parameters(head_type, n_head, d_k, d_v):
     def size(config):
         tokens = jnp.zeros([1, config.block_len], jnp.int32)
-        init = jax.eval_shape(Transformer(config).init, jax.random.key(0), Transformer.initial_state(config, 1), tokens, tokens)
+        init = jax.eval_shape(
+            Transformer(config).init, jax.random.key(0), Transformer.initial_state(config, 1), tokens, tokens
+        )
         leaves = jax.tree_util.tree_leaves_with_path(init["params"]["layers"])
         return sum(leaf.size for path, leaf in leaves if not is_codebook(path))
 

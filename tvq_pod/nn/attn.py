@@ -15,8 +15,8 @@ at once: attend.py has the softmax, cache.py the caches of all blocks, scores.py
 quantizer. Nothing here knows of a mesh.
 
 Shapes: B rows, T tokens, R blocks of L, M window, S codes, Q query heads, H key heads, K key width, V value width,
-D model width. Q = H, but for head_type mqa, where H = 1. Blocks come first: [R, B, ...]; so the keys and values before a
-block are the same array, one place further on, and cost no copy.
+D model width. Q = H, but for head_type mqa, where H = 1. Blocks come first: [R, B, ...]; so the keys and values before
+a block are the same array, one place further on, and cost no copy.
 """
 
 import flax.linen as nn
@@ -153,7 +153,7 @@ class VQAttention(nn.Module):
         """
         c = self.config
         x, doc_ids, vq_spec = (input_dict[name] for name in ("input_features", "doc_ids", "vq_spec"))
-        batch_size, update_len, _ = x.shape
+        update_len = x.shape[1]
         if update_len % c.block_len:
             raise ValueError(f"block_len={c.block_len} does not divide the {update_len} tokens given")
         vq_spec = vq_spec and VQSpec(loss_mask=split_blocks(vq_spec.loss_mask, c.block_len))
@@ -277,8 +277,8 @@ def _window_as_blocks(name: str, window: jax.Array, block_len: int) -> jax.Array
 
 
 def window_of_blocks(xlcache: dict, present: dict) -> dict:
-    """The window of each block: k_hat and v [R, B, H, P, ...]. P is M; for several blocks, M rounded up to whole blocks,
-    and the last M columns are the window."""
+    """The window of each block: k_hat and v [R, B, H, P, ...]. P is M; for several blocks, M rounded up to whole
+    blocks, and the last M columns are the window."""
     n_blocks, _, block_len = present["doc_ids"].shape
 
     def past(name):
@@ -320,7 +320,7 @@ def leaving_chunks(xlcache: dict, present: dict) -> dict:
 
 def doc_positions(state: dict, doc_ids: jax.Array) -> jax.Array:
     """Position of each token in its document, int32 [R, B, L]. doc_ids: [R, B, L], after what `state` has read."""
-    n_blocks, batch_size, block_len = doc_ids.shape
+    block_len = doc_ids.shape[2]
     doc_ids = join_blocks(doc_ids)
     before = jnp.concatenate([state["xlcache"]["doc_ids"][:, -1:], doc_ids[:, :-1]], axis=1)
     t = jnp.broadcast_to(jnp.arange(doc_ids.shape[1], dtype=jnp.int32), doc_ids.shape)

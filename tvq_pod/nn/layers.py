@@ -92,7 +92,7 @@ class HeadProjection(nn.Module):
 
 
 class OutputProjection(nn.Module):
-    """What a unit adds to the residual stream: [R, B, H, L, width] -> [R, B, L, D], with residual dropout and LayerDrop."""
+    """What a unit adds to the residual stream, [R, B, H, L, width] -> [R, B, L, D]; residual dropout, LayerDrop."""
 
     config: TransformerConfig
     width_name: str

@@ -7,6 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 from tvq_pod.nn.layers import HeadProjection, OutputProjection, RMSNorm
 from tvq_pod.nn.types import TransformerConfig
 
+
 class MLP(nn.Module):
     """x [R, B, L, D] -> what it adds to the residual stream, [R, B, L, D]. Parameters: norm, w_up, w_down."""
 

@@ -82,8 +82,8 @@ class Transformer(nn.Module):
         """inputs, doc_ids, targets: int32 [B, T], T a multiple of block_len.
 
         Returns (next state, dict): logits float32 [B, T, n_vocab], or, if there are targets, losses float32 [B, T],
-        their cross-entropy in nats, without ever holding all logits of a large vocabulary; l_commit (summed over units, mean over positions)
-        and l_codebook (see vq.py), float32 scalars.
+        their cross-entropy in nats, without ever holding all logits of a large vocabulary; l_commit (summed over units,
+        mean over positions) and l_codebook (see vq.py), float32 scalars.
         """
         c = self.config
         dtype = jnp.dtype(c.dtype)

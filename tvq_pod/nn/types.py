@@ -6,7 +6,6 @@ from typing import Any
 import flax.struct
 import jax
 
-
 UNITS = ("unit0", "unit1")  # of one layer
 
 
@@ -29,14 +28,15 @@ class TransformerConfig:
     agg_cache: bool = True  # False: attention ends with the window
     grad_thru_cache: bool = True  # False: gradients stay inside a block
     attn_type: str = "vq"  # full: quadratic attention over exact keys, for comparison; no codes, no cache
-    # shga: layers of two gated units, of n_head heads each; mha: attention of n_head heads, then an MLP; mqa: the same with
-    # one key head, value head and codebook for all n_head query heads
+    # shga: layers of two gated units, of n_head heads each. mha: attention of n_head heads, then an MLP. mqa: the same,
+    # with one key head, value head and codebook for all n_head query heads
     head_type: str = "shga"
-    d_ff: int = 0  # width of that MLP; 0: so that a layer has as many parameters as two gated units with d_v = 2 d_model
-    # How the caches of an update's blocks are made. cumulative: the fastest; serial: its program does not grow with T / L
+    d_ff: int = 0  # width of the MLP; 0: as many parameters in a layer as two gated units with d_v = 2 d_model have
+    # How the caches of an update's blocks are made. cumulative: the fastest; serial: a program that does not grow with
+    # T / L
     reduction: str = "cumulative"
-    # What each unit keeps for the backward pass. projections: q, k, v and gate before their activations, shortcodes, what
-    # attention returns, and what is as small; dots: every matmul without a batch axis; full: its input; none: everything
+    # What each unit keeps for the backward pass. projections: q, k, v and gate before their activations, shortcodes,
+    # what attention returns, and what is as small; dots: every matmul without a batch axis; full: its input; none: all
     remat: str = "projections"
     unroll: int = 1  # layers in one turn of the loop over layers: with n_layer, no loop; faster, and slower to compile
     dtype: Any = "float32"  # of activations; softmax, logits, counts and means stay float32
