@@ -41,9 +41,16 @@ def test_ratios_are_of_the_medians(measured):
 
 
 def test_a_length_that_does_not_fit_is_a_row_and_the_others_are_kept(tmp_path, config_file):
-    """A gigabyte of address space for 2 ** 22 tokens a row: a real lack of memory, in the first call."""
+    """Twelve gigabytes of address space for 2 ** 22 tokens a row: a real lack of memory, in the first call."""
     limited = ["bash", "-c", 'ulimit -v 12000000; exec "$@"', "-"]
-    flags = ["--mode=bench", f"--config={config_file}", f"--workdir={tmp_path}", "--lengths=16,4194304", "--rounds=1"]
+    flags = [
+        "--mode=bench",
+        f"--config={config_file}",
+        f"--workdir={tmp_path}",
+        "--lengths=16,4194304",
+        "--rounds=1",
+        "--config.model.n_layer=1",
+    ]
     code, _, err = finish(start(*flags, prefix=limited))
     assert code == 0, err
     short, long = json.loads((tmp_path / "bench.json").read_text())["rows"]

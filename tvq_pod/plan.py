@@ -141,13 +141,9 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list, slices: int 
         )
     result["compile_seconds"] = time.monotonic() - began
     memory = compiled.memory_analysis()
-    peak = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    # the compiler's own count knows which arrays are there at the same time; a jax without it gives 0
+    peak = memory.peak_memory_in_bytes or held + memory.temp_size_in_bytes
     result["bytes_per_chip"] |= dict(temp=memory.temp_size_in_bytes * per_chip, peak=peak * per_chip)
     result["fits"] = None if chip is None else True  # who knows what memory there is
     if chip is None:

@@ -7,17 +7,17 @@ linear recurrence,
     N_{r+1} = [D_r = D_{r-1}] N_r + n_r          C_{r+1} = [D_r = D_{r-1}] C_r + s_r
 
 and the means are C / N. The state keeps means and counts. Of several ways to solve it (docs/attention.md has the
-measurements) two are kept: `cumulative`, which is the fastest by far, and `serial`, whose program does not grow with R.
+measurements) two are kept: `cumulative`, written out, each chunk's matmul starting from the total before it, which is
+the fastest by far; and `serial`, a lax.scan over chunks, whose program does not grow with R.
 
 Shapes: R blocks first, see attn.py.
 """
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+WRITTEN_OUT = 256  # chunks, at most, that `cumulative` writes out; more take too long to compile, and go by `serial`
 NO_DOC = -1  # document id of an empty window slot and of an empty cache
 
 
@@ -46,8 +46,9 @@ def caches(cache: dict, leaving: dict, reduction: str) -> tuple[dict, dict]:
     z = jnp.where(counted[:, :, None], leaving["z"], -1)  # -1: no code
     code = jnp.arange(lower.shape[-1], dtype=z.dtype).reshape(1, 1, 1, -1, 1)
     counts = checkpoint_name(jnp.sum(z[:, :, :, None, :] == code, axis=-1, dtype=jnp.float32), "projected")
-    all_counts = _running_counts(lower, keep, counts)  # [1 + R, B, H, S]
-    sums, last_sum = REDUCTIONS[reduction](mean, lower, keep, z, values)
+    written_out = reduction == "cumulative" and len(values) <= WRITTEN_OUT
+    all_counts = _running_counts(lower, keep, counts, written_out)  # [1 + R, B, H, S]
+    sums, last_sum = _running_sums(mean, lower, keep, z, values, written_out)
     share = (1.0 / jnp.maximum(all_counts, 1.0)).at[0].set(1.0)[..., None]  # the first is a mean already
     before = dict(
         upper_div_lower=(sums * share[:-1]).astype(values.dtype),
@@ -56,15 +57,6 @@ def caches(cache: dict, leaving: dict, reduction: str) -> tuple[dict, dict]:
     )
     after = dict(upper_div_lower=last_sum * share[-1], lower=all_counts[-1], latest_doc_id=latest[-1])
     return before, after
-
-
-def _running_counts(lower, keep, counts):
-    """lower [B, H, S], keep [R, B], counts [R, B, H, S] -> N_0 .. N_R [1 + R, B, H, S]; sums of integers, so exact."""
-    n_chunks = len(counts)
-    segment = jnp.cumsum(~keep, axis=0)
-    same = (segment[:, None] == segment[None, :]) & jnp.tril(jnp.ones([n_chunks, n_chunks], bool))[..., None]
-    totals = jnp.einsum("rqb,qbhs->rbhs", same.astype(jnp.float32), counts, precision="highest")
-    return jnp.concatenate([lower[None], totals + jnp.cumprod(keep, axis=0)[..., None, None] * lower[None]])
 
 
 def _kept(keep, totals):
@@ -78,30 +70,36 @@ def _chunk_sum(z, values, n_code: int):
     return jnp.einsum("...bhls,...bhlv->...bhsv", onehot, values, preferred_element_type=jnp.float32)
 
 
-# --- mean [B, H, S, V] and lower [B, H, S] before the update, keep [R, B], z [R, B, H, L], values [R, B, H, L, V] ->
-# --- the mean and C_1 .. C_{R-1}, stacked; C_R -----------------------------------------------------------------------
+# --- first [B, ...], keep [R, B], and terms [R, B, ...] or what they are made of -> the running totals 0 .. R ---------
 
 
-def _serial(mean, lower, keep, z, values):
-    """By lax.scan over chunks."""
+def _running_counts(first, keep, counts, written_out: bool):
+    """Of counts [R, B, H, S]: [1 + R, B, H, S]. Sums of integers, so exact."""
+    if not written_out:
+        _, totals = jax.lax.scan(lambda total, chunk: (_kept(chunk[0], total) + chunk[1],) * 2, first, (keep, counts))
+        return jnp.concatenate([first[None], totals])
+    n_chunks = len(counts)
+    segment = jnp.cumsum(~keep, axis=0)
+    same = (segment[:, None] == segment[None, :]) & jnp.tril(jnp.ones([n_chunks, n_chunks], bool))[..., None]
+    totals = jnp.einsum("rqb,qbhs->rbhs", same.astype(jnp.float32), counts, precision="highest")
+    return jnp.concatenate([first[None], totals + jnp.cumprod(keep, axis=0)[..., None, None] * first[None]])
+
+
+def _running_sums(mean, lower, keep, z, values, written_out: bool):
+    """Of values [R, B, H, L, V] by their codes z [R, B, H, L], after lower [B, H, S] values of mean `mean`
+    [B, H, S, V]. Returns the mean and C_1 .. C_{R-1}, stacked; and C_R."""
+    first, n_code = mean * lower[..., None], lower.shape[-1]
 
     def step(total, chunk):
         keep, z, values = chunk
-        total = _kept(keep, total) + _chunk_sum(z, values, lower.shape[-1])
+        total = _kept(keep, total) + _chunk_sum(z, values, n_code)
         return total, total
 
-    last, totals = jax.lax.scan(step, mean * lower[..., None], (keep, z, values))
-    return jnp.concatenate([mean[None], totals[:-1]]), last
-
-
-def _cumulative(mean, lower, keep, z, values):
-    """Written out: each chunk's matmul starts from the total before it."""
-    totals = []
+    if not written_out:
+        last, totals = jax.lax.scan(step, first, (keep, z, values))
+        return jnp.concatenate([mean[None], totals[:-1]]), last
+    totals = [first]
     # split, not indexed: the gradient of that is one concatenation, not a sum of R padded arrays
     for r, chunk in enumerate(jax.lax.split(values, [1] * len(values))):
-        before = totals[-1] if totals else mean * lower[..., None]
-        totals.append(_kept(keep[r], before) + _chunk_sum(z[r], chunk[0], lower.shape[-1]))
-    return jnp.stack([mean, *totals[:-1]]), totals[-1]
-
-
-REDUCTIONS: dict[str, Callable] = dict(cumulative=_cumulative, serial=_serial)
+        totals.append(step(totals[-1], (keep[r], z[r], chunk[0]))[0])
+    return jnp.stack([mean, *totals[1:-1]]), totals[-1]

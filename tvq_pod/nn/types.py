@@ -32,8 +32,8 @@ class TransformerConfig:
     # with one key head, value head and codebook for all n_head query heads
     head_type: str = "shga"
     d_ff: int = 0  # width of the MLP; 0: as many parameters in a layer as two gated units with d_v = 2 d_model have
-    # How the caches of an update's blocks are made. cumulative: the fastest; serial: a program that does not grow with
-    # T / L
+    # How the caches of an update's blocks are made. cumulative: the fastest; serial: quicker to compile, since its
+    # program does not grow with T / L
     reduction: str = "cumulative"
     # What each unit keeps for the backward pass. projections: q, k, v and gate before their activations, shortcodes,
     # what attention returns, and what is as small; dots: every matmul without a batch axis; full: its input; none: all
