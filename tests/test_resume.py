@@ -17,6 +17,7 @@ FLAGS = [
     "--config.model.p_droplyr=0.2",
     "--config.train.log_every_steps=1",
     "--config.train.update_len=1024",  # slow enough to be killed between two saves
+    "--config.model.reduction=serial",  # and quick to compile, with its 128 blocks
 ]
 
 
