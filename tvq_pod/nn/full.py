@@ -6,7 +6,7 @@ forgotten at the border of an update, as in Transformer-XL (arXiv 1901.02860).
 
 To keep memory linear in T, queries are gone through in blocks whose scores are computed again in the backward pass; to
 waste little on keys that come after a query, an update is cut into `PARTS`, each of which meets only what is before its
-end: (PARTS + 1) / (2 PARTS) of the square is computed.
+end: about (PARTS + 1) / (2 PARTS) of the square is computed.
 """
 
 import itertools
