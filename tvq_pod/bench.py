@@ -24,6 +24,7 @@ from tvq_pod.paths import write_whole
 from tvq_pod.progress import say
 from tvq_pod.sample import Sampler
 from tvq_pod.train_state import create_train_state, make_train_step
+from tvq_pod.workdir import make_workdir
 
 SAMPLED = 64  # tokens a turn
 
@@ -45,12 +46,7 @@ def bench(settings: Settings, workdir: epath.Path, against: str | None, lengths:
         raise UserError(f"--lengths={','.join(map(str, lengths))}: the picture needs pip install -e '.[bench]'")
     mesh = make_mesh(settings.mesh)
     check_divides("config.train.batch_size", settings.train.batch_size, mesh.shape["data"])
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--workdir={workdir}: can't be used ({error.strerror}); give a folder that can be written"
-        ) from None
+    make_workdir(workdir)
     result = dict(
         device=jax.devices()[0].device_kind,
         devices=mesh.size,

@@ -29,6 +29,7 @@ from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.parallel.sharding import batch_sharding
 from tvq_pod.paths import write_whole
 from tvq_pod.train_state import abstract_train_state, make_train_step
+from tvq_pod.workdir import make_workdir
 
 _UNITS = dict(K=2**10, M=2**20, G=2**30, T=2**40)
 _TRAVELS = {"all-reduce": 2}  # times that each byte of a collective crosses a chip's links, at most
@@ -46,12 +47,7 @@ LIBTPU_ENVIRONMENT = dict(
 def plan(settings: Settings, workdir: epath.Path, topology: str, slices: int, tokens: float | None) -> dict:
     """Plans one config: prints the result, writes it to plan.json in `workdir`, and returns it."""
     jax.config.update("jax_platforms", "cpu")  # never a real accelerator
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--workdir={workdir}: can't be used ({error.strerror}); give a folder that can be written"
-        ) from None
+    make_workdir(workdir)
     chip, devices = topology_devices(topology, slices)
     result = plan_step(settings, chip, devices, slices)
     result = dict(topology=topology, slices=slices) | result

@@ -14,6 +14,12 @@ from tvq_pod.progress import say
 LOCK_NAME = "lock"
 
 
+def make_workdir(workdir: epath.Path) -> None:
+    """Makes the folder if need be. Raises UserError if it can't be made."""
+    with _usable(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+
+
 @contextlib.contextmanager
 def locked(workdir: epath.Path):
     """Makes the folder if need be, and holds its lock until the end of the block.
@@ -26,13 +32,9 @@ def locked(workdir: epath.Path):
         yield
         return
     made = not workdir.exists()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
+    make_workdir(workdir)
+    with _usable(workdir):
         file = open(workdir / LOCK_NAME, "a+", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(
-            f"--workdir={workdir}: can't be used ({error.strerror}); give a folder that can be written"
-        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,3 +57,13 @@ def locked(workdir: epath.Path):
                 (workdir / LOCK_NAME).unlink()
                 workdir.rmdir()
             raise
+
+
+@contextlib.contextmanager
+def _usable(workdir: epath.Path):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir}: can't be used ({error.strerror}); give a folder that can be written"
+        ) from None

@@ -269,27 +269,31 @@ def extend_window(xlcache: dict, present: dict) -> dict:
     return {name: extended(name, window) for name, window in xlcache.items()}
 
 
-def _window_as_blocks(name: str, window: jax.Array, block_len: int) -> jax.Array:
-    """The window as whole blocks, [P / L, B, H, L, ...], oldest first; zeros stand before its first token."""
-    axis, mem_len = TOKEN_AXIS[name], window.shape[TOKEN_AXIS[name]]
-    window = jnp.pad(window, [(-mem_len % block_len if n == axis else 0, 0) for n in range(window.ndim)])
-    return jnp.moveaxis(window.reshape(*window.shape[:axis], -1, block_len, *window.shape[axis + 1 :]), axis, 0)
+def _window_then_blocks(name: str, xlcache: dict, present: dict) -> jax.Array:
+    """The window as whole blocks, oldest first, and the blocks: [P / L + R, B, H, L, ...]; zeros stand before the
+    window's first token.
+
+    What is needed of it is always sliced from this whole: XLA makes no copy of that, as it does of a concatenation of
+    slices.
+    """
+    axis, window, blocks = TOKEN_AXIS[name], xlcache[name], present[name]
+    block_len = blocks.shape[axis + 1]
+    window = jnp.pad(window, [(-window.shape[axis] % block_len if n == axis else 0, 0) for n in range(window.ndim)])
+    before = jnp.moveaxis(window.reshape(*window.shape[:axis], -1, block_len, *window.shape[axis + 1 :]), axis, 0)
+    return jnp.concatenate([before, blocks])
 
 
 def window_of_blocks(xlcache: dict, present: dict) -> dict:
     """The window of each block: k_hat and v [R, B, H, P, ...]. P is M; for several blocks, M rounded up to whole
     blocks, and the last M columns are the window."""
-    n_blocks, _, block_len = present["doc_ids"].shape
+    n_blocks = len(present["doc_ids"])
 
     def past(name):
-        axis, blocks, window = TOKEN_AXIS[name] + 1, present[name], xlcache[name]
         if n_blocks == 1:
-            return window[None]
-        before = _window_as_blocks(name, window, block_len)
-        # written as parts of the whole, not as a whole of parts, XLA makes no copy of it
-        whole = jnp.concatenate([before, blocks])
-        pieces = [whole[n : n + n_blocks] for n in range(len(before))]
-        return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=axis)
+            return xlcache[name][None]
+        whole = _window_then_blocks(name, xlcache, present)
+        pieces = [whole[n : n + n_blocks] for n in range(len(whole) - n_blocks)]
+        return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=TOKEN_AXIS[name] + 1)
 
     return {name: past(name) for name in ("k_hat", "v")}
 
@@ -300,12 +304,11 @@ def leaving_chunks(xlcache: dict, present: dict) -> dict:
     mem_len = xlcache["doc_ids"].shape[1]
 
     def leaving(name):
-        axis, blocks, window = TOKEN_AXIS[name], present[name], xlcache[name]
+        axis = TOKEN_AXIS[name]
         if n_blocks == 1:
-            recent = jnp.concatenate([window, blocks[0]], axis=axis)
+            recent = jnp.concatenate([xlcache[name], present[name][0]], axis=axis)
             return jax.lax.slice_in_dim(recent, 0, block_len, axis=axis)[None]
-        before = _window_as_blocks(name, window, block_len)
-        whole = jnp.concatenate([before, blocks])
+        whole = _window_then_blocks(name, xlcache, present)
         rest = -mem_len % block_len  # zeros in front: a chunk begins so many places into a block
         if not rest:
             return whole[:n_blocks]
@@ -331,8 +334,7 @@ def doc_positions(state: dict, doc_ids: jax.Array) -> jax.Array:
 def next_state(present: dict, state: dict) -> dict:
     """pos_offset and xlcache after the blocks: the last M keys are the window."""
     xlcache, doc_ids = state["xlcache"], present["doc_ids"]
-    n_blocks, _, block_len = doc_ids.shape
-    mem_len = xlcache["doc_ids"].shape[1]
+    n_blocks, mem_len = len(doc_ids), xlcache["doc_ids"].shape[1]
     last_before, last = xlcache["doc_ids"][:, -1], doc_ids[-1, :, -1]
     n_present = jnp.sum(doc_ids == last[None, :, None], axis=(0, 2), dtype=jnp.int32)
     pos_offset = n_present + jnp.where(last_before == last, state["pos_offset"], 0)
@@ -342,7 +344,7 @@ def next_state(present: dict, state: dict) -> dict:
         if n_blocks == 1:
             recent = jnp.concatenate([xlcache[name], present[name][0]], axis=axis)
         else:
-            whole = jnp.concatenate([_window_as_blocks(name, xlcache[name], block_len), present[name]])
+            whole = _window_then_blocks(name, xlcache, present)
             recent = jnp.moveaxis(whole[n_blocks:], 0, axis)  # [B, H, P / L, L, ...]
             recent = recent.reshape(*recent.shape[:axis], -1, *recent.shape[axis + 2 :])
         return jax.lax.slice_in_dim(recent, recent.shape[axis] - mem_len, None, axis=axis)

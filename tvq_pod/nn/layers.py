@@ -27,10 +27,10 @@ def sinusoids(positions: jax.Array, width: int) -> jax.Array:
 class Dropout(nn.Module):
     """Zeroes a share `rate` of x and scales the rest by 1 / (1 - rate), in training.
 
-    Random bits are a hash of (key, index of the element): the 32-bit mixer `lowbias32` (C. Wellons, Prospecting for
-    hash functions, 2018), once to spread the key over indices and once more with the key's other half. Jax's threefry
-    is ten times the arithmetic, which the vector unit of a TPU feels: see docs/attention.md. Like it, the mask depends
-    on the key and on places in the global array alone, so it is the same on any mesh.
+    Random bits are a hash of (key, place of the element) by the 32-bit mixer `lowbias32` (C. Wellons, Prospecting for
+    hash functions, 2018). Jax's threefry is much more arithmetic, which the vector unit of a TPU feels: see
+    docs/attention.md. Like it, the mask depends on the key and on places in the global array alone, so it is the same
+    on any mesh.
     """
 
     rate: float
@@ -49,14 +49,25 @@ class Dropout(nn.Module):
 
 
 def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """uint32 of a shape of fewer than 2 ** 32 elements; see `Dropout`."""
+    """uint32; see `Dropout`.
+
+    The last two axes and those before them are counted apart, each by fewer than 2 ** 32: a pod's global batch has more
+    elements than that.
+    """
     first, second = jax.random.bits(key, [2])
-    index = jnp.zeros(shape, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(len(shape))):
-        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
+    n_outer = max(len(shape) - 2, 0)
+    outer, inner = _index(shape, range(n_outer)), _index(shape, range(n_outer, len(shape)))
+    return _mixed(_mixed(inner ^ first) + _mixed(outer ^ second))
+
+
+def _index(shape: tuple[int, ...], axes: range) -> jax.Array:
+    """Each element's place among those of some neighbouring axes, uint32; other axes have size 1."""
+    own = tuple(n if axis in axes else 1 for axis, n in enumerate(shape))
+    index, stride = jnp.zeros(own, jnp.uint32), 1
+    for axis in reversed(axes):
+        index += jax.lax.broadcasted_iota(jnp.uint32, own, axis) * np.uint32(stride)
         stride *= shape[axis]
-    return _mixed(_mixed(index ^ first) + second)
+    return index
 
 
 def _mixed(x: jax.Array) -> jax.Array:
