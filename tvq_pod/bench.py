@@ -14,11 +14,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from tvq_pod.config import Settings, check_divides
+from tvq_pod.config import Settings
 from tvq_pod.errors import UserError
 from tvq_pod.eval import make_eval_state, make_eval_step
 from tvq_pod.flops import train_flops
-from tvq_pod.parallel.mesh import make_mesh
+from tvq_pod.parallel.mesh import check_rows, make_mesh
 from tvq_pod.parallel.sharding import batch_sharding
 from tvq_pod.paths import write_whole
 from tvq_pod.progress import say
@@ -45,7 +45,7 @@ def bench(settings: Settings, workdir: epath.Path, against: str | None, lengths:
     if len(lengths) > 1 and not importlib.util.find_spec("matplotlib"):
         raise UserError(f"--lengths={','.join(map(str, lengths))}: the picture needs pip install -e '.[bench]'")
     mesh = make_mesh(settings.mesh)
-    check_divides("config.train.batch_size", settings.train.batch_size, mesh.shape["data"])
+    check_rows(settings, mesh)
     make_workdir(workdir)
     result = dict(
         device=jax.devices()[0].device_kind,
@@ -112,7 +112,7 @@ class Run:
         began = time.monotonic()
         self._train_step = make_train_step(settings, self._mesh).lower(self._state, self._batch).compile()
         self._compile_seconds = time.monotonic() - began
-        self._eval_step = make_eval_step(settings, self._mesh)
+        self._eval_step = make_eval_step(settings, self._mesh, rows)
         self._eval_state = make_eval_state(settings, self._mesh, rows)
         self._sampler = Sampler(settings.model, settings.model.n_vocab, temperature=1.0, nucleus_p=1.0)
         self.turn()

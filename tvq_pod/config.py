@@ -35,6 +35,7 @@ class DataSettings:
 class TrainSettings:
     batch_size: int = 8  # B: streams, over all hosts
     update_len: int = 512  # T: tokens of each stream that one step consumes
+    microbatches: int = 1  # parts of the batch's rows, one after the other, whose gradients are added: less memory
     num_steps: int = 1000  # step n has consumed updates 0 .. n - 1
     log_every_steps: int = 20
 
@@ -55,10 +56,10 @@ class OptimizerSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    data: int = -1  # -1: the devices that are left
-    sequence: int = 1
-    model: int = 1
-    slices: int = 1
+    data: int = -1  # rows, and storage of parameters; -1: the devices that are left in a slice
+    sequence: int = 1  # the tokens of an update
+    model: int = 1  # heads; with one head, the width of its values
+    slices: int = 1  # rows; the network between slices is slow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +130,7 @@ AT_LEAST = {  # everything else that is a number must be at least 0
     "data.prefetch_batches": 1,
     "train.batch_size": 1,
     "train.update_len": 1,
+    "train.microbatches": 1,
     "train.num_steps": 1,
     "train.log_every_steps": 1,
     "mesh.data": -1,
@@ -185,21 +187,42 @@ def _check_relations(settings: Settings) -> None:
             raise UserError(f"config.{name}={seed}: must be below 2 ** 31")
     if not 0 < settings.sample.nucleus_p <= 1:
         raise UserError(f"config.sample.nucleus_p={settings.sample.nucleus_p}: must be above 0 and at most 1")
-    for axis in ("sequence", "model", "slices"):
-        if getattr(settings.mesh, axis) != 1:
-            raise UserError(
-                f"config.mesh.{axis}={getattr(settings.mesh, axis)}: must be 1; rows go over config.mesh.data"
-            )
+    _check_mesh(settings)
     if settings.mesh.data == 0:
         raise UserError("config.mesh.data=0: must be a number of devices, or -1 for all")
 
 
-def check_divides(name: str, value: int, n_data: int) -> None:
-    """Raises UserError if a number of rows can't be spread evenly over the mesh's data axis."""
-    if value % n_data:
+def _check_mesh(settings: Settings) -> None:
+    """What must divide over axes of the mesh, whatever devices there are."""
+    model, train, mesh = settings.model, settings.train, settings.mesh
+    if train.batch_size % train.microbatches:
         raise UserError(
-            f"{name}={value}: must be a multiple of the {n_data} devices of config.mesh.data, "
-            f"for example {max(1, round(value / n_data)) * n_data}"
+            f"config.train.microbatches={train.microbatches}: must divide config.train.batch_size={train.batch_size}"
+        )
+    if mesh.sequence > 1:
+        here = f"config.mesh.sequence={mesh.sequence}"
+        if model.attn_type != "vq":
+            raise UserError(f"{here}: must be 1 with config.model.attn_type={model.attn_type}")
+        if train.update_len % (mesh.sequence * model.block_len):
+            least = mesh.sequence * model.block_len
+            raise UserError(
+                f"config.train.update_len={train.update_len}: must be a multiple of {least}, so that each part of "
+                f"{here} has whole blocks of {model.block_len}, for example {-(-train.update_len // least) * least}"
+            )
+        if train.update_len // mesh.sequence < model.mem_len:
+            raise UserError(
+                f"{here}: each part has {train.update_len // mesh.sequence} tokens, which must be at least "
+                f"config.model.mem_len={model.mem_len}; give at most {max(1, train.update_len // model.mem_len)}"
+            )
+        if model.n_code % mesh.sequence:
+            raise UserError(f"{here}: must divide config.model.n_code={model.n_code}")
+    heads = {"n_head": model.n_head} if model.n_head > 1 or model.head_type == "mqa" else {"d_v": model.d_v}
+    for name, size in heads.items():
+        if size % mesh.model:
+            raise UserError(f"config.mesh.model={mesh.model}: must divide config.model.{name}={size}")
+    if model.head_type != "shga" and model.hidden_width % mesh.model:
+        raise UserError(
+            f"config.mesh.model={mesh.model}: must divide the MLP's width, {model.hidden_width} (config.model.d_ff)"
         )
 
 

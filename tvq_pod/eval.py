@@ -14,15 +14,22 @@ import jax.numpy as jnp
 from etils import epath
 
 from tvq_pod.checkpoint import FINGERPRINT, Checkpoints, model_record
-from tvq_pod.config import Settings, check_divides
+from tvq_pod.config import Settings
 from tvq_pod.data.loader import global_batches
 from tvq_pod.data.store import TokenStore
 from tvq_pod.data.streams import PackedDocuments
 from tvq_pod.errors import UserError
 from tvq_pod.metrics import LOG_2, MetricsWriter
+from tvq_pod.nn.axes import placed_by
 from tvq_pod.nn.model import Transformer
-from tvq_pod.parallel.mesh import make_mesh
-from tvq_pod.parallel.sharding import batch_sharding, replicated, shardings_of
+from tvq_pod.nn.types import TransformerConfig
+from tvq_pod.parallel.mesh import check_divides, make_mesh
+from tvq_pod.parallel.sharding import (
+    OnMesh,
+    batch_sharding,
+    replicated,
+    shardings_of,
+)
 from tvq_pod.prepare import open_store, store_path
 from tvq_pod.progress import say
 from tvq_pod.train_state import abstract_train_state
@@ -41,21 +48,27 @@ class Result:
 
 def make_eval_state(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int) -> dict:
     """The state of rows that have read nothing, spread over the mesh."""
-    shardings = shardings_of(Transformer.state_axes(settings.model), mesh)
+    shardings = _state_shardings(settings.model, mesh, n_rows)
     return jax.jit(lambda: Transformer.initial_state(settings.model, n_rows), out_shardings=shardings)()
 
 
-def make_eval_step(settings: Settings, mesh: jax.sharding.Mesh):
+def _state_shardings(config: TransformerConfig, mesh: jax.sharding.Mesh, n_rows: int):
+    shapes = jax.eval_shape(lambda: Transformer.initial_state(config, n_rows))
+    return shardings_of(Transformer.state_axes(config), shapes, mesh)
+
+
+def make_eval_step(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int):
     """The compiled step: (params, state, batch) -> (state, sums); the state given is donated.
 
     batch: see `global_batches`. sums: float32 scalars: loss (nats) and tokens, over positions that are no padding.
     """
     config = settings.model.replace(is_train=False)
-    shardings = shardings_of(Transformer.state_axes(config), mesh)
+    shardings = _state_shardings(config, mesh, n_rows)
 
     def eval_step(params, state, batch):
         inputs = (batch["inputs"], batch["doc_ids"], None, batch["targets"])
-        state, out = Transformer(config).apply({"params": params}, state, *inputs)
+        with placed_by(OnMesh(mesh)):
+            state, out = Transformer(config).apply({"params": params}, state, *inputs)
         losses = out["losses"] * batch["loss_mask"]
         return state, dict(loss=jnp.sum(losses), tokens=jnp.sum(batch["loss_mask"]))
 
@@ -72,12 +85,12 @@ class Evaluator:
 
     def __init__(self, settings: Settings, mesh: jax.sharding.Mesh, store: TokenStore, split: str):
         """Raises UserError if the split has no document."""
-        check_divides("config.eval.batch_size", settings.eval.batch_size, mesh.shape["data"])
+        check_divides("config.eval.batch_size", settings.eval.batch_size, mesh)
         self._settings, self._mesh = settings, mesh
         self._split = store.split(split)
         self._plan = PackedDocuments(self._split.starts, settings.eval.batch_size, settings.eval.max_tokens)
         self._n_bytes = int(self._split.doc_bytes[self._plan.documents].sum())
-        self._eval_step = make_eval_step(settings, mesh)
+        self._eval_step = make_eval_step(settings, mesh, settings.eval.batch_size)
 
     def evaluate(self, params: dict) -> Result:
         """Loss over the split's documents (or as many as config.eval.max_tokens takes)."""
@@ -116,7 +129,7 @@ def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | No
     Needs no lock: it only reads checkpoints, and adds one line. So a run may be evaluated while it trains.
     """
     mesh = make_mesh(settings.mesh)
-    check_divides("config.eval.batch_size", settings.eval.batch_size, mesh.shape["data"])
+    check_divides("config.eval.batch_size", settings.eval.batch_size, mesh)
     checkpoints = Checkpoints(workdir, read_only=True)
     step = checkpoints.pick(step)
     path = store_path(settings, workdir)

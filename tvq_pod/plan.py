@@ -20,12 +20,12 @@ import numpy as np
 from etils import epath
 from jax.experimental import topologies
 
-from tvq_pod.config import Settings, check_divides
+from tvq_pod.config import Settings
 from tvq_pod.errors import UserError
 from tvq_pod.flops import train_flops
 from tvq_pod.hlo import Program
 from tvq_pod.parallel.chips import CHIPS, Chip
-from tvq_pod.parallel.mesh import make_mesh
+from tvq_pod.parallel.mesh import check_rows, make_mesh, n_row_shards
 from tvq_pod.parallel.sharding import batch_sharding
 from tvq_pod.paths import write_whole
 from tvq_pod.train_state import abstract_train_state, make_train_step
@@ -95,7 +95,7 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list, slices: int 
     program, per chip where a field's name says so."""
     mesh = make_mesh(settings.mesh, devices)
     train = settings.train
-    check_divides("config.train.batch_size", train.batch_size, mesh.shape["data"])
+    check_rows(settings, mesh)
     state = abstract_train_state(settings, mesh)
     batch = abstract_batch(settings, mesh)
     per_chip = chip.devices if chip else 1
@@ -176,7 +176,7 @@ def shortage(message: str) -> tuple[int | None, int | None]:
 
 def advice(settings: Settings, mesh: jax.sharding.Mesh) -> str:
     """Which settings to change so that a step needs less memory, the one that costs least first."""
-    rows = settings.train.batch_size // mesh.shape["data"]
+    rows = settings.train.batch_size // n_row_shards(mesh)
     return ", or ".join(
         [
             *(["config.model.remat=full"] if settings.model.remat != "full" else []),

@@ -8,14 +8,14 @@ import jax
 from etils import epath
 
 from tvq_pod.checkpoint import Checkpoints, run_record
-from tvq_pod.config import Settings, check_divides, to_json
+from tvq_pod.config import Settings, to_json
 from tvq_pod.data.loader import global_batches
 from tvq_pod.data.store import TokenStore
 from tvq_pod.data.streams import TrainStreams
 from tvq_pod.data.vocab import SentencePieceVocab
 from tvq_pod.eval import Evaluator, report
 from tvq_pod.metrics import MetricsWriter, bits_per_byte, check_packages, has_line
-from tvq_pod.parallel.mesh import make_mesh
+from tvq_pod.parallel.mesh import check_divides, check_rows, make_mesh
 from tvq_pod.paths import write_whole
 from tvq_pod.prepare import check_source, describe, open_store, store_path
 from tvq_pod.progress import Speed, hours, say
@@ -28,8 +28,8 @@ def train(settings: Settings, workdir: epath.Path) -> None:
     """Trains to config.train.num_steps, from the newest checkpoint in `workdir` if there is one."""
     # ------------------------------------------------- what can be refused before anything is written
     mesh = make_mesh(settings.mesh)
-    check_divides("config.train.batch_size", settings.train.batch_size, mesh.shape["data"])
-    check_divides("config.eval.batch_size", settings.eval.batch_size, mesh.shape["data"])
+    check_rows(settings, mesh)
+    check_divides("config.eval.batch_size", settings.eval.batch_size, mesh)
     check_packages(settings.metrics)
     if not TokenStore.exists(store_path(settings, workdir)):
         check_source(settings, workdir)

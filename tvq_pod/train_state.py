@@ -10,11 +10,18 @@ import jax.numpy as jnp
 import optax
 
 from tvq_pod.config import Settings
+from tvq_pod.nn.axes import placed_by
 from tvq_pod.nn.model import Transformer, codebook_metrics, is_codebook
 from tvq_pod.nn.types import VQSpec
 from tvq_pod.nn.vq import ema_update
 from tvq_pod.optim import make_optimizer, schedule
-from tvq_pod.parallel.sharding import batch_sharding, param_shardings, replicated, shardings_of
+from tvq_pod.parallel.sharding import (
+    OnMesh,
+    batch_sharding,
+    param_shardings,
+    replicated,
+    shardings_of,
+)
 
 
 @flax.struct.dataclass
@@ -59,7 +66,7 @@ def abstract_train_state(settings: Settings, mesh: jax.sharding.Mesh) -> TrainSt
         step=everywhere,
         params=on_params,
         opt_state=_like_params(shapes.opt_state, shapes.params, on_params, everywhere),
-        recurrent=shardings_of(Transformer.state_axes(settings.model), mesh),
+        recurrent=shardings_of(Transformer.state_axes(settings.model), shapes.recurrent, mesh),
     )
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
@@ -90,46 +97,89 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh):
     batch: see `global_batches`. metrics: float32 scalars: loss (nats a token, of the predictions alone), l_commit,
     grad_norm, learning_rate, code_perplexity, code_usage.
     """
-    config = settings.model.replace(is_train=True)
-    model = Transformer(config)
     optimizer = make_optimizer(settings.optimizer, settings.train.num_steps)
     share = schedule(settings.optimizer, settings.train.num_steps)
-
-    def loss_fn(params, recurrent, batch, rngs):
-        mask = batch["loss_mask"]
-        new_recurrent, out = model.apply(
-            {"params": params},
-            recurrent,
-            batch["inputs"],
-            batch["doc_ids"],
-            VQSpec(loss_mask=mask),
-            batch["targets"],
-            rngs=rngs,
-        )
-        loss = jnp.sum(out["losses"] * mask) / jnp.maximum(jnp.sum(mask), 1.0)
-        metrics = dict(loss=loss, l_commit=out["l_commit"])
-        # l_codebook is 0: its gradient carries the codebook's sums (see nn/vq.py)
-        return loss + config.c_beta * out["l_commit"] + out["l_codebook"], (new_recurrent, metrics)
+    gradients = make_gradients(settings)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_train_state(settings, mesh))
 
     def train_step(state: TrainState, batch: dict):
         # Masks are a function of (seed, step): a resumed run draws what the run that never stopped would have drawn.
         key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
-        rngs = dict(zip(("ephemeral", "timeless"), jax.random.split(key), strict=True))
-        grad_fn = jax.grad(loss_fn, has_aux=True)
-        grads, (recurrent, metrics) = grad_fn(state.params, state.recurrent, batch, rngs)
+        with placed_by(OnMesh(mesh)):
+            grads, recurrent, metrics = gradients(state.params, state.recurrent, batch, key)
+        grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = apply_updates(state.params, updates, grads, config.c_gamma)
+        params = apply_updates(state.params, updates, grads, settings.model.c_gamma)
         metrics |= codebook_metrics(grads) | dict(grad_norm=grad_norm(grads))
         metrics["learning_rate"] = settings.optimizer.learning_rate * share(state.step)
         return TrainState(state.step + 1, params, opt_state, recurrent), metrics
 
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_train_state(settings, mesh))
     return jax.jit(
         train_step,
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
+
+
+def make_gradients(settings: Settings):
+    """The function (params, recurrent, batch, key) -> (gradients, next recurrent, dict of loss and l_commit).
+
+    Microbatches are gone through one after the other: each has its part of the rows and of their states, and gradients
+    are added, the codebook's sums among them.
+    """
+    config = settings.model.replace(is_train=True)
+    n_parts = settings.train.microbatches
+
+    def loss_fn(params, recurrent, batch, n_positions, rngs):
+        mask = batch["loss_mask"]
+        new_recurrent, out = Transformer(config).apply(
+            {"params": params},
+            recurrent,
+            batch["inputs"],
+            batch["doc_ids"],
+            VQSpec(mask, n_positions),
+            batch["targets"],
+            rngs=rngs,
+        )
+        loss = jnp.sum(out["losses"] * mask) / jnp.maximum(n_positions, 1.0)
+        metrics = dict(loss=loss, l_commit=out["l_commit"])
+        # l_codebook is 0: its gradient carries the codebook's sums (see nn/vq.py)
+        return loss + config.c_beta * out["l_commit"] + out["l_codebook"], (new_recurrent, metrics)
+
+    def gradients(params, recurrent, batch, key):
+        n_positions = jnp.sum(batch["loss_mask"])
+
+        def of_part(recurrent, batch, key):
+            rngs = dict(zip(("ephemeral", "timeless"), jax.random.split(key), strict=True))
+            grads, (recurrent, metrics) = jax.grad(loss_fn, has_aux=True)(params, recurrent, batch, n_positions, rngs)
+            return (grads, metrics), recurrent
+
+        if n_parts == 1:
+            sums, recurrent = of_part(recurrent, batch, key)
+        else:
+
+            def add(sums, part):
+                own, recurrent = of_part(*part)
+                return jax.tree.map(jnp.add, sums, own), recurrent
+
+            zeros = jax.tree.map(jnp.zeros_like, params), dict(loss=jnp.zeros([]), l_commit=jnp.zeros([]))
+            parts = _parts(recurrent, 1, n_parts), _parts(batch, 0, n_parts), jax.random.split(key, n_parts)
+            sums, recurrent = jax.lax.scan(add, zeros, parts)
+            recurrent = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(x.shape[1], -1, *x.shape[3:]), recurrent)
+        grads, metrics = sums
+        return grads, recurrent, metrics
+
+    return gradients
+
+
+def _parts(tree, axis: int, n_parts: int):
+    """Arrays [.., B, ..] -> [A, .., B / A, ..]; part a has the rows b with b % A == a, so each device keeps its rows."""
+
+    def parts(x):
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, n_parts, *x.shape[axis + 1 :]), axis + 1, 0)
+
+    return jax.tree.map(parts, tree)
 
 
 def apply_updates(params: dict, updates: dict, grads: dict, gamma: float) -> dict:

@@ -25,10 +25,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from tvq_pod.nn.attend import Places, Sources, attend
+from tvq_pod.nn.axes import placement
 from tvq_pod.nn.cache import NO_DOC, caches, initial_cache
 from tvq_pod.nn.full import full_attention
 from tvq_pod.nn.layers import Dropout, HeadProjection, OutputProjection, RMSNorm, sinusoids
 from tvq_pod.nn.scores import NEVER, relative_bias
+from tvq_pod.nn.sequence import at_shard
 from tvq_pod.nn.types import TransformerConfig, VQSpec
 from tvq_pod.nn.vq import VectorQuantizer
 
@@ -47,12 +49,13 @@ class VQAttention(nn.Module):
         c = self.config
         self.norm = RMSNorm(c, use_scale=True)
         self.key_norm = RMSNorm(c, use_scale=False)
-        self.w_q = HeadProjection(c, c.n_head, c.d_k, "key")
-        self.w_k = HeadProjection(c, c.n_key_head, c.d_k, "key")
-        self.w_v = HeadProjection(c, c.n_key_head, c.d_v, "value")
-        self.w_g = HeadProjection(c, c.n_head, c.d_v, "value") if c.head_type == "shga" else None
-        self.w_r = HeadProjection(c, c.n_key_head, c.d_k, "key")
-        self.w_o = OutputProjection(c, "value")
+        _, value = c.value_names
+        self.w_q = HeadProjection(c, c.n_head, c.d_k, ("heads", "key"))
+        self.w_k = HeadProjection(c, c.n_key_head, c.d_k, ("key_heads", "key"))
+        self.w_v = HeadProjection(c, c.n_key_head, c.d_v, c.value_names)
+        self.w_g = HeadProjection(c, c.n_head, c.d_v, ("heads", value)) if c.head_type == "shga" else None
+        self.w_r = HeadProjection(c, c.n_key_head, c.d_k, ("key_heads", "key"))
+        self.w_o = OutputProjection(c, ("heads", value))
         bias_init = nn.with_logical_partitioning(nn.initializers.zeros, ("heads", "key"))
         self.u = self.param("u", bias_init, (c.n_head, c.d_k), c.param_dtype)
         self.v = self.param("v", bias_init, (c.n_head, c.d_k), c.param_dtype)
@@ -87,17 +90,18 @@ class VQAttention(nn.Module):
     @staticmethod
     def state_axes(config: TransformerConfig) -> dict:
         """The logical name of every axis of `initial_state`, in the same tree."""
+        heads, value = config.value_names
         axes = dict(
             pos_offset=("batch",),
             xlcache=dict(
-                z=("batch", "heads", "window"),
-                k_hat=("batch", "heads", "window", "key"),
-                v=("batch", "heads", "window", "value"),
+                z=("batch", heads, "window"),
+                k_hat=("batch", heads, "window", "key"),
+                v=("batch", heads, "window", value),
                 doc_ids=("batch", "window"),
             ),
             aggcache=dict(
-                upper_div_lower=("batch", "heads", "codes", "value"),
-                lower=("batch", "heads", "codes"),
+                upper_div_lower=("batch", heads, "cached_codes", value),
+                lower=("batch", heads, "cached_codes"),
                 latest_doc_id=("batch",),
             ),
         )
@@ -156,7 +160,7 @@ class VQAttention(nn.Module):
         update_len = x.shape[1]
         if update_len % c.block_len:
             raise ValueError(f"block_len={c.block_len} does not divide the {update_len} tokens given")
-        vq_spec = vq_spec and VQSpec(loss_mask=split_blocks(vq_spec.loss_mask, c.block_len))
+        vq_spec = vq_spec and vq_spec.replace(loss_mask=split_blocks(vq_spec.loss_mask, c.block_len))
         state, out = self.blocks(state, split_blocks(x, c.block_len), split_blocks(doc_ids, c.block_len), vq_spec)
         return state, out | dict(res=join_blocks(out["res"]))
 
@@ -184,18 +188,16 @@ class VQAttention(nn.Module):
             quantized = self.quantizer(k, vq_spec)
             losses = {name: quantized[name] for name in ("l_commit", "l_codebook", "metrics")}
             present = dict(z=quantized["shortcodes"], k_hat=quantized["quantized"], v=v, doc_ids=doc_ids)
-            out, aggcache = self._attend(q, present, state)
-            new_state = next_state(present, state) | dict(aggcache=aggcache)
+            out, new_state = self._attend(q, present, state)
         out = out * gate if c.head_type == "shga" else out
         return new_state, dict(res=self.w_o(out), **losses)
 
     def _attend(self, q, present: dict, state: dict) -> tuple[jax.Array, dict]:
         """Attention of R blocks: q [R, B, Q, L, K]; present: z, k_hat, v, doc_ids of the blocks. Returns
-        [R, B, Q, L, V], and the cache after the last of them."""
+        [R, B, Q, L, V], and the state after the last of them."""
         c = self.config
         shape = (*q.shape[:-1], c.d_v)
-        past = window_of_blocks(state["xlcache"], present)
-        before, after = caches(state["aggcache"], leaving_chunks(state["xlcache"], present), c.reduction)
+        past, before, positions, new_state = surroundings(c, present, state)
         if not c.grad_thru_cache:
             past, before = jax.lax.stop_gradient((past, before))
         biases, of_cache = self._biases(), c.agg_cache
@@ -207,12 +209,12 @@ class VQAttention(nn.Module):
             Sources(past["k_hat"], present["k_hat"], biases["codes"] if of_cache else None),
             Sources(past["v"], present["v"], before["upper_div_lower"] if of_cache else None),
             Places(
-                doc_positions(state, present["doc_ids"]),
+                positions,
                 present["doc_ids"] == before["latest_doc_id"][..., None] if of_cache else None,
                 self.get_agg_biases(before["lower"]) if of_cache else None,
             ),
         )
-        return out.reshape(shape), after
+        return out.reshape(shape), new_state
 
     def _grouped(self, q: jax.Array) -> jax.Array:
         """[R, B, Q, L, K] -> [R, B, H, G, L, K]: query heads by their key head."""
@@ -242,6 +244,27 @@ def _without_cache(state: dict) -> dict:
 def _per_query_head(bias: jax.Array, config: TransformerConfig) -> jax.Array:
     """[Q, K] -> [1, 1, H, G, 1, K]."""
     return bias.reshape(1, 1, config.n_key_head, -1, 1, config.d_k)
+
+
+def surroundings(config: TransformerConfig, present: dict, state: dict) -> tuple[dict, dict, jax.Array, dict]:
+    """What blocks must know of what is before them, and the state after them.
+
+    Returns `window_of_blocks`, the `caches` that blocks meet, `doc_positions`, and the next state.
+    """
+
+    def of_shard(present, state, axis):
+        state, new_state = at_shard(state, next_state(present, state), present, axis)
+        before, after = caches(state["aggcache"], leaving_chunks(state["xlcache"], present), config.reduction, axis)
+        positions = doc_positions(state, present["doc_ids"])
+        return window_of_blocks(state["xlcache"], present), before, positions, new_state | dict(aggcache=after)
+
+    heads, value = config.value_names
+    blocks, axes = ("blocks", "batch"), VQAttention.state_axes(config)
+    codes, values = (*blocks, heads, "token"), (*blocks, heads, "token", value)
+    in_axes = dict(z=codes, k_hat=(*codes, "key"), v=values, doc_ids=(*blocks, "token")), axes
+    past = dict(k_hat=(*codes, "key"), v=values)
+    before = dict(upper_div_lower=(*blocks, heads, "codes", value), lower=codes[:-1] + ("codes",), latest_doc_id=blocks)
+    return placement().over_blocks(of_shard, in_axes, (past, before, (*blocks, "token"), axes))(present, state)
 
 
 TOKEN_AXIS = dict(z=2, k_hat=2, v=2, doc_ids=1)  # of the window; of blocks, one more

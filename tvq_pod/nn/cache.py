@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from tvq_pod.nn.sequence import exclusive_scan, last_id_before, of_last_shard
+
 WRITTEN_OUT = 256  # chunks, at most, that `cumulative` writes out; more take too long to compile, and go by `serial`
 NO_DOC = -1  # document id of an empty window slot and of an empty cache
 
@@ -31,32 +33,69 @@ def initial_cache(batch_size: int, n_head: int, n_code: int, d_v: int) -> dict:
     )
 
 
-def caches(cache: dict, leaving: dict, reduction: str) -> tuple[dict, dict]:
+def caches(cache: dict, leaving: dict, reduction: str, axis: str | None = None) -> tuple[dict, dict]:
     """The cache that each block meets, and the one that the update leaves behind.
 
     cache: see `initial_cache`; before the update. leaving: the chunks, z int32 [R, B, H, L], v [R, B, H, L, V], doc_ids
     int32 [R, B, L]. Returns a dict of arrays like `cache`'s with R in front, means in the dtype of v; and a dict like
-    `cache`.
+    `cache`. axis: the mapped axis that blocks are spread over; then `cache` has this device's part of the codes.
     """
+    if axis:
+        return _caches_of_shard(cache, leaving, reduction, axis)
     mean, lower = cache["upper_div_lower"], cache["lower"]
+    latest, all_counts, sums, last_sum, _ = _totals(cache["latest_doc_id"], mean, lower, leaving, reduction)
+    share = (1.0 / jnp.maximum(all_counts, 1.0)).at[0].set(1.0)[..., None]  # the first is a mean already
+    before = dict(
+        upper_div_lower=(sums * share[:-1]).astype(leaving["v"].dtype),
+        lower=all_counts[:-1],
+        latest_doc_id=latest[:-1],
+    )
+    after = dict(upper_div_lower=last_sum * share[-1], lower=all_counts[-1], latest_doc_id=latest[-1])
+    return before, after
+
+
+def _caches_of_shard(cache: dict, leaving: dict, reduction: str, axis: str) -> tuple[dict, dict]:
+    """`caches`, from zero, and what the shards before it leave added to it."""
+    mean, lower, last_id = (cache[name] for name in ("upper_div_lower", "lower", "latest_doc_id"))
+    own_last_id = leaving["doc_ids"][-1, :, -1]
+    first_id = last_id_before(last_id, own_last_id, axis)
+    n_code = lower.shape[-1] * jax.lax.axis_size(axis)
+    nothing = jnp.zeros([*lower.shape[:-1], n_code], jnp.float32)
+    latest, all_counts, sums, last_sum, reach = _totals(
+        first_id, jnp.zeros([*nothing.shape, mean.shape[-1]], jnp.float32), nothing, leaving, reduction
+    )
+    counts_before, new_lower = exclusive_scan(lower, all_counts[-1], reach[-1], axis)
+    sums_before, new_sum = exclusive_scan(mean * lower[..., None], last_sum, reach[-1], axis)
+    reach = reach[..., None, None]
+    all_counts += reach * counts_before[None]
+    sums += reach[:-1, ..., None] * sums_before[None]
+    before = dict(
+        upper_div_lower=(sums / jnp.maximum(all_counts[:-1], 1.0)[..., None]).astype(leaving["v"].dtype),
+        lower=all_counts[:-1],
+        latest_doc_id=latest[:-1],
+    )
+    after = dict(
+        upper_div_lower=new_sum / jnp.maximum(new_lower, 1.0)[..., None],
+        lower=new_lower,
+        latest_doc_id=of_last_shard(own_last_id, axis),
+    )
+    return before, after
+
+
+def _totals(latest_doc_id, mean, lower, leaving: dict, reduction: str):
+    """After none, one .. R of the chunks: the document [1 + R, B]; counts [1 + R, B, H, S]; sums, without the last, and
+    with the mean for the first [R, B, H, S, V]; the last sum; whether what was there before is kept [1 + R, B]."""
     ids, values = leaving["doc_ids"], leaving["v"]
-    latest = jnp.concatenate([cache["latest_doc_id"][None], ids[:, :, -1]])  # [1 + R, B]
+    latest = jnp.concatenate([latest_doc_id[None], ids[:, :, -1]])
     keep = latest[1:] == latest[:-1]  # [R, B]
     counted = (ids == ids[:, :, -1:]) & (ids != NO_DOC)  # of each chunk's last document
     z = jnp.where(counted[:, :, None], leaving["z"], -1)  # -1: no code
     code = jnp.arange(lower.shape[-1], dtype=z.dtype).reshape(1, 1, 1, -1, 1)
     counts = checkpoint_name(jnp.sum(z[:, :, :, None, :] == code, axis=-1, dtype=jnp.float32), "projected")
     written_out = reduction == "cumulative" and len(values) <= WRITTEN_OUT
-    all_counts = _running_counts(lower, keep, counts, written_out)  # [1 + R, B, H, S]
+    all_counts = _running_counts(lower, keep, counts, written_out)
     sums, last_sum = _running_sums(mean, lower, keep, z, values, written_out)
-    share = (1.0 / jnp.maximum(all_counts, 1.0)).at[0].set(1.0)[..., None]  # the first is a mean already
-    before = dict(
-        upper_div_lower=(sums * share[:-1]).astype(values.dtype),
-        lower=all_counts[:-1],
-        latest_doc_id=latest[:-1],
-    )
-    after = dict(upper_div_lower=last_sum * share[-1], lower=all_counts[-1], latest_doc_id=latest[-1])
-    return before, after
+    return latest, all_counts, sums, last_sum, latest == latest[:1]  # ids never decrease
 
 
 def _kept(keep, totals):

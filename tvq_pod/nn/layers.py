@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from tvq_pod.nn.axes import constrain, gathered
 from tvq_pod.nn.scores import as_last_axes
 from tvq_pod.nn.types import TransformerConfig
 
@@ -87,39 +88,38 @@ class HeadProjection(nn.Module):
     config: TransformerConfig
     n_head: int
     width: int
-    width_name: str  # the logical name of that axis
+    names: tuple[str, str]  # of these two axes
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=2, out_axis=1, batch_axis=0)
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(init, ("heads", self.width_name, "embed")),
-            (self.n_head, self.width, self.config.d_model),
-            self.config.param_dtype,
-        )
-        y = jnp.tensordot(x, kernel.astype(self.config.dtype), axes=[[-1], [2]])  # [..., T, H, width]
-        return jnp.swapaxes(y, -3, -2)
+        heads, width = self.names
+        names = (heads, width, "embed")
+        shape = (self.n_head, self.width, self.config.d_model)
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, names), shape, self.config.param_dtype)
+        kernel = gathered(kernel.astype(self.config.dtype), names)
+        y = jnp.swapaxes(jnp.tensordot(x, kernel, axes=[[-1], [2]]), -3, -2)
+        blocks = ("blocks", "batch") if y.ndim == 5 else ()
+        return constrain(y, *blocks, heads, "token", width)
 
 
 class OutputProjection(nn.Module):
     """What a unit adds to the residual stream, [R, B, H, L, width] -> [R, B, L, D]; residual dropout, LayerDrop."""
 
     config: TransformerConfig
-    width_name: str
+    names: tuple[str, str]  # of H and width
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c, (_, _, n_head, _, width) = self.config, x.shape
         # of the sum over heads and their width; the residual stream sums 2 n_layer units
         init = nn.initializers.variance_scaling(0.5 / c.n_layer, "fan_in", "normal", in_axis=(0, 1), out_axis=2)
+        names = (*self.names, "embed")
         kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(init, ("heads", self.width_name, "embed")),
-            (n_head, width, c.d_model),
-            c.param_dtype,
+            "kernel", nn.with_logical_partitioning(init, names), (n_head, width, c.d_model), c.param_dtype
         )
-        y = jnp.einsum("rbhlw,hwd->rbld", x, kernel.astype(c.dtype))
+        y = jnp.einsum("rbhlw,hwd->rbld", x, gathered(kernel.astype(c.dtype), names))
+        y = constrain(y, "blocks", "batch", "token", "residual")
         y = Dropout(c.p_dropres, "ephemeral", c.is_train)(y)
         return Dropout(c.p_droplyr, "timeless", c.is_train, per_stream=True)(y)
 
@@ -135,7 +135,7 @@ class RMSNorm(nn.Module):
         mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
         y = x * checkpoint_name(jax.lax.rsqrt(mean_square + 1e-6), "projected")
         if self.use_scale:
-            init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+            init = nn.with_logical_partitioning(nn.initializers.ones, ("residual",))
             scale = self.param("scale", init, x.shape[-1:], self.config.param_dtype)
             y *= as_last_axes(scale, y)
         return y.astype(self.config.dtype)

@@ -17,6 +17,6 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         x = RMSNorm(c, use_scale=True, name="norm")(x)
-        hidden = HeadProjection(c, 1, c.hidden_width, "hidden", name="w_up")(x)
+        hidden = HeadProjection(c, 1, c.hidden_width, (None, "hidden"), name="w_up")(x)
         hidden = nn.gelu(checkpoint_name(hidden, "projected"))
-        return OutputProjection(c, "hidden", name="w_down")(hidden)
+        return OutputProjection(c, (None, "hidden"), name="w_down")(hidden)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from tvq_pod.nn.attn import VQAttention, doc_positions, join_blocks, split_blocks
+from tvq_pod.nn.axes import constrain, gathered, placement
 from tvq_pod.nn.layers import Dropout, RMSNorm, sinusoids
 from tvq_pod.nn.mlp import MLP
 from tvq_pod.nn.types import UNITS, TransformerConfig, VQSpec
@@ -21,6 +22,9 @@ REMAT_POLICIES = {  # by attn_type and remat: what each unit keeps for the backw
     **{(kind, "dots"): _KEEP.dots_with_no_batch_dims_saveable for kind in ("vq", "full")},
     **{(kind, "projections"): _KEEP.save_only_these_names("projected", "attended") for kind in ("vq", "full")},
 }
+
+
+RESIDUAL_STREAM = ("blocks", "batch", "token", "residual")
 
 
 class Layer(nn.Module):
@@ -45,7 +49,7 @@ class Layer(nn.Module):
                 l_codebook += out["l_codebook"]
             else:
                 x = x + mlp_cls(c, name=name)(x)
-        return x, (new_state, l_commit, l_codebook)
+        return constrain(x, *RESIDUAL_STREAM), (new_state, l_commit, l_codebook)
 
 
 class Transformer(nn.Module):
@@ -93,15 +97,17 @@ class Transformer(nn.Module):
             (c.n_vocab, c.d_model),
             c.param_dtype,
         )
-        x = embed(inputs, embedding.astype(dtype))
+        in_use = gathered(embedding.astype(dtype), ("vocab", "embed"))
+        x = embed(inputs, in_use)
         if c.pe_abs:
             first_unit = jax.tree.map(lambda leaf: leaf[0], state[UNITS[0]])
             positions = doc_positions(first_unit, doc_ids[None])[0]
             scale_init = nn.with_logical_partitioning(nn.initializers.ones, ())
             pe_scale = self.param("pe_scale", scale_init, (), c.param_dtype)
             x += (pe_scale * sinusoids(positions, c.d_model)).astype(dtype)
-        x = split_blocks(Dropout(c.p_dropemb, "ephemeral", c.is_train)(x), c.block_len)
-        vq_spec = vq_spec and VQSpec(loss_mask=split_blocks(vq_spec.loss_mask, c.block_len))
+        x = constrain(split_blocks(x, c.block_len), *RESIDUAL_STREAM)
+        x = Dropout(c.p_dropemb, "ephemeral", c.is_train)(x)
+        vq_spec = vq_spec and vq_spec.replace(loss_mask=split_blocks(vq_spec.loss_mask, c.block_len))
 
         layers = nn.scan(
             Layer,
@@ -117,11 +123,11 @@ class Transformer(nn.Module):
         if c.e_norm:
             x = RMSNorm(c, use_scale=True, name="norm_out")(x)
         if c.e_tie:
-            output = embedding.T
+            output = in_use.T
         else:
             init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "vocab"))
             output = self.param("w_out", init, (c.d_model, c.n_vocab), c.param_dtype)
-        output = output.astype(dtype)
+            output = gathered(output.astype(dtype), ("embed", "vocab"))
         if targets is None:
             result = dict(logits=join_blocks(logits_of(x, output, c.e_scale)))
         else:
@@ -149,13 +155,20 @@ def token_losses(x: jax.Array, output: jax.Array, targets: jax.Array, scale: flo
     """
 
     def block_losses(x, targets):
-        logits = logits_of(x, output, scale)
+        logits = constrain(logits_of(x, output, scale), "blocks", "batch", "token", "vocab")
         is_target = targets[..., None] == jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
         return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
 
     if output.shape[1] <= output.shape[0]:
         return block_losses(x, targets)
-    return jax.lax.map(lambda block: jax.checkpoint(block_losses)(*block), (x, targets))
+
+    n_shards = placement().n_shards("blocks")  # each goes through its own blocks
+
+    def by_turn(x):
+        return jnp.swapaxes(x.reshape(n_shards, -1, *x.shape[1:]), 0, 1)
+
+    losses = jax.lax.map(lambda blocks: jax.checkpoint(block_losses)(*blocks), (by_turn(x), by_turn(targets)))
+    return jnp.swapaxes(losses, 0, 1).reshape(targets.shape)
 
 
 def _is_names(x) -> bool:

@@ -59,6 +59,11 @@ class TransformerConfig:
         return 1 if self.head_type == "mqa" else self.n_head
 
     @property
+    def value_names(self) -> tuple[str, str]:
+        """Names of the axes H and V of keys' values: one key head's are not split where the query heads are."""
+        return "key_heads", "shared_value" if self.head_type == "mqa" else "value"
+
+    @property
     def attention_units(self) -> tuple[str, ...]:
         """Names of a layer's units that attend, and so have a state."""
         return UNITS if self.head_type == "shga" else UNITS[:1]
@@ -82,6 +87,8 @@ class VQSpec:
     """What the quantizer must know of a batch.
 
     loss_mask: [B, T], 1 where a position counts, 0 where it is padding. Padding moves no code and commits to none.
+    n_positions: how many count in the whole batch, where this is a part of it; None: as many as loss_mask has.
     """
 
     loss_mask: jax.Array
+    n_positions: jax.Array | None = None

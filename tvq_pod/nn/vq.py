@@ -60,13 +60,13 @@ class VectorQuantizer(nn.Module):
         codebook_init = nn.initializers.normal(stddev=d_k**-0.25)
         self.codebook = self.param(
             "codebook",
-            nn.with_logical_partitioning(codebook_init, ("heads", "codes", "key")),
+            nn.with_logical_partitioning(codebook_init, ("key_heads", "codes", "key")),
             (n_head, n_code, d_k),
             jnp.float32,
         )
         self.count = self.param(
             "count",
-            nn.with_logical_partitioning(nn.initializers.ones, ("heads", "codes")),
+            nn.with_logical_partitioning(nn.initializers.ones, ("key_heads", "codes")),
             (n_head, n_code),
             jnp.float32,
         )
@@ -92,12 +92,13 @@ class VectorQuantizer(nn.Module):
         mask = jnp.ones_like(z[..., 0, :]) if vq_spec is None else vq_spec.loss_mask
         mask = mask.astype(jnp.float32)[..., None, :]  # [..., 1, T]
 
-        n_positions = jnp.maximum(jnp.sum(mask), 1.0) * self.config.n_key_head
+        n_positions = jnp.sum(mask) if vq_spec is None or vq_spec.n_positions is None else vq_spec.n_positions
+        n_terms = jnp.maximum(n_positions, 1.0) * self.config.n_key_head
         sq_errors = jnp.sum(jnp.square(keys.astype(jnp.float32) - chosen.astype(jnp.float32)), axis=-1)  # [..., H, T]
         return dict(
             shortcodes=z,
             quantized=_straight_through(keys, chosen),
-            l_commit=jnp.sum(mask * sq_errors) / n_positions,
+            l_commit=jnp.sum(mask * sq_errors) / n_terms,
             l_codebook=_carry_sums(self.codebook, self.count, keys, z, mask),
             metrics=code_metrics(code_sums(keys, z, mask, self.config.n_code)[1]),
         )

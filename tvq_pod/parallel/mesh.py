@@ -2,27 +2,72 @@
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 
-from tvq_pod.config import MeshSettings
+from tvq_pod.config import MeshSettings, Settings
 from tvq_pod.errors import UserError
 
-AXES = ("data", "sequence", "model")
+AXES = ("slice", "data", "sequence", "model")  # from the slowest network to the fastest
 
 
 def make_mesh(settings: MeshSettings, devices: list | None = None) -> jax.sharding.Mesh:
-    """A mesh of all devices (of every process) with axes data, sequence and model.
+    """A mesh of all devices (of every process) with axes slice, data, sequence and model.
 
-    Its axes are Auto: the compiler spreads what no sharding was given for. Raises UserError if the sizes don't multiply
-    to the number of devices.
+    Axes data, sequence and model lie inside a slice, where the network is fast; model and sequence on neighbours. Its
+    axes are Auto: the compiler spreads what no sharding was given for. Raises UserError if the sizes don't multiply to
+    the number of devices, or the slices are not those that there are.
     """
     devices = jax.devices() if devices is None else devices
-    rest = settings.sequence * settings.model * settings.slices
-    data = len(devices) // rest if settings.data == -1 else settings.data
-    if data * rest != len(devices) or data < 1:
+    slices = _by_slice(devices, settings.slices)
+    rest = settings.sequence * settings.model
+    data = len(slices[0]) // rest if settings.data == -1 else settings.data
+    if data * rest != len(slices[0]) or data < 1:
+        each = "" if settings.slices == 1 else f" in each of {settings.slices} slices"
         raise UserError(
-            f"config.mesh.data={settings.data}: with sequence={settings.sequence}, model={settings.model}, "
-            f"slices={settings.slices} the mesh must have {len(devices)} devices, as there are; "
-            f"give {max(1, len(devices) // rest)}, or -1"
+            f"config.mesh.data={settings.data}: with sequence={settings.sequence}, model={settings.model} the mesh must "
+            f"have {len(slices[0])} devices{each}, as there are; " + _advice(len(slices[0]), rest)
         )
     shape = (data, settings.sequence, settings.model)
-    return jax.sharding.Mesh(np.asarray(devices).reshape(shape), AXES)
+    meshes = [mesh_utils.create_device_mesh(shape, members, allow_split_physical_axes=True) for members in slices]
+    return jax.sharding.Mesh(np.stack(meshes), AXES)
+
+
+def _advice(n_devices: int, rest: int) -> str:
+    if n_devices % rest:
+        return f"sequence * model = {rest} must divide {n_devices}"
+    return f"give {n_devices // rest}, or -1"
+
+
+def _by_slice(devices: list, n_slices: int) -> list[list]:
+    """The devices of each slice. Simulated devices know of none, and are cut into equal parts."""
+    by_index = {}
+    for device in devices:
+        by_index.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    if len(by_index) == 1 and devices[0].platform == "cpu" and len(devices) % n_slices == 0:
+        return np.asarray(devices).reshape(n_slices, -1).tolist()
+    if len(by_index) != n_slices:
+        raise UserError(f"config.mesh.slices={n_slices}: must be {len(by_index)}, as many as the devices are in")
+    return [by_index[index] for index in sorted(by_index)]
+
+
+def n_row_shards(mesh: jax.sharding.Mesh) -> int:
+    """Parts that rows are spread over."""
+    return mesh.shape["slice"] * mesh.shape["data"]
+
+
+def check_rows(settings: Settings, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError if the rows of a training step can't be spread evenly over the mesh."""
+    check_divides("config.train.batch_size", settings.train.batch_size, mesh, settings.train.microbatches)
+
+
+def check_divides(name: str, value: int, mesh: jax.sharding.Mesh, microbatches: int = 1) -> None:
+    """Raises UserError if a number of rows can't be spread evenly over the mesh, in each of some microbatches."""
+    n_shards = n_row_shards(mesh)
+    least = n_shards * microbatches
+    if value % least:
+        slices = f" in {mesh.shape['slice']} slices" if mesh.shape["slice"] > 1 else ""
+        parts = f" for each of {microbatches} microbatches" if microbatches > 1 else ""
+        raise UserError(
+            f"{name}={value}: must be a multiple of the {n_shards} devices of config.mesh.data{slices}{parts}, "
+            f"for example {max(1, round(value / least)) * least}"
+        )

@@ -1,0 +1,66 @@
+"""Names of axes: modules say what the axes of their arrays are, and whoever knows a mesh says where that puts them.
+
+Outside of `placed_by` there is one device, and names have no effect. The names: batch; blocks; token; residual (the
+model's width, of activations); embed (the same axis, of parameters); heads (of queries); key_heads; key; value;
+shared_value; hidden; vocab; codes (of codebooks); cached_codes (of states); window; layers; None.
+"""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+
+
+class Placement:
+    """Where arrays lie: here, on one device."""
+
+    def constrain(self, x: jax.Array, names: tuple) -> jax.Array:
+        """x, lying where the names of its axes say."""
+        return x
+
+    def n_shards(self, name: str) -> int:
+        """Parts that axes of this name are split into."""
+        return 1
+
+    def over_blocks(self, function: Callable, in_axes, out_axes) -> Callable:
+        """function(*arguments, axis), on every shard of an update's blocks with its part of the arguments. axis: the
+        mapped axis, None if there is one shard. in_axes, out_axes: trees of tuples of names."""
+        return functools.partial(function, axis=None)
+
+
+_placement = contextvars.ContextVar("placement", default=Placement())
+
+
+@contextlib.contextmanager
+def placed_by(placement: Placement) -> Iterator[None]:
+    """Within, arrays lie where this says."""
+    token = _placement.set(placement)
+    try:
+        yield
+    finally:
+        _placement.reset(token)
+
+
+def placement() -> Placement:
+    """Today's."""
+    return _placement.get()
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """See Placement."""
+    return placement().constrain(x, names)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(kernel: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """A parameter as the layers use it: whole along what it is spread over for storage alone ("embed"). Its gradient
+    goes back to where the parameter lies, part by part: one reduce-scatter, not an all-reduce."""
+    return constrain(kernel, *("residual" if name == "embed" else name for name in names))
+
+
+gathered.defvjp(
+    lambda kernel, names: (gathered(kernel, names), None),
+    lambda names, _, cotangent: (constrain(cotangent, *names),),
+)

@@ -1,0 +1,103 @@
+"""An update whose blocks are spread over devices: what a shard must know of those before it.
+
+Inside shard_map every device has R / n of the blocks, and runs the same program as one that has them all, from the
+state that it would have at its first block. That state is made here, with communication that does not grow with T:
+
+- the window is the last M tokens of the shard before: one `ppermute` (the shard must have M tokens at least);
+- positions and the cache's document follow from one number each a shard, gathered;
+- the cache's counts and sums are an exclusive scan over shards of (document, count, sum). Every shard adds its own
+  chunks from zero; an all-to-all gives each device one part of the codes of all shards, whose recurrence (see cache.py)
+  it solves; a second all-to-all brings back what comes before each shard. That sends 2 S V numbers a row and head, where
+  a scan by doubling sends S V log2 n. The cache after the last shard needs no sending: states have their codes spread
+  over the axis.
+
+Everything is differentiable, the gradients go the same ways back.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def at_shard(state: dict, own_next: dict, present: dict, axis: str | None) -> tuple[dict, dict]:
+    """The state that this shard starts with, and what the update leaves behind, both but for the cache (see cache.py).
+
+    state: before the update. own_next: like it, after this shard's blocks `present`, as if they were all.
+    """
+    if axis is None:
+        return state, own_next
+    last_id, own_last_id = state["xlcache"]["doc_ids"][:, -1], present["doc_ids"][-1, :, -1]
+    n_last = jnp.sum(present["doc_ids"] == own_last_id[None, :, None], axis=(0, 2), dtype=jnp.int32)
+    pos_offset = position_before(state["pos_offset"], last_id, own_last_id, n_last, axis)
+    after = n_last + jnp.where(last_id_before(last_id, own_last_id, axis) == own_last_id, pos_offset, 0)
+    is_first, window = first_shard(axis), own_next["xlcache"]
+    return (
+        state
+        | dict(
+            pos_offset=pos_offset,
+            xlcache={
+                name: jnp.where(is_first, x, from_shard_before(window[name], axis))
+                for name, x in state["xlcache"].items()
+            },
+        ),
+        dict(
+            pos_offset=of_last_shard(after, axis),
+            xlcache={name: of_last_shard(x, axis) for name, x in window.items()},
+        ),
+    )
+
+
+def last_id_before(last_id: jax.Array, own_last_id: jax.Array, axis: str) -> jax.Array:
+    """Document of the last token before this shard, [B]."""
+    return jnp.where(first_shard(axis), last_id, from_shard_before(own_last_id, axis))
+
+
+def first_shard(axis: str) -> jax.Array:
+    """Whether this is it, a boolean scalar."""
+    return jax.lax.axis_index(axis) == 0
+
+
+def from_shard_before(x: jax.Array, axis: str) -> jax.Array:
+    """x of the shard before; zeros on the first."""
+    n_shards = jax.lax.axis_size(axis)
+    return jax.lax.ppermute(x, axis, [(n, n + 1) for n in range(n_shards - 1)])
+
+
+def of_last_shard(x: jax.Array, axis: str) -> jax.Array:
+    """x of the last shard, on all of them."""
+    is_last = jax.lax.axis_index(axis) == jax.lax.axis_size(axis) - 1
+    return jax.lax.psum(jnp.where(is_last, x, jnp.zeros_like(x)), axis)
+
+
+def position_before(pos_offset, last_id, own_last_id, n_last, axis: str) -> jax.Array:
+    """Tokens read before this shard of the document that it starts in, if it goes on, [B].
+
+    pos_offset, last_id [B]: of the state, tokens read of its document, and its id. own_last_id, n_last [B]: of this
+    shard, the document of its last token, and its tokens of that.
+    """
+    ids = jnp.concatenate([last_id[None], jax.lax.all_gather(own_last_id, axis)])  # [1 + n, B]
+    counts = jnp.concatenate([pos_offset[None], jax.lax.all_gather(n_last, axis)])
+    shard = jax.lax.axis_index(axis)
+    # ids never decrease: the shards that end in one document are neighbours
+    is_before = jnp.arange(len(ids))[:, None] <= shard
+    return jnp.sum(jnp.where((ids == ids[shard][None]) & is_before, counts, 0), axis=0)
+
+
+def exclusive_scan(first, total, keep, axis: str):
+    """The linear recurrence x_{s+1} = keep_s x_s + total_s over shards.
+
+    first [B, H, S / n, ...]: x_0, this device's part of the codes. total [B, H, S, ...]: of this shard. keep [B] bool:
+    of this shard. Returns x_s [B, H, S, ...] of this shard, and its part [B, H, S / n, ...] of x_n.
+    """
+    # [B, H, S, ...] -> [n, B, H, S / n, ...]: of every shard, one part of the codes
+    n_shards = jax.lax.axis_size(axis)
+    parts = total.reshape(*total.shape[:2], n_shards, -1, *total.shape[3:])
+    totals = jax.lax.all_to_all(jnp.moveaxis(parts, 2, 0), axis, 0, 0)
+    keeps = jax.lax.all_gather(keep, axis)
+    terms = jnp.concatenate([first[None], totals])
+    # document of each term: a new one wherever nothing is kept
+    segment = jnp.concatenate([jnp.zeros_like(keep[None], jnp.int32), jnp.cumsum(~keeps, axis=0, dtype=jnp.int32)])
+    n = jnp.arange(n_shards + 1)
+    same = (segment[:, None] == segment[None, :]) & (n[:, None] >= n[None, :])[..., None]
+    sums = jnp.einsum("tsb,sb...->tb...", same.astype(jnp.float32), terms, precision="highest")
+    before = jnp.moveaxis(jax.lax.all_to_all(sums[:-1], axis, 0, 0), 0, 2)
+    return before.reshape(total.shape), sums[-1]
