@@ -93,13 +93,14 @@ class Program:
                 totals[key(instruction)] += times * own
         return totals
 
-    def collectives(self, mesh_shape: dict[str, int]) -> list[Collective]:
-        """What a device sends and receives in one run; mesh_shape: sizes of the mesh's axes by name, in their order."""
+    def collectives(self, mesh_axes: list[tuple[str, int]]) -> list[Collective]:
+        """What a device sends and receives in one run; mesh_axes: names and sizes in the mesh's order. Axes of one name
+        are one."""
         count, size = collections.Counter(), collections.Counter()
         for kind, instruction, times in self._sent(self._entry):
             try:
                 groups = replica_groups(instruction.rest)
-                key = kind, crossed_axes(groups, mesh_shape)
+                key = kind, crossed_axes(groups, mesh_axes)
             except ValueError:  # libtpu's next version may write them in another way: say so, and count all the same
                 groups, key = [[0]], (kind, ("unknown",))
             count[key] += times
@@ -199,13 +200,14 @@ def replica_groups(rest: str) -> list[list[int]]:
     raise ValueError(f"replica groups of an unknown form: {rest[:300]}")
 
 
-def crossed_axes(groups: list[list[int]], mesh_shape: dict[str, int]) -> tuple[str, ...]:
+def crossed_axes(groups: list[list[int]], mesh_axes: list[tuple[str, int]]) -> tuple[str, ...]:
     """The mesh axes along which the devices of a group differ."""
+    names, sizes = zip(*mesh_axes, strict=True)
     crossed = set()
     for first, other in itertools.chain.from_iterable(((group[0], n) for n in group[1:]) for group in groups):
-        a, b = (np.unravel_index(n, list(mesh_shape.values())) for n in (first, other))
-        crossed |= {name for name, x, y in zip(mesh_shape, a, b, strict=True) if x != y}
-    return tuple(name for name in mesh_shape if name in crossed)
+        a, b = (np.unravel_index(n, sizes) for n in (first, other))
+        crossed |= {name for name, x, y in zip(names, a, b, strict=True) if x != y}
+    return tuple(name for name in dict.fromkeys(names) if name in crossed)
 
 
 def _is_scattered(collective: Instruction) -> bool:

@@ -25,7 +25,7 @@ from tvq_pod.errors import UserError
 from tvq_pod.flops import train_flops
 from tvq_pod.hlo import Program
 from tvq_pod.parallel.chips import CHIPS, Chip
-from tvq_pod.parallel.mesh import check_rows, make_mesh, n_row_shards
+from tvq_pod.parallel.mesh import AXES_MEAN, check_rows, make_mesh, n_row_shards, named_axes, sizes
 from tvq_pod.parallel.sharding import batch_sharding
 from tvq_pod.paths import write_whole
 from tvq_pod.train_state import abstract_train_state, make_train_step
@@ -48,9 +48,9 @@ def plan(settings: Settings, workdir: epath.Path, topology: str, slices: int, to
     """Plans one config: prints the result, writes it to plan.json in `workdir`, and returns it."""
     jax.config.update("jax_platforms", "cpu")  # never a real accelerator
     make_workdir(workdir)
+    settings = dataclasses.replace(settings, mesh=dataclasses.replace(settings.mesh, slices=slices))
     chip, devices = topology_devices(topology, slices)
-    result = plan_step(settings, chip, devices, slices)
-    result = dict(topology=topology, slices=slices) | result
+    result = dict(topology=topology, slices=slices) | plan_step(settings, chip, devices)
     if tokens and result.get("predicted_tokens_per_second"):
         result["days"] = tokens / result["predicted_tokens_per_second"] / 86400
     write_whole(workdir / "plan.json", json.dumps(result, indent=2) + "\n")
@@ -67,8 +67,6 @@ def topology_devices(topology: str, slices: int) -> tuple[Chip | None, list]:
     if name == "cpu":
         if not shape.isdigit() or not int(shape):
             raise UserError(f"--topology={topology}: must name a number of devices, as cpu:8 does")
-        if slices > 1:
-            raise UserError(f"--slices={slices}: simulated devices have no slices; leave it out")
         jax.config.update("jax_num_cpu_devices", int(shape))
         return None, jax.devices()
     if name not in CHIPS:
@@ -90,7 +88,7 @@ def topology_devices(topology: str, slices: int) -> tuple[Chip | None, list]:
     return CHIPS[name], list(described.devices)
 
 
-def plan_step(settings: Settings, chip: Chip | None, devices: list, slices: int = 1) -> dict:
+def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
     """Compiles the train step for the devices. See the README for the fields; bytes and cycles are of one device's
     program, per chip where a field's name says so."""
     mesh = make_mesh(settings.mesh, devices)
@@ -101,7 +99,7 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list, slices: int 
     per_chip = chip.devices if chip else 1
     n_chips = len(devices) // per_chip
     flops = train_flops(settings.model, train.batch_size * train.update_len, train.update_len)
-    sizes = dict(
+    parts = dict(
         parameters=local_bytes(state.params),
         optimizer=local_bytes(state.opt_state),
         recurrent_state=local_bytes(state.recurrent),
@@ -111,10 +109,10 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list, slices: int 
         chips=n_chips,
         chip_kind=chip.name if chip else "cpu",
         hosts=len({device.process_index for device in devices}),
-        mesh=dict(mesh.shape),
-        axes=dict(data="rows of the batch", sequence="the tokens of an update (1 today)", model="heads (1 today)"),
+        mesh=sizes(mesh),
+        axes=AXES_MEAN,
         parameter_count=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        bytes_per_chip={name: size * per_chip for name, size in sizes.items()},
+        bytes_per_chip={name: size * per_chip for name, size in parts.items()},
         hbm_bytes_per_chip=chip.hbm_bytes if chip else None,
         model_flops_per_step=flops,
         tokens_per_step=train.batch_size * train.update_len,
@@ -148,7 +146,7 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list, slices: int 
     cycles = program.cycles()
     seconds = cycles / chip.clock_hz
     by_source = list(program.cycles_by_source().items())
-    collectives = program.collectives(dict(mesh.shape))
+    collectives = program.collectives(named_axes(mesh))
     return result | dict(
         cycles=cycles,
         predicted_step_seconds=seconds,
@@ -158,7 +156,7 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list, slices: int 
         without_estimate=program.without_estimate(),
         collectives=[dataclasses.asdict(collective) for collective in collectives],
         collective_seconds_if_alone=None  # the network between slices is another, and slower by far
-        if slices > 1
+        if settings.mesh.slices > 1
         else sum(c.bytes * _TRAVELS.get(c.kind, 1) for c in collectives) * per_chip / chip.ici_bandwidth,
     )
 

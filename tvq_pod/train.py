@@ -15,7 +15,7 @@ from tvq_pod.data.streams import TrainStreams
 from tvq_pod.data.vocab import SentencePieceVocab
 from tvq_pod.eval import Evaluator, report
 from tvq_pod.metrics import MetricsWriter, bits_per_byte, check_packages, has_line
-from tvq_pod.parallel.mesh import check_divides, check_rows, make_mesh
+from tvq_pod.parallel.mesh import check_divides, check_rows, make_mesh, sizes
 from tvq_pod.paths import write_whole
 from tvq_pod.prepare import check_source, describe, open_store, store_path
 from tvq_pod.progress import Speed, hours, say
@@ -66,7 +66,7 @@ def _train(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh, ope
     writer = MetricsWriter(workdir, settings.metrics, dataclasses.asdict(settings), enabled=is_writer)
     opened.enter_context(contextlib.closing(writer))
     n_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    say(f"{n_params:,} parameters on {mesh.size} {jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}")
+    say(f"{n_params:,} parameters on {mesh.size} {jax.devices()[0].device_kind} device(s), mesh {sizes(mesh)}")
     # ------------------------------------------------- loop
     tokens_per_byte = store.tokens_per_byte("train")
     batches = global_batches(

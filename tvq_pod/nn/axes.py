@@ -20,6 +20,14 @@ class Placement:
         """x, lying where the names of its axes say."""
         return x
 
+    def gather(self, kernel: jax.Array, names: tuple) -> jax.Array:
+        """A parameter, whole along what it is spread over for storage alone."""
+        return kernel
+
+    def scatter(self, cotangent: jax.Array, names: tuple) -> jax.Array:
+        """The gradient of what `gather` returned, where the parameter lies."""
+        return cotangent
+
     def n_shards(self, name: str) -> int:
         """Parts that axes of this name are split into."""
         return 1
@@ -55,12 +63,12 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(kernel: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    """A parameter as the layers use it: whole along what it is spread over for storage alone ("embed"). Its gradient
-    goes back to where the parameter lies, part by part: one reduce-scatter, not an all-reduce."""
-    return constrain(kernel, *("residual" if name == "embed" else name for name in names))
+    """A parameter as the layers use it. Its gradient goes back to where it lies part by part: so devices' sums are one
+    reduce-scatter, where the transpose of a mere constraint would be an all-reduce."""
+    return placement().gather(kernel, names)
 
 
 gathered.defvjp(
     lambda kernel, names: (gathered(kernel, names), None),
-    lambda names, _, cotangent: (constrain(cotangent, *names),),
+    lambda names, _, cotangent: (placement().scatter(cotangent, names),),
 )

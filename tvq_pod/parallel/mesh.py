@@ -7,15 +7,23 @@ from jax.experimental import mesh_utils
 from tvq_pod.config import MeshSettings, Settings
 from tvq_pod.errors import UserError
 
-AXES = ("slice", "data", "sequence", "model")  # from the slowest network to the fastest
+AXES = ("slice", "data", "data_inner", "sequence", "model")  # from the slowest network to the fastest
+AXES_MEAN = dict(
+    slice="rows of the batch, over the network between slices",
+    data="rows of the batch; parameters and optimizer state",
+    sequence="the tokens of an update",
+    model="heads, or the width of one head's values",
+)
 
 
 def make_mesh(settings: MeshSettings, devices: list | None = None) -> jax.sharding.Mesh:
     """A mesh of all devices (of every process) with axes slice, data, sequence and model.
 
-    Axes data, sequence and model lie inside a slice, where the network is fast; model and sequence on neighbours. Its
-    axes are Auto: the compiler spreads what no sharding was given for. Raises UserError if the sizes don't multiply to
-    the number of devices, or the slices are not those that there are.
+    Axes data, sequence and model lie inside a slice, where the network is fast; model and sequence on neighbours. Where
+    data lies along all three dimensions of a torus it is two axes, data and data_inner, since XLA:TPU gathers along two
+    at most: along three it sums arrays of zeros instead, which sends twice as much. Axes are Auto: the compiler spreads
+    what no sharding was given for. Raises UserError if the sizes don't multiply to the number of devices, or the slices
+    are not those that there are.
     """
     devices = jax.devices() if devices is None else devices
     slices = _by_slice(devices, settings.slices)
@@ -27,7 +35,8 @@ def make_mesh(settings: MeshSettings, devices: list | None = None) -> jax.shardi
             f"config.mesh.data={settings.data}: with sequence={settings.sequence}, model={settings.model} the mesh must "
             f"have {len(slices[0])} devices{each}, as there are; " + _advice(len(slices[0]), rest)
         )
-    shape = (data, settings.sequence, settings.model)
+    inner = _innermost(slices[0], data)
+    shape = (data // inner, inner, settings.sequence, settings.model)
     meshes = [mesh_utils.create_device_mesh(shape, members, allow_split_physical_axes=True) for members in slices]
     return jax.sharding.Mesh(np.stack(meshes), AXES)
 
@@ -50,9 +59,32 @@ def _by_slice(devices: list, n_slices: int) -> list[list]:
     return [by_index[index] for index in sorted(by_index)]
 
 
+def _innermost(devices: list, data: int) -> int:
+    """Size of data_inner: the torus's shortest dimension, if data takes all of its three."""
+    coords = np.array([getattr(device, "coords", (0,)) for device in devices])
+    dimensions = np.ptp(coords, axis=0) + 1
+    shortest = int(dimensions.min())
+    if len(dimensions) == 3 and shortest >= 4 and data == np.prod(dimensions):
+        return shortest
+    return 1
+
+
+def named_axes(mesh: jax.sharding.Mesh) -> list[tuple[str, int]]:
+    """Names, as the config has them, and sizes, in the mesh's order; data is there twice."""
+    return [(name.removesuffix("_inner"), size) for name, size in mesh.shape.items()]
+
+
+def sizes(mesh: jax.sharding.Mesh) -> dict[str, int]:
+    """The mesh as the config names it."""
+    totals = {}
+    for name, size in named_axes(mesh):
+        totals[name] = totals.get(name, 1) * size
+    return totals
+
+
 def n_row_shards(mesh: jax.sharding.Mesh) -> int:
     """Parts that rows are spread over."""
-    return mesh.shape["slice"] * mesh.shape["data"]
+    return mesh.shape["slice"] * sizes(mesh)["data"]
 
 
 def check_rows(settings: Settings, mesh: jax.sharding.Mesh) -> None:

@@ -12,8 +12,7 @@ from tvq_pod.nn.axes import Placement
 # A name that maps to () is not split. An axis whose size doesn't divide, and one that meets a mesh axis taken by an
 # axis before it, is not split either: with several heads the heads are, with one head the width of its values.
 RULES = dict(
-    batch=("slice", "data"),
-    embed=("data",),  # of parameters: gathered for use, layer by layer
+    batch=("slice", "data", "data_inner"),
     heads=("model",),
     key_heads=("model",),
     value=("model",),
@@ -22,36 +21,39 @@ RULES = dict(
     cached_codes=("sequence",),
     tokens=("sequence",),  # of an update
     blocks=("sequence",),
-    **dict.fromkeys(("layers", "token", "residual", "key", "shared_value", "codes", "window"), ()),
+    **dict.fromkeys(("layers", "token", "residual", "embed", "key", "shared_value", "codes", "window"), ()),
 )
-
+STORAGE = ("data", "data_inner")  # what parameters are spread over too, and gathered from, layer by layer
+ROWS, LANES = 16, 128  # a TPU's tile of bfloat16: of the last axis but one, and of the last
 
 BATCH_AXES = ("batch", "tokens")
 
 
-def spec_of(names: tuple, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spec_of(names: tuple, shape: tuple[int, ...], mesh: Mesh, storage: tuple = STORAGE) -> PartitionSpec:
     """Where an array of this shape lies whose axes have these logical names. Raises KeyError on a name that RULES lacks.
 
-    A parameter whose "embed" axis doesn't divide is spread over another of its axes, the largest that does.
+    For storage a parameter is split along the first of its axes that leaves each device whole tiles, so that it is
+    gathered without a copy, or else along the longest that divides. One of which no axis divides is not split. storage:
+    the mesh axes to name there, if it is gathered in part.
     """
     spec, taken = [()] * len(shape), set()
-
-    def take(axis: int, mesh_axes: tuple) -> bool:
-        size = 1
-        for name in (*spec[axis], *mesh_axes):
-            size *= mesh.shape[name]
-        if taken & set(mesh_axes) or not mesh_axes or shape[axis] % size:
-            return False
-        spec[axis] = (*spec[axis], *mesh_axes)
-        taken.update(mesh_axes)
-        return True
-
     for axis, name in enumerate(names):
-        take(axis, RULES[name] if name else ())
-    if "embed" in names and not taken & set(RULES["embed"]):
-        others = [axis for axis, name in enumerate(names) if name != "layers"]
-        any(take(axis, RULES["embed"]) for axis in sorted(others, key=lambda axis: -shape[axis]))
+        wanted = RULES[name] if name else ()
+        if not taken & set(wanted) and shape[axis] % math.prod(mesh.shape[n] for n in wanted) == 0:
+            spec[axis] = wanted
+            taken |= set(wanted)
+    if "embed" in names:
+        left = [size // math.prod(mesh.shape[n] for n in own) for size, own in zip(shape, spec, strict=True)]
+        n_parts = math.prod(mesh.shape[n] for n in STORAGE)
+        able = [axis for axis, name in enumerate(names) if name != "layers" and left[axis] % n_parts == 0]
+        tiles = [axis for axis in able if left[axis] // n_parts % _tile(axis, len(shape)) == 0]
+        for axis in tiles[:1] or sorted(able, key=lambda axis: -left[axis])[:1]:
+            spec[axis] = (*spec[axis], *storage)
     return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in spec))
+
+
+def _tile(axis: int, n_axes: int) -> int:
+    return {n_axes - 1: LANES, n_axes - 2: ROWS}.get(axis, 1)
 
 
 def sharding_of(names: tuple, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
@@ -87,7 +89,18 @@ class OnMesh(Placement):
         self._mesh = mesh
 
     def constrain(self, x, names):
-        return jax.lax.with_sharding_constraint(x, sharding_of(names, x.shape, self._mesh))
+        return self._constrain(x, spec_of(names, x.shape, self._mesh))
+
+    def gather(self, kernel, names):
+        for storage in (STORAGE[:1], ()):
+            kernel = self._constrain(kernel, spec_of(names, kernel.shape, self._mesh, storage))
+        return kernel
+
+    def scatter(self, cotangent, names):
+        return self._constrain(cotangent, spec_of(names, cotangent.shape, self._mesh))
+
+    def _constrain(self, x, spec):
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self._mesh, spec))
 
     def n_shards(self, name):
         return math.prod(self._mesh.shape[axis] for axis in RULES[name])
