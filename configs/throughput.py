@@ -27,4 +27,5 @@ def get_config():
     config.model.p_droplyr = 0.3
     config.train.batch_size = 8
     config.train.update_len = 2048
+    config.mesh.fsdp = False
     return config

@@ -58,7 +58,7 @@ def test_cycles_are_told_apart_by_source_dearest_first():
 
 
 def test_collectives_are_counted_with_their_bytes_and_axes():
-    collectives = Program(PROGRAM).collectives(dict(data=2, model=2))
+    collectives = Program(PROGRAM).collectives(dict(data=2, model=2).items())
     found = {(c.kind, c.axes): (c.count, c.bytes) for c in collectives}
     assert found == {
         ("all-reduce", ("model",)): (15, 15 * 32),
@@ -84,12 +84,14 @@ def test_groups_in_every_form_that_xla_writes(text, groups):
 
 def test_groups_of_an_unknown_form_are_counted_as_such():
     program = Program(PROGRAM.replace("{{0,1},{2,3}}", "a new form"))
-    assert ("all-reduce", ("unknown",), 15) in [(c.kind, c.axes, c.count) for c in program.collectives(dict(data=4))]
+    assert ("all-reduce", ("unknown",), 15) in [
+        (c.kind, c.axes, c.count) for c in program.collectives(dict(data=4).items())
+    ]
 
 
 def test_axes_are_those_along_which_a_group_differs():
-    assert crossed_axes([[0, 2], [1, 3]], dict(data=2, model=2)) == ("data",)
-    assert crossed_axes([[0, 1, 2, 3]], dict(data=2, sequence=1, model=2)) == ("data", "model")
+    assert crossed_axes([[0, 2], [1, 3]], dict(data=2, model=2).items()) == ("data",)
+    assert crossed_axes([[0, 1, 2, 3]], dict(data=2, sequence=1, model=2).items()) == ("data", "model")
 
 
 def test_what_has_no_estimate_is_named():
@@ -120,7 +122,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %f3 = f32[4]{0} fusion(%f2), kind=kCustom, calls=%all-reduce-scatter.1
 """
     program = Program(PROGRAM.replace("\nENTRY %main (x: f32[8]) -> f32[8] {\n", parts))
-    found = {(c.kind, c.axes): (c.count, c.bytes) for c in program.collectives(dict(data=2, model=2))}
+    found = {(c.kind, c.axes): (c.count, c.bytes) for c in program.collectives(dict(data=2, model=2).items())}
     assert found["all-gather", ("model",)] == (1, 16 * 4)
     assert found["reduce-scatter", ("model",)] == (1, 8 * 4)
     assert program.without_estimate() == {}

@@ -96,7 +96,7 @@ def test_the_bytes_of_a_known_matmul():
     )
     matmul = jax.jit(jnp.matmul, out_shardings=jax.NamedSharding(mesh, jax.P()))
     program = Program(matmul.lower(a, b).compile().as_text())
-    (collective,) = program.collectives(list(mesh.shape.items()))
+    (collective,) = program.collectives(mesh.shape.items())
     assert (collective.kind, collective.axes, collective.count) == ("all-reduce", ("model",), 1)
     assert collective.bytes == 512 * 256 * 4
     assert program.cycles() > 2 * 512 * 512 * 256 / 2**17
@@ -115,7 +115,7 @@ def test_what_is_gathered_beside_matmuls_and_scattered_is_counted_once():
         return jnp.sum(jnp.square(x.astype(jnp.float32)))
 
     compiled = jax.jit(jax.grad(loss), out_shardings=[split] * 3).lower(weights, x).compile()
-    sent = {c.kind: (c.axes, c.bytes) for c in Program(compiled.as_text()).collectives(list(mesh.shape.items()))}
+    sent = {c.kind: (c.axes, c.bytes) for c in Program(compiled.as_text()).collectives(mesh.shape.items())}
     size = 1024 * 1024 * 2
     assert sent["reduce-scatter"] == (("data",), 3 * size)  # each weight's gradient: every device keeps its part
     assert sent["all-gather"] in [(("data",), 3 * size), (("data",), 5 * size)]  # again in the backward pass, or not

@@ -60,6 +60,7 @@ class MeshSettings:
     sequence: int = 1  # the tokens of an update
     model: int = 1  # heads; with one head, the width of its values
     slices: int = 1  # rows; the network between slices is slow
+    fsdp: bool = True  # parameters and optimizer state spread over data; False: whole, quicker for a small model
 
 
 @dataclasses.dataclass(frozen=True)

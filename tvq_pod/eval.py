@@ -67,7 +67,7 @@ def make_eval_step(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int):
 
     def eval_step(params, state, batch):
         inputs = (batch["inputs"], batch["doc_ids"], None, batch["targets"])
-        with placed_by(OnMesh(mesh)):
+        with placed_by(OnMesh(mesh, settings.mesh.fsdp)):
             state, out = Transformer(config).apply({"params": params}, state, *inputs)
         losses = out["losses"] * batch["loss_mask"]
         return state, dict(loss=jnp.sum(losses), tokens=jnp.sum(batch["loss_mask"]))

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -93,7 +94,7 @@ class Program:
                 totals[key(instruction)] += times * own
         return totals
 
-    def collectives(self, mesh_axes: list[tuple[str, int]]) -> list[Collective]:
+    def collectives(self, mesh_axes: Iterable[tuple[str, int]]) -> list[Collective]:
         """What a device sends and receives in one run; mesh_axes: names and sizes in the mesh's order. Axes of one name
         are one."""
         count, size = collections.Counter(), collections.Counter()
@@ -200,7 +201,7 @@ def replica_groups(rest: str) -> list[list[int]]:
     raise ValueError(f"replica groups of an unknown form: {rest[:300]}")
 
 
-def crossed_axes(groups: list[list[int]], mesh_axes: list[tuple[str, int]]) -> tuple[str, ...]:
+def crossed_axes(groups: list[list[int]], mesh_axes: Iterable[tuple[str, int]]) -> tuple[str, ...]:
     """The mesh axes along which the devices of a group differ."""
     names, sizes = zip(*mesh_axes, strict=True)
     crossed = set()

@@ -60,7 +60,7 @@ def abstract_train_state(settings: Settings, mesh: jax.sharding.Mesh) -> TrainSt
     An optimizer's array that has the shape of its parameter lies as that parameter does; others are replicated.
     """
     shapes = jax.eval_shape(lambda: initial_train_state(settings))
-    on_params = param_shardings(jax.eval_shape(lambda: initial_params(settings)), mesh)
+    on_params = param_shardings(jax.eval_shape(lambda: initial_params(settings)), mesh, settings.mesh.fsdp)
     everywhere = replicated(mesh)
     shardings = TrainState(
         step=everywhere,
@@ -105,7 +105,7 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh):
     def train_step(state: TrainState, batch: dict):
         # Masks are a function of (seed, step): a resumed run draws what the run that never stopped would have drawn.
         key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
-        with placed_by(OnMesh(mesh)):
+        with placed_by(OnMesh(mesh, settings.mesh.fsdp)):
             grads, recurrent, metrics = gradients(state.params, state.recurrent, batch, key)
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -174,7 +174,7 @@ def make_gradients(settings: Settings):
 
 
 def _parts(tree, axis: int, n_parts: int):
-    """Arrays [.., B, ..] -> [A, .., B / A, ..]; part a has the rows b with b % A == a, so each device keeps its rows."""
+    """Arrays [.., B, ..] -> [A, .., B / A, ..]; part a has the rows b with b % A == a, so devices keep their rows."""
 
     def parts(x):
         return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, n_parts, *x.shape[axis + 1 :]), axis + 1, 0)

@@ -263,7 +263,9 @@ def surroundings(config: TransformerConfig, present: dict, state: dict) -> tuple
     codes, values = (*blocks, heads, "token"), (*blocks, heads, "token", value)
     in_axes = dict(z=codes, k_hat=(*codes, "key"), v=values, doc_ids=(*blocks, "token")), axes
     past = dict(k_hat=(*codes, "key"), v=values)
-    before = dict(upper_div_lower=(*blocks, heads, "codes", value), lower=codes[:-1] + ("codes",), latest_doc_id=blocks)
+    before = dict(
+        upper_div_lower=(*blocks, heads, "codes", value), lower=(*blocks, heads, "codes"), latest_doc_id=blocks
+    )
     return placement().over_blocks(of_shard, in_axes, (past, before, (*blocks, "token"), axes))(present, state)
 
 

@@ -38,7 +38,8 @@ class Placement:
         return functools.partial(function, axis=None)
 
 
-_placement = contextvars.ContextVar("placement", default=Placement())
+_HERE = Placement()
+_placement: contextvars.ContextVar[Placement] = contextvars.ContextVar("placement")
 
 
 @contextlib.contextmanager
@@ -53,7 +54,7 @@ def placed_by(placement: Placement) -> Iterator[None]:
 
 def placement() -> Placement:
     """Today's."""
-    return _placement.get()
+    return _placement.get(_HERE)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -7,9 +7,9 @@ state that it would have at its first block. That state is made here, with commu
 - positions and the cache's document follow from one number each a shard, gathered;
 - the cache's counts and sums are an exclusive scan over shards of (document, count, sum). Every shard adds its own
   chunks from zero; an all-to-all gives each device one part of the codes of all shards, whose recurrence (see cache.py)
-  it solves; a second all-to-all brings back what comes before each shard. That sends 2 S V numbers a row and head, where
-  a scan by doubling sends S V log2 n. The cache after the last shard needs no sending: states have their codes spread
-  over the axis.
+  it solves; a second all-to-all brings back what comes before each shard. That sends 2 S V numbers a row and head,
+  where a scan by doubling sends S V log2 n. The cache after the last shard needs no sending: states have their codes
+  spread over the axis.
 
 Everything is differentiable, the gradients go the same ways back.
 """

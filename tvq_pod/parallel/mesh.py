@@ -32,8 +32,8 @@ def make_mesh(settings: MeshSettings, devices: list | None = None) -> jax.shardi
     if data * rest != len(slices[0]) or data < 1:
         each = "" if settings.slices == 1 else f" in each of {settings.slices} slices"
         raise UserError(
-            f"config.mesh.data={settings.data}: with sequence={settings.sequence}, model={settings.model} the mesh must "
-            f"have {len(slices[0])} devices{each}, as there are; " + _advice(len(slices[0]), rest)
+            f"config.mesh.data={settings.data}: with sequence={settings.sequence}, model={settings.model} "
+            f"the mesh must have {len(slices[0])} devices{each}, as there are; " + _advice(len(slices[0]), rest)
         )
     inner = _innermost(slices[0], data)
     shape = (data // inner, inner, settings.sequence, settings.model)

@@ -23,18 +23,18 @@ RULES = dict(
     blocks=("sequence",),
     **dict.fromkeys(("layers", "token", "residual", "embed", "key", "shared_value", "codes", "window"), ()),
 )
-STORAGE = ("data", "data_inner")  # what parameters are spread over too, and gathered from, layer by layer
+STORAGE = ("data", "data_inner")  # what parameters are spread over too, FSDP style, and gathered from for use
 ROWS, LANES = 16, 128  # a TPU's tile of bfloat16: of the last axis but one, and of the last
 
 BATCH_AXES = ("batch", "tokens")
 
 
-def spec_of(names: tuple, shape: tuple[int, ...], mesh: Mesh, storage: tuple = STORAGE) -> PartitionSpec:
-    """Where an array of this shape lies whose axes have these logical names. Raises KeyError on a name that RULES lacks.
+def spec_of(names: tuple, shape: tuple[int, ...], mesh: Mesh, storage: tuple[str, ...] | None = None) -> PartitionSpec:
+    """Where an array lies whose axes have these logical names. Raises KeyError on a name that RULES lacks.
 
-    For storage a parameter is split along the first of its axes that leaves each device whole tiles, so that it is
-    gathered without a copy, or else along the longest that divides. One of which no axis divides is not split. storage:
-    the mesh axes to name there, if it is gathered in part.
+    storage: of a parameter, mesh axes that it is spread over too, STORAGE or the first of these. For that it is split
+    along the first of its axes that leaves each device whole tiles, so that it is gathered without a copy, or else
+    along the longest that divides. One of which no axis divides is not split.
     """
     spec, taken = [()] * len(shape), set()
     for axis, name in enumerate(names):
@@ -42,9 +42,9 @@ def spec_of(names: tuple, shape: tuple[int, ...], mesh: Mesh, storage: tuple = S
         if not taken & set(wanted) and shape[axis] % math.prod(mesh.shape[n] for n in wanted) == 0:
             spec[axis] = wanted
             taken |= set(wanted)
-    if "embed" in names:
+    if storage:
         left = [size // math.prod(mesh.shape[n] for n in own) for size, own in zip(shape, spec, strict=True)]
-        n_parts = math.prod(mesh.shape[n] for n in STORAGE)
+        n_parts = math.prod(mesh.shape[n] for n in STORAGE)  # of the whole of it: the axis must be the same in part
         able = [axis for axis, name in enumerate(names) if name != "layers" and left[axis] % n_parts == 0]
         tiles = [axis for axis in able if left[axis] // n_parts % _tile(axis, len(shape)) == 0]
         for axis in tiles[:1] or sorted(able, key=lambda axis: -left[axis])[:1]:
@@ -66,10 +66,17 @@ def shardings_of(axes, shapes, mesh: Mesh):
     return jax.tree.map(lambda names, x: sharding_of(names, x.shape, mesh), axes, shapes, is_leaf=_is_names)
 
 
-def param_shardings(boxed_params, mesh: Mesh):
-    """Shardings of parameters that are still in the boxes with their axes' names (flax's LogicallyPartitioned)."""
-    names = jax.tree.map(lambda box: box.names, boxed_params, is_leaf=_is_box)
-    return shardings_of(names, nn.meta.unbox(boxed_params), mesh)
+def param_shardings(boxed_params, mesh: Mesh, fsdp: bool):
+    """Shardings of parameters that are still in the boxes with their axes' names (flax's LogicallyPartitioned).
+
+    fsdp: spread over STORAGE what has an "embed" axis; vectors and codebooks are not worth it.
+    """
+
+    def sharding(box):
+        storage = STORAGE if fsdp and "embed" in box.names else None
+        return NamedSharding(mesh, spec_of(box.names, box.value.shape, mesh, storage))
+
+    return jax.tree.map(sharding, boxed_params, is_leaf=_is_box)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -85,19 +92,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
 class OnMesh(Placement):
     """Arrays lie on a mesh, by RULES."""
 
-    def __init__(self, mesh: Mesh):
-        self._mesh = mesh
+    def __init__(self, mesh: Mesh, fsdp: bool):
+        self._mesh, self._fsdp = mesh, fsdp
 
     def constrain(self, x, names):
         return self._constrain(x, spec_of(names, x.shape, self._mesh))
 
     def gather(self, kernel, names):
-        for storage in (STORAGE[:1], ()):
+        for storage in (STORAGE[:1], None) if self._fsdp else (None,):
             kernel = self._constrain(kernel, spec_of(names, kernel.shape, self._mesh, storage))
         return kernel
 
     def scatter(self, cotangent, names):
-        return self._constrain(cotangent, spec_of(names, cotangent.shape, self._mesh))
+        return self._constrain(cotangent, spec_of(names, cotangent.shape, self._mesh, STORAGE if self._fsdp else None))
 
     def _constrain(self, x, spec):
         return jax.lax.with_sharding_constraint(x, NamedSharding(self._mesh, spec))
