@@ -269,6 +269,20 @@ def surroundings(config: TransformerConfig, present: dict, state: dict) -> tuple
     return placement().over_blocks(of_shard, in_axes, (past, before, (*blocks, "token"), axes))(present, state)
 
 
+def positions_of(state: dict, doc_ids: jax.Array) -> jax.Array:
+    """`doc_positions`, of blocks that may be spread over devices: int32 [R, B, L]."""
+
+    def of_shard(pos_offset, before, doc_ids, axis):
+        last = dict(pos_offset=pos_offset, xlcache=dict(doc_ids=before[:, None]))
+        own_next = dict(pos_offset=pos_offset, xlcache=dict(doc_ids=doc_ids[-1, :, -1:]))
+        last, _ = at_shard(last, own_next, dict(doc_ids=doc_ids), axis)
+        return doc_positions(last, doc_ids)
+
+    blocks = ("blocks", "batch", "token")
+    mapped = placement().over_blocks(of_shard, (("batch",), ("batch",), blocks), blocks)
+    return mapped(state["pos_offset"], state["xlcache"]["doc_ids"][:, -1], doc_ids)
+
+
 TOKEN_AXIS = dict(z=2, k_hat=2, v=2, doc_ids=1)  # of the window; of blocks, one more
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from tvq_pod.nn.sequence import exclusive_scan, last_id_before, of_last_shard
+from tvq_pod.nn.sequence import exclusive_scan, last_id_before, of_last_shard, varying_like
 
 WRITTEN_OUT = 256  # chunks, at most, that `cumulative` writes out; more take too long to compile, and go by `serial`
 NO_DOC = -1  # document id of an empty window slot and of an empty cache
@@ -60,10 +60,9 @@ def _caches_of_shard(cache: dict, leaving: dict, reduction: str, axis: str) -> t
     own_last_id = leaving["doc_ids"][-1, :, -1]
     first_id = last_id_before(last_id, own_last_id, axis)
     n_code = lower.shape[-1] * jax.lax.axis_size(axis)
-    nothing = jnp.zeros([*lower.shape[:-1], n_code], jnp.float32)
-    latest, all_counts, sums, last_sum, reach = _totals(
-        first_id, jnp.zeros([*nothing.shape, mean.shape[-1]], jnp.float32), nothing, leaving, reduction
-    )
+    no_counts = varying_like(jnp.zeros([*lower.shape[:-1], n_code], jnp.float32), leaving["z"])
+    no_sums = varying_like(jnp.zeros([*no_counts.shape, mean.shape[-1]], jnp.float32), leaving["v"])
+    latest, all_counts, sums, last_sum, reach = _totals(first_id, no_sums, no_counts, leaving, reduction)
     counts_before, new_lower = exclusive_scan(lower, all_counts[-1], reach[-1], axis)
     sums_before, new_sum = exclusive_scan(mean * lower[..., None], last_sum, reach[-1], axis)
     reach = reach[..., None, None]

@@ -20,7 +20,8 @@ def sinusoids(positions: jax.Array, width: int) -> jax.Array:
     """
     half = width // 2
     exponents = jnp.arange(half, dtype=jnp.float32) / max(half - 1, 1)
-    angles = jnp.multiply.outer(positions.astype(jnp.float32), MAX_WAVELENGTH**-exponents)
+    positions = positions.astype(jnp.float32)[..., None]
+    angles = positions * as_last_axes(MAX_WAVELENGTH**-exponents, positions)
     features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return jnp.pad(features, [(0, 0)] * positions.ndim + [(0, width - 2 * half)])
 

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tvq_pod.nn.attn import VQAttention, doc_positions, join_blocks, split_blocks
+from tvq_pod.nn.attn import VQAttention, join_blocks, positions_of, split_blocks
 from tvq_pod.nn.axes import constrain, gathered, placement
 from tvq_pod.nn.layers import Dropout, RMSNorm, sinusoids
 from tvq_pod.nn.mlp import MLP
@@ -101,7 +101,7 @@ class Transformer(nn.Module):
         x = embed(inputs, in_use)
         if c.pe_abs:
             first_unit = jax.tree.map(lambda leaf: leaf[0], state[UNITS[0]])
-            positions = doc_positions(first_unit, doc_ids[None])[0]
+            positions = join_blocks(positions_of(first_unit, split_blocks(doc_ids, c.block_len)))
             scale_init = nn.with_logical_partitioning(nn.initializers.ones, ())
             pe_scale = self.param("pe_scale", scale_init, (), c.param_dtype)
             x += (pe_scale * sinusoids(positions, c.d_model)).astype(dtype)

@@ -51,6 +51,12 @@ def last_id_before(last_id: jax.Array, own_last_id: jax.Array, axis: str) -> jax
     return jnp.where(first_shard(axis), last_id, from_shard_before(own_last_id, axis))
 
 
+def varying_like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """x, typed as an array that differs from device to device along the mapped axes that `other` does: what a scan
+    carries must say so from the start."""
+    return jnp.where(other.ravel()[0] > 0, x, x)
+
+
 def first_shard(axis: str) -> jax.Array:
     """Whether this is it, a boolean scalar."""
     return jax.lax.axis_index(axis) == 0
