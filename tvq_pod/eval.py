@@ -24,6 +24,7 @@ from tvq_pod.nn.axes import placed_by
 from tvq_pod.nn.model import Transformer
 from tvq_pod.nn.types import TransformerConfig
 from tvq_pod.parallel.mesh import check_divides, make_mesh
+from tvq_pod.parallel.processes import is_first
 from tvq_pod.parallel.sharding import (
     OnMesh,
     batch_sharding,
@@ -143,11 +144,9 @@ def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | No
     params = checkpoints.restore_params(step, abstract_train_state(settings, mesh).params)
     result = evaluator.evaluate(params)
     report(result, step, split)
-    if jax.process_index() == 0:
+    if is_first():
         print(json.dumps(dict(step=step, split=split, **dataclasses.asdict(result))))
-    writer = MetricsWriter(
-        workdir, dataclasses.replace(settings.metrics, wandb_project=""), enabled=jax.process_index() == 0
-    )
+    writer = MetricsWriter(workdir, dataclasses.replace(settings.metrics, wandb_project=""), enabled=is_first())
     writer.write(step, split, dataclasses.asdict(result))
     writer.close()
     checkpoints.close()

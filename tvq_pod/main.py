@@ -10,6 +10,7 @@ import importlib.util
 import os
 import pathlib
 import sys
+import traceback
 
 from absl import app, flags, logging
 from etils import epath
@@ -19,6 +20,7 @@ from tvq_pod.config import Settings, resolve
 from tvq_pod.errors import UserError
 from tvq_pod.paths import is_bucket
 
+TOGETHER = ("train", "eval", "sample", "prepare")  # modes for any number of processes
 MODES = ("train", "eval", "sample", "prepare", "inspect", "plan", "bench")
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -36,6 +38,12 @@ _TOKENS = flags.DEFINE_float("tokens", None, "plan: a budget, to give in days.",
 _SWEEP = flags.DEFINE_string("sweep", None, 'plan: a grid of overrides, as "config.train.update_len=2048,8192;...".')
 _AGAINST = flags.DEFINE_enum("against", None, ("vq", "full"), "bench: another attention, measured in turns.")
 _LENGTHS = flags.DEFINE_list("lengths", [], "bench: update lengths, as 1024,2048; the config's if not given.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, for a job of several processes."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the job has.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+_MULTIHOST = flags.DEFINE_bool("multihost", False, "Cloud TPU, Slurm or Open MPI say which processes the job has.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "bench: turns after the warm-up.", lower_bound=1)
 
 
@@ -55,6 +63,13 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{name}={path}: a bucket needs pip install -e '.[gcs]'")
 
     # Modes are imported here: a wrong flag should not wait for jax.
+    if mode in TOGETHER:
+        from tvq_pod.parallel import processes
+
+        processes.check_slices(settings.mesh.slices)
+        processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _MULTIHOST.value)
+    elif _COORDINATOR.value or _MULTIHOST.value:
+        raise UserError(f"--mode={mode}: is for one process; leave --multihost, --coordinator_address and others out")
     if mode == "train":
         from tvq_pod.train import train
 
@@ -158,7 +173,25 @@ def run() -> None:
         app.run(main, flags_parser=_parse)
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(1)
+        _exit_alone(1)
+    except Exception:
+        if not _is_one_of_many():
+            raise
+        traceback.print_exc()
+        _exit_alone(1)
+
+
+def _is_one_of_many() -> bool:
+    return flags.FLAGS.is_parsed() and (_COORDINATOR.value is not None or _MULTIHOST.value)
+
+
+def _exit_alone(code: int) -> None:
+    """Ends the process; one of many ends at once, where python's own way would wait for the others."""
+    if _is_one_of_many():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from tvq_pod.data.corpora import Documents, documents
 from tvq_pod.data.store import SPLITS, TokenStore, check_free, write_store
 from tvq_pod.data.vocab import ByteVocab, SentencePieceVocab, load_vocab
 from tvq_pod.errors import UserError
+from tvq_pod.parallel.processes import on_first
 from tvq_pod.progress import say
 
 MADE_WITH = ("format", "text_field", "glob", "invalid_utf8")  # what documents depend on besides source and vocab
@@ -27,7 +28,7 @@ def prepare(settings: Settings, workdir: epath.Path) -> None:
     path = store_path(settings, workdir)
     if TokenStore.exists(path):
         say(f"{path} is there already")
-    describe(open_store(settings, workdir))
+    on_first(lambda: describe(open_store(settings, workdir)))
 
 
 def check_source(settings: Settings, workdir: epath.Path) -> None:

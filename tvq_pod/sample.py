@@ -21,6 +21,8 @@ from tvq_pod.nn.model import Transformer
 from tvq_pod.nn.scores import NEVER
 from tvq_pod.nn.types import TransformerConfig
 from tvq_pod.parallel.mesh import make_mesh
+from tvq_pod.parallel.processes import on_first
+from tvq_pod.parallel.sharding import on_one_device
 from tvq_pod.train_state import abstract_train_state
 
 
@@ -133,22 +135,27 @@ def run_vocab(settings: Settings, workdir: epath.Path) -> ByteVocab | SentencePi
 def sample(settings: Settings, workdir: epath.Path, prompts: list[bytes], step: int | None) -> None:
     """Continues each prompt (or config.sample.prompt) with a checkpoint of the run in `workdir`, on stdout.
 
-    One device does it: a stream's next token waits for the last one, and its state is small.
+    One device of process 0 does it: a stream's next token waits for the last one, and its state is small.
     """
     checkpoints = Checkpoints(workdir, read_only=True)
     step = checkpoints.pick(step)
     vocab = run_vocab(settings, workdir)
     checkpoints.check(step, model_record(settings, vocab.name))
     check_vocab_fits(settings, vocab.n_vocab)
-    mesh = make_mesh(MeshSettings(), jax.local_devices()[:1])
+    alone = jax.process_count() == 1
+    mesh = make_mesh(MeshSettings(), jax.local_devices()[:1] if alone else None)
     settings = dataclasses.replace(settings, mesh=MeshSettings())
     params = checkpoints.restore_params(step, abstract_train_state(settings, mesh).params)
-    for index, pieces in enumerate(
-        continuations(params, settings.model, vocab, settings.sample, prompts or [settings.sample.prompt.encode()])
-    ):
-        if index:
-            print("\n" + "-" * 80)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print(flush=True)
+    params = on_one_device(params, mesh)
+
+    def show():
+        given = prompts or [settings.sample.prompt.encode()]
+        for index, pieces in enumerate(continuations(params, settings.model, vocab, settings.sample, given)):
+            if index:
+                print("\n" + "-" * 80)
+            for piece in pieces:
+                print(piece, end="", flush=True)
+            print(flush=True)
+
+    on_first(show)
     checkpoints.close()

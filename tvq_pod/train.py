@@ -16,6 +16,8 @@ from tvq_pod.data.vocab import SentencePieceVocab
 from tvq_pod.eval import Evaluator, report
 from tvq_pod.metrics import MetricsWriter, bits_per_byte, check_packages, has_line
 from tvq_pod.parallel.mesh import check_divides, check_rows, make_mesh, sizes
+from tvq_pod.parallel.processes import decided_by_first, is_first, on_first
+from tvq_pod.parallel.sharding import on_one_device
 from tvq_pod.paths import write_whole
 from tvq_pod.prepare import check_source, describe, open_store, store_path
 from tvq_pod.progress import Speed, hours, say
@@ -33,13 +35,15 @@ def train(settings: Settings, workdir: epath.Path) -> None:
     check_packages(settings.metrics)
     if not TokenStore.exists(store_path(settings, workdir)):
         check_source(settings, workdir)
-    with locked(workdir), contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as opened:
+        on_first(lambda: opened.enter_context(locked(workdir)))
+        on_first(lambda: open_store(settings, workdir))
         _train(settings, workdir, mesh, opened)
 
 
 def _train(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh, opened: contextlib.ExitStack) -> None:
     """opened: closes what has threads or files of its own, however this ends."""
-    config, is_writer = settings.train, jax.process_index() == 0
+    config, is_writer = settings.train, is_first()
     # ------------------------------------------------- corpus
     store = open_store(settings, workdir)
     split = store.split("train")
@@ -129,10 +133,11 @@ def _train(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh, ope
     if first_step >= config.num_steps:
         say(f"nothing to train: step {first_step} of config.train.num_steps={config.num_steps} is there")
     evaluate = settings.eval.at_end or _due(last_step, settings.eval.every_steps)
-    if evaluator and evaluate and not has_line(workdir, last_step, "validation"):
+    if evaluator and evaluate and not decided_by_first(has_line(workdir, last_step, "validation")):
         _evaluate(evaluator, state.params, last_step, writer)
-    if settings.sample.length and is_writer and jax.process_count() == 1:
-        _sample(settings, workdir, state.params, last_step)
+    if settings.sample.length:
+        params = on_one_device(state.params, mesh)
+        on_first(lambda: _sample(settings, workdir, params, last_step))
     say(f"done: {workdir}")
 
 
@@ -153,7 +158,6 @@ def _evaluate(evaluator: Evaluator, params: dict, step: int, writer: MetricsWrit
 
 def _sample(settings: Settings, workdir: epath.Path, params: dict, step: int) -> None:
     """Prints a sample, and keeps it in WORKDIR/samples."""
-    params = jax.device_put(params, jax.local_devices()[0])
     vocab = run_vocab(settings, workdir)
     prompt = settings.sample.prompt.encode()
     text = "".join(next(continuations(params, settings.model, vocab, settings.sample, [prompt])))

@@ -1,7 +1,7 @@
 """From a plan to global arrays: each process reads its rows ahead, in threads, and joins them with the others'."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import jax
@@ -11,20 +11,31 @@ from tvq_pod.data.streams import Plan, RowSource
 from tvq_pod.parallel.sharding import batch_sharding
 
 
-def local_rows(batch_size: int, process_index: int, process_count: int) -> range:
-    """The global rows that a process reads: an equal, contiguous share."""
-    share = batch_size // process_count
-    return range(process_index * share, (process_index + 1) * share)
+def local_part(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> tuple[list[int], range]:
+    """The rows, and the range of tokens, of a global batch [B, T] that this process's devices hold."""
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    rows = sorted({row for row_slice, _ in indices for row in range(*row_slice.indices(shape[0]))})
+    bounds = [token_slice.indices(shape[1])[:2] for _, token_slice in indices]
+    return rows, range(min(begin for begin, _ in bounds), max(end for _, end in bounds))
 
 
 def host_batches(
-    split: Split, plan: Plan, rows: range, *, update_len: int, first_step: int, last_step: int, threads: int, ahead: int
+    split: Split,
+    plan: Plan,
+    rows: Sequence[int],
+    *,
+    update_len: int,
+    first_step: int,
+    last_step: int,
+    threads: int,
+    ahead: int,
+    tokens: range | None = None,
 ) -> Iterator[dict]:
     """Batches of the given rows, as NumPy arrays [len(rows), T], for steps first_step .. last_step - 1.
 
-    threads read them; up to `ahead` batches wait to be used.
+    threads read them; up to `ahead` batches wait to be used. tokens: of the T, those that are read; None reads all.
     """
-    source = RowSource(split.tokens, plan, rows, update_len, first_step, last_step)
+    source = RowSource(split.tokens, plan, rows, update_len, first_step, last_step, tokens)
     dataset = grain.MapDataset.source(source).batch(len(rows))
     iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)))
     try:
@@ -45,10 +56,10 @@ def global_batches(
     threads: int,
     ahead: int,
 ) -> Iterator[dict]:
-    """Batches of all rows as global arrays [B, T], rows over the mesh's data axis: inputs, targets, doc_ids int32,
-    loss_mask float32. See `read_row` for their meaning."""
-    rows = local_rows(batch_size, jax.process_index(), jax.process_count())
-    sharding = batch_sharding(mesh)
+    """Batches of all rows as global arrays [B, T], spread over the mesh: inputs, targets, doc_ids int32, loss_mask
+    float32. See `read_row` for their meaning."""
+    sharding, shape = batch_sharding(mesh), (batch_size, update_len)
+    rows, tokens = local_part(sharding, shape)
     batches = host_batches(
         split,
         plan,
@@ -58,7 +69,10 @@ def global_batches(
         last_step=last_step,
         threads=threads,
         ahead=ahead,
+        tokens=tokens,
     )
     with contextlib.closing(batches):
         for batch in batches:
-            yield {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+            yield {
+                name: jax.make_array_from_process_local_data(sharding, array, shape) for name, array in batch.items()
+            }

@@ -16,7 +16,7 @@ state, no host count, no random number generator survives a call.
 import dataclasses
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -146,18 +146,19 @@ class PackedDocuments:
             place += 1
 
 
-def read_row(tokens: tensorstore.TensorStore, plan: Plan, row: int, step: int, update_len: int) -> dict:
-    """The arrays of one row for one step, each [T]:
+def read_row(tokens: tensorstore.TensorStore, plan: Plan, row: int, begin: int, end: int) -> dict:
+    """The arrays of tokens [begin, end) of one row's stream, each [end - begin]:
 
     inputs int32: the token before each target in its document; end-of-document at a document's first position.
     targets int32. doc_ids int32. loss_mask float32: 0 on padding, which has a document id of its own.
     Raises UserError if the store is damaged there.
     """
-    inputs = np.full(update_len, PAD, np.int32)
-    targets = np.full(update_len, PAD, np.int32)
-    doc_ids = np.zeros(update_len, np.int32)
-    loss_mask = np.zeros(update_len, np.float32)
-    segments = list(plan.segments(row, step * update_len, (step + 1) * update_len))
+    length = end - begin
+    inputs = np.full(length, PAD, np.int32)
+    targets = np.full(length, PAD, np.int32)
+    doc_ids = np.zeros(length, np.int32)
+    loss_mask = np.zeros(length, np.float32)
+    segments = list(plan.segments(row, begin, end))
     # One token more at the front, where the document began earlier: it is the first input.
     reads = [tokens[s.start - (not s.begins) : s.start + s.length].read() for s in segments]
     at = 0
@@ -172,7 +173,7 @@ def read_row(tokens: tensorstore.TensorStore, plan: Plan, row: int, step: int, u
         doc_ids[at:stop] = segment.doc_id
         loss_mask[at:stop] = 1.0
         at = stop
-    if at < update_len:
+    if at < length:
         # All padding of a row has one id, above every document's.
         doc_ids[at:] = np.iinfo(np.int32).max
     return dict(inputs=inputs, targets=targets, doc_ids=doc_ids, loss_mask=loss_mask)
@@ -181,10 +182,21 @@ def read_row(tokens: tensorstore.TensorStore, plan: Plan, row: int, step: int, u
 class RowSource:
     """Rows as a random-access source for grain: item i is row i % len(rows) of step first_step + i // len(rows)."""
 
-    def __init__(self, tokens, plan: Plan, rows: range, update_len: int, first_step: int, last_step: int):
-        """rows: the global rows that this process reads. Steps first_step .. last_step - 1 are served."""
+    def __init__(
+        self,
+        tokens,
+        plan: Plan,
+        rows: Sequence[int],
+        update_len: int,
+        first_step: int,
+        last_step: int,
+        part: range | None = None,
+    ):
+        """rows: the global rows that this process reads. Steps first_step .. last_step - 1 are served. part: which of
+        an update's tokens are read; None reads all."""
         self._tokens, self._plan = tokens, plan
         self._rows, self._update_len = rows, update_len
+        self._part = part or range(update_len)
         self._first_step, self._n_steps = first_step, max(last_step - first_step, 0)
 
     def __len__(self) -> int:
@@ -192,4 +204,5 @@ class RowSource:
 
     def __getitem__(self, index: int) -> dict:
         step, row = divmod(int(index), len(self._rows))
-        return read_row(self._tokens, self._plan, self._rows[row], self._first_step + step, self._update_len)
+        first = (self._first_step + step) * self._update_len
+        return read_row(self._tokens, self._plan, self._rows[row], first + self._part.start, first + self._part.stop)

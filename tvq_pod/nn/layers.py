@@ -23,7 +23,7 @@ def sinusoids(positions: jax.Array, width: int) -> jax.Array:
     positions = positions.astype(jnp.float32)[..., None]
     angles = positions * as_last_axes(MAX_WAVELENGTH**-exponents, positions)
     features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-    return jnp.pad(features, [(0, 0)] * positions.ndim + [(0, width - 2 * half)])
+    return jnp.pad(features, [(0, 0)] * (features.ndim - 1) + [(0, width - 2 * half)])
 
 
 class Dropout(nn.Module):

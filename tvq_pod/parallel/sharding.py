@@ -89,6 +89,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def on_one_device(params, mesh: Mesh):
+    """Parameters, whole, on this process's first device: the processes gather them together."""
+    if jax.process_count() == 1:
+        return jax.device_put(params, jax.local_devices()[0])
+    whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(params)
+    return jax.tree.map(lambda x: x.addressable_data(0), whole)
+
+
 class OnMesh(Placement):
     """Arrays lie on a mesh, by RULES."""
 

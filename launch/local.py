@@ -1,0 +1,110 @@
+"""A multi-process job on one machine, with simulated devices: what a pod does, before one is rented.
+
+    python -m launch.local --processes=2 --devices_per_process=4 -- --config=configs/stdlib.py --workdir=runs/two
+
+What is after -- goes to `python -m tvq_pod.main`, once for each process. Process 0's output is shown as it is, the
+others' behind their number. When one process fails the others are ended, and its exit code is the launcher's; a signal
+counts as 128 + its number. SIGTERM and SIGINT are passed on.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+from absl import app, flags
+
+_PROCESSES = flags.DEFINE_integer("processes", 2, "How many.", lower_bound=1)
+_DEVICES = flags.DEFINE_integer("devices_per_process", 4, "Simulated devices of each.", lower_bound=1)
+_GRACE = flags.DEFINE_float("grace_seconds", 30.0, "How long the others may take to end once one failed.")
+
+
+def start(n_processes: int, devices_per_process: int, arguments: list[str]) -> list[subprocess.Popen]:
+    """Starts the processes of one job; their output is piped."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    given = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
+    given.append(f"--xla_force_host_platform_device_count={devices_per_process}")
+    environment = os.environ | dict(JAX_PLATFORMS="cpu", XLA_FLAGS=" ".join(given))
+    job = [f"--coordinator_address={address}", f"--num_processes={n_processes}"]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "tvq_pod.main", *arguments, *job, f"--process_id={index}"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for index in range(n_processes)
+    ]
+
+
+def wait(processes: list[subprocess.Popen], grace_seconds: float) -> int:
+    """Until all are done, or one has failed and the others were ended; the exit code of the first that failed, or 0."""
+    ended = threading.Semaphore(0)
+    order = []
+
+    def watch(process):
+        process.wait()
+        order.append(process)
+        ended.release()
+
+    for process in processes:
+        threading.Thread(target=watch, args=(process,), daemon=True).start()
+    for _ in processes:
+        ended.acquire()
+        code = order[-1].returncode
+        if code:
+            _end([process for process in processes if process.poll() is None], grace_seconds)
+            return 128 - code if code < 0 else code
+    return 0
+
+
+def _end(processes: list[subprocess.Popen], grace_seconds: float) -> None:
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(grace_seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _show(source, target, prefix: bytes) -> threading.Thread:
+    def copy():
+        for line in source:
+            target.write(prefix + line)
+            target.flush()
+
+    thread = threading.Thread(target=copy, daemon=True)
+    thread.start()
+    return thread
+
+
+def main(argv: list[str]) -> None:
+    """argv: the program, then the flags of tvq_pod.main."""
+    processes = start(_PROCESSES.value, _DEVICES.value, argv[1:])
+
+    def pass_on(number, _frame):
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
+    readers = []
+    for index, process in enumerate(processes):
+        prefix = f"[{index}] ".encode() if index else b""
+        readers.append(_show(process.stdout, sys.stdout.buffer, prefix))
+        readers.append(_show(process.stderr, sys.stderr.buffer, prefix))
+    code = wait(processes, _GRACE.value)
+    for reader in readers:
+        reader.join()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    app.run(main)
