@@ -1,0 +1,129 @@
+"""Jobs of several real processes: they train as one does, end together, and refuse what would split them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from launch import local
+from tvq_pod.data.loader import local_part
+from tvq_pod.errors import UserError
+from tvq_pod.parallel import processes
+
+FLAGS = [
+    "--config=configs/stdlib.py",
+    *(f"--config.model.{name}={value}" for name, value in dict(
+        d_model=16, d_k=8, d_v=16, n_layer=1, n_code=8, block_len=8, mem_len=8, p_dropres=0.2, p_droplyr=0.1).items()),
+    "--config.data.format=folder", "--config.train.num_steps=20", "--config.train.log_every_steps=1",
+    "--config.train.batch_size=4", "--config.train.update_len=32", "--config.checkpoint.every_steps=10",
+    "--config.eval.max_tokens=500", "--config.sample.length=8", "--config.metrics.tensorboard=False",
+    "--config.data.validation_share=0.3",
+]  # fmt: skip
+
+
+def launched(*arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "launch.local", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for n in range(12):
+        (folder / f"{n}.txt").write_text(f"the {n}th document says {n * n} and no more. " * 20)
+    return folder
+
+
+def lines_of(workdir, split):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if row["split"] == split}
+
+
+def test_losses_do_not_depend_on_how_many_processes_there_are(corpus, tmp_path):
+    """2 processes over sequence and heads, and 1 over rows; each writes one line a step, and one sample."""
+    losses = []
+    for n, mesh in [(2, ["--config.mesh.sequence=2", "--config.mesh.model=2"]), (1, [])]:
+        workdir = tmp_path / str(n)
+        flags = [*FLAGS, *mesh, f"--config.data.source={corpus}", f"--workdir={workdir}"]
+        job = launched(f"--processes={n}", f"--devices_per_process={4 // n}", "--", *flags)
+        output, _ = job.communicate(timeout=200)
+        assert job.returncode == 0, output
+        assert output.count("done:") == 1
+        assert (workdir / "samples" / "step_20.txt").exists()
+        losses.append((lines_of(workdir, "train"), lines_of(workdir, "validation")))
+    (train, validation), (other_train, other_validation) = losses
+    assert list(train) == list(other_train) == list(range(1, 21))
+    np.testing.assert_allclose(list(train.values()), list(other_train.values()), rtol=1e-4)
+    np.testing.assert_allclose(validation[20], other_validation[20], rtol=1e-4)
+
+
+def test_a_mistake_ends_all_processes_with_one_line_each(corpus, tmp_path):
+    flags = [*FLAGS, f"--config.data.source={corpus}/nothing", f"--workdir={tmp_path / 'run'}"]
+    job = launched("--processes=2", "--devices_per_process=2", "--", *flags)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 1
+    assert "error: config.data.source=" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+def sleepers(*codes) -> list[subprocess.Popen]:
+    """Processes that end with a code at once, or for None go on."""
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", f"import time, sys\nif {code} is None: time.sleep(60)\nsys.exit({code})"]
+        )
+        for code in codes
+    ]
+
+
+@pytest.mark.parametrize(("codes", "expected"), [((0, 0), 0), ((None, 3), 3), ((75, None), 75)])
+def test_when_one_fails_the_others_are_ended_and_its_code_is_passed_on(codes, expected):
+    began = time.monotonic()
+    jobs = sleepers(*codes)
+    assert local.wait(jobs, grace_seconds=5) == expected
+    assert time.monotonic() - began < 20
+    assert all(job.poll() is not None for job in jobs)
+
+
+def test_a_killed_process_counts_as_its_signal():
+    jobs = sleepers(None, None)
+    os.kill(jobs[1].pid, signal.SIGKILL)
+    assert local.wait(jobs, grace_seconds=5) == 128 + signal.SIGKILL
+
+
+def test_what_would_leave_a_process_alone_is_refused(monkeypatch):
+    with pytest.raises(UserError, match=r"--num_processes=: must be given with the others"):
+        processes.join("127.0.0.1:1", None, 0, False)
+    with pytest.raises(UserError, match=r"--process_id=2: must be 0 \.\. 1"):
+        processes.join("127.0.0.1:1", 2, 2, False)
+    with pytest.raises(UserError, match=r"--multihost: finds the other processes by itself"):
+        processes.join("127.0.0.1:1", 2, 0, True)
+    with pytest.raises(UserError, match=r"--multihost: this process could not join the others"):
+        processes.join(None, None, None, True)  # nothing here says who the others are
+    monkeypatch.setenv("MEGASCALE_NUM_SLICES", "2")
+    with pytest.raises(UserError, match=r"config.mesh.slices=1: contradicts MEGASCALE_NUM_SLICES=2.*unset"):
+        processes.check_slices(1)
+    processes.check_slices(2)
+
+
+def test_what_one_decides_holds_and_its_error_is_raised():
+    assert processes.decided_by_first(True)
+    with pytest.raises(UserError, match="full"):
+        processes.on_first(lambda: (_ for _ in ()).throw(UserError("disk full")))
+
+
+def test_a_process_reads_the_rows_and_tokens_that_its_devices_hold(eight_devices):
+    mesh = Mesh(np.array(eight_devices).reshape(2, 4), ("rows", "tokens"))
+    rows, tokens = local_part(NamedSharding(mesh, PartitionSpec("rows", "tokens")), (4, 32))
+    assert (rows, tokens) == ([0, 1, 2, 3], range(32))  # this process holds all devices
+    part = Mesh(np.array(eight_devices[:2]).reshape(1, 2), ("rows", "tokens"))
+    assert local_part(NamedSharding(part, PartitionSpec("rows", None)), (4, 32)) == ([0, 1, 2, 3], range(32))
+    assert jax.process_count() == 1
