@@ -50,7 +50,7 @@ def test_every_config_file_sets_everything_and_is_valid(path):
         ("train.num_steps", -5, "config.train.num_steps=-5: must be at least 1"),
         ("optimizer.name", "adam", "config.optimizer.name=adam: must be one of adamw, lion, adafactor"),
         ("optimizer.learning_rate", -1.0, "config.optimizer.learning_rate=-1.0: must be at least 0"),
-        ("mesh.model", 2, "config.mesh.model=2: must be 1"),
+        ("mesh.model", 3, "config.mesh.model=3: must divide config.model.d_v=256"),
         ("mesh.data", 0, "config.mesh.data=0: must be a number of devices, or -1 for all"),
         ("data.test_share", 0.99, "config.data.validation_share=0.02: with config.data.test_share=0.99 nothing"),
         ("sample.nucleus_p", 0.0, "config.sample.nucleus_p=0.0: must be above 0 and at most 1"),

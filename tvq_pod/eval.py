@@ -23,7 +23,7 @@ from tvq_pod.metrics import LOG_2, MetricsWriter
 from tvq_pod.nn.axes import placed_by
 from tvq_pod.nn.model import Transformer
 from tvq_pod.nn.types import TransformerConfig
-from tvq_pod.parallel.mesh import check_divides, make_mesh
+from tvq_pod.parallel.mesh import check_divides, compiler_options, make_mesh
 from tvq_pod.parallel.processes import is_first
 from tvq_pod.parallel.sharding import (
     OnMesh,
@@ -78,6 +78,7 @@ def make_eval_step(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int):
         in_shardings=(None, shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=1,
+        compiler_options=compiler_options(mesh),
     )
 
 

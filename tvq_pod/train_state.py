@@ -15,6 +15,7 @@ from tvq_pod.nn.model import Transformer, codebook_metrics, is_codebook
 from tvq_pod.nn.types import VQSpec
 from tvq_pod.nn.vq import ema_update
 from tvq_pod.optim import make_optimizer, schedule
+from tvq_pod.parallel.mesh import compiler_options
 from tvq_pod.parallel.sharding import (
     OnMesh,
     batch_sharding,
@@ -119,6 +120,7 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh):
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh),
     )
 
 

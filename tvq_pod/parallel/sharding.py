@@ -23,7 +23,8 @@ RULES = dict(
     blocks=("sequence",),
     **dict.fromkeys(("layers", "token", "residual", "embed", "key", "shared_value", "codes", "window"), ()),
 )
-STORAGE = ("data", "data_inner")  # what parameters are spread over too, FSDP style, and gathered from for use
+# What parameters and optimizer state are spread over too, FSDP style; the layers gather them for use.
+STORAGE = ("data", "data_inner", "sequence")
 ROWS, LANES = 16, 128  # a TPU's tile of bfloat16: of the last axis but one, and of the last
 
 BATCH_AXES = ("batch", "tokens")
