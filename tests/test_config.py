@@ -66,6 +66,31 @@ def test_a_bad_value_is_named_with_what_would_be_right(name, value, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh.sequence": 8}, "config.train.update_len=512: must be a multiple of 1024, .* for example 1024"),
+        (
+            {"mesh.sequence": 4, "model.mem_len": 256},
+            "config.mesh.sequence=4: each part has 128 tokens, .* config.model.mem_len=256; give at most 2",
+        ),
+        ({"mesh.sequence": 4, "model.n_code": 126}, "config.mesh.sequence=4: must divide config.model.n_code=126"),
+        ({"mesh.sequence": 2, "model.attn_type": "full"}, "config.mesh.sequence=2: must be 1 with"),
+        ({"mesh.model": 3, "model.n_head": 4}, "config.mesh.model=3: must divide config.model.n_head=4"),
+        (
+            {"mesh.model": 3, "model.n_head": 3, "model.head_type": "mqa", "model.d_ff": 64},
+            "config.mesh.model=3: must divide the MLP's width, 64",
+        ),
+        ({"train.microbatches": 3}, "config.train.microbatches=3: must divide config.train.batch_size=8"),
+    ],
+)
+def test_what_does_not_divide_over_the_mesh_is_named(changes, message):
+    config = default_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
+        resolve(config)
+
+
 def test_an_unknown_or_missing_name_is_an_error():
     tree = json.loads(to_json(Settings()))
     tree["model"]["d_modell"] = 3

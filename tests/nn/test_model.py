@@ -213,9 +213,9 @@ def test_no_array_holds_all_logits_of_a_large_vocabulary():
         )
 
     text = jax.jit(jax.value_and_grad(loss)).lower(params_of(config)).compile().as_text()
-    assert f"[1,{config.block_len},1000]" in text
+    assert f"[1,{config.block_len},1000]" in text.replace("[1,1,", "[1,")
     assert f"{TOTAL},1000]" not in text
-    assert f"[{TOTAL // config.block_len},1,{config.block_len},1000]" not in text
+    assert f"{TOTAL // config.block_len},1,{config.block_len},1000]" not in text
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from tvq_pod.nn.attend import Places, Sources, attend
-from tvq_pod.nn.axes import placement
+from tvq_pod.nn.axes import constrain, placement
 from tvq_pod.nn.cache import NO_DOC, caches, initial_cache
 from tvq_pod.nn.full import full_attention
 from tvq_pod.nn.layers import Dropout, HeadProjection, OutputProjection, RMSNorm, sinusoids
@@ -223,7 +223,7 @@ class VQAttention(nn.Module):
     def _biases(self) -> dict:
         """What scores are made of besides queries and keys: codes [H, S, K], u and v [Q, K], r [H, M + 1, K]."""
         c = self.config
-        table = self.drop_sin(sinusoids(jnp.arange(c.mem_len + 1), c.d_model))
+        table = constrain(self.drop_sin(sinusoids(jnp.arange(c.mem_len + 1), c.d_model)), None, None)
         codes = dict(codes=self.quantizer.codes().astype(c.dtype)) if self.quantizer else {}
         return dict(
             **codes,

@@ -32,6 +32,7 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
     how = "--multihost" if multihost else f"--coordinator_address={coordinator_address}"
     try:
         jax.distributed.initialize(**({} if multihost else given))
+        jax.devices()  # meets the others
     except (RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())[:200]
         raise UserError(f"{how}: this process could not join the others ({said}); all must be started") from error
