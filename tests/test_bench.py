@@ -13,7 +13,8 @@ __all__ = ["config_file", "corpus"]  # fixtures
 def measured(tmp_path_factory, config_file) -> tuple[dict, str]:
     folder = tmp_path_factory.mktemp("bench")
     flags = ["--mode=bench", f"--config={config_file}", f"--workdir={folder}"]
-    _, err = run(*flags, "--against=full", "--lengths=16,64", "--rounds=2")
+    quick = ["--config.model.n_layer=1", "--config.model.reduction=serial"]  # to compile
+    _, err = run(*flags, *quick, "--against=full", "--lengths=16,64", "--rounds=2")
     assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
     return json.loads((folder / "bench.json").read_text()), err
 

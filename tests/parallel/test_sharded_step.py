@@ -156,7 +156,7 @@ def test_what_shards_of_tokens_send_does_not_grow_with_the_update():
 
 def test_layers_are_gathered_twice_and_nothing_else_is(eight_devices):
     """2 P over data: P, the bytes of the kernels as they are used, forward and again in the backward pass. The
-    embeddings once each. No activation: more tokens send no byte more."""
+    embeddings once each. Not a byte of activations."""
     model = dict(n_layer=2, d_model=32, d_v=64, remat="full", reduction="serial", pe_abs=False)
     settings = settings_of((1, 8, 1, 1), **model)
     params = abstract_train_state(settings, mesh_of(settings)).params
@@ -170,8 +170,6 @@ def test_layers_are_gathered_twice_and_nothing_else_is(eight_devices):
     sent = collectives_of(settings)
     assert in_layers > others > 0
     assert sent["all-gather", ("data",)] == 2 * in_layers + others
-    more_tokens = collectives_of(settings_of((1, 8, 1, 1), update_len=4 * UPDATE_LEN, **model))
-    assert more_tokens["all-gather", ("data",)] == sent["all-gather", ("data",)]
 
 
 def test_every_part_of_the_state_moves(alone):
