@@ -6,7 +6,7 @@ PATH: a file or folder with the text. To see what it costs before a slice is ren
 
     python -m tvq_pod.main --mode=plan --config=configs/enwik8.py --topology=v5e:4x4 --workdir=runs/enwik8
 
-It says 0.58 s a step, 453,000 tokens/s, and a peak of 15.3 of a chip's 16 GiB.
+It says 0.54 s a step, 485,000 tokens/s, and a peak of 12.6 of a chip's 16 GiB.
 Settings: arXiv 2309.16354, appendix, and scripts/lm_enwik8.sh of its code (github.com/transformer-vq/transformer_vq).
 """
 
