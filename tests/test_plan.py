@@ -130,7 +130,8 @@ def test_a_config_that_does_not_fit_is_an_answer(planned):
     assert plan["bytes_per_chip"]["temp"] is None
     first, *others = plan["advice"].split(", or ")
     assert first == "config.model.remat=full"
-    assert others[:2] == ["config.train.batch_size=2048", "config.train.update_len=32768"]
+    assert others[0] == "config.train.microbatches=2"
+    assert others[1:3] == ["config.train.batch_size=2048", "config.train.update_len=32768"]
     assert "does not fit" in plan["printed"]
 
 

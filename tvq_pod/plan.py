@@ -175,9 +175,11 @@ def shortage(message: str) -> tuple[int | None, int | None]:
 def advice(settings: Settings, mesh: jax.sharding.Mesh) -> str:
     """Which settings to change so that a step needs less memory, the one that costs least first."""
     rows = settings.train.batch_size // n_row_shards(mesh)
+    parts = settings.train.microbatches
     return ", or ".join(
         [
             *(["config.model.remat=full"] if settings.model.remat != "full" else []),
+            *([f"config.train.microbatches={2 * parts}"] if rows % (2 * parts) == 0 else []),
             *([f"config.train.batch_size={settings.train.batch_size // 2}"] if rows > 1 else []),
             f"config.train.update_len={max(settings.train.update_len // 2, settings.model.block_len)}",
             "a slice of more chips",
