@@ -7,12 +7,16 @@ others' behind their number. When one process fails the others are ended, and it
 counts as 128 + its number. SIGTERM and SIGINT are passed on.
 """
 
+import functools
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from typing import BinaryIO
 
 from absl import app, flags
 
@@ -43,19 +47,11 @@ def start(n_processes: int, devices_per_process: int, arguments: list[str]) -> l
 
 def wait(processes: list[subprocess.Popen], grace_seconds: float) -> int:
     """Until all are done, or one has failed and the others were ended; the exit code of the first that failed, or 0."""
-    ended = threading.Semaphore(0)
-    order = []
-
-    def watch(process):
-        process.wait()
-        order.append(process)
-        ended.release()
-
+    ended = queue.SimpleQueue()
     for process in processes:
-        threading.Thread(target=watch, args=(process,), daemon=True).start()
+        in_background(lambda process=process: ended.put(process.wait()))
     for _ in processes:
-        ended.acquire()
-        code = order[-1].returncode
+        code = ended.get()
         if code:
             _end([process for process in processes if process.poll() is None], grace_seconds)
             return 128 - code if code < 0 else code
@@ -73,15 +69,17 @@ def _end(processes: list[subprocess.Popen], grace_seconds: float) -> None:
             process.wait()
 
 
-def _show(source, target, prefix: bytes) -> threading.Thread:
-    def copy():
-        for line in source:
-            target.write(prefix + line)
-            target.flush()
-
-    thread = threading.Thread(target=copy, daemon=True)
+def in_background(function: Callable[[], object]) -> threading.Thread:
+    """Calls it in a thread that does not keep the process alive."""
+    thread = threading.Thread(target=function, daemon=True)
     thread.start()
     return thread
+
+
+def _copy(source: BinaryIO, target: BinaryIO, prefix: bytes) -> None:
+    for line in source:
+        target.write(prefix + line)
+        target.flush()
 
 
 def main(argv: list[str]) -> None:
@@ -98,8 +96,8 @@ def main(argv: list[str]) -> None:
     readers = []
     for index, process in enumerate(processes):
         prefix = f"[{index}] ".encode() if index else b""
-        readers.append(_show(process.stdout, sys.stdout.buffer, prefix))
-        readers.append(_show(process.stderr, sys.stderr.buffer, prefix))
+        for source, target in ((process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer)):
+            readers.append(in_background(functools.partial(_copy, source, target, prefix)))
     code = wait(processes, _GRACE.value)
     for reader in readers:
         reader.join()

@@ -1,6 +1,8 @@
 """Runs before any test module is imported: eight simulated devices, quick compilation, no silent rank promotion."""
 
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
@@ -12,6 +14,12 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_llvm_disable_expensive_passes=true",
     ]
 )
+
+# Programs that several tests compile, in this process or in those that they start, are compiled once.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"tvq_pod-tests-{run}")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
 import pytest
@@ -37,3 +45,8 @@ def eight_devices() -> list:
     devices = jax.devices()
     assert len(devices) == 8, f"XLA_FLAGS came too late: {devices}"
     return devices
+
+
+def pytest_sessionfinish(session):
+    if not hasattr(session.config, "workerinput"):  # the last to end
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

@@ -1,14 +1,19 @@
 """Checkpoints: what is saved is the state of that step, and another run's checkpoint is refused by name."""
 
 import dataclasses
+import resource
+import shutil
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from tests.common import small_config
-from tvq_pod.checkpoint import Checkpoints, model_record, run_record, sha256_of
-from tvq_pod.config import MeshSettings, OptimizerSettings, Settings, TrainSettings
+from tvq_pod import manifest
+from tvq_pod.checkpoint import Checkpoints, model_record, run_record, sha256_of, stale_steps
+from tvq_pod.config import CheckpointSettings, MeshSettings, OptimizerSettings, Settings, TrainSettings
+from tvq_pod.data.course import Course
 from tvq_pod.errors import UserError
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.train_state import abstract_train_state, create_train_state, make_train_step
@@ -19,6 +24,7 @@ SETTINGS = Settings(
     optimizer=OptimizerSettings(learning_rate=0.1, warmup_steps=0),
 )
 RECORD = run_record(SETTINGS, "bytes", "corpus-a")
+COURSE = Course.begin(8, 8).skipping(3, 2)
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +48,13 @@ def a_batch(mesh, seed):
 
 def test_what_is_saved_in_the_background_is_the_state_of_that_step(tmp_path, mesh, step_fn):
     """The step donates its state: a save that still reads it while the next step writes would be caught here."""
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpoints(tmp_path, CheckpointSettings(keep=0))
     state, expected = create_train_state(SETTINGS, mesh), {}
     for step in range(1, 6):
         state, _ = step_fn(state, a_batch(mesh, step))
         expected[step] = sha256_of(jax.tree.map(np.array, state))
-        checkpoints.save(state, step, RECORD)
+        checkpoints.wait()
+        checkpoints.save(state, step, RECORD, COURSE)
     checkpoints.wait()
     assert len(set(expected.values())) == 5
     assert checkpoints.steps() == [1, 2, 3, 4, 5]
@@ -61,10 +68,10 @@ def test_what_is_saved_in_the_background_is_the_state_of_that_step(tmp_path, mes
 
 
 def test_the_newest_steps_are_kept(tmp_path, mesh):
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path, CheckpointSettings(keep=2))
     state = create_train_state(SETTINGS, mesh)
     for step in (1, 2, 3, 4):
-        checkpoints.save(state, step, RECORD)
+        checkpoints.save(state, step, RECORD, COURSE)
         checkpoints.wait()
     assert checkpoints.steps() == [3, 4]
     assert checkpoints.pick(None) == 4
@@ -74,9 +81,10 @@ def test_the_newest_steps_are_kept(tmp_path, mesh):
 
 
 def test_another_runs_checkpoint_is_refused_by_name(tmp_path, mesh):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(create_train_state(SETTINGS, mesh), 7, RECORD)
+    checkpoints = Checkpoints(tmp_path, CheckpointSettings(keep=0))
+    checkpoints.save(create_train_state(SETTINGS, mesh), 7, RECORD, COURSE)
     checkpoints.wait()
+    assert checkpoints.course(7) == COURSE
     checkpoints.check(7, RECORD)
     checkpoints.check(7, model_record(SETTINGS, "bytes"))
 
@@ -86,8 +94,6 @@ def test_another_runs_checkpoint_is_refused_by_name(tmp_path, mesh):
     for other, fingerprint, message in (
         (changed("model", d_v=24), "corpus-a", "config.model.d_v=24: the checkpoint .*7 was made with 8"),
         (changed("model", n_code=6), "corpus-a", "config.model.n_code=6: .* was made with 5"),
-        (changed("train", batch_size=16), "corpus-a", "config.train.batch_size=16: .* was made with 8"),
-        (changed("train", update_len=4), "corpus-a", "config.train.update_len=4: .* was made with 8"),
         (changed("optimizer", name="lion"), "corpus-a", "config.optimizer.name=lion: .* was made with adamw"),
         (dataclasses.replace(SETTINGS, seed=5), "corpus-a", "config.seed=5: .* was made with 0"),
         (SETTINGS, "corpus-b", "config.data.store, fingerprint=corpus-b: .* was made with corpus-a"),
@@ -103,11 +109,11 @@ def test_another_runs_checkpoint_is_refused_by_name(tmp_path, mesh):
 
 def test_no_checkpoint_is_an_error_and_makes_no_folder(tmp_path):
     with pytest.raises(UserError, match=r"--workdir=.*: has no checkpoint; train there first"):
-        Checkpoints(tmp_path / "nowhere", read_only=True)
+        Checkpoints(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="has no checkpoint"):
-        Checkpoints(tmp_path, read_only=True).pick(None)
+        Checkpoints(tmp_path).pick(None)
 
 
 def test_a_fingerprint_sees_every_bit_and_every_name():
@@ -121,3 +127,143 @@ def test_a_fingerprint_sees_every_bit_and_every_name():
         dict(a=tree["a"], c=tree["b"]),
     ]
     assert len({sha256_of(other) for other in [tree, *others]}) == 5
+
+
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory, mesh):
+    """A folder with checkpoints 1, 2 and 3, that tests copy and damage."""
+    workdir = tmp_path_factory.mktemp("three")
+    checkpoints = Checkpoints(workdir, CheckpointSettings(keep=0))
+    state = create_train_state(SETTINGS, mesh)
+    for step in (1, 2, 3):
+        checkpoints.save(state, step, RECORD, COURSE)
+        checkpoints.wait()
+    checkpoints.close()
+    return workdir
+
+
+@pytest.fixture
+def workdir(three_steps, tmp_path):
+    shutil.copytree(three_steps, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def damage(workdir, step):
+    """One bit of an array's data, which orbax itself would restore without a word."""
+    path = max((workdir / f"checkpoints/{step}/params").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def names(workdir):
+    return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
+def test_a_damaged_step_is_set_aside_and_the_newest_good_one_used(workdir, capfd):
+    damage(workdir, 3)
+    damage(workdir, 2)
+    checkpoints = Checkpoints(workdir, CheckpointSettings())
+    assert checkpoints.newest_good() == 1
+    assert names(workdir) == ["1", "2.damaged", "3.damaged"]  # nothing is deleted
+    said = capfd.readouterr().err
+    assert "its content has changed (CRC-32C)" in said
+    assert "DAMAGED: checkpoint" in said
+    checkpoints.close()
+
+
+def test_with_no_good_step_left_a_run_does_not_start_over(workdir):
+    for step in (1, 2, 3):
+        damage(workdir, step)
+    for _ in range(2):  # nor does it the next time
+        checkpoints = Checkpoints(workdir, CheckpointSettings())
+        with pytest.raises(UserError, match=r"has no good checkpoint left \(1.damaged, 2.damaged, 3.damaged"):
+            checkpoints.newest_good()
+        checkpoints.close()
+    checkpoints = Checkpoints(workdir.parent / "new", CheckpointSettings())
+    assert checkpoints.newest_good() is None  # where nothing was saved, all is well
+    checkpoints.close()
+
+
+def test_those_that_only_read_pass_over_a_damaged_step_and_leave_it_where_it_is(workdir):
+    damage(workdir, 3)
+    checkpoints = Checkpoints(workdir)
+    assert checkpoints.pick(None) == 2
+    with pytest.raises(UserError, match="--step=3 is damaged"):
+        checkpoints.pick(3)
+    assert names(workdir) == ["1", "2", "3"]
+    checkpoints.close()
+
+
+def test_orbax_needs_nothing_that_the_manifest_leaves_out(workdir, mesh):
+    for name in manifest.LEFT_OUT:
+        (workdir / f"checkpoints/3/{name}").write_text("?")
+    checkpoints = Checkpoints(workdir)
+    checkpoints.restore(3, abstract_train_state(SETTINGS, mesh))
+    checkpoints.close()
+
+
+def test_a_save_that_fails_is_told_and_the_next_one_works(workdir, mesh):
+    """On a full disk, or what is the same to it: no file may grow."""
+    checkpoints = Checkpoints(workdir, CheckpointSettings(keep=1))
+    state = create_train_state(SETTINGS, mesh)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, most))
+    checkpoints.save(state, 4, RECORD, COURSE)
+    saved = checkpoints.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert not saved
+    assert "File too large" in checkpoints.error
+    assert checkpoints.failing
+    assert checkpoints.steps() == [1, 2, 3]  # older ones stay until a newer one is good
+    checkpoints.save(state, 4, RECORD, COURSE)
+    assert checkpoints.wait()
+    assert names(workdir) == ["4"]
+    checkpoints.close()
+
+
+def test_a_save_that_the_disk_has_no_room_for_is_not_begun(workdir, mesh, monkeypatch):
+    checkpoints = Checkpoints(workdir, CheckpointSettings())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=100))
+    checkpoints.save(create_train_state(SETTINGS, mesh), 4, RECORD, COURSE)
+    assert not checkpoints.wait()
+    assert checkpoints.error == "the disk has not enough room for it"
+    checkpoints.close()
+
+
+def test_a_step_that_is_bad_on_disk_at_once_does_not_drive_out_a_good_one(workdir, mesh, monkeypatch):
+    checkpoints = Checkpoints(workdir, CheckpointSettings(keep=1))
+    written = manifest.write_manifest
+
+    def write_and_damage(folder):
+        written(folder)
+        (folder / "record/metadata").write_text("{}")
+
+    monkeypatch.setattr(manifest, "write_manifest", write_and_damage)
+    checkpoints.save(create_train_state(SETTINGS, mesh), 4, RECORD, COURSE)
+    assert not checkpoints.wait()
+    assert names(workdir) == ["1", "2", "3", "4.damaged"]
+    checkpoints.close()
+
+
+def test_which_steps_need_not_stay():
+    steps = list(range(10, 101, 10))
+
+    def stale(losses=None, **settings):
+        return stale_steps(steps, CheckpointSettings(**settings), losses or {})
+
+    assert stale(keep=0) == []
+    assert stale(keep=3) == steps[:-3]
+    assert stale(keep=1, keep_every_steps=40) == [10, 20, 30, 50, 60, 70, 90]
+    losses = {20: 1.5, 50: 1.2, 70: 1.3, 90: 1.4}
+    assert stale(losses, keep=2, keep_best=1) == [10, 20, 30, 40, 60, 70, 80]
+    assert stale(losses, keep=1, keep_best=2) == [10, 20, 30, 40, 60, 80, 90]
+    assert 100 not in stale(losses, keep=1, keep_best=0)
+
+
+def test_steps_that_a_run_went_back_from_are_set_aside(workdir):
+    checkpoints = Checkpoints(workdir, CheckpointSettings())
+    checkpoints.undo(after=1)
+    assert names(workdir) == ["1", "2.undone", "3.undone"]
+    assert checkpoints.newest_good() == 1
+    checkpoints.close()

@@ -36,6 +36,7 @@ class TrainSettings:
     batch_size: int = 8  # B: streams, over all hosts
     update_len: int = 512  # T: tokens of each stream that one step consumes
     microbatches: int = 1  # parts of the batch's rows, one after the other, whose gradients are added: less memory
+    on_batch_change: str = "refuse"  # of a run that goes on with another batch_size or update_len | restart_streams
     num_steps: int = 1000  # step n has consumed updates 0 .. n - 1
     log_every_steps: int = 20
 
@@ -67,6 +68,20 @@ class MeshSettings:
 class CheckpointSettings:
     every_steps: int = 500  # and at the end; 0: only at the end
     keep: int = 3  # newest steps that stay; 0: all
+    keep_every_steps: int = 0  # one every so many steps stays for ever; 0: none
+    keep_best: int = 1  # steps of the lowest validation loss that stay; 0: none
+    timeout_seconds: int = 600  # that a save may take in the background
+    grace_seconds: float = 120.0  # from SIGTERM until the process ends, saved or not
+
+
+@dataclasses.dataclass(frozen=True)
+class SanitySettings:
+    spike_deviations: float = 12.0  # a loss this many deviations above the mean makes a step bad; 0: never
+    spike_after_steps: int = 100  # steps that mean and deviation are taken from, before that
+    min_code_perplexity: float = 0.0  # of any unit's codes in an update; below it, the codebook has collapsed. 0: never
+    max_dead_codes: float = 1.0  # share of any unit's codes; above it, the codebook has collapsed. 1: never
+    bad_steps: int = 5  # in a row, then the run goes back to the last good step and skips their data
+    max_rollbacks: int = 10  # of a run, then it gives up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +112,14 @@ class Settings:
     """All of a run's settings, resolved and checked."""
 
     seed: int = 0  # of parameters, dropout and the order of documents
+    compile_cache: str = "auto"  # folder of compiled programs, for quick restarts; auto: WORKDIR/compile_cache; "": none
     model: TransformerConfig = TransformerConfig()
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     mesh: MeshSettings = MeshSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    sanity: SanitySettings = SanitySettings()
     eval: EvalSettings = EvalSettings()
     sample: SampleSettings = SampleSettings()
     metrics: MetricsSettings = MetricsSettings()
@@ -118,6 +135,7 @@ CHOICES = {
     "model.param_dtype": ("float32", "bfloat16"),
     "data.format": ("auto", "stdlib", "folder", "lines", "jsonl"),
     "data.invalid_utf8": ("error", "replace", "skip"),
+    "train.on_batch_change": ("refuse", "restart_streams"),
     "optimizer.name": ("adamw", "lion", "adafactor"),
     "optimizer.schedule": ("cosine", "linear", "inverse_sqrt"),
 }
@@ -138,6 +156,8 @@ AT_LEAST = {  # everything else that is a number must be at least 0
     "mesh.sequence": 1,
     "mesh.model": 1,
     "mesh.slices": 1,
+    "checkpoint.timeout_seconds": 1,
+    "sanity.bad_steps": 1,
     "eval.batch_size": 1,
 }
 BELOW_ONE = ("model.p_dropemb", "model.p_dropsin", "model.p_dropres", "model.p_droplyr", "model.c_gamma",

@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""The exceptions that main turns into an exit code and one line."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     main prints it and exits with 1; nothing that was saved before has been touched.
     """
+
+
+class Preempted(Exception):
+    """The run was asked to end, and all that it had is saved: main exits with 75, which means, run me again."""

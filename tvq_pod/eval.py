@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -94,8 +95,11 @@ class Evaluator:
         self._n_bytes = int(self._split.doc_bytes[self._plan.documents].sum())
         self._eval_step = make_eval_step(settings, mesh, settings.eval.batch_size)
 
-    def evaluate(self, params: dict) -> Result:
-        """Loss over the split's documents (or as many as config.eval.max_tokens takes)."""
+    def evaluate(self, params: dict, told_to_stop: Callable[[], bool] = lambda: False) -> Result | None:
+        """Loss over the split's documents (or as many as config.eval.max_tokens takes).
+
+        told_to_stop is asked after each step; None is returned as soon as it says so.
+        """
         began = time.monotonic()
         train, data = self._settings.train, self._settings.data
         state, sums = make_eval_state(self._settings, self._mesh, self._settings.eval.batch_size), []
@@ -113,6 +117,8 @@ class Evaluator:
             state, sum_ = self._eval_step(params, state, batch)
             jax.block_until_ready(sums[-1:])  # the host runs ahead by one step, no more: batches take memory
             sums.append(sum_)
+            if told_to_stop():
+                return None
         sums = jax.device_get(sums)
         # Python's floats are doubles: sums of float32 over one step each, added exactly enough
         nats, tokens = sum(float(s["loss"]) for s in sums), sum(int(s["tokens"]) for s in sums)
@@ -132,7 +138,7 @@ def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | No
     """
     mesh = make_mesh(settings.mesh)
     check_divides("config.eval.batch_size", settings.eval.batch_size, mesh)
-    checkpoints = Checkpoints(workdir, read_only=True)
+    checkpoints = Checkpoints(workdir)
     step = checkpoints.pick(step)
     path = store_path(settings, workdir)
     if not TokenStore.exists(path):

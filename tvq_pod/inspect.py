@@ -13,7 +13,7 @@ from tvq_pod.train_state import abstract_train_state
 def inspect(settings: Settings, workdir: epath.Path, step: int | None) -> None:
     """Prints the config, the steps kept, each parameter's shape, dtype and sharding, their count, and two SHA-256: of
     all parameters, and of the rest of the train state (step, optimizer, recurrent state)."""
-    checkpoints = Checkpoints(workdir, read_only=True)
+    checkpoints = Checkpoints(workdir)
     steps, step = checkpoints.steps(), checkpoints.pick(step)
     record = run_record(settings, run_vocab(settings, workdir).name, fingerprint="")
     checkpoints.check(step, {name: value for name, value in record.items() if name != FINGERPRINT})
@@ -30,5 +30,5 @@ def inspect(settings: Settings, workdir: epath.Path, step: int | None) -> None:
         print(f"{name:<44} {shape:>16} {leaf.dtype} {leaf.sharding.spec}")
     print(f"parameters: {sum(leaf.size for _, leaf in leaves)}")
     print(f"parameters_sha256: {sha256_of(state.params)}")
-    print(f"train_state_sha256: {sha256_of([state.step, state.opt_state, state.recurrent])}")
+    print(f"train_state_sha256: {sha256_of(state.replace(params=None))}")
     checkpoints.close()

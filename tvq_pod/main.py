@@ -3,7 +3,8 @@
     python -m tvq_pod.main --config=configs/stdlib.py --workdir=runs/stdlib [--config.model.d_model=256 ...]
         [--mode=train|eval|sample|prepare|inspect|plan|bench]
 
-Exit code 0: done. 1: an error; where it is the user's to mend, one line says how.
+Exit code 0: done. 75: asked to end by SIGTERM, and saved: run me again. 1: an error; where it is the user's to mend, one
+line says how.
 """
 
 import importlib.util
@@ -17,11 +18,15 @@ from etils import epath
 from ml_collections import config_flags
 
 from tvq_pod.config import Settings, resolve
-from tvq_pod.errors import UserError
+from tvq_pod.errors import Preempted, UserError
 from tvq_pod.paths import is_bucket
+from tvq_pod.preemption import PREEMPTED, Preemption
 
 TOGETHER = ("train", "eval", "sample", "prepare")  # modes for any number of processes
 MODES = ("train", "eval", "sample", "prepare", "inspect", "plan", "bench")
+
+# What jax says when a process of the job is gone.
+LOST_PEER = ("Gloo", "heartbeat", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination service")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file; the run's own config.json if it is not given.", lock_config=True
@@ -44,13 +49,16 @@ _COORDINATOR = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the job has.", lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
 _MULTIHOST = flags.DEFINE_bool("multihost", False, "Cloud TPU, Slurm or Open MPI say which processes the job has.")
+_PEER_TIMEOUT = flags.DEFINE_integer(
+    "peer_timeout_seconds", 100, "After which a process of the job that is not heard of is dead.", lower_bound=5
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "bench: turns after the warm-up.", lower_bound=1)
 
 
 def main(argv: list[str]) -> None:
     """Calls the mode. Raises UserError for what the user can mend."""
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.ERROR)  # orbax writes a page per save; what goes wrong in it is raised
+        logging.set_verbosity(logging.FATAL)  # orbax writes a page per save, and ten if it fails: that is raised anyway
     if len(argv) > 1:
         raise UserError(f"{argv[1]}: is no flag; flags are --name=value")
     if not _WORKDIR.value:
@@ -66,14 +74,17 @@ def main(argv: list[str]) -> None:
     if mode in TOGETHER:
         from tvq_pod.parallel import processes
 
+        preemption = Preemption(settings.checkpoint.grace_seconds) if mode == "train" else None
         processes.check_slices(settings.mesh.slices)
-        processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _MULTIHOST.value)
+        job = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _MULTIHOST.value
+        processes.join(*job, _PEER_TIMEOUT.value)
+        _cache_compiled(settings.compile_cache, workdir)
     elif _COORDINATOR.value or _MULTIHOST.value:
         raise UserError(f"--mode={mode}: is for one process; leave --multihost, --coordinator_address and others out")
     if mode == "train":
         from tvq_pod.train import train
 
-        train(settings, workdir)
+        train(settings, workdir, preemption)
     elif mode == "eval":
         from tvq_pod.eval import evaluate
 
@@ -103,6 +114,14 @@ def main(argv: list[str]) -> None:
             sweep(_without(("sweep", "workdir"), _with_config(sys.argv))[1:], workdir, _SWEEP.value)
         else:
             plan(settings, workdir, _TOPOLOGY.value, _SLICES.value, _TOKENS.value)
+
+
+def _cache_compiled(folder: str, workdir: epath.Path) -> None:
+    """Compiled programs are kept for the next start, unless jax was told already where."""
+    import jax
+
+    if folder and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache" if folder == "auto" else folder))
 
 
 def _lengths() -> list[int]:
@@ -171,13 +190,20 @@ def run() -> None:
     """What `python -m tvq_pod.main` and the command `tvq_pod` call."""
     try:
         app.run(main, flags_parser=_parse)
+    except Preempted as preempted:
+        print(" ".join(str(preempted).split()), file=sys.stderr)
+        sys.exit(PREEMPTED)
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         _exit_alone(1)
-    except Exception:
+    except Exception as error:
         if not _is_one_of_many():
             raise
-        traceback.print_exc()
+        text = " ".join(str(error).split())
+        if type(error).__name__ == "JaxRuntimeError" and any(sign in text for sign in LOST_PEER):
+            print(f"error: another process of the job has ended, or can't be reached ({text[:200]})", file=sys.stderr)
+        else:
+            traceback.print_exc()
         _exit_alone(1)
 
 

@@ -1,11 +1,11 @@
 """Where numbers go: metrics.jsonl, TensorBoard events, and, on request, W&B. Process 0 writes, the others don't."""
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import math
 import os
-from typing import TextIO
 
 from etils import epath
 from tensorboardX import SummaryWriter
@@ -13,6 +13,7 @@ from tensorboardX import SummaryWriter
 from tvq_pod.config import MetricsSettings
 from tvq_pod.errors import UserError
 from tvq_pod.paths import is_bucket
+from tvq_pod.progress import say
 
 LOG_2 = math.log(2.0)
 
@@ -43,9 +44,9 @@ class MetricsWriter:
         if not enabled:
             return
         path = workdir / "metrics.jsonl"
-        self._file = BucketFile(path) if is_bucket(path) else _open_to_append(path)
+        self._file = BucketFile(path) if is_bucket(path) else LocalFile(path)
         if settings.tensorboard and not is_bucket(workdir):
-            self._events = SummaryWriter(str(workdir / "tensorboard"), max_queue=1000, flush_secs=30)
+            self._events = Events(str(workdir / "tensorboard"))
         if settings.wandb_project:
             import wandb
 
@@ -59,16 +60,17 @@ class MetricsWriter:
             )
 
     def write(self, step: int, split: str, values: dict) -> None:
-        """One line, and one point per value: step, split, and values (floats and ints)."""
+        """One line, and one point per number: step, split, and values: numbers, lists of them (one for each unit of the
+        model), or texts, which only the line has. What is not finite is null in the line."""
         if self._file is None:
             return
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps(dict(step=step, split=split, **finite)) + "\n")
+        line = {name: _finite(value) for name, value in values.items()}
+        self._file.write(json.dumps(dict(step=step, split=split, **line)) + "\n")
+        points = {f"{split}/{name}": value for name, value in _points(values)}
         if self._events:
-            for name, value in values.items():
-                self._events.add_scalar(f"{split}/{name}", value, step)
+            self._events.add(points, step)
         if self._wandb:
-            self._wandb.log({f"{split}/{name}": value for name, value in values.items()}, step=step)
+            self._wandb.log(points, step=step)
 
     def close(self) -> None:
         """Flushes everything."""
@@ -80,23 +82,87 @@ class MetricsWriter:
             self._wandb.finish()
 
 
-def has_line(workdir: epath.Path, step: int, split: str) -> bool:
-    """Whether metrics.jsonl has a line of that step and split."""
-    path = workdir / "metrics.jsonl"
-    head = json.dumps(dict(step=step, split=split))[:-1]  # as `write` begins it
-    return path.exists() and any(line.startswith(head) for line in path.read_text().splitlines())
+def lines_of(workdir: epath.Path, split: str) -> dict[int, dict]:
+    """The lines of a split in metrics.jsonl, by step; of two with the same step, the later one.     A line that was cut off is left out."""
+    lines, path = {}, workdir / "metrics.jsonl"
+    for text in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            line = json.loads(text)
+            if line["split"] == split:
+                lines[int(line["step"])] = line
+    return lines
 
 
-def _open_to_append(path: epath.Path) -> TextIO:
-    torn = False
-    if path.exists() and os.path.getsize(path):
-        with open(path, "rb") as file:
-            file.seek(-1, os.SEEK_END)
-            torn = file.read() != b"\n"
-    file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-    if torn:  # the process before us was killed while it wrote
-        file.write("\n")
-    return file
+def _finite(value):
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return value if math.isfinite(value) else None
+
+
+def _points(values: dict):
+    for name, value in values.items():
+        if isinstance(value, list):
+            yield from ((f"{name}/{i}", v) for i, v in enumerate(value))
+        elif not isinstance(value, str):
+            yield name, value
+
+
+class LocalFile:
+    """A text file that is appended to. What a full disk does not take is kept, and written with what comes next."""
+
+    def __init__(self, path: epath.Path):
+        torn = False
+        if path.exists() and os.path.getsize(path):
+            with open(path, "rb") as file:
+                file.seek(-1, os.SEEK_END)
+                torn = file.read() != b"\n"
+        self._path, self._warned = path, False
+        self._file = open(path, "ab", buffering=0)
+        self._pending = b"\n" if torn else b""  # the process before us was killed while it wrote
+
+    def write(self, text: str) -> None:
+        if not self._pending.strip():
+            self._warned = False
+        self._pending += text.encode()
+        try:
+            self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            if not self._warned:
+                say(f"WARNING: {self._path} can't be written ({error.strerror}): its lines are kept for later")
+            self._warned = True
+
+    def close(self) -> None:
+        """Writes what is left, if it can."""
+        if self._pending:
+            self.write("")
+        self._file.close()
+
+
+class Events:
+    """TensorBoard's event files. tensorboardX writes them in a thread, which ends for good at its first error, such as a
+    full disk; then another file is begun."""
+
+    def __init__(self, folder: str):
+        self._folder = folder
+        self._writer = None
+
+    def add(self, points: dict[str, float], step: int) -> None:
+        """Of one step: numbers by name."""
+        try:
+            if self._writer is None or not self._writer.file_writer.event_writer._worker.is_alive():
+                self._writer = SummaryWriter(self._folder, max_queue=1000, flush_secs=30)
+            for name, value in points.items():
+                self._writer.add_scalar(name, value, step)
+        except OSError:  # the next step may have more luck; metrics.jsonl has the numbers
+            self._writer = None
+
+    def close(self) -> None:
+        """Flushes."""
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
 
 
 class BucketFile:

@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: one line per log, with speed and time left."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -10,7 +11,8 @@ import jax
 def say(line: str) -> None:
     """Prints a line for people, to stderr, on process 0."""
     if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a full disk, a terminal that is gone: no reason to end
+            print(line, file=sys.stderr, flush=True)
 
 
 def hours(seconds: float) -> str:

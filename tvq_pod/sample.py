@@ -137,7 +137,7 @@ def sample(settings: Settings, workdir: epath.Path, prompts: list[bytes], step: 
 
     One device of process 0 does it: a stream's next token waits for the last one, and its state is small.
     """
-    checkpoints = Checkpoints(workdir, read_only=True)
+    checkpoints = Checkpoints(workdir)
     step = checkpoints.pick(step)
     vocab = run_vocab(settings, workdir)
     checkpoints.check(step, model_record(settings, vocab.name))

@@ -1,33 +1,64 @@
-"""--mode=train: from a config to a trained model. Reads from top to bottom: check, prepare, restore, loop, finish."""
+"""--mode=train: from a config to a trained model. Reads from top to bottom: check, prepare, restore, loop, finish.
+
+What happens to one process and must be known to all (SIGTERM, a save that failed) is voted on before every step; what
+follows from numbers (a bad step) every process computes alike. So all save, stop and go back at the same step.
+"""
 
 import contextlib
 import dataclasses
+import itertools
 import time
+from collections.abc import Iterator
 
 import jax
+import numpy as np
 from etils import epath
 
-from tvq_pod.checkpoint import Checkpoints, run_record
+from tvq_pod import digest
+from tvq_pod.checkpoint import RETRY_SECONDS, Checkpoints, run_record
 from tvq_pod.config import Settings, to_json
+from tvq_pod.data.course import Course
 from tvq_pod.data.loader import global_batches
 from tvq_pod.data.store import TokenStore
-from tvq_pod.data.streams import TrainStreams
+from tvq_pod.data.streams import streams_of
 from tvq_pod.data.vocab import SentencePieceVocab
+from tvq_pod.errors import Preempted, UserError
 from tvq_pod.eval import Evaluator, report
-from tvq_pod.metrics import MetricsWriter, bits_per_byte, check_packages, has_line
+from tvq_pod.metrics import MetricsWriter, bits_per_byte, check_packages, lines_of
 from tvq_pod.parallel.mesh import check_divides, check_rows, make_mesh, sizes
-from tvq_pod.parallel.processes import decided_by_first, is_first, on_first
+from tvq_pod.parallel.processes import Ballot, all_agree, from_first, is_first, on_first
 from tvq_pod.parallel.sharding import on_one_device
 from tvq_pod.paths import write_whole
+from tvq_pod.preemption import Preemption
 from tvq_pod.prepare import check_source, describe, open_store, store_path
 from tvq_pod.progress import Speed, hours, say
 from tvq_pod.sample import continuations, run_vocab
-from tvq_pod.train_state import abstract_train_state, create_train_state, make_train_step
+from tvq_pod.skipped import Skip, Skipped
+from tvq_pod.train_state import (
+    TrainState,
+    abstract_train_state,
+    create_recurrent,
+    create_train_state,
+    make_train_step,
+)
 from tvq_pod.workdir import locked
 
+RETRIES = 30  # to write the last checkpoint
 
-def train(settings: Settings, workdir: epath.Path) -> None:
-    """Trains to config.train.num_steps, from the newest checkpoint in `workdir` if there is one."""
+
+@dataclasses.dataclass
+class BadStretch(Exception):
+    """So many steps in a row were bad that the run must go back."""
+
+    last_step: int
+    n_bad: int
+
+
+def train(settings: Settings, workdir: epath.Path, preemption: Preemption) -> None:
+    """Trains to config.train.num_steps, from the newest good checkpoint in `workdir` if there is one.
+
+    Raises Preempted after SIGTERM to any process, once all is saved.
+    """
     # ------------------------------------------------- what can be refused before anything is written
     mesh = make_mesh(settings.mesh)
     check_rows(settings, mesh)
@@ -38,107 +69,312 @@ def train(settings: Settings, workdir: epath.Path) -> None:
     with contextlib.ExitStack() as opened:
         on_first(lambda: opened.enter_context(locked(workdir)))
         on_first(lambda: open_store(settings, workdir))
-        _train(settings, workdir, mesh, opened)
+        _Session(settings, workdir, mesh, preemption, opened).run()
 
 
-def _train(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh, opened: contextlib.ExitStack) -> None:
-    """opened: closes what has threads or files of its own, however this ends."""
-    config, is_writer = settings.train, is_first()
-    # ------------------------------------------------- corpus
-    store = open_store(settings, workdir)
-    split = store.split("train")
-    streams = TrainStreams(split.starts, config.batch_size, settings.seed)
-    evaluator = _make_evaluator(settings, mesh, store)
-    # ------------------------------------------------- checkpoint
-    checkpoints = opened.enter_context(contextlib.closing(Checkpoints(workdir, keep=settings.checkpoint.keep)))
-    record = run_record(settings, store.vocab_name, store.fingerprint)
-    saved_steps = checkpoints.steps()
-    if saved_steps:
-        checkpoints.check(saved_steps[-1], record)
-    describe(store)
-    if saved_steps:
-        state = checkpoints.restore(saved_steps[-1], abstract_train_state(settings, mesh))
-        say(f"goes on from step {saved_steps[-1]} in {checkpoints.path}")
-    else:
-        state = create_train_state(settings, mesh)
-    first_step = saved_steps[-1] if saved_steps else 0
-    # ------------------------------------------------- nothing can be refused any more
-    if is_writer and (first_step < config.num_steps or not (workdir / "config.json").exists()):
-        if isinstance(store.vocab(), SentencePieceVocab):
-            (workdir / "vocab.model").write_bytes((store.path / "vocab.model").read_bytes())
-        write_whole(workdir / "config.json", to_json(settings))
-    writer = MetricsWriter(workdir, settings.metrics, dataclasses.asdict(settings), enabled=is_writer)
-    opened.enter_context(contextlib.closing(writer))
-    n_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    say(f"{n_params:,} parameters on {mesh.size} {jax.devices()[0].device_kind} device(s), mesh {sizes(mesh)}")
-    # ------------------------------------------------- loop
-    tokens_per_byte = store.tokens_per_byte("train")
-    batches = global_batches(
-        split,
-        streams,
-        mesh,
-        batch_size=config.batch_size,
-        update_len=config.update_len,
-        first_step=first_step,
-        last_step=config.num_steps,
-        threads=settings.data.num_threads,
-        ahead=settings.data.prefetch_batches,
-    )
-    opened.enter_context(contextlib.closing(batches))
-    step_fn, behind = None, None
-    interval, waiting = [], None  # metrics since the last log, and those that are to be logged once the device moved on
-    speed = None
+class _Session:
+    """One run of the command: from what is in the folder to the last step, or to SIGTERM."""
 
-    def log(step: int, metrics: list[dict]) -> None:
-        values = _means(jax.device_get(metrics))  # waits for `step` to be done
-        values |= speed.seen(step)
-        values["bits_per_byte"] = bits_per_byte(values["loss"], tokens_per_byte)
-        writer.write(step, "train", values)
+    def __init__(
+        self,
+        settings: Settings,
+        workdir: epath.Path,
+        mesh: jax.sharding.Mesh,
+        preemption: Preemption,
+        opened: contextlib.ExitStack,
+    ):
+        """opened: closes what has threads or files of its own, however the session ends."""
+        self.settings, self.workdir, self.mesh = settings, workdir, mesh
+        self.preemption, self.opened = preemption, opened
+        self.store = open_store(settings, workdir)
+        self.split = self.store.split("train")
+        self.evaluator = _make_evaluator(settings, mesh, self.store)
+        self.record = run_record(settings, self.store.vocab_name, self.store.fingerprint)
+        self.checkpoints = opened.enter_context(contextlib.closing(Checkpoints(workdir, settings.checkpoint)))
+        self.skipped = Skipped(workdir)
+        self.ballot = Ballot(mesh, ("stop", "save_failed", "save_busy"))
+        self.step_fn = None
+        self.course: Course | None = None
+
+    def run(self) -> None:
+        """From the newest good checkpoint to the end."""
+        config = self.settings.train
+        # ------------------------------------------------- checkpoint
+        first_step = self.checkpoints.newest_good()
+        evaluated = lines_of(self.workdir, "validation")
+        if first_step is not None:
+            self._check_belongs(first_step)
+        describe(self.store)
+        streams_of(self._course_at(first_step), self.split.starts, self.settings.seed)  # enough tokens for all rows?
+        state, first_step = self._state_at(first_step)
+        # ------------------------------------------------- nothing can be refused any more
+        if is_first() and (first_step < config.num_steps or not (self.workdir / "config.json").exists()):
+            if isinstance(self.store.vocab(), SentencePieceVocab):
+                (self.workdir / "vocab.model").write_bytes((self.store.path / "vocab.model").read_bytes())
+            write_whole(self.workdir / "config.json", to_json(self.settings))
+        self.writer = MetricsWriter(
+            self.workdir, self.settings.metrics, dataclasses.asdict(self.settings), enabled=is_first()
+        )
+        self.opened.enter_context(contextlib.closing(self.writer))
+        self.checkpoints.know_losses({step: line["loss"] for step, line in evaluated.items()})
+        n_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        kind = jax.devices()[0].device_kind
+        say(f"{n_params:,} parameters on {self.mesh.size} {kind} device(s), mesh {sizes(self.mesh)}")
+        # ------------------------------------------------- steps, and back where they went wrong
+        if first_step >= config.num_steps:
+            say(f"nothing to train: step {first_step} of config.train.num_steps={config.num_steps} is there")
+        elif self._evaluates_at(first_step) and not from_first(first_step in evaluated):
+            self._evaluate(state, first_step)  # what was broken off when the session before was asked to end
+        while first_step < config.num_steps:
+            try:
+                state = self._steps(state, first_step)
+                break
+            except BadStretch as bad:
+                del state
+                state, first_step = self._go_back(bad)
+        # ------------------------------------------------- the end
+        last_step = max(first_step, config.num_steps)
+        evaluate = self.settings.eval.at_end or _due(last_step, self.settings.eval.every_steps)
+        if self.evaluator and evaluate and not from_first(last_step in lines_of(self.workdir, "validation")):
+            self._evaluate(state, last_step)
+        self.preemption.can_save = False  # all is saved
+        if self.settings.sample.length:
+            params = on_one_device(state.params, self.mesh)
+            on_first(lambda: _sample(self.settings, self.workdir, params, last_step))
+        say(f"done: {self.workdir}")
+
+    # ------------------------------------------------------------------ where to go on
+
+    def _check_belongs(self, step: int) -> None:
+        """Raises UserError if a checkpoint is of another run, or of other streams and they may not start anew."""
+        self.checkpoints.check(step, self.record)
+        config, saved = self.settings.train, self.checkpoints.course(step).now
+        if config.on_batch_change == "refuse":
+            for name in ("batch_size", "update_len"):
+                now, then = getattr(config, name), getattr(saved, name)
+                if now != then:
+                    raise UserError(
+                        f"config.train.{name}={now}: the checkpoint {self.checkpoints.path}/{step} was made with {then}; "
+                        "give that, or another --workdir, or config.train.on_batch_change=restart_streams"
+                    )
+
+    def _course_at(self, step: int | None) -> Course:
+        """The course that leads on from a checkpoint, or from the beginning: stretches that have been skipped since, and
+        a change of the batch, are in it."""
+        config = self.settings.train
+        if step is None:
+            course = Course.begin(config.batch_size, config.update_len)
+        else:
+            course = self.checkpoints.course(step)
+            if (course.now.batch_size, course.now.update_len) != (config.batch_size, config.update_len):
+                course = course.changed(step, config.batch_size, config.update_len)
+        return self.skipped.put_into(course)
+
+    def _state_at(self, step: int | None) -> tuple[TrainState, int]:
+        """The state after `step` steps, from its checkpoint or for None from the seed, and the step. Sets the course."""
+        self.course = self._course_at(step)
+        if step is None:
+            return create_train_state(self.settings, self.mesh), 0
+        abstract = abstract_train_state(self.settings, self.mesh)
+        same_streams = self.course.now.first_step != step or len(self.course.laps) == 1
+        state = self.checkpoints.restore(step, abstract, with_recurrent=same_streams)
+        if not same_streams:
+            state = state.replace(recurrent=create_recurrent(self.settings, self.mesh))
+            say(f"streams start anew at step {step}: {self.course.now.batch_size} of them, "
+                f"{self.course.now.update_len} tokens an update")  # fmt: skip
+        seen = lines_of(self.workdir, "train").get(step, {}).get("digest")
+        found = digest.as_text(jax.device_get(state.digest))
+        if from_first(int(seen not in (None, found))):
+            raise UserError(
+                f"--workdir={self.workdir}: metrics.jsonl has digest {seen} of the tokens up to step {step}, "
+                f"its checkpoint {found}; they are not of one run"
+            )
+        say(f"goes on from step {step} in {self.checkpoints.path}")
+        return state, step
+
+    def _go_back(self, bad: BadStretch) -> tuple[TrainState, int]:
+        """The state of the newest good step before a stretch of bad ones; from now on, their data is skipped."""
+        limit = self.settings.sanity.max_rollbacks
+        before = bad.last_step - bad.n_bad
+        if self.skipped.count() >= limit:
+            raise UserError(
+                f"config.sanity.max_rollbacks={limit}: steps {before + 1} to {bad.last_step} were bad, and the run has "
+                f"gone back so often ({self.skipped.path} says where); mend the data or the settings, or allow more"
+            )
+        self.checkpoints.wait()
+        self.checkpoints.undo(after=before)
+        step = self.checkpoints.newest_good()
+        lap = self.course.now
+        first, last = lap.update(before), lap.update(bad.last_step - 1)
+        skip = Skip(lap.first_step, lap.batch_size, lap.update_len, first, last - first + 1)
+        self.skipped.add(skip, steps=(before + 1, bad.last_step), back_to=step or 0)
         say(
-            f"step {step:>{len(str(config.num_steps))}}/{config.num_steps}  loss {values['loss']:.4f}  "
-            f"bits/byte {values['bits_per_byte']:.4f}  {values['tokens_per_second']:,.0f} tokens/s  "
-            f"ETA {hours(values['eta_seconds'])}"
+            f"BAD: steps {before + 1} to {bad.last_step} could not be applied; goes back to step {step or 0} and skips "
+            f"updates {first} to {last} of every stream"
+        )
+        return self._state_at(step)
+
+    # ------------------------------------------------------------------ the loop
+
+    def _batches(self, first_step: int) -> Iterator[dict]:
+        config, data = self.settings.train, self.settings.data
+        return global_batches(
+            self.split,
+            streams_of(self.course, self.split.starts, self.settings.seed),
+            self.mesh,
+            batch_size=config.batch_size,
+            update_len=config.update_len,
+            first_step=first_step,
+            last_step=config.num_steps,
+            threads=data.num_threads,
+            ahead=data.prefetch_batches,
+            update_of=self.course.now.update,
         )
 
-    for step in range(first_step + 1, config.num_steps + 1):  # the number the state will have when the update is done
-        batch = next(batches)
-        if step_fn is None:
+    def _steps(self, state: TrainState, first_step: int) -> TrainState:
+        """From first_step to the last. Raises BadStretch, or Preempted."""
+        config, sanity = self.settings.train, self.settings.sanity
+        every = self.settings.checkpoint.every_steps
+        behind = None
+        interval, waiting = [], None  # metrics since the last log, and those to be logged once the device moved on
+        owed, failing = False, False  # a checkpoint is due; it could not be written, and it is too early to try again
+
+        def log() -> None:
+            nonlocal waiting
+            if waiting:
+                self._log(*waiting)
+            waiting = None
+
+        with contextlib.closing(self._batches(first_step)) as batches:
+            for step in range(first_step + 1, config.num_steps + 1):  # what the state's will be when the update is done
+                batch = next(batches)
+                self._compile_once(state, batch, first_step)
+                self._vote()
+                state, metrics = self.step_fn(state, batch)
+                interval.append(metrics)
+                # The host runs ahead of the device by one step, no more: batches take memory.
+                if behind is not None:
+                    self._check_bad(behind, step - 1)
+                behind = metrics
+                told = self.ballot.result()
+                log()  # fetched only now that the device has its next step to do
+                if told["save_failed"] and not failing:
+                    say(
+                        f"WARNING: a checkpoint could not be written ({self.checkpoints.error}): training goes on, and "
+                        "tries again; those before it are whole"
+                    )
+                failing = told["save_failed"] or (failing and told["save_busy"])
+                owed |= failing or _due(step, every)
+                last = step == config.num_steps
+                # Between bad steps nothing is saved: what a run can go back to must be from before them.
+                save = last or (owed and not failing and not int(metrics["n_bad"]))
+                evaluate = not last and self._evaluates_at(step)
+                if step % config.log_every_steps == 0 or save or told["stop"]:
+                    waiting, interval = (step, interval), []
+                if save or evaluate or told["stop"]:
+                    log()
+                if told["stop"]:
+                    self._leave(state, step)
+                # What belongs to a step is written before its checkpoint: a run that goes on from there does not come
+                # back for it.
+                if evaluate:
+                    self._evaluate(state, step)
+                if last:
+                    self._check_bad(metrics, step)
+                    self._save_surely(state, step)
+                elif save and self.checkpoints.wait():
+                    self.checkpoints.save(state, step, self.record, self.course)
+                    owed = False
+        return state
+
+    def _compile_once(self, state: TrainState, batch: dict, first_step: int) -> None:
+        if self.step_fn is None:
             began = time.monotonic()
-            step_fn = make_train_step(settings, mesh).lower(state, batch).compile()
-            say(f"compiled in {time.monotonic() - began:.1f} s; {_memory(step_fn)}")
-            speed = Speed(first_step, config.num_steps, config.batch_size * config.update_len)
-        state, metrics = step_fn(state, batch)
-        interval.append(metrics)
-        jax.block_until_ready(behind)  # the host runs ahead of the device by one step, no more: batches take memory
-        behind = metrics
-        if waiting:  # fetched only now that the device has its next step to do
-            log(*waiting)
-            waiting = None
-        save = _due(step, settings.checkpoint.every_steps) or step == config.num_steps
-        evaluate = evaluator and step < config.num_steps and _due(step, settings.eval.every_steps)
-        if step % config.log_every_steps == 0 or save:
-            waiting, interval = (step, interval), []
-        if waiting and (save or evaluate):
-            log(*waiting)
-            waiting = None
-        # What belongs to a step is written before its checkpoint: a run that goes on from there does not come back.
-        if evaluate:
-            _evaluate(evaluator, state.params, step, writer)
-            speed.skip()
-        if save:
-            checkpoints.save(state, step, record)
-    checkpoints.wait()
-    # ------------------------------------------------- the end
-    last_step = max(first_step, config.num_steps)
-    if first_step >= config.num_steps:
-        say(f"nothing to train: step {first_step} of config.train.num_steps={config.num_steps} is there")
-    evaluate = settings.eval.at_end or _due(last_step, settings.eval.every_steps)
-    if evaluator and evaluate and not decided_by_first(has_line(workdir, last_step, "validation")):
-        _evaluate(evaluator, state.params, last_step, writer)
-    if settings.sample.length:
-        params = on_one_device(state.params, mesh)
-        on_first(lambda: _sample(settings, workdir, params, last_step))
-    say(f"done: {workdir}")
+            self.step_fn = make_train_step(self.settings, self.mesh).lower(state, batch).compile()
+            say(f"compiled in {time.monotonic() - began:.1f} s; {_memory(self.step_fn)}")
+            config = self.settings.train
+            self.speed = Speed(first_step, config.num_steps, config.batch_size * config.update_len)
+            self.preemption.can_save = True
+
+    def _vote(self) -> None:
+        self.ballot.cast(
+            stop=self.preemption.requested,
+            save_failed=self.checkpoints.failing,
+            save_busy=self.checkpoints.busy,
+        )
+
+    def _check_bad(self, metrics: dict, step: int) -> None:
+        """Waits for the step. Raises BadStretch if it is one too many."""
+        n_bad = int(metrics["n_bad"])
+        if n_bad >= self.settings.sanity.bad_steps:
+            raise BadStretch(step, n_bad)
+
+    def _log(self, step: int, metrics: list[dict]) -> None:
+        """Waits for the step, and logs means over some steps."""
+        values = _means(jax.device_get(metrics)) | self.speed.seen(step)
+        values["bits_per_byte"] = bits_per_byte(values["loss"], self.store.tokens_per_byte("train"))
+        self.writer.write(step, "train", values)
+        n_steps = self.settings.train.num_steps
+        bad = f"  {values['bad_steps']} bad" if values["bad_steps"] else ""
+        say(
+            f"step {step:>{len(str(n_steps))}}/{n_steps}  loss {values['loss']:.4f}  "
+            f"bits/byte {values['bits_per_byte']:.4f}  {values['tokens_per_second']:,.0f} tokens/s  "
+            f"ETA {hours(values['eta_seconds'])}{bad}"
+        )
+
+    def _evaluates_at(self, step: int) -> bool:
+        return bool(self.evaluator) and step > 0 and _due(step, self.settings.eval.every_steps)
+
+    def _evaluate(self, state: TrainState, step: int) -> None:
+        """Raises Preempted if the run is asked to end meanwhile."""
+
+        asked = False
+
+        def told_to_stop() -> bool:
+            """The answer to the vote before: its own would have to wait for the device."""
+            nonlocal asked
+            told = asked and self.ballot.result()["stop"]
+            self._vote()
+            asked = True
+            return told
+
+        result = self.evaluator.evaluate(state.params, told_to_stop)
+        if result is None:
+            self._leave(state, step)
+        report(result, step, "validation")
+        self.writer.write(step, "validation", dataclasses.asdict(result))
+        self.checkpoints.know_losses({step: result.loss})
+        if self.step_fn:
+            self.speed.skip()
+
+    # ------------------------------------------------------------------ how it ends
+
+    def _leave(self, state: TrainState, step: int) -> None:
+        """Saves, and raises Preempted."""
+        self.checkpoints.wait()
+        self.checkpoints.save(state, step, self.record, self.course)
+        if not all_agree(self.checkpoints.wait()):
+            raise UserError(
+                f"--workdir={self.workdir}: asked to end, and step {step} could not be saved ({self.checkpoints.error}); "
+                "the checkpoints before it are whole"
+            )
+        raise Preempted(f"saved step {step} and ends, as SIGTERM asked; start again to go on")
+
+    def _save_surely(self, state: TrainState, step: int) -> None:
+        """Until the checkpoint is on disk. Raises UserError if it can't be written for minutes."""
+        for attempt in itertools.count(1):
+            self.checkpoints.wait()
+            self.checkpoints.save(state, step, self.record, self.course)
+            if all_agree(self.checkpoints.wait()):
+                return
+            why = self.checkpoints.error or "another process says why"
+            if attempt == RETRIES:
+                raise UserError(
+                    f"--workdir={self.workdir}: the last checkpoint can't be written ({why}); those before it are whole; "
+                    "make room and start again"
+                )
+            say(f"WARNING: the last checkpoint could not be written ({why}): tries again in {RETRY_SECONDS:g} s")
+            time.sleep(RETRY_SECONDS)
 
 
 def _make_evaluator(settings: Settings, mesh: jax.sharding.Mesh, store: TokenStore) -> Evaluator | None:
@@ -148,12 +384,6 @@ def _make_evaluator(settings: Settings, mesh: jax.sharding.Mesh, store: TokenSto
         say("no document fell into the validation split: nothing will be evaluated; see config.data.validation_share")
         return None
     return Evaluator(settings, mesh, store, "validation")
-
-
-def _evaluate(evaluator: Evaluator, params: dict, step: int, writer: MetricsWriter) -> None:
-    result = evaluator.evaluate(params)
-    report(result, step, "validation")
-    writer.write(step, "validation", dataclasses.asdict(result))
 
 
 def _sample(settings: Settings, workdir: epath.Path, params: dict, step: int) -> None:
@@ -173,7 +403,16 @@ def _due(step: int, every: int) -> bool:
 
 
 def _means(metrics: list[dict]) -> dict:
-    return {name: float(sum(m[name] for m in metrics) / len(metrics)) for name in metrics[0]}
+    """Of the steps that were applied; the newest digest, and how many steps were not."""
+    good = [m for m in metrics if not m["n_bad"]]
+    means = {
+        name: np.mean([m[name] for m in good or metrics], axis=0, dtype=np.float64).tolist()
+        for name in metrics[0]
+        if name not in ("n_bad", "digest")
+    }
+    by_unit = {f"{name}_by_unit": value for name, value in means.items() if isinstance(value, list)}
+    means |= {name.removesuffix("_by_unit"): float(np.mean(value)) for name, value in by_unit.items()}
+    return means | by_unit | dict(bad_steps=len(metrics) - len(good), digest=digest.as_text(metrics[-1]["digest"]))
 
 
 def _memory(compiled) -> str:

@@ -3,17 +3,20 @@
 `step` counts updates that have been applied: a state with step n has consumed updates 0 .. n - 1 of every stream.
 """
 
+import functools
+
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
+from tvq_pod import digest, sanity
 from tvq_pod.config import Settings
 from tvq_pod.nn.axes import placed_by
-from tvq_pod.nn.model import Transformer, codebook_metrics, is_codebook
+from tvq_pod.nn.model import Transformer, codebook_counts, is_codebook
 from tvq_pod.nn.types import VQSpec
-from tvq_pod.nn.vq import ema_update
+from tvq_pod.nn.vq import DEAD_COUNT, code_metrics, ema_update
 from tvq_pod.optim import make_optimizer, schedule
 from tvq_pod.parallel.mesh import compiler_options
 from tvq_pod.parallel.sharding import (
@@ -28,12 +31,15 @@ from tvq_pod.parallel.sharding import (
 @flax.struct.dataclass
 class TrainState:
     """step: int32 scalar. params: the model's, codebooks included. opt_state: the optimizer's.
-    recurrent: the state of every layer for all B streams (see Transformer.initial_state)."""
+    recurrent: the state of every layer for all B streams (see Transformer.initial_state).
+    sanity: what is known of the steps before (see sanity.start). digest: of all tokens consumed, uint32 [2]."""
 
     step: jax.Array
     params: dict
     opt_state: optax.OptState
     recurrent: dict
+    sanity: dict
+    digest: jax.Array
 
 
 def initial_params(settings: Settings):
@@ -46,28 +52,42 @@ def initial_params(settings: Settings):
 
 def initial_train_state(settings: Settings) -> TrainState:
     """The state before the first step."""
-    params = nn.meta.unbox(initial_params(settings))
+    return _train_state_of(nn.meta.unbox(initial_params(settings)), settings)
+
+
+def _train_state_of(params: dict, settings: Settings) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=make_optimizer(settings.optimizer, settings.train.num_steps).init(params),
-        recurrent=Transformer.initial_state(settings.model, settings.train.batch_size),
+        recurrent=initial_recurrent(settings),
+        sanity=sanity.start(),
+        digest=digest.start(),
     )
 
 
+def initial_recurrent(settings: Settings) -> dict:
+    """The state of streams that have read nothing."""
+    return Transformer.initial_state(settings.model, settings.train.batch_size)
+
+
+@functools.lru_cache(maxsize=4)  # the model is traced for it, which takes seconds
 def abstract_train_state(settings: Settings, mesh: jax.sharding.Mesh) -> TrainState:
     """The train state as ShapeDtypeStructs with shardings: nothing is computed or held.
 
     An optimizer's array that has the shape of its parameter lies as that parameter does; others are replicated.
     """
-    shapes = jax.eval_shape(lambda: initial_train_state(settings))
-    on_params = param_shardings(jax.eval_shape(lambda: initial_params(settings)), mesh, settings.mesh.fsdp)
+    boxed = jax.eval_shape(lambda: initial_params(settings))
+    shapes = jax.eval_shape(lambda params: _train_state_of(params, settings), nn.meta.unbox(boxed))
+    on_params = param_shardings(boxed, mesh, settings.mesh.fsdp)
     everywhere = replicated(mesh)
     shardings = TrainState(
         step=everywhere,
         params=on_params,
         opt_state=_like_params(shapes.opt_state, shapes.params, on_params, everywhere),
         recurrent=shardings_of(Transformer.state_axes(settings.model), shapes.recurrent, mesh),
+        sanity=jax.tree.map(lambda _: everywhere, shapes.sanity),
+        digest=everywhere,
     )
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
@@ -92,11 +112,18 @@ def create_train_state(settings: Settings, mesh: jax.sharding.Mesh) -> TrainStat
     return jax.jit(lambda: initial_train_state(settings), out_shardings=shardings)()
 
 
+def create_recurrent(settings: Settings, mesh: jax.sharding.Mesh) -> dict:
+    """`initial_recurrent`, made in place."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_train_state(settings, mesh).recurrent)
+    return jax.jit(lambda: initial_recurrent(settings), out_shardings=shardings)()
+
+
 def make_train_step(settings: Settings, mesh: jax.sharding.Mesh):
     """The compiled step: (TrainState, batch) -> (TrainState, metrics); the TrainState given is donated.
 
     batch: see `global_batches`. metrics: float32 scalars: loss (nats a token, of the predictions alone), l_commit,
-    grad_norm, learning_rate, code_perplexity, code_usage.
+    grad_norm, learning_rate; those of `code_report`; n_bad, int32: bad steps in a row, this one included, none of them
+    applied (see sanity.py); digest, uint32 [2].
     """
     optimizer = make_optimizer(settings.optimizer, settings.train.num_steps)
     share = schedule(settings.optimizer, settings.train.num_steps)
@@ -111,9 +138,15 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh):
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = apply_updates(state.params, updates, grads, settings.model.c_gamma)
-        metrics |= codebook_metrics(grads) | dict(grad_norm=grad_norm(grads))
+        metrics |= code_report(grads, params) | dict(grad_norm=grad_norm(grads))
         metrics["learning_rate"] = settings.optimizer.learning_rate * share(state.step)
-        return TrainState(state.step + 1, params, opt_state, recurrent), metrics
+        good, known = sanity.judge(state.sanity, metrics, codebook_sums(grads), settings.sanity)
+        params, opt_state, recurrent = sanity.choose(
+            good, (params, opt_state, recurrent), (state.params, state.opt_state, state.recurrent)
+        )
+        rolled = digest.roll(state.digest, batch)
+        metrics |= dict(n_bad=known["n_bad"], digest=rolled)
+        return TrainState(state.step + 1, params, opt_state, recurrent, known, rolled), metrics
 
     return jax.jit(
         train_step,
@@ -194,6 +227,22 @@ def apply_updates(params: dict, updates: dict, grads: dict, gamma: float) -> dic
         else apply_updates(params[name], updates[name], grads[name], gamma)
         for name in params
     }
+
+
+def codebook_sums(grads: dict) -> list[jax.Array]:
+    """The codebooks' sums, from the gradients' tree."""
+    return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(grads) if is_codebook(path)]
+
+
+def code_report(grads: dict, params: dict) -> dict:
+    """What the codebooks are like, each for every unit: code_perplexity (exp of the entropy of the codes' use in this
+    update, 1 .. S), code_usage (share of codes used in it), dead_codes (share whose moving average is next to nothing),
+    code_count_max (the largest moving average: keys an update)."""
+    used, averages = codebook_counts(grads), codebook_counts(params)
+    if used is None:
+        return {}
+    dead = jnp.mean((averages < DEAD_COUNT).astype(jnp.float32), axis=(-2, -1))
+    return code_metrics(used) | dict(dead_codes=dead, code_count_max=jnp.max(averages, axis=(-2, -1)))
 
 
 def grad_norm(grads: dict) -> jax.Array:

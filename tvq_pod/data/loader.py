@@ -1,7 +1,7 @@
 """From a plan to global arrays: each process reads its rows ahead, in threads, and joins them with the others'."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import jax
@@ -30,12 +30,14 @@ def host_batches(
     threads: int,
     ahead: int,
     tokens: range | None = None,
+    update_of: Callable[[int], int] | None = None,
 ) -> Iterator[dict]:
     """Batches of the given rows, as NumPy arrays [len(rows), T], for steps first_step .. last_step - 1.
 
     threads read them; up to `ahead` batches wait to be used. tokens: of the T, those that are read; None reads all.
+    update_of: which update of the streams a step reads (see Lap); None: step n reads update n.
     """
-    source = RowSource(split.tokens, plan, rows, update_len, first_step, last_step, tokens)
+    source = RowSource(split.tokens, plan, rows, update_len, first_step, last_step, tokens, update_of)
     dataset = grain.MapDataset.source(source).batch(len(rows))
     iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)))
     try:
@@ -55,6 +57,7 @@ def global_batches(
     last_step: int,
     threads: int,
     ahead: int,
+    update_of: Callable[[int], int] | None = None,
 ) -> Iterator[dict]:
     """Batches of all rows as global arrays [B, T], spread over the mesh: inputs, targets, doc_ids int32, loss_mask
     float32. See `read_row` for their meaning."""
@@ -70,6 +73,7 @@ def global_batches(
         threads=threads,
         ahead=ahead,
         tokens=tokens,
+        update_of=update_of,
     )
     with contextlib.closing(batches):
         for batch in batches:

@@ -15,13 +15,15 @@ state, no host count, no random number generator survives a call.
 
 import dataclasses
 import functools
+import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 import tensorstore
 
+from tvq_pod.data.course import Course
 from tvq_pod.data.vocab import END_OF_DOC, PAD
 from tvq_pod.errors import UserError
 
@@ -44,11 +46,29 @@ class Plan(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Epoch:
-    order: np.ndarray  # document at each place
-    bounds: np.ndarray  # [n_documents + 1] where each place begins in the epoch
-    first: np.ndarray  # [B] place of each row's first piece
-    n_pieces: np.ndarray  # [B]
+class _Round:
+    """Pieces of documents, laid end to end and cut into rows: an epoch, or what was left of one."""
+
+    starts: np.ndarray  # of each piece, in the split's tokens
+    bounds: np.ndarray  # [n_pieces + 1] where each begins in the round
+    borders: np.ndarray  # [B + 1] where each row begins in the round
+    first: np.ndarray  # [B] the piece that each row begins with, or in
+    n_pieces: np.ndarray  # [B] pieces of each row
+
+    @staticmethod
+    def cut(starts: np.ndarray, lengths: np.ndarray, batch_size: int) -> "_Round":
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        borders = np.array([row * int(bounds[-1]) // batch_size for row in range(batch_size + 1)], np.int64)
+        first = np.searchsorted(bounds, borders[:-1], side="right") - 1
+        last = np.searchsorted(bounds, borders[1:] - 1, side="right") - 1
+        return _Round(starts, bounds, borders, first, last - first + 1)
+
+    def between(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Starts and lengths of the pieces in [begin, end) of the round."""
+        first = np.searchsorted(self.bounds, begin, side="right") - 1
+        last = np.searchsorted(self.bounds, end, side="left")
+        cuts = np.clip(self.bounds[first : last + 1], begin, end)
+        return self.starts[first:last] + cuts[:-1] - self.bounds[first:last], np.diff(cuts)
 
 
 class TrainStreams:
@@ -57,56 +77,108 @@ class TrainStreams:
     Raises UserError if there are fewer tokens than rows.
     """
 
-    def __init__(self, starts: np.ndarray, batch_size: int, seed: int):
-        """starts: [n_documents + 1], where the documents begin; the last entry is the number of tokens N."""
-        self._starts = starts
-        self._lengths = np.diff(starts)
+    def __init__(
+        self,
+        starts: np.ndarray,
+        batch_size: int,
+        seed: int,
+        first_epoch: int = 0,
+        rest: tuple[np.ndarray, np.ndarray] | None = None,
+    ):
+        """starts: [n_documents + 1], where the documents begin; the last entry is the number of tokens N.
+
+        rest: starts and lengths of pieces that are read before first_epoch begins (see `recut`).
+        """
         n_tokens = int(starts[-1])
         if n_tokens < batch_size:
             raise UserError(
                 f"config.train.batch_size={batch_size}: the corpus has only {n_tokens} tokens; must be at most that"
             )
-        self._seed = seed
-        self._borders = np.array([row * n_tokens // batch_size for row in range(batch_size + 1)], np.int64)
-        self._epoch = functools.lru_cache(maxsize=4)(self._make_epoch)
-        self._first_ids = [np.zeros(batch_size, np.int64)]  # per epoch: each row's first document id
+        self._starts, self._batch_size, self._seed = starts, batch_size, seed
+        self._first_epoch, self._rest = first_epoch, rest
+        self._round = functools.lru_cache(maxsize=4)(self._make_round)
+        self._first_ids = [np.zeros(batch_size, np.int64)]  # per round: each row's first document id
         self._lock = threading.Lock()
 
     def segments(self, row: int, begin: int, end: int) -> Iterator[Segment]:
-        """See Plan. Document ids count up by one with every piece, from epoch to epoch."""
-        low, high = int(self._borders[row]), int(self._borders[row + 1])
+        """See Plan. Document ids count up by one with every piece, from round to round."""
         while begin < end:
-            epoch_index, offset = divmod(begin, high - low)
-            epoch = self._epoch(epoch_index)
+            index, offset = self._place(row, begin)
+            round_ = self._round(index)
+            low, high = int(round_.borders[row]), int(round_.borders[row + 1])
             at, stop = low + offset, min(low + offset + end - begin, high)
             begin += stop - at
-            first_id = int(self._first_doc_ids(epoch_index)[row])
-            place = int(np.searchsorted(epoch.bounds, at, side="right")) - 1
+            first_id = int(self._first_doc_ids(index)[row])
+            piece = int(np.searchsorted(round_.bounds, at, side="right")) - 1
             while at < stop:
-                place_begin, place_end = int(epoch.bounds[place]), int(epoch.bounds[place + 1])
-                length = min(place_end, stop) - at
+                piece_begin, piece_end = int(round_.bounds[piece]), int(round_.bounds[piece + 1])
+                length = min(piece_end, stop) - at
                 yield Segment(
-                    start=int(self._starts[epoch.order[place]]) + at - place_begin,
+                    start=int(round_.starts[piece]) + at - piece_begin,
                     length=length,
-                    doc_id=first_id + place - int(epoch.first[row]),
-                    begins=at == max(place_begin, low),
+                    doc_id=first_id + piece - int(round_.first[row]),
+                    begins=at == max(piece_begin, low),
                 )
                 at += length
-                place += 1
+                piece += 1
 
-    def _make_epoch(self, index: int) -> _Epoch:
-        generator = np.random.Generator(np.random.Philox(key=[self._seed, index]))
-        order = generator.permutation(len(self._lengths))
-        bounds = np.concatenate([[0], np.cumsum(self._lengths[order])])
-        first = np.searchsorted(bounds, self._borders[:-1], side="right") - 1
-        last = np.searchsorted(bounds, self._borders[1:] - 1, side="right") - 1
-        return _Epoch(order, bounds, first, last - first + 1)
+    def recut(self, consumed: int, batch_size: int) -> "TrainStreams":
+        """Other streams that read on where these have consumed so many tokens of each row.
 
-    def _first_doc_ids(self, epoch_index: int) -> np.ndarray:
+        What is left of the epoch, row by row in its order, is laid end to end and cut into the new rows; then the next
+        epoch begins. Rows differ by a token an epoch: where some have entered the next epoch and others not, the few
+        tokens that the others lack are left out, as is a rest of fewer tokens than rows.
+        """
+        places = [self._place(row, consumed) for row in range(self._batch_size)]
+        latest = max(index for index, _ in places)
+        round_ = self._round(latest)
+        parts = []
+        for row, (index, offset) in enumerate(places):
+            begin = int(round_.borders[row]) + (offset if index == latest else 0)
+            parts.append(round_.between(begin, int(round_.borders[row + 1])))
+        rest = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        next_epoch = self._first_epoch + latest + (self._rest is None)
+        return TrainStreams(
+            self._starts, batch_size, self._seed, next_epoch, rest if rest[1].sum() >= batch_size else None
+        )
+
+    def _place(self, row: int, at: int) -> tuple[int, int]:
+        """Round, and offset in the row's part of it, of a place in the row's stream."""
+        n_before = 0
+        if self._rest is not None:
+            length = self._length(0, row)
+            if at < length:
+                return 0, at
+            at, n_before = at - length, 1
+        index, offset = divmod(at, self._length(n_before, row))
+        return n_before + index, offset
+
+    def _length(self, index: int, row: int) -> int:
+        borders = self._round(index).borders
+        return int(borders[row + 1] - borders[row])
+
+    def _make_round(self, index: int) -> _Round:
+        if self._rest is not None:
+            if index == 0:
+                return _Round.cut(*self._rest, self._batch_size)
+            index -= 1
+        generator = np.random.Generator(np.random.Philox(key=[self._seed, self._first_epoch + index]))
+        order = generator.permutation(len(self._starts) - 1)
+        return _Round.cut(self._starts[order], np.diff(self._starts)[order], self._batch_size)
+
+    def _first_doc_ids(self, index: int) -> np.ndarray:
         with self._lock:
-            while len(self._first_ids) <= epoch_index:
-                self._first_ids.append(self._first_ids[-1] + self._epoch(len(self._first_ids) - 1).n_pieces)
-            return self._first_ids[epoch_index]
+            while len(self._first_ids) <= index:
+                self._first_ids.append(self._first_ids[-1] + self._round(len(self._first_ids) - 1).n_pieces)
+            return self._first_ids[index]
+
+
+def streams_of(course: Course, starts: np.ndarray, seed: int) -> TrainStreams:
+    """The streams that a run reads now, after all changes of its batch so far."""
+    streams = TrainStreams(starts, course.laps[0].batch_size, seed)
+    for lap, following in itertools.pairwise(course.laps):
+        streams = streams.recut(lap.update(following.first_step) * lap.update_len, following.batch_size)
+    return streams
 
 
 class PackedDocuments:
@@ -191,18 +263,21 @@ class RowSource:
         first_step: int,
         last_step: int,
         part: range | None = None,
+        update_of: Callable[[int], int] | None = None,
     ):
         """rows: the global rows that this process reads. Steps first_step .. last_step - 1 are served. part: which of
-        an update's tokens are read; None reads all."""
+        an update's tokens are read; None reads all. update_of: which update of the streams a step reads; None: step n
+        reads update n."""
         self._tokens, self._plan = tokens, plan
         self._rows, self._update_len = rows, update_len
         self._part = part or range(update_len)
         self._first_step, self._n_steps = first_step, max(last_step - first_step, 0)
+        self._update_of = update_of or (lambda step: step)
 
     def __len__(self) -> int:
         return self._n_steps * len(self._rows)
 
     def __getitem__(self, index: int) -> dict:
         step, row = divmod(int(index), len(self._rows))
-        first = (self._first_step + step) * self._update_len
+        first = self._update_of(self._first_step + step) * self._update_len
         return read_row(self._tokens, self._plan, self._rows[row], first + self._part.start, first + self._part.stop)

@@ -13,7 +13,6 @@ from tvq_pod.nn.axes import constrain, gathered, placement
 from tvq_pod.nn.layers import Dropout, RMSNorm, sinusoids
 from tvq_pod.nn.mlp import MLP
 from tvq_pod.nn.types import UNITS, TransformerConfig, VQSpec
-from tvq_pod.nn.vq import code_metrics
 
 _KEEP = jax.checkpoint_policies
 REMAT_POLICIES = {  # by attn_type and remat: what each unit keeps for the backward pass; the rest is computed again
@@ -181,11 +180,15 @@ def is_codebook(path: tuple) -> bool:
     return any(getattr(key, "key", None) == "quantizer" for key in path)
 
 
-def codebook_metrics(sums: dict) -> dict:
-    """`code_metrics`, means over all codebooks, from the gradient's tree, which has the keys of each code counted."""
-    leaves = jax.tree_util.tree_leaves_with_path(sums)
+def codebook_counts(tree: dict) -> jax.Array | None:
+    """The leaves "count" of every quantizer, float32 [units, H, S] in the order of the units' way; None if there is no
+    quantizer. tree: parameters (moving averages), or gradients (keys of each code in this update; see nn/vq.py)."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
     counts = [leaf for path, leaf in leaves if is_codebook(path) and getattr(path[-1], "key", None) == "count"]
-    return code_metrics(jnp.stack(counts)) if counts else {}
+    if not counts:
+        return None
+    by_layer = jnp.stack(counts, axis=1)  # each [n_layer, H, S]
+    return by_layer.reshape(-1, *by_layer.shape[2:])
 
 
 def is_vector(path: tuple) -> bool:

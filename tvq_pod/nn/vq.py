@@ -22,6 +22,8 @@ from jax.ad_checkpoint import checkpoint_name
 from tvq_pod.nn.scores import as_last_axes
 from tvq_pod.nn.types import TransformerConfig, VQSpec
 
+# A code whose moving average is below this has not been used for hundreds of updates.
+DEAD_COUNT = 1e-2
 # An unused code's N_s shrinks by g each update; below this it stays, or it would underflow to a division by zero.
 MIN_COUNT = 1e-6
 
@@ -114,10 +116,11 @@ def code_sums(keys, shortcodes, mask, n_code: int) -> tuple[jax.Array, jax.Array
 
 
 def code_metrics(counts: jax.Array) -> dict:
-    """counts [..., S] -> code_perplexity and code_usage, means over all heads (and layers) there are."""
+    """counts [..., H, S] -> code_perplexity and code_usage, float32 [...], means over heads."""
     use = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1.0)
     entropy = -jnp.sum(use * jnp.log(jnp.maximum(use, 1e-30)), axis=-1)
-    return dict(code_perplexity=jnp.mean(jnp.exp(entropy)), code_usage=jnp.mean((counts > 0).astype(jnp.float32)))
+    share = jnp.mean((counts > 0).astype(jnp.float32), axis=-1)
+    return dict(code_perplexity=jnp.mean(jnp.exp(entropy), axis=-1), code_usage=jnp.mean(share, axis=-1))
 
 
 @jax.custom_vjp

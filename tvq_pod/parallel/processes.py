@@ -7,18 +7,29 @@ import os
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tvq_pod.errors import UserError
+from tvq_pod.parallel.sharding import replicated
 
 
-def join(coordinator_address: str | None, num_processes: int | None, process_id: int | None, multihost: bool) -> None:
+def join(
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    multihost: bool,
+    peer_timeout_seconds: int = 100,
+) -> None:
     """Joins the other processes of the job, before anything else is asked of jax; alone, if nothing is given.
 
-    multihost: Cloud TPU, Slurm or Open MPI say who the others are. Raises UserError if the job can't be joined: a
-    process that went on by itself would be one of many, each training and writing alone.
+    multihost: Cloud TPU, Slurm or Open MPI say who the others are. peer_timeout_seconds: a process that was not heard of
+    for so long is dead, and jax ends all others, with a message and SIGABRT. Raises UserError if the job can't be
+    joined: a process that went on by itself would be one of many, each training and writing alone.
     """
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from preemption.py
     given = dict(coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id)
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if multihost and len(missing) < 3:
@@ -31,7 +42,7 @@ def join(coordinator_address: str | None, num_processes: int | None, process_id:
         raise UserError(f"--process_id={process_id}: must be 0 .. {num_processes - 1}, below --num_processes")
     how = "--multihost" if multihost else f"--coordinator_address={coordinator_address}"
     try:
-        jax.distributed.initialize(**({} if multihost else given))
+        jax.distributed.initialize(**({} if multihost else given), heartbeat_timeout_seconds=peer_timeout_seconds)
         jax.devices()  # meets the others
     except (RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())[:200]
@@ -55,9 +66,31 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def decided_by_first(value: bool) -> bool:
+def from_first(value: int) -> int:
     """Process 0's value, on all of them: files may look different from host to host."""
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value))) if jax.process_count() > 1 else value
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int64)))
+
+
+def decided_by_first(value: bool) -> bool:
+    """Process 0's value, on all of them."""
+    return bool(from_first(int(value)))
+
+
+def text_from_first(text: str) -> str:
+    """Process 0's text, on all of them."""
+    if jax.process_count() == 1:
+        return text
+    encoded = np.frombuffer(text.encode(), np.uint8)
+    length = from_first(len(encoded))
+    own = encoded if is_first() else np.zeros(length, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(own)).astype(np.uint8).tobytes().decode()
+
+
+def all_agree(value: bool) -> bool:
+    """Whether it is True on all processes."""
+    return value if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(value)).all())
 
 
 def on_first(function: Callable[[], None]) -> None:
@@ -73,3 +106,35 @@ def on_first(function: Callable[[], None]) -> None:
         raise error
     if not succeeded:
         raise UserError("process 0 could not go on; its own line says why")
+
+
+class Ballot:
+    """What all processes must know at the same step, though it happens to one: asked and answered on the devices, so
+    that no process ever waits for the network between steps.
+
+    A vote that is cast before a step is dispatched is known to all once the step before it is done.
+    """
+
+    def __init__(self, mesh: jax.sharding.Mesh, names: tuple[str, ...]):
+        """names: of the votes."""
+        self._names, self._alone = names, jax.process_count() == 1
+        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._count = jax.jit(lambda votes: jnp.sum(votes, axis=0), out_shardings=replicated(mesh))
+        self._shape = (mesh.size, len(names))
+        self._arrays = {}  # by vote: as long as nothing happens, the same array is counted again
+        self._counted = None
+
+    def cast(self, **votes: bool) -> None:
+        """This process's votes, one for each name. All processes must call it in turn with `result`."""
+        row = tuple(votes[name] for name in self._names)
+        if self._alone:
+            self._counted = np.array(row)
+            return
+        if row not in self._arrays:
+            own = np.broadcast_to(np.array(row, np.int32), self._shape)
+            self._arrays[row] = jax.make_array_from_callback(self._shape, self._sharding, lambda index: own[index])
+        self._counted = self._count(self._arrays[row])
+
+    def result(self) -> dict[str, bool]:
+        """By name, whether any process cast it."""
+        return {name: bool(n) for name, n in zip(self._names, np.asarray(self._counted), strict=True)}

@@ -1,0 +1,122 @@
+"""The lock of a run's folder: one run at a time, and a dead one is no hindrance."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from etils import epath
+
+from tests.test_cli import ROOT
+from tvq_pod import workdir as workdir_module
+from tvq_pod.errors import UserError
+from tvq_pod.workdir import locked
+
+HOLD = """
+import sys, time
+from etils import epath
+from tvq_pod.workdir import locked
+with locked(epath.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A real process that holds the lock."""
+    environment = os.environ | dict(PYTHONPATH=str(ROOT))
+    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, env=environment)
+    assert process.stdout.readline() == b"held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(workdir_module, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(workdir_module, "LEASE_SECONDS", 1.0)
+
+
+def write_lock(folder, **changes):
+    """A lock as a run on another host leaves it."""
+    holder = dict(host="elsewhere 123", hostname="elsewhere", process=77, token="ab", beat=3) | changes
+    (folder / "lock").write_text(json.dumps(holder).ljust(512))
+
+
+def test_a_second_process_is_refused_by_name_until_the_first_is_dead(tmp_path, holder, capfd):
+    with pytest.raises(UserError, match=rf"is in use by another process \(process {holder.pid} on "), locked(tmp_path):
+        pass
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with locked(epath.Path(tmp_path)):
+        assert f"takes over the lock {tmp_path}/lock from process {holder.pid} on" in capfd.readouterr().err
+    capfd.readouterr()
+    with locked(epath.Path(tmp_path)):  # the one before said goodbye
+        assert "takes over" not in capfd.readouterr().err
+
+
+def test_another_host_that_gives_signs_of_life_is_not_disturbed(tmp_path, quick):
+    write_lock(tmp_path)
+    ended = threading.Event()
+
+    def live():
+        beat = 0
+        while not ended.wait(0.1):
+            beat += 1
+            write_lock(tmp_path, beat=beat)
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    with pytest.raises(UserError, match=r"in use by another process \(process 77 on elsewhere\)"):
+        with locked(epath.Path(tmp_path)):
+            pass
+    ended.set()
+    thread.join()
+
+
+def test_another_host_that_is_silent_is_dead_after_its_lease(tmp_path, quick, capfd):
+    write_lock(tmp_path)
+    began = time.monotonic()
+    with locked(epath.Path(tmp_path)):
+        assert 0.9 < time.monotonic() - began < 5
+        assert "takes over the lock" in capfd.readouterr().err
+    # one that has been silent for long is dead at once
+    write_lock(tmp_path)
+    long_ago = time.time() - 100
+    os.utime(tmp_path / "lock", (long_ago, long_ago))
+    began = time.monotonic()
+    with locked(epath.Path(tmp_path)):
+        assert time.monotonic() - began < 0.9
+
+
+def test_a_lock_that_is_held_shows_that_its_holder_lives(tmp_path, quick):
+    with locked(epath.Path(tmp_path)):
+        seen = {(tmp_path / "lock").read_text() for _ in range(20) if not time.sleep(0.02)}
+    assert len(seen) > 3
+    assert (tmp_path / "lock").read_text().strip() == ""
+
+
+def test_a_holder_whose_lock_was_taken_over_ends(tmp_path):
+    code = HOLD.replace("with locked", "import tvq_pod.workdir as w\nw.BEAT_SECONDS = 0.1\nwith locked")
+    environment = os.environ | dict(PYTHONPATH=str(ROOT))
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=environment)  # fmt: skip
+    assert process.stdout.readline() == b"held\n"
+    write_lock(tmp_path)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert b"was taken over by process 77 on elsewhere" in err
+
+
+def test_a_lock_that_is_cut_off_is_nobodys(tmp_path):
+    (tmp_path / "lock").write_text('{"host": "els')
+    with locked(epath.Path(tmp_path)):
+        assert (tmp_path / "lock").exists()
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,59 @@
+"""WORKDIR/skipped.jsonl: stretches of data that a run has gone back from and reads no more, a line each.
+
+A line is on disk before the run goes on without its data, so a run that is killed and started again skips it too.
+"""
+
+import dataclasses
+import json
+import time
+
+from etils import epath
+
+from tvq_pod.data.course import Course
+from tvq_pod.parallel.processes import on_first, text_from_first
+from tvq_pod.paths import write_whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Skip:
+    """`count` updates, from `update` on, of the streams of one lap (see Lap)."""
+
+    first_step: int
+    batch_size: int
+    update_len: int
+    update: int
+    count: int
+
+
+class Skipped:
+    """What a run has skipped so far: process 0's file, known to all processes."""
+
+    def __init__(self, workdir: epath.Path):
+        self.path = workdir / "skipped.jsonl"
+        text = text_from_first(self.path.read_text() if self.path.exists() else "")
+        fields = [field.name for field in dataclasses.fields(Skip)]
+        # A line without its end was cut off by a kill, before anything came of it.
+        lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        self._skips = [Skip(**{name: line[name] for name in fields}) for line in lines]
+
+    def count(self) -> int:
+        """How often the run has gone back."""
+        return len(self._skips)
+
+    def put_into(self, course: Course) -> Course:
+        """The course without what has been skipped of its streams."""
+        lap = course.now
+        for skip in self._skips:
+            if (skip.first_step, skip.batch_size, skip.update_len) == (lap.first_step, lap.batch_size, lap.update_len):
+                course = course.skipping(skip.update, skip.count)
+        return course
+
+    def add(self, skip: Skip, steps: tuple[int, int], back_to: int) -> None:
+        """One more. steps: the first and the last of the bad ones; back_to: the step that the run goes on from."""
+        self._skips.append(skip)
+        line = dataclasses.asdict(skip) | dict(bad_steps=list(steps), back_to=back_to, time=time.time())
+        on_first(lambda: self._append(json.dumps(line) + "\n"))
+
+    def _append(self, line: str) -> None:
+        text = self.path.read_text() if self.path.exists() else ""
+        write_whole(self.path, text[: text.rfind("\n") + 1] + line, sync=True)
