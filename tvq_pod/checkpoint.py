@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from tvq_pod import manifest
-from tvq_pod.config import CheckpointSettings, Settings
+from tvq_pod.config import CheckpointSettings, Settings, TrainSettings
 from tvq_pod.data.course import Course
 from tvq_pod.errors import UserError
 from tvq_pod.parallel.processes import all_agree, from_first, is_first, on_first
@@ -76,6 +76,7 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.Path, settings: CheckpointSettings | None = None):
         """settings: of a run that writes; None for one that only reads, and makes no folder."""
+        workdir = epath.Path(workdir)
         self.path = (workdir if is_bucket(workdir) else workdir.absolute()) / "checkpoints"
         self._settings = settings
         if settings is None and not self.path.is_dir():
@@ -311,6 +312,17 @@ class Checkpoints:
                 raise UserError(
                     f"{name}={value}: the checkpoint {self.path}/{step} was made with {saved.get(name)}; "
                     "give that, or another --workdir"
+                )
+
+    def check_streams(self, step: int, settings: TrainSettings) -> None:
+        """Raises UserError if the checkpoint's recurrent state is of other streams than the settings say."""
+        saved = self.course(step).now
+        for name in ("batch_size", "update_len"):
+            now, then = getattr(settings, name), getattr(saved, name)
+            if now != then:
+                raise UserError(
+                    f"config.train.{name}={now}: the checkpoint {self.path}/{step} was made with {then}; "
+                    "give that, or another --workdir, or config.train.on_batch_change=restart_streams"
                 )
 
     def course(self, step: int) -> Course:

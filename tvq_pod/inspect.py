@@ -17,6 +17,7 @@ def inspect(settings: Settings, workdir: epath.Path, step: int | None) -> None:
     steps, step = checkpoints.steps(), checkpoints.pick(step)
     record = run_record(settings, run_vocab(settings, workdir).name, fingerprint="")
     checkpoints.check(step, {name: value for name, value in record.items() if name != FINGERPRINT})
+    checkpoints.check_streams(step, settings.train)
     # One device, so that any machine can look; a sharding's names are those of the run's mesh.
     mesh = make_mesh(MeshSettings(), jax.local_devices()[:1])
     state = checkpoints.restore(step, abstract_train_state(settings, mesh))

@@ -148,15 +148,8 @@ class _Session:
     def _check_belongs(self, step: int) -> None:
         """Raises UserError if a checkpoint is of another run, or of other streams and they may not start anew."""
         self.checkpoints.check(step, self.record)
-        config, saved = self.settings.train, self.checkpoints.course(step).now
-        if config.on_batch_change == "refuse":
-            for name in ("batch_size", "update_len"):
-                now, then = getattr(config, name), getattr(saved, name)
-                if now != then:
-                    raise UserError(
-                        f"config.train.{name}={now}: the checkpoint {self.checkpoints.path}/{step} was made with {then}; "
-                        "give that, or another --workdir, or config.train.on_batch_change=restart_streams"
-                    )
+        if self.settings.train.on_batch_change == "refuse":
+            self.checkpoints.check_streams(step, self.settings.train)
 
     def _course_at(self, step: int | None) -> Course:
         """The course that leads on from a checkpoint, or from the beginning: stretches that have been skipped since, and
