@@ -39,6 +39,6 @@ def get_config():
     config.optimizer.clip_norm = 0.1
     config.checkpoint.every_steps = 1000
     config.eval.every_steps = 10_000
-    config.eval.batch_size = 128
+    config.eval.batch_size = 0
     config.sample.nucleus_p = 0.9
     return config

@@ -43,6 +43,6 @@ def get_config():
     config.optimizer.clip_norm = 0.0  # Adafactor clips each update by its own size
     config.checkpoint.every_steps = 1000
     config.eval.every_steps = 10_000
-    config.eval.batch_size = 128
+    config.eval.batch_size = 0
     config.sample.nucleus_p = 0.8
     return config

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import BinaryIO
 
@@ -59,11 +60,12 @@ def wait(processes: list[subprocess.Popen], grace_seconds: float) -> int:
 
 
 def _end(processes: list[subprocess.Popen], grace_seconds: float) -> None:
+    deadline = time.monotonic() + grace_seconds
     for process in processes:
         process.terminate()
     for process in processes:
         try:
-            process.wait(grace_seconds)
+            process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -76,10 +76,10 @@ class Job:
 
 
 class Fault:
-    """Something that goes wrong. `strike` happens to a job at a random moment; `afterwards` to the folder that it left."""
+    """Something that goes wrong. strike happens to a job at a random moment; afterwards to the folder that it left."""
 
-    def __init__(self, strike, afterwards=None, ends=True):
-        self.strike, self.afterwards, self.ends = strike, afterwards, ends
+    def __init__(self, strike, afterwards=None):
+        self.strike, self.afterwards = strike, afterwards
 
 
 def _one(job: Job, rng: random.Random) -> list[subprocess.Popen]:
@@ -183,7 +183,7 @@ FAULTS = {
     "SIGTERM, all": Fault(lambda job, rng: job.signal(signal.SIGTERM, job.processes)),
     "SIGTERM twice": Fault(_term_twice),
     "hung (SIGSTOP), one process": Fault(lambda job, rng: job.signal(signal.SIGSTOP, _one(job, rng))),
-    "disk full for a while": Fault(_starve, ends=False),
+    "disk full for a while": Fault(_starve),
     "half a save left": Fault(_kill_all, _half_save),
     "a bit flipped": Fault(_kill_all, _flip_bit),
     "a page zeroed": Fault(_kill_all, _zero_page),
@@ -249,7 +249,7 @@ def suffer(job: Job, fault: Fault, rng: random.Random, typical: float) -> None:
 
 
 def one_run(workdir: pathlib.Path, setting: "Setting", names: list[str], rng: random.Random, exact: int | None) -> None:
-    """A run with these faults. exact: the number of processes, or None for another one in every session. Raises Lost."""
+    """A run with these faults. exact: the number of processes; None: another one every time. Raises Lost."""
 
     def begin() -> Job:
         return start(workdir, setting.cache, setting.corpus, exact or rng.choice([1, 2, 4]))

@@ -24,7 +24,9 @@ def rolled(*batches):
 
 
 def test_equal_batches_give_equal_digests_wherever_they_lie(batch, eight_devices):
-    mesh = jax.make_mesh((4, 2), ("rows", "tokens"), devices=eight_devices, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.make_mesh(
+        (4, 2), ("rows", "tokens"), devices=eight_devices, axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
     spread = jax.device_put(batch, jax.NamedSharding(mesh, jax.P("rows", "tokens")))
     assert digest.as_text(jax.jit(digest.roll)(digest.start(), spread)) == rolled(batch)
     assert len(rolled(batch)) == 16

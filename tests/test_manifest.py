@@ -78,4 +78,6 @@ def test_processes_that_share_the_work_look_at_every_file_once(folder, tmp_path_
         if size:
             (copy / name).write_bytes(bytes(size + 1))
     found = itertools.chain.from_iterable(manifest.problems(copy, part, of) for part in range(of))
-    assert sorted(line.split(":")[0] for line in found) == sorted(str(copy / name) for name, size in SIZES.items() if size)
+    assert sorted(line.split(":")[0] for line in found) == sorted(
+        str(copy / name) for name, size in SIZES.items() if size
+    )

@@ -33,8 +33,14 @@ from tvq_pod.train import train
 from tvq_pod.train_state import abstract_train_state, create_train_state, make_train_step
 
 STEPS, EVERY, UPDATE_LEN = 24, 5, 8
-GOOD = dict(loss=2.0, l_commit=1.0, grad_norm=1.0, code_perplexity=np.array([4.0, 3.0]), dead_codes=np.array([0.0, 0.5]),
-            code_count_max=np.array([9.0, 8.0]))  # fmt: skip
+GOOD = dict(
+    loss=2.0,
+    l_commit=1.0,
+    grad_norm=1.0,
+    code_perplexity=np.array([4.0, 3.0]),
+    dead_codes=np.array([0.0, 0.5]),
+    code_count_max=np.array([9.0, 8.0]),
+)
 SUMS = [np.ones([2, 3]), np.ones([2, 3, 4])]
 
 
@@ -99,7 +105,9 @@ def test_a_codebook_that_collapses_in_any_layer_is_bad():
 
 def settings_for(corpus, **sanity_settings) -> Settings:
     return Settings(
-        model=small_config(n_layer=1, n_vocab=260, block_len=8, mem_len=8, p_dropres=0.1, dtype="float32", param_dtype="float32"),
+        model=small_config(
+            n_layer=1, n_vocab=260, block_len=8, mem_len=8, p_dropres=0.1, dtype="float32", param_dtype="float32"
+        ),
         data=DataSettings(source=str(corpus), validation_share=0.0, test_share=0.0),
         train=TrainSettings(batch_size=8, update_len=UPDATE_LEN, num_steps=STEPS, log_every_steps=1),
         optimizer=OptimizerSettings(warmup_steps=0, learning_rate=0.01),

@@ -74,9 +74,9 @@ def test_another_host_that_gives_signs_of_life_is_not_disturbed(tmp_path, quick)
 
     thread = threading.Thread(target=live)
     thread.start()
-    with pytest.raises(UserError, match=r"in use by another process \(process 77 on elsewhere\)"):
-        with locked(epath.Path(tmp_path)):
-            pass
+    refused = pytest.raises(UserError, match=r"in use by another process \(process 77 on elsewhere\)")
+    with refused, locked(epath.Path(tmp_path)):
+        pass
     ended.set()
     thread.join()
 

@@ -30,7 +30,6 @@ from tvq_pod.data.course import Course
 from tvq_pod.errors import UserError
 from tvq_pod.parallel.processes import all_agree, from_first, is_first, on_first
 from tvq_pod.paths import free_name, is_bucket
-from tvq_pod.progress import say
 from tvq_pod.train_state import TrainState
 
 FORMAT = 2

@@ -88,7 +88,7 @@ class SanitySettings:
 class EvalSettings:
     every_steps: int = 0  # evaluate validation while training; 0: never
     at_end: bool = True  # evaluate validation after the last step
-    batch_size: int = 16  # rows that documents are laid out on
+    batch_size: int = 16  # rows that documents are laid out on; 0: as many as train.batch_size
     max_tokens: int = 0  # stop adding documents once there are so many tokens; 0: the whole split
 
 
@@ -112,7 +112,7 @@ class Settings:
     """All of a run's settings, resolved and checked."""
 
     seed: int = 0  # of parameters, dropout and the order of documents
-    compile_cache: str = "auto"  # folder of compiled programs, for quick restarts; auto: WORKDIR/compile_cache; "": none
+    compile_cache: str = "auto"  # folder of compiled programs, for restarts; auto: WORKDIR/compile_cache; "": none
     model: TransformerConfig = TransformerConfig()
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()
@@ -123,6 +123,11 @@ class Settings:
     eval: EvalSettings = EvalSettings()
     sample: SampleSettings = SampleSettings()
     metrics: MetricsSettings = MetricsSettings()
+
+    @property
+    def eval_rows(self) -> int:
+        """Rows of an evaluation."""
+        return self.eval.batch_size or self.train.batch_size
 
 
 NOT_IN_CONFIG = ("is_train",)  # the mode decides
@@ -158,7 +163,6 @@ AT_LEAST = {  # everything else that is a number must be at least 0
     "mesh.slices": 1,
     "checkpoint.timeout_seconds": 1,
     "sanity.bad_steps": 1,
-    "eval.batch_size": 1,
 }
 BELOW_ONE = ("model.p_dropemb", "model.p_dropsin", "model.p_dropres", "model.p_droplyr", "model.c_gamma",
              "data.validation_share", "data.test_share", "optimizer.b1", "optimizer.b2")  # fmt: skip

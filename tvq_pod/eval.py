@@ -88,12 +88,12 @@ class Evaluator:
 
     def __init__(self, settings: Settings, mesh: jax.sharding.Mesh, store: TokenStore, split: str):
         """Raises UserError if the split has no document."""
-        check_divides("config.eval.batch_size", settings.eval.batch_size, mesh)
+        check_divides("config.eval.batch_size", settings.eval_rows, mesh)
         self._settings, self._mesh = settings, mesh
         self._split = store.split(split)
-        self._plan = PackedDocuments(self._split.starts, settings.eval.batch_size, settings.eval.max_tokens)
+        self._plan = PackedDocuments(self._split.starts, settings.eval_rows, settings.eval.max_tokens)
         self._n_bytes = int(self._split.doc_bytes[self._plan.documents].sum())
-        self._eval_step = make_eval_step(settings, mesh, settings.eval.batch_size)
+        self._eval_step = make_eval_step(settings, mesh, settings.eval_rows)
 
     def evaluate(self, params: dict, told_to_stop: Callable[[], bool] = lambda: False) -> Result | None:
         """Loss over the split's documents (or as many as config.eval.max_tokens takes).
@@ -102,12 +102,12 @@ class Evaluator:
         """
         began = time.monotonic()
         train, data = self._settings.train, self._settings.data
-        state, sums = make_eval_state(self._settings, self._mesh, self._settings.eval.batch_size), []
+        state, sums = make_eval_state(self._settings, self._mesh, self._settings.eval_rows), []
         for batch in global_batches(
             self._split,
             self._plan,
             self._mesh,
-            batch_size=self._settings.eval.batch_size,
+            batch_size=self._settings.eval_rows,
             update_len=train.update_len,
             first_step=0,
             last_step=math.ceil(self._plan.row_len / train.update_len),
@@ -137,7 +137,7 @@ def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | No
     Needs no lock: it only reads checkpoints, and adds one line. So a run may be evaluated while it trains.
     """
     mesh = make_mesh(settings.mesh)
-    check_divides("config.eval.batch_size", settings.eval.batch_size, mesh)
+    check_divides("config.eval.batch_size", settings.eval_rows, mesh)
     checkpoints = Checkpoints(workdir)
     step = checkpoints.pick(step)
     path = store_path(settings, workdir)

@@ -3,8 +3,8 @@
     python -m tvq_pod.main --config=configs/stdlib.py --workdir=runs/stdlib [--config.model.d_model=256 ...]
         [--mode=train|eval|sample|prepare|inspect|plan|bench]
 
-Exit code 0: done. 75: asked to end by SIGTERM, and saved: run me again. 1: an error; where it is the user's to mend, one
-line says how.
+Exit code 0: done. 75: asked to end by SIGTERM, and saved: run me again. 1: an error; where it is the user's to mend,
+one line says how.
 """
 
 import importlib.util
@@ -52,6 +52,9 @@ _MULTIHOST = flags.DEFINE_bool("multihost", False, "Cloud TPU, Slurm or Open MPI
 _PEER_TIMEOUT = flags.DEFINE_integer(
     "peer_timeout_seconds", 100, "After which a process of the job that is not heard of is dead.", lower_bound=5
 )
+_JOIN_TIMEOUT = flags.DEFINE_integer(
+    "join_timeout_seconds", 300, "How long the job's processes wait for each other to start.", lower_bound=5
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "bench: turns after the warm-up.", lower_bound=1)
 
 
@@ -77,9 +80,9 @@ def main(argv: list[str]) -> None:
         preemption = Preemption(settings.checkpoint.grace_seconds) if mode == "train" else None
         processes.check_slices(settings.mesh.slices)
         job = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _MULTIHOST.value
-        processes.join(*job, _PEER_TIMEOUT.value)
+        processes.join(*job, _PEER_TIMEOUT.value, _JOIN_TIMEOUT.value)
         _cache_compiled(settings.compile_cache, workdir)
-    elif _COORDINATOR.value or _MULTIHOST.value:
+    elif _is_one_of_many() or _NUM_PROCESSES.value or _PROCESS_ID.value is not None:
         raise UserError(f"--mode={mode}: is for one process; leave --multihost, --coordinator_address and others out")
     if mode == "train":
         from tvq_pod.train import train

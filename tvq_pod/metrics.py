@@ -83,7 +83,8 @@ class MetricsWriter:
 
 
 def lines_of(workdir: epath.Path, split: str) -> dict[int, dict]:
-    """The lines of a split in metrics.jsonl, by step; of two with the same step, the later one.     A line that was cut off is left out."""
+    """The lines of a split in metrics.jsonl, by step; of two with the same step, the later one. Those
+    that were cut off are left out."""
     lines, path = {}, workdir / "metrics.jsonl"
     for text in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -119,7 +120,7 @@ class LocalFile:
                 file.seek(-1, os.SEEK_END)
                 torn = file.read() != b"\n"
         self._path, self._warned = path, False
-        self._file = open(path, "ab", buffering=0)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
         self._pending = b"\n" if torn else b""  # the process before us was killed while it wrote
 
     def write(self, text: str) -> None:
@@ -141,8 +142,8 @@ class LocalFile:
 
 
 class Events:
-    """TensorBoard's event files. tensorboardX writes them in a thread, which ends for good at its first error, such as a
-    full disk; then another file is begun."""
+    """TensorBoard's event files. tensorboardX writes them in a thread, which ends for good at its first error, such as
+    a full disk; then another file is begun."""
 
     def __init__(self, folder: str):
         self._folder = folder

@@ -1,4 +1,4 @@
-"""SIGTERM: the machine is about to be taken back. The first one asks the run to save and end; it must not take for ever.
+"""SIGTERM: the machine is about to be taken back. The first one asks the run to save and end, within bounded time.
 
 A thread reads signals from a pipe that python's own handler writes to: the main thread may sit in a computation, where
 python code does not run.

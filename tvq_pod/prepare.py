@@ -47,8 +47,8 @@ def check_source(settings: Settings, workdir: epath.Path) -> None:
         )
 
 
-def open_store(settings: Settings, workdir: epath.Path) -> TokenStore:
-    """The run's token store, made first if it is not there.
+def open_store(settings: Settings, workdir: epath.Path, may_make: bool = True) -> TokenStore:
+    """The run's token store, made first if it is not there and may_make.
 
     Raises UserError if it was made from something else than the settings say, or has more tokens than the model knows.
     """
@@ -56,6 +56,8 @@ def open_store(settings: Settings, workdir: epath.Path) -> TokenStore:
     if TokenStore.exists(path):
         store = TokenStore(path)
         _check_same_corpus(data, store)
+    elif not may_make:
+        raise UserError(f"config.data.store={path}: is not seen on this host; every process must reach the same folder")
     else:
         check_source(settings, workdir)
         vocab = load_vocab(data.vocab)

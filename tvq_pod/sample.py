@@ -143,8 +143,8 @@ def sample(settings: Settings, workdir: epath.Path, prompts: list[bytes], step: 
     checkpoints.check(step, model_record(settings, vocab.name))
     check_vocab_fits(settings, vocab.n_vocab)
     alone = jax.process_count() == 1
-    mesh = make_mesh(MeshSettings(), jax.local_devices()[:1] if alone else None)
-    settings = dataclasses.replace(settings, mesh=MeshSettings())
+    settings = dataclasses.replace(settings, mesh=MeshSettings(slices=1 if alone else settings.mesh.slices))
+    mesh = make_mesh(settings.mesh, jax.local_devices()[:1] if alone else None)
     params = checkpoints.restore_params(step, abstract_train_state(settings, mesh).params)
     params = on_one_device(params, mesh)
 

@@ -1,8 +1,8 @@
 """Whether a step may be applied: inside the compiled step, so that every process decides the same.
 
-A step is bad if its loss or gradient is not finite, if its loss is further above the mean of the steps before than their
-deviation allows, or if a codebook has collapsed. A bad step is not applied: weights, optimizer, codebook and recurrent
-state stay as they were, as if its data had not been there. train.py sees to what comes after several in a row.
+A step is bad if its loss or gradient is not finite, if its loss is further above the mean of the steps before than
+their deviation allows, or if a codebook has collapsed. A bad step is not applied: weights, optimizer, codebook and
+recurrent state stay as they were, as if its data had not been there. train.py sees to several in a row.
 """
 
 import jax

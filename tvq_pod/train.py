@@ -25,7 +25,7 @@ from tvq_pod.data.vocab import SentencePieceVocab
 from tvq_pod.errors import Preempted, UserError
 from tvq_pod.eval import Evaluator, report
 from tvq_pod.metrics import MetricsWriter, bits_per_byte, check_packages, lines_of
-from tvq_pod.parallel.mesh import check_divides, check_rows, make_mesh, sizes
+from tvq_pod.parallel.mesh import check_rows, make_mesh, sizes
 from tvq_pod.parallel.processes import Ballot, all_agree, from_first, is_first, on_first
 from tvq_pod.parallel.sharding import on_one_device
 from tvq_pod.paths import write_whole
@@ -62,7 +62,6 @@ def train(settings: Settings, workdir: epath.Path, preemption: Preemption) -> No
     # ------------------------------------------------- what can be refused before anything is written
     mesh = make_mesh(settings.mesh)
     check_rows(settings, mesh)
-    check_divides("config.eval.batch_size", settings.eval.batch_size, mesh)
     check_packages(settings.metrics)
     if not TokenStore.exists(store_path(settings, workdir)):
         check_source(settings, workdir)
@@ -86,7 +85,7 @@ class _Session:
         """opened: closes what has threads or files of its own, however the session ends."""
         self.settings, self.workdir, self.mesh = settings, workdir, mesh
         self.preemption, self.opened = preemption, opened
-        self.store = open_store(settings, workdir)
+        self.store = open_store(settings, workdir, may_make=False)
         self.split = self.store.split("train")
         self.evaluator = _make_evaluator(settings, mesh, self.store)
         self.record = run_record(settings, self.store.vocab_name, self.store.fingerprint)
@@ -152,8 +151,8 @@ class _Session:
             self.checkpoints.check_streams(step, self.settings.train)
 
     def _course_at(self, step: int | None) -> Course:
-        """The course that leads on from a checkpoint, or from the beginning: stretches that have been skipped since, and
-        a change of the batch, are in it."""
+        """The course that leads on from a checkpoint, or from the beginning: stretches that have been skipped since,
+        and a change of the batch, are in it."""
         config = self.settings.train
         if step is None:
             course = Course.begin(config.batch_size, config.update_len)
@@ -164,7 +163,7 @@ class _Session:
         return self.skipped.put_into(course)
 
     def _state_at(self, step: int | None) -> tuple[TrainState, int]:
-        """The state after `step` steps, from its checkpoint or for None from the seed, and the step. Sets the course."""
+        """The state of a checkpoint, or for None that of the seed, and its step. Sets the course."""
         self.course = self._course_at(step)
         if step is None:
             return create_train_state(self.settings, self.mesh), 0
@@ -226,7 +225,7 @@ class _Session:
 
     def _steps(self, state: TrainState, first_step: int) -> TrainState:
         """From first_step to the last. Raises BadStretch, or Preempted."""
-        config, sanity = self.settings.train, self.settings.sanity
+        config = self.settings.train
         every = self.settings.checkpoint.every_steps
         behind = None
         interval, waiting = [], None  # metrics since the last log, and those to be logged once the device moved on
@@ -348,8 +347,8 @@ class _Session:
         self.checkpoints.save(state, step, self.record, self.course)
         if not all_agree(self.checkpoints.wait()):
             raise UserError(
-                f"--workdir={self.workdir}: asked to end, and step {step} could not be saved ({self.checkpoints.error}); "
-                "the checkpoints before it are whole"
+                f"--workdir={self.workdir}: asked to end, and step {step} could not be saved "
+                f"({self.checkpoints.error}); the checkpoints before it are whole"
             )
         raise Preempted(f"saved step {step} and ends, as SIGTERM asked; start again to go on")
 
@@ -363,8 +362,8 @@ class _Session:
             why = self.checkpoints.error or "another process says why"
             if attempt == RETRIES:
                 raise UserError(
-                    f"--workdir={self.workdir}: the last checkpoint can't be written ({why}); those before it are whole; "
-                    "make room and start again"
+                    f"--workdir={self.workdir}: the last checkpoint can't be written ({why}); those before it are "
+                    "whole; make room and start again"
                 )
             say(f"WARNING: the last checkpoint could not be written ({why}): tries again in {RETRY_SECONDS:g} s")
             time.sleep(RETRY_SECONDS)

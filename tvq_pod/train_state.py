@@ -198,11 +198,14 @@ def make_gradients(settings: Settings):
                 own, recurrent = of_part(*part)
                 return jax.tree.map(jnp.add, sums, own), recurrent
 
-            zeros = jax.tree.map(jnp.zeros_like, params), dict(loss=jnp.zeros([]), l_commit=jnp.zeros([]))
+            # float32, whatever the parameters are: small parts must not be lost in a large sum
+            zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
+            zeros = zeros, dict(loss=jnp.zeros([]), l_commit=jnp.zeros([]))
             parts = _parts(recurrent, 1, n_parts), _parts(batch, 0, n_parts), jax.random.split(key, n_parts)
             sums, recurrent = jax.lax.scan(add, zeros, parts)
             recurrent = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(x.shape[1], -1, *x.shape[3:]), recurrent)
         grads, metrics = sums
+        grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, params)
         return grads, recurrent, metrics
 
     return gradients

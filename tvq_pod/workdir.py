@@ -85,7 +85,7 @@ def locked(workdir: epath.Path) -> Iterator[None]:
 def _flock(workdir: epath.Path, opened: contextlib.ExitStack) -> None:
     path = workdir / LOCK_NAME
     with _usable(workdir):
-        file = opened.enter_context(open(path, "a", encoding="utf-8"))
+        file = opened.enter_context(open(path, "a", encoding="utf-8"))  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -132,7 +132,7 @@ def _beat(path: epath.Path, own: dict, ended: threading.Event) -> None:
 
 
 def _write(path: epath.Path, holder: dict) -> None:
-    """In place, and at once, so that no reader finds an empty file in between: the kernel's lock is on this very file."""
+    """In place and at once, so that no reader finds an empty file: the kernel's lock is on this very file."""
     text = (json.dumps(holder) if holder else "").ljust(RECORD_BYTES)
     if is_bucket(path):
         path.write_text(text)

@@ -12,6 +12,7 @@ from tvq_pod.errors import UserError
 from tvq_pod.nn.model import is_codebook
 from tvq_pod.parallel.mesh import check_divides, check_rows, make_mesh, named_axes, sizes
 from tvq_pod.parallel.sharding import STORAGE, spec_of
+from tvq_pod.plan import topology_devices
 from tvq_pod.train_state import abstract_train_state
 
 MIB = 2**20
@@ -48,6 +49,17 @@ def test_no_large_parameter_is_whole_on_every_device(eight_devices, sizes, optim
     assert large >= 10
 
 
+@pytest.mark.parametrize(("topology", "name", "most"), [("v5p:4x4x12", "pg19", 4), ("v5p:16x16x16", "enwik8", 256)])
+def test_where_not_all_devices_divide_a_parameter_as_many_as_can_share_it(topology, name, most):
+    """On slices of 192 and 4,096 chips: a matrix is split over `most` devices at least."""
+    _, devices = topology_devices(topology, 1)
+    settings = resolve(importlib.import_module(f"configs.{name}").get_config())
+    state = abstract_train_state(settings, make_mesh(MeshSettings(), devices))
+    for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state)):
+        if leaf.size * leaf.dtype.itemsize > MIB and not is_codebook(path):
+            assert np.prod(leaf.sharding.shard_shape(leaf.shape)) * most <= leaf.size, jax.tree_util.keystr(path)
+
+
 def test_states_are_spread_over_rows_heads_and_codes(eight_devices):
     state = state_on(MeshSettings(data=2, sequence=2, model=2), "enwik8", "adamw")
     unit = state.recurrent["unit0"]
@@ -64,10 +76,10 @@ def test_heads_are_split_if_there_are_several_and_values_if_there_is_one(eight_d
     names = ("heads", "value", "embed")
     assert spec_of(names, (8, 64, 32), mesh) == jax.P("model", None, None)
     assert spec_of(names, (1, 64, 32), mesh) == jax.P(None, "model", None)
-    assert spec_of(names, (1, 256, 32), mesh, STORAGE) == jax.P(None, ("model", *STORAGE), None)  # whole tiles
-    assert spec_of(names, (1, 64, 32), mesh, STORAGE) == jax.P(None, "model", STORAGE)  # the longest
-    assert spec_of(("vocab", "embed"), (259, 64), mesh, STORAGE) == jax.P(None, STORAGE)
-    assert spec_of(("vocab", "embed"), (259, 63), mesh, STORAGE) == jax.P(None, None)
+    assert spec_of(names, (1, 256, 32), mesh, None) == jax.P(None, ("model", *STORAGE), None)  # whole tiles
+    assert spec_of(names, (1, 64, 32), mesh, None) == jax.P(None, "model", STORAGE)  # the longest
+    assert spec_of(("vocab", "embed"), (259, 64), mesh, None) == jax.P(None, STORAGE)
+    assert spec_of(("vocab", "embed"), (259, 63), mesh, None) == jax.P(None, None)
     with pytest.raises(KeyError):
         spec_of(("no such axis",), (8,), mesh)
 
@@ -79,7 +91,7 @@ def test_sizes_that_do_not_fit_are_named(eight_devices):
         make_mesh(MeshSettings(data=3))
     with pytest.raises(UserError, match=r"config.mesh.data=-1: with sequence=3, .*sequence \* model = 3 must divide 8"):
         make_mesh(MeshSettings(sequence=3))
-    with pytest.raises(UserError, match=r"config.mesh.slices=3: must be 1"):
+    with pytest.raises(UserError, match=r"config.mesh.slices=3: must divide 8 devices"):
         make_mesh(MeshSettings(slices=3))
     with pytest.raises(UserError, match=r"config.eval.batch_size=12: must be a multiple of the 8 devices"):
         check_divides("config.eval.batch_size", 12, mesh_of(eight_devices))

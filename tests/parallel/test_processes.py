@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from launch import local
-from tvq_pod.data.loader import local_part
+from tvq_pod.data.loader import joined, local_part
 from tvq_pod.errors import UserError
 from tvq_pod.parallel import processes
 
@@ -26,6 +27,12 @@ FLAGS = [
     "--config.eval.max_tokens=500", "--config.sample.length=8", "--config.metrics.tensorboard=False",
     "--config.data.validation_share=0.3",
 ]  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def launched(*arguments: str) -> subprocess.Popen:
@@ -93,6 +100,14 @@ def test_when_one_fails_the_others_are_ended_and_its_code_is_passed_on(codes, ex
     assert all(job.poll() is not None for job in jobs)
 
 
+@pytest.mark.parametrize("codes", [(3, 0), (0, 3), (0, 0)])
+def test_codes_of_processes_that_end_together_are_all_seen(codes):
+    jobs = sleepers(*codes)
+    for job in jobs:
+        job.wait()
+    assert local.wait(jobs, grace_seconds=5) == max(codes)
+
+
 def test_a_killed_process_counts_as_its_signal():
     jobs = sleepers(None, None)
     os.kill(jobs[1].pid, signal.SIGKILL)
@@ -112,6 +127,35 @@ def test_what_would_leave_a_process_alone_is_refused(monkeypatch):
     with pytest.raises(UserError, match=r"config.mesh.slices=1: contradicts MEGASCALE_NUM_SLICES=2.*unset"):
         processes.check_slices(1)
     processes.check_slices(2)
+    monkeypatch.setenv("MEGASCALE_NUM_SLICES", "two")
+    with pytest.raises(UserError, match=r"contradicts MEGASCALE_NUM_SLICES=two of the environment; unset MEGASCALE"):
+        processes.check_slices(2)
+    monkeypatch.delenv("MEGASCALE_NUM_SLICES")
+    monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", "10.0.0.9:8080")
+    with pytest.raises(UserError, match="unset MEGASCALE_COORDINATOR_ADDRESS"):
+        processes.check_slices(1)
+
+
+@pytest.mark.parametrize("address", ["nonsense", ":1234", "host:12x", "host:"])
+def test_an_address_that_is_none_is_refused_at_once(address):
+    with pytest.raises(UserError, match=r"--coordinator_address=.*: must be HOST:PORT of process 0"):
+        processes.join(address, 2, 0, False)
+
+
+def test_a_process_whose_peers_do_not_come_ends_in_one_line(corpus, tmp_path):
+    """Process 0 waits for another; process 1 for a process 0 that is not there."""
+    flags = [*FLAGS, f"--config.data.source={corpus}", f"--workdir={tmp_path / 'run'}", "--join_timeout_seconds=6"]
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tvq_pod.main", *flags, f"--coordinator_address=127.0.0.1:{port}",
+             "--num_processes=2", f"--process_id={index}"], stderr=subprocess.PIPE, text=True,
+        )
+        for index, port in enumerate((free_port(), free_port()))
+    ]  # fmt: skip
+    for job in jobs:
+        _, err = job.communicate(timeout=100)
+        assert job.returncode == 1
+        assert "this process could not join the others within --join_timeout_seconds=6" in err.splitlines()[-1]
 
 
 def test_what_one_decides_holds_and_its_error_is_raised():
@@ -120,10 +164,40 @@ def test_what_one_decides_holds_and_its_error_is_raised():
         processes.on_first(lambda: (_ for _ in ()).throw(UserError("disk full")))
 
 
+class HostSharding:
+    """A sharding of which only some devices are this process's."""
+
+    def __init__(self, sharding, devices):
+        self._sharding, self._devices = sharding, devices
+
+    def addressable_devices_indices_map(self, shape):
+        return {device: self._sharding.devices_indices_map(shape)[device] for device in self._devices}
+
+
 def test_a_process_reads_the_rows_and_tokens_that_its_devices_hold(eight_devices):
     mesh = Mesh(np.array(eight_devices).reshape(2, 4), ("rows", "tokens"))
-    rows, tokens = local_part(NamedSharding(mesh, PartitionSpec("rows", "tokens")), (4, 32))
-    assert (rows, tokens) == ([0, 1, 2, 3], range(32))  # this process holds all devices
-    part = Mesh(np.array(eight_devices[:2]).reshape(1, 2), ("rows", "tokens"))
-    assert local_part(NamedSharding(part, PartitionSpec("rows", None)), (4, 32)) == ([0, 1, 2, 3], range(32))
-    assert jax.process_count() == 1
+    sharding = NamedSharding(mesh, PartitionSpec("rows", "tokens"))
+    every = [range(begin, begin + 8) for begin in range(0, 32, 8)]
+    assert local_part(sharding, (4, 32)) == ([0, 1, 2, 3], every)  # this process holds all devices
+    own = HostSharding(sharding, eight_devices[4:6])
+    assert local_part(own, (4, 32)) == ([2, 3], every[:2])
+
+
+def test_a_hosts_tokens_need_not_be_one_range(eight_devices, monkeypatch):
+    """On a TPU slice a host is a rectangle of chips: of a long row it may have two stretches that are far apart."""
+    sharding = NamedSharding(
+        Mesh(np.array(eight_devices).reshape(1, 8), ("rows", "tokens")), PartitionSpec(None, "tokens")
+    )
+    own = HostSharding(sharding, [eight_devices[i] for i in (5, 0, 4)])
+    shape, everything = (2, 32), np.arange(64).reshape(2, 32)
+    rows, tokens = local_part(own, shape)
+    assert tokens == [range(0, 4), range(16, 20), range(20, 24)]
+    part = np.concatenate([everything[:, list(range_)] for range_ in tokens], axis=1)
+    asked = []
+    monkeypatch.setattr(jax, "make_array_from_callback", lambda shape, sharding, callback: asked.append(callback))
+    joined(own, shape, rows, tokens, part)
+    for index in own.addressable_devices_indices_map(shape).values():
+        np.testing.assert_array_equal(asked[0](index), everything[index])
+    monkeypatch.undo()
+    whole = joined(sharding, shape, *local_part(sharding, shape), everything)
+    np.testing.assert_array_equal(whole, everything)

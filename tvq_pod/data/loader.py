@@ -5,18 +5,40 @@ from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import jax
+import numpy as np
 
 from tvq_pod.data.store import Split
 from tvq_pod.data.streams import Plan, RowSource
 from tvq_pod.parallel.sharding import batch_sharding
 
 
-def local_part(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> tuple[list[int], range]:
-    """The rows, and the range of tokens, of a global batch [B, T] that this process's devices hold."""
+def local_part(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> tuple[list[int], list[range]]:
+    """The rows, and the ranges of tokens, of a global batch [B, T] that this process's devices hold, both in order.
+
+    A host of a TPU slice is a rectangle of chips: its tokens need not be one range.
+    """
     indices = sharding.addressable_devices_indices_map(shape).values()
     rows = sorted({row for row_slice, _ in indices for row in range(*row_slice.indices(shape[0]))})
-    bounds = [token_slice.indices(shape[1])[:2] for _, token_slice in indices]
-    return rows, range(min(begin for begin, _ in bounds), max(end for _, end in bounds))
+    tokens = sorted({token_slice.indices(shape[1])[:2] for _, token_slice in indices})
+    return rows, [range(begin, end) for begin, end in tokens]
+
+
+def joined(
+    sharding: jax.sharding.Sharding, shape: tuple[int, int], rows: list[int], tokens: list[range], part: np.ndarray
+):
+    """The global array [B, T] of which this process has `part`: its rows, and its ranges of tokens end to end."""
+    first_row = {row: place for place, row in enumerate(rows)}
+    bounds = np.cumsum([0, *map(len, tokens)])
+    first_token = {range_.start: int(bound) for range_, bound in zip(tokens, bounds, strict=False)}
+
+    def of_device(index):
+        row_slice, token_slice = index
+        row, row_end, _ = row_slice.indices(shape[0])
+        token, token_end, _ = token_slice.indices(shape[1])
+        row_at, token_at = first_row[row], first_token[token]
+        return part[row_at : row_at + row_end - row, token_at : token_at + token_end - token]
+
+    return jax.make_array_from_callback(shape, sharding, of_device)
 
 
 def host_batches(
@@ -29,12 +51,12 @@ def host_batches(
     last_step: int,
     threads: int,
     ahead: int,
-    tokens: range | None = None,
+    tokens: Sequence[range] | None = None,
     update_of: Callable[[int], int] | None = None,
 ) -> Iterator[dict]:
     """Batches of the given rows, as NumPy arrays [len(rows), T], for steps first_step .. last_step - 1.
 
-    threads read them; up to `ahead` batches wait to be used. tokens: of the T, those that are read; None reads all.
+    threads read them; up to `ahead` batches wait to be used. tokens: ranges of the T that are read; None reads all.
     update_of: which update of the streams a step reads (see Lap); None: step n reads update n.
     """
     source = RowSource(split.tokens, plan, rows, update_len, first_step, last_step, tokens, update_of)
@@ -77,6 +99,4 @@ def global_batches(
     )
     with contextlib.closing(batches):
         for batch in batches:
-            yield {
-                name: jax.make_array_from_process_local_data(sharding, array, shape) for name, array in batch.items()
-            }
+            yield {name: joined(sharding, shape, rows, tokens, array) for name, array in batch.items()}

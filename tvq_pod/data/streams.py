@@ -262,15 +262,15 @@ class RowSource:
         update_len: int,
         first_step: int,
         last_step: int,
-        part: range | None = None,
+        parts: Sequence[range] | None = None,
         update_of: Callable[[int], int] | None = None,
     ):
-        """rows: the global rows that this process reads. Steps first_step .. last_step - 1 are served. part: which of
-        an update's tokens are read; None reads all. update_of: which update of the streams a step reads; None: step n
-        reads update n."""
+        """rows: the global rows that this process reads. Steps first_step .. last_step - 1 are served. parts: ranges
+        of an update's tokens that are read; None reads all. update_of: which update of the streams a step
+        reads; None: step n reads update n."""
         self._tokens, self._plan = tokens, plan
         self._rows, self._update_len = rows, update_len
-        self._part = part or range(update_len)
+        self._parts = parts or [range(update_len)]
         self._first_step, self._n_steps = first_step, max(last_step - first_step, 0)
         self._update_of = update_of or (lambda step: step)
 
@@ -280,4 +280,10 @@ class RowSource:
     def __getitem__(self, index: int) -> dict:
         step, row = divmod(int(index), len(self._rows))
         first = self._update_of(self._first_step + step) * self._update_len
-        return read_row(self._tokens, self._plan, self._rows[row], first + self._part.start, first + self._part.stop)
+        reads = [
+            read_row(self._tokens, self._plan, self._rows[row], first + part.start, first + part.stop)
+            for part in self._parts
+        ]
+        return (
+            reads[0] if len(reads) == 1 else {name: np.concatenate([read[name] for read in reads]) for name in reads[0]}
+        )

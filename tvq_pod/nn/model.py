@@ -152,22 +152,33 @@ def token_losses(x: jax.Array, output: jax.Array, targets: jax.Array, scale: flo
 
     With a large vocabulary the logits of one block at a time are held, and made again in the backward pass.
     """
-
-    def block_losses(x, targets):
-        logits = constrain(logits_of(x, output, scale), "blocks", "batch", "token", "vocab")
-        is_target = targets[..., None] == jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-        return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-
     if output.shape[1] <= output.shape[0]:
-        return block_losses(x, targets)
+        return _losses("...ld,dv->...lv", x, output, targets, scale)
 
-    n_shards = placement().n_shards("blocks")  # each goes through its own blocks
+    # Every shard of blocks and rows goes through its own blocks, with a copy of the matrix: so the gradients of all
+    # blocks are added where they are made, and over devices once, not once a block.
+    n_shards = placement().n_shards("blocks"), placement().n_shards("batch")
+    copies = jnp.broadcast_to(output, (*n_shards, *output.shape))
+    copies = constrain(copies, "blocks", "batch", "embed", "vocab")
 
-    def by_turn(x):
-        return jnp.swapaxes(x.reshape(n_shards, -1, *x.shape[1:]), 0, 1)
+    def by_turn(x):  # [R, B, ...] -> [turns, shards of blocks, shards of rows, B of each, ...]
+        x = x.reshape(n_shards[0], -1, n_shards[1], x.shape[1] // n_shards[1], *x.shape[2:])
+        return jnp.swapaxes(x, 0, 1)
 
-    losses = jax.lax.map(lambda blocks: jax.checkpoint(block_losses)(*blocks), (by_turn(x), by_turn(targets)))
+    @jax.checkpoint
+    def of_turn(blocks):
+        return _losses("srbld,srdv->srblv", blocks[0], copies, blocks[1], scale)
+
+    losses = jax.lax.map(of_turn, (by_turn(x), by_turn(targets)))
     return jnp.swapaxes(losses, 0, 1).reshape(targets.shape)
+
+
+def _losses(product: str, x: jax.Array, output: jax.Array, targets: jax.Array, scale: float) -> jax.Array:
+    logits = jnp.einsum(product, x, output, preferred_element_type=jnp.float32) * scale
+    names = ("blocks", "batch", "token", "vocab") if logits.ndim == 4 else ("blocks", "batch", None, "token", "vocab")
+    logits = constrain(logits, *names)
+    is_target = targets[..., None] == jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
 
 
 def _is_names(x) -> bool:

@@ -55,7 +55,9 @@ def _by_slice(devices: list, n_slices: int) -> list[list]:
     if len(by_index) == 1 and devices[0].platform == "cpu" and len(devices) % n_slices == 0:
         return np.asarray(devices).reshape(n_slices, -1).tolist()
     if len(by_index) != n_slices:
-        raise UserError(f"config.mesh.slices={n_slices}: must be {len(by_index)}, as many as the devices are in")
+        simulated = devices[0].platform == "cpu"
+        must = f"divide {len(devices)} devices" if simulated else f"be {len(by_index)}, as many as the devices are in"
+        raise UserError(f"config.mesh.slices={n_slices}: must {must}")
     return [by_index[index] for index in sorted(by_index)]
 
 
@@ -96,8 +98,10 @@ def n_row_shards(mesh: jax.sharding.Mesh) -> int:
 
 
 def check_rows(settings: Settings, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError if the rows of a training step can't be spread evenly over the mesh."""
+    """Raises UserError if the rows of a training step, or of an evaluation, can't be spread evenly over the mesh."""
     check_divides("config.train.batch_size", settings.train.batch_size, mesh, settings.train.microbatches)
+    if settings.eval.every_steps or settings.eval.at_end:
+        check_divides("config.eval.batch_size", settings.eval_rows, mesh)
 
 
 def check_divides(name: str, value: int, mesh: jax.sharding.Mesh, microbatches: int = 1) -> None:

@@ -4,6 +4,9 @@ Every process runs the same code and holds its devices' part of the global array
 """
 
 import os
+import re
+import sys
+import threading
 from collections.abc import Callable
 
 import jax
@@ -22,12 +25,14 @@ def join(
     process_id: int | None,
     multihost: bool,
     peer_timeout_seconds: int = 100,
+    join_timeout_seconds: int = 300,
 ) -> None:
     """Joins the other processes of the job, before anything else is asked of jax; alone, if nothing is given.
 
-    multihost: Cloud TPU, Slurm or Open MPI say who the others are. peer_timeout_seconds: a process that was not heard of
-    for so long is dead, and jax ends all others, with a message and SIGABRT. Raises UserError if the job can't be
-    joined: a process that went on by itself would be one of many, each training and writing alone.
+    multihost: Cloud TPU, Slurm or Open MPI say who the others are. peer_timeout_seconds: a process that was not heard
+    of for so long is dead, and jax ends all others, with a message and SIGABRT. Raises UserError if the job can't be
+    joined, and after join_timeout_seconds ends the process: one that went on by itself would be one of many, each
+    training and writing alone.
     """
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from preemption.py
     given = dict(coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id)
@@ -41,23 +46,46 @@ def join(
     if not multihost and not 0 <= process_id < num_processes:
         raise UserError(f"--process_id={process_id}: must be 0 .. {num_processes - 1}, below --num_processes")
     how = "--multihost" if multihost else f"--coordinator_address={coordinator_address}"
+    if not multihost and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\s]+):[0-9]{1,5}", coordinator_address):
+        raise UserError(f"{how}: must be HOST:PORT of process 0")
+    # jax itself would wait as long and then abort, with a page of C++.
+    alarm = threading.Timer(join_timeout_seconds, _end_alone, [how, join_timeout_seconds])
+    alarm.daemon = True
+    alarm.start()
     try:
-        jax.distributed.initialize(**({} if multihost else given), heartbeat_timeout_seconds=peer_timeout_seconds)
+        jax.distributed.initialize(
+            **({} if multihost else given),
+            heartbeat_timeout_seconds=peer_timeout_seconds,
+            initialization_timeout=join_timeout_seconds + 60,
+        )
         jax.devices()  # meets the others
     except (RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())[:200]
         raise UserError(f"{how}: this process could not join the others ({said}); all must be started") from error
+    finally:
+        alarm.cancel()
+
+
+def _end_alone(how: str, seconds: int) -> None:
+    print(
+        f"error: {how}: this process could not join the others within --join_timeout_seconds={seconds}; all must be "
+        "started, and reach process 0 there",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def check_slices(slices: int) -> None:
     """Raises UserError if the environment speaks of another number of slices than the config: variables that an earlier
     job left behind would have this one wait for slices that are not there."""
-    there = os.environ.get("MEGASCALE_NUM_SLICES")
+    there = os.environ.get("MEGASCALE_NUM_SLICES", "")
     left = sorted(name for name in os.environ if name.startswith("MEGASCALE_"))
-    if left and (there or "1") != str(slices):
+    if left and there != str(slices):
+        give = f"give config.mesh.slices={there}, or " if there.isdecimal() and int(there) else ""
         raise UserError(
-            f"config.mesh.slices={slices}: contradicts MEGASCALE_NUM_SLICES={there or ''} of the environment; "
-            f"give config.mesh.slices={there or 1}, or unset {', '.join(left)}"
+            f"config.mesh.slices={slices}: contradicts MEGASCALE_NUM_SLICES={there} of the environment; "
+            f"{give}unset {', '.join(left)}"
         )
 
 

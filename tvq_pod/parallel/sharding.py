@@ -1,6 +1,7 @@
 """The one table from logical axis names, which nn gives to parameters, states and activations, to mesh axes."""
 
 import functools
+import itertools
 import math
 
 import flax.linen as nn
@@ -30,12 +31,11 @@ ROWS, LANES = 16, 128  # a TPU's tile of bfloat16: of the last axis but one, and
 BATCH_AXES = ("batch", "tokens")
 
 
-def spec_of(names: tuple, shape: tuple[int, ...], mesh: Mesh, storage: tuple[str, ...] | None = None) -> PartitionSpec:
+def spec_of(names: tuple, shape: tuple[int, ...], mesh: Mesh, stages: int | None = 0) -> PartitionSpec:
     """Where an array lies whose axes have these logical names. Raises KeyError on a name that RULES lacks.
 
-    storage: of a parameter, mesh axes that it is spread over too, STORAGE or the first of these. For that it is split
-    along the first of its axes that leaves each device whole tiles, so that it is gathered without a copy, or else
-    along the longest that divides. One of which no axis divides is not split.
+    stages: of a parameter, along how many of the mesh axes that it is stored over it is split too; None: along all.
+    See `_stored`.
     """
     spec, taken = [()] * len(shape), set()
     for axis, name in enumerate(names):
@@ -43,14 +43,28 @@ def spec_of(names: tuple, shape: tuple[int, ...], mesh: Mesh, storage: tuple[str
         if not taken & set(wanted) and shape[axis] % math.prod(mesh.shape[n] for n in wanted) == 0:
             spec[axis] = wanted
             taken |= set(wanted)
-    if storage:
+    if stages != 0:
         left = [size // math.prod(mesh.shape[n] for n in own) for size, own in zip(shape, spec, strict=True)]
-        n_parts = math.prod(mesh.shape[n] for n in STORAGE)  # of the whole of it: the axis must be the same in part
-        able = [axis for axis, name in enumerate(names) if name != "layers" and left[axis] % n_parts == 0]
-        tiles = [axis for axis in able if left[axis] // n_parts % _tile(axis, len(shape)) == 0]
-        for axis in tiles[:1] or sorted(able, key=lambda axis: -left[axis])[:1]:
-            spec[axis] = (*spec[axis], *storage)
+        axis, storage = _stored(names, left, mesh)
+        if storage:
+            spec[axis] = (*spec[axis], *storage[:stages])
     return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in spec))
+
+
+def _stored(names: tuple, left: list[int], mesh: Mesh) -> tuple[int, tuple[str, ...]]:
+    """Which axis of a parameter is split for storage, and over which of STORAGE: over the most devices that divide an
+    axis, and then along the first axis that leaves each device whole tiles, so that it is gathered without a copy, or
+    else along the longest. left: the axes' sizes on each device."""
+    choices = [axes for n in range(len(STORAGE), 0, -1) for axes in itertools.combinations(STORAGE, n)]
+    for storage in sorted(choices, key=lambda axes: -math.prod(mesh.shape[n] for n in axes)):
+        n_parts = math.prod(mesh.shape[n] for n in storage)
+        if n_parts == 1:
+            break
+        able = [axis for axis, name in enumerate(names) if name != "layers" and left[axis] % n_parts == 0]
+        tiles = [axis for axis in able if left[axis] // n_parts % _tile(axis, len(left)) == 0]
+        for axis in tiles[:1] or sorted(able, key=lambda axis: -left[axis])[:1]:
+            return axis, storage
+    return 0, ()
 
 
 def _tile(axis: int, n_axes: int) -> int:
@@ -74,8 +88,8 @@ def param_shardings(boxed_params, mesh: Mesh, fsdp: bool):
     """
 
     def sharding(box):
-        storage = STORAGE if fsdp and "embed" in box.names else None
-        return NamedSharding(mesh, spec_of(box.names, box.value.shape, mesh, storage))
+        stages = None if fsdp and "embed" in box.names else 0
+        return NamedSharding(mesh, spec_of(box.names, box.value.shape, mesh, stages))
 
     return jax.tree.map(sharding, boxed_params, is_leaf=_is_box)
 
@@ -108,12 +122,12 @@ class OnMesh(Placement):
         return self._constrain(x, spec_of(names, x.shape, self._mesh))
 
     def gather(self, kernel, names):
-        for storage in (STORAGE[:1], None) if self._fsdp else (None,):
-            kernel = self._constrain(kernel, spec_of(names, kernel.shape, self._mesh, storage))
+        for stages in (1, 0) if self._fsdp else (0,):
+            kernel = self._constrain(kernel, spec_of(names, kernel.shape, self._mesh, stages))
         return kernel
 
     def scatter(self, cotangent, names):
-        return self._constrain(cotangent, spec_of(names, cotangent.shape, self._mesh, STORAGE if self._fsdp else None))
+        return self._constrain(cotangent, spec_of(names, cotangent.shape, self._mesh, None if self._fsdp else 0))
 
     def _constrain(self, x, spec):
         return jax.lax.with_sharding_constraint(x, NamedSharding(self._mesh, spec))
