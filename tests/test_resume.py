@@ -1,11 +1,11 @@
 """A killed run goes on as if nothing had happened: real processes, real kills, equal bits."""
 
-import os
-import shutil
+import random
 import signal
 import time
 
-from tests.test_cli import config_file, corpus, fingerprint, finish, metrics_of, run, start
+from tests import chaos
+from tests.test_cli import config_file, corpus, finish, metrics_of, run, start
 
 __all__ = ["config_file", "corpus"]  # fixtures
 
@@ -21,49 +21,49 @@ FLAGS = [
 ]
 
 
-def kill_once_saved(process, workdir, step):
-    """SIGKILL, as soon as the checkpoint of `step` is whole."""
-    deadline = time.monotonic() + 200
-    while not (workdir / f"checkpoints/{step}").exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+def test_a_job_that_is_preempted_and_damaged_ends_with_the_same_bits(tmp_path):
+    """A short form of `python -m tests.chaos`: two processes, one of which gets SIGTERM; then all are killed, and a bit
+    of the newest checkpoint flips."""
+    setting = chaos.Setting(tmp_path / "chaos")
+    setting.leave_alone(2, warm_up=False)
+    rng = random.Random(0)
+    faults = ["SIGTERM, one process", "a bit flipped"]
+    chaos.one_run(tmp_path / "chaos/run", setting, faults, rng, exact=2)
 
 
-def test_a_run_killed_and_started_again_ends_with_the_same_bits(tmp_path, config_file):
-    devices = 8
-    flags = [f"--config={config_file}", *FLAGS]
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    left_alone = start(*flags, f"--workdir={straight}", devices=devices)
-    process = start(*flags, f"--workdir={killed}", devices=devices)
-    kill_once_saved(process, killed, 20)
-    assert not (killed / "checkpoints/40").exists()
-    # half a save, as a kill in the middle of one leaves behind
-    half = killed / "checkpoints/40.orbax-checkpoint-tmp"
-    if not half.exists():
-        shutil.copytree(killed / "checkpoints/20/params", half / "params.orbax-checkpoint-tmp")
-    _, err = run(*flags, f"--workdir={killed}", devices=devices)
-    assert "goes on from step 20" in err
+def test_a_run_that_goes_on_with_other_streams_says_so_and_reads_on(tmp_path, config_file):
+    """Batch size and update length change on request only; the tokens left of the epoch are read next."""
+    flags = [f"--config={config_file}", f"--workdir={tmp_path / 'run'}", "--config.sample.length=0",
+             "--config.eval.at_end=False"]  # fmt: skip
+    run(*flags, "--config.train.num_steps=20")
+    _, err = run(*flags, "--config.train.batch_size=4", "--config.train.update_len=16",
+                 "--config.train.on_batch_change=restart_streams")  # fmt: skip
+    assert "streams start anew at step 20: 4 of them, 16 tokens an update" in err
+    assert [line["step"] for line in metrics_of(tmp_path / "run", "train")][-1] == 40
+    # and goes on with these as if they had always been
+    _, err = run(*flags, "--config.train.batch_size=4", "--config.train.update_len=16", "--config.train.num_steps=45")
+    assert "goes on from step 40" in err
+    assert "anew" not in err
 
-    code, _, err = finish(left_alone)
-    assert code == 0, err
-    expected, _ = run("--mode=inspect", f"--workdir={straight}")
-    found, _ = run("--mode=inspect", f"--workdir={killed}")
-    assert "step: 40" in found
-    assert fingerprint(found) == fingerprint(expected)
 
-    # every step's loss is the same too, those that were logged twice included
-    losses = {line["step"]: line["loss"] for line in metrics_of(straight, "train")}
-    assert set(losses) == {line["step"] for line in metrics_of(killed, "train")} == set(range(1, 41))
-    assert all(line["loss"] == losses[line["step"]] for line in metrics_of(killed, "train"))
-    evaluations = [
-        [(line["step"], line["loss"]) for line in metrics_of(run, "validation")] for run in (straight, killed)
-    ]
-    assert evaluations[0] == evaluations[1]
-    assert [step for step, _ in evaluations[0]] == [20, 40]
+def test_sigterm_ends_one_process_too_with_75_and_the_next_start_goes_on(tmp_path, config_file):
+    flags = [f"--config={config_file}", *FLAGS, f"--workdir={tmp_path / 'run'}"]
+    process = start(*flags)
+    for line in process.stderr:
+        if line.startswith("step  5/"):
+            process.send_signal(signal.SIGTERM)
+        if line.startswith("saved step"):
+            saved = int(line.split()[2])
+    assert process.wait() == 75
+    assert 5 < saved <= 9  # at most three steps were on their way
+    assert (tmp_path / f"run/checkpoints/{saved}/manifest.json").exists()
+    early = start(*flags)
+    time.sleep(1.5)  # while it starts: there is nothing to save
+    early.send_signal(signal.SIGTERM)
+    _, err = early.communicate()
+    assert early.returncode in (75, -signal.SIGTERM), err
+    _, err = run(*flags)
+    assert f"goes on from step {saved}" in err
 
 
 def test_two_runs_in_one_folder_the_second_is_refused_and_the_first_goes_on(tmp_path, config_file):

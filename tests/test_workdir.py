@@ -51,7 +51,10 @@ def write_lock(folder, **changes):
 
 
 def test_a_second_process_is_refused_by_name_until_the_first_is_dead(tmp_path, holder, capfd):
-    with pytest.raises(UserError, match=rf"is in use by another process \(process {holder.pid} on "), locked(tmp_path):
+    with (
+        pytest.raises(UserError, match=rf"is in use by another process \(process {holder.pid} on "),
+        locked(epath.Path(tmp_path)),
+    ):
         pass
     holder.send_signal(signal.SIGKILL)
     holder.wait()

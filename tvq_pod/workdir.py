@@ -2,7 +2,8 @@
 
 The lock is a file, WORKDIR/lock: who holds it, and a number that its holder counts up while it lives. On one host the
 kernel's own lock on that file (flock) decides: it is dropped when its process ends, however it ends. Between hosts, and
-in a bucket, where there is no such thing, a holder whose number has stood still for LEASE_SECONDS is dead.
+in a bucket, a holder whose number has stood still for LEASE_SECONDS is dead. In a bucket each write says which version
+it replaces, and of two that would take the lock at once, one is refused.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import tensorstore
 from etils import epath
 
 from tvq_pod.errors import UserError
@@ -27,7 +29,6 @@ LOCK_NAME = "lock"
 BEAT_SECONDS = 10.0  # between signs of life
 LEASE_SECONDS = 60.0  # without one, a holder is dead
 RECORD_BYTES = 512  # of the lock
-SETTLE_SECONDS = 2.0  # after which two that took the lock of a bucket at once see which of them has it
 
 
 def make_workdir(workdir: epath.Path) -> None:
@@ -46,24 +47,19 @@ def locked(workdir: epath.Path) -> Iterator[None]:
     """
     made = not workdir.exists()
     make_workdir(workdir)
-    path = workdir / LOCK_NAME
     with contextlib.ExitStack() as opened:
-        if not is_bucket(workdir):
-            _flock(workdir, opened)
-        before = _read(path)
-        if before and not _is_dead(path, before, flocked=not is_bucket(workdir)):
+        lock = _BucketLock(workdir) if is_bucket(workdir) else _FileLock(workdir, opened)
+        before = lock.read()
+        if before and not _is_dead(lock, before):
             raise _in_use(workdir, before)
         own = dict(host=_host(), hostname=socket.gethostname(), process=os.getpid(), token=secrets.token_hex(8))
         with _usable(workdir):
-            _write(path, own | dict(beat=0))
-        if is_bucket(workdir):
-            time.sleep(SETTLE_SECONDS)
-            if (now := _read(path)).get("token") != own["token"]:
-                raise _in_use(workdir, now)
+            if not lock.write(own | dict(beat=0)):
+                raise _in_use(workdir, lock.read())
         if before:
-            say(f"takes over the lock {path} from {_who(before)}, which is dead")
+            say(f"takes over the lock {workdir / LOCK_NAME} from {_who(before)}, which is dead")
         ended = threading.Event()
-        beating = threading.Thread(target=_beat, args=(path, own, ended), daemon=True)
+        beating = threading.Thread(target=_beat, args=(lock, own, ended), daemon=True)
         beating.start()
         try:
             yield
@@ -71,84 +67,126 @@ def locked(workdir: epath.Path) -> Iterator[None]:
             if made and not is_bucket(workdir) and [path.name for path in workdir.iterdir()] == [LOCK_NAME]:
                 ended.set()
                 beating.join()
-                path.unlink()
+                (workdir / LOCK_NAME).unlink()
                 workdir.rmdir()
             raise
         finally:
             ended.set()
             beating.join()
-            if path.exists():
-                with contextlib.suppress(OSError):
-                    _write(path, {})
+            with contextlib.suppress(OSError, ValueError):
+                if lock.read().get("token") == own["token"]:
+                    lock.write({})
 
 
-def _flock(workdir: epath.Path, opened: contextlib.ExitStack) -> None:
-    path = workdir / LOCK_NAME
-    with _usable(workdir):
-        file = opened.enter_context(open(path, "a", encoding="utf-8"))  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise _in_use(workdir, _read(path)) from None
-    except OSError as error:  # some network file systems
-        raise UserError(f"--workdir={workdir}: can't be locked ({error.strerror}); give another folder") from None
+class _FileLock:
+    """The record in a local folder, which may be one of a network's; holds the kernel's lock on it."""
+
+    def __init__(self, workdir: epath.Path, opened: contextlib.ExitStack):
+        """Raises UserError if a process of this host has it."""
+        self.path = workdir / LOCK_NAME
+        with _usable(workdir):
+            file = opened.enter_context(open(self.path, "a", encoding="utf-8"))  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _in_use(workdir, self.read()) from None
+        except OSError as error:  # some network file systems
+            raise UserError(f"--workdir={workdir}: can't be locked ({error.strerror}); give another folder") from None
+
+    def is_free_of(self, holder: dict) -> bool:
+        """Whether the kernel knows that the holder is dead: it was of this host, and its lock is ours now."""
+        return holder.get("host") == _host()
+
+    def age(self) -> float:
+        """Seconds since the record was written, by the clock of where it lies: hosts' clocks may differ."""
+        probe = self.path.with_name(f"{LOCK_NAME}.probe-{secrets.token_hex(4)}")
+        probe.write_text("now")
+        now = probe.stat().mtime
+        probe.unlink()
+        return now - self.path.stat().mtime
+
+    def read(self) -> dict:
+        try:
+            return _holder(self.path.read_text())
+        except FileNotFoundError:
+            return {}
+
+    def write(self, holder: dict) -> bool:
+        """In place and at once, so that no reader finds an empty file: the kernel's lock is on this very file."""
+        file = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.pwrite(file, _record(holder), 0)
+        finally:
+            os.close(file)
+        return True
 
 
-def _is_dead(path: epath.Path, holder: dict, flocked: bool) -> bool:
-    """Whether a holder that did not say goodbye is dead; waits for as long as that is not certain."""
-    if flocked and holder.get("host") == _host():
-        return True  # the kernel gave us its lock
-    while True:
-        age = _age(path)
-        if age > LEASE_SECONDS:
-            return _read(path) == holder
-        say(f"{path} is held by {_who(holder)}, last heard of {age:.0f} s ago: waits to see whether it lives")
-        time.sleep(max(1.0, min(BEAT_SECONDS, LEASE_SECONDS - age + 1.0)))
-        if _read(path) != holder:
+class _BucketLock:
+    """The record in a bucket, read and written past all caches."""
+
+    def __init__(self, workdir: epath.Path):
+        self.path = workdir / LOCK_NAME
+        self._store = tensorstore.KvStore.open(f"{workdir}/").result()
+        self._version = None
+
+    def is_free_of(self, holder: dict) -> bool:
+        """Nothing is known but what the record says."""
+        return False
+
+    def age(self) -> float:
+        """Unknown: whoever wants to take the lock over must watch it for as long as a lease."""
+        return 0.0
+
+    def read(self) -> dict:
+        found = self._store.read(LOCK_NAME).result()
+        self._version = found.stamp.generation
+        return _holder(found.value.decode(errors="replace"))
+
+    def write(self, holder: dict) -> bool:
+        """Whether the record was still the one that was read last; if not, nothing is written."""
+        written = self._store.write(LOCK_NAME, _record(holder), if_equal=self._version).result()
+        if not written.generation:
             return False
+        self._version = written.generation
+        return True
 
 
-def _age(path: epath.Path) -> float:
-    """Seconds since the file was written, by the clock of where it lies: hosts' clocks may differ."""
-    probe = path.with_name(f"{path.name}.probe-{secrets.token_hex(4)}")
-    probe.write_text("now")
-    now = probe.stat().mtime
-    probe.unlink()
-    return now - path.stat().mtime
+def _is_dead(lock: _FileLock | _BucketLock, holder: dict) -> bool:
+    """Whether a holder that did not say goodbye is dead; waits for as long as that is not certain."""
+    if lock.is_free_of(holder):
+        return True
+    began, age = time.monotonic(), lock.age()
+    while (left := LEASE_SECONDS - age - (time.monotonic() - began)) > 0:
+        say(f"{lock.path} is held by {_who(holder)}: waits {left:.0f} s to see whether it lives")
+        time.sleep(min(BEAT_SECONDS, left))
+        if lock.read() != holder:
+            return False
+    return lock.read() == holder
 
 
-def _beat(path: epath.Path, own: dict, ended: threading.Event) -> None:
+def _beat(lock: _FileLock | _BucketLock, own: dict, ended: threading.Event) -> None:
     beat = 0
     while not ended.wait(BEAT_SECONDS):
         beat += 1
         try:
-            now = _read(path)
+            now = lock.read()
             if now and now.get("token") != own["token"]:
-                print(f"error: the lock {path} was taken over by {_who(now)}; ends", file=sys.stderr, flush=True)
+                print(f"error: the lock {lock.path} was taken over by {_who(now)}; ends", file=sys.stderr, flush=True)
                 os._exit(1)
-            _write(path, own | dict(beat=beat))
-        except OSError:  # the network, or a full disk: the next beat may come through
+            lock.write(own | dict(beat=beat))
+        except (OSError, ValueError):  # the network, or a full disk: the next beat may come through
             continue
 
 
-def _write(path: epath.Path, holder: dict) -> None:
-    """In place and at once, so that no reader finds an empty file: the kernel's lock is on this very file."""
-    text = (json.dumps(holder) if holder else "").ljust(RECORD_BYTES)
-    if is_bucket(path):
-        path.write_text(text)
-        return
-    file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-    try:
-        os.pwrite(file, text.encode(), 0)
-    finally:
-        os.close(file)
+def _record(holder: dict) -> bytes:
+    return (json.dumps(holder) if holder else "").ljust(RECORD_BYTES).encode()
 
 
-def _read(path: epath.Path) -> dict:
-    """The holder as the file has it; empty if nobody holds it, or it is cut off."""
+def _holder(record: str) -> dict:
+    """Who holds the lock; empty if nobody does, or the record is cut off."""
     try:
-        holder = json.loads(path.read_text().strip() or "{}")
-    except (FileNotFoundError, ValueError):
+        holder = json.loads(record.strip() or "{}")
+    except ValueError:
         return {}
     return holder if isinstance(holder, dict) else {}
 

