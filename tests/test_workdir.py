@@ -1,8 +1,6 @@
 """The lock of a run's folder: one run at a time, and a dead one is no hindrance."""
 
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -47,7 +45,7 @@ def quick(monkeypatch):
 def write_lock(folder, **changes):
     """A lock as a run on another host leaves it."""
     holder = dict(host="elsewhere 123", hostname="elsewhere", process=77, token="ab", beat=3) | changes
-    (folder / "lock").write_text(json.dumps(holder).ljust(512))
+    (folder / "lock").write_bytes(workdir_module._record(holder))
 
 
 def test_a_second_process_is_refused_by_name_until_the_first_is_dead(tmp_path, holder, capfd):
@@ -118,8 +116,13 @@ def test_a_holder_whose_lock_was_taken_over_ends(tmp_path):
     assert b"was taken over by process 77 on elsewhere" in err
 
 
-def test_a_lock_that_is_cut_off_is_nobodys(tmp_path):
-    (tmp_path / "lock").write_text('{"host": "els')
-    with locked(epath.Path(tmp_path)):
-        assert (tmp_path / "lock").exists()
-    shutil.rmtree(tmp_path)
+def test_a_lock_of_which_only_a_part_was_written_is_nobodys(tmp_path):
+    write_lock(tmp_path)
+    old = (tmp_path / "lock").read_bytes()
+    write_lock(tmp_path, process=88, token="cd", hostname="another")
+    new = (tmp_path / "lock").read_bytes()
+    first = next(i for i in range(len(new)) if new[i] != old[i])
+    for length in (first + 1, first + 30, first + 60):
+        (tmp_path / "lock").write_bytes(new[:length] + old[length:])
+        with locked(epath.Path(tmp_path)):
+            assert str(os.getpid()) in (tmp_path / "lock").read_text()

@@ -7,6 +7,7 @@ it replaces, and of two that would take the lock at once, one is refused.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -16,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 
 import tensorstore
@@ -115,7 +117,8 @@ class _FileLock:
         """In place and at once, so that no reader finds an empty file: the kernel's lock is on this very file."""
         file = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
-            os.pwrite(file, _record(holder), 0)
+            if os.pwrite(file, _record(holder), 0) != RECORD_BYTES:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(file)
         return True
@@ -179,16 +182,21 @@ def _beat(lock: _FileLock | _BucketLock, own: dict, ended: threading.Event) -> N
 
 
 def _record(holder: dict) -> bytes:
-    return (json.dumps(holder) if holder else "").ljust(RECORD_BYTES).encode()
+    checked = json.dumps(dict(holder=holder, crc32=_crc32(holder))) if holder else ""
+    return checked.ljust(RECORD_BYTES).encode()
 
 
 def _holder(record: str) -> dict:
-    """Who holds the lock; empty if nobody does, or the record is cut off."""
-    try:
-        holder = json.loads(record.strip() or "{}")
-    except ValueError:
-        return {}
-    return holder if isinstance(holder, dict) else {}
+    """Who holds the lock; empty if nobody does, or only a part of the record was written."""
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        checked = json.loads(record)
+        if checked["crc32"] == _crc32(checked["holder"]):
+            return checked["holder"]
+    return {}
+
+
+def _crc32(holder: dict) -> int:
+    return zlib.crc32(json.dumps(holder, sort_keys=True).encode())
 
 
 def _host() -> str:
