@@ -42,6 +42,10 @@ class Speed:
             eta_seconds=(self._num_steps - step) / steps_per_second if steps_per_second else 0.0,
         )
 
+    def restart(self, step: int) -> None:
+        """Call when the run goes on from another step than the last that was seen."""
+        self._begin = self._latest = (step, self._clock())
+
     def skip(self) -> None:
         """Call after something that is no training (an evaluation): it does not count as slowness."""
         self._latest = (self._latest[0], self._clock())

@@ -204,6 +204,7 @@ class _Session:
             f"BAD: steps {before + 1} to {bad.last_step} could not be applied; goes back to step {step or 0} and skips "
             f"updates {first} to {last} of every stream"
         )
+        self.speed.restart(step or 0)
         return self._state_at(step)
 
     # ------------------------------------------------------------------ the loop

@@ -147,6 +147,11 @@ def test_an_empty_split_a_missing_store_and_a_damaged_one_are_named(tmp_path):
     (tmp_path / "s/store.json").write_text(json.dumps(store.meta)[:50])
     with pytest.raises(UserError, match=r"store.json is damaged"):
         TokenStore(tmp_path / "s")
+    other = json.dumps(store.meta).replace('"n_bytes": 4', '"n_bytes": 5')
+    assert other != json.dumps(store.meta)
+    (tmp_path / "s/store.json").write_text(other)
+    with pytest.raises(UserError, match=r"s/store.json is damaged"):
+        TokenStore(tmp_path / "s")
 
 
 @pytest.fixture(scope="module")

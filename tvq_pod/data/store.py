@@ -17,6 +17,7 @@ import os
 import secrets
 from collections.abc import Iterable
 
+import google_crc32c
 import numpy as np
 import tensorstore
 from etils import epath
@@ -26,7 +27,7 @@ from tvq_pod.errors import UserError
 from tvq_pod.paths import is_bucket
 
 SPLITS = ("train", "validation", "test")
-FORMAT = 1
+FORMAT = 2
 CHUNK_BYTES = 64 * 1024
 SHARD_BYTES = 16 * 1024 * 1024
 CACHE_BYTES = 256 * 1024 * 1024
@@ -187,6 +188,7 @@ def write_store(
         )
         if isinstance(vocab, SentencePieceVocab):
             (draft / "vocab.model").write_bytes(vocab.model)
+        meta["crc32c"] = _crc32c(meta)
         (draft / "store.json").write_text(json.dumps(meta, indent=2) + "\n")
         if draft != path:
             _give_name(draft, path)
@@ -195,6 +197,12 @@ def write_store(
             draft.rmtree(missing_ok=True)
         raise
     return TokenStore(path)
+
+
+def _crc32c(meta: dict) -> int:
+    """Of everything in store.json but itself."""
+    others = {name: value for name, value in meta.items() if name != "crc32c"}
+    return google_crc32c.value(json.dumps(others, sort_keys=True).encode())
 
 
 def check_free(path: epath.PathLike) -> None:
@@ -243,11 +251,13 @@ class TokenStore:
             known = self.meta["format"] == FORMAT
             self.vocab_name, self.n_vocab = self.meta["vocab"], self.meta["n_vocab"]
             self.fingerprint = self.meta["fingerprint"]
+            if known and self.meta["crc32c"] != _crc32c(self.meta):
+                raise ValueError
         except OSError as error:
             raise UserError(f"config.data.store={path}: is no token store ({error.strerror}: store.json)") from None
         except (ValueError, KeyError, TypeError):
             raise UserError(
-                f"config.data.store={path}: store.json is damaged; prepare the store anew elsewhere"
+                f"config.data.store={path}: {self.path / 'store.json'} is damaged; prepare the store anew elsewhere"
             ) from None
         if not known:
             raise UserError(f"config.data.store={path}: has format {self.meta['format']}; this version reads {FORMAT}")
