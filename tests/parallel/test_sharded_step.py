@@ -190,6 +190,23 @@ def test_layers_are_gathered_twice_and_nothing_else_is(eight_devices):
     assert sent["all-gather", ("data",)] == 2 * in_layers + others
 
 
+def test_gradients_cross_data_once_and_residuals_cross_model_four_times_a_unit(eight_devices):
+    """At most: over data the bytes of all parameters once, whatever the vocabulary; over model, of a unit, the residual
+    stream's sum forward, again in the backward pass, and its gradient, and the scores' gradient."""
+    model = dict(n_layer=2, d_model=32, d_v=64, remat="full", reduction="serial", pe_abs=False, n_vocab=40)
+    scalars = 1024
+    settings = settings_of((1, 8, 1, 1), **model)
+    params = abstract_train_state(settings, mesh_of(settings)).params
+    sent = collectives_of(settings)
+    assert sum(size for (kind, _), size in sent.items() if kind in ("all-reduce", "reduce-scatter")) <= scalars + sum(
+        leaf.size * 4 for leaf in jax.tree.leaves(params)
+    )
+    residual = ROWS * UPDATE_LEN * 32 * 4
+    sent = collectives_of(settings_of((1, 1, 1, 8), **model | dict(n_vocab=16)))
+    assert {axes for _, axes in sent} == {("model",)}
+    assert 3 * 4 * residual < sum(sent.values()) <= 4 * 4 * residual + scalars
+
+
 def test_every_part_of_the_state_moves(alone):
     start = create_train_state(settings_of((1, 1, 1, 1)), mesh_of(settings_of((1, 1, 1, 1))))
     end, _ = alone["shga"]
