@@ -117,7 +117,8 @@ def test_a_run_in_a_bucket_that_fails_now_and_then_has_the_same_bits(
     tmp_path, config_file, server, unreliable, monkeypatch
 ):
     port, counter = unreliable
-    flags = [f"--config={config_file}", *FLAGS]
+    # One save, at the end: every request that fails costs a second or two.
+    flags = [f"--config={config_file}", *FLAGS, "--config.train.num_steps=10", "--config.checkpoint.every_steps=0"]
     run(*flags, f"--workdir={tmp_path / 'local'}")
     expected, _ = run("--mode=inspect", f"--workdir={tmp_path / 'local'}")
 
@@ -127,7 +128,7 @@ def test_a_run_in_a_bucket_that_fails_now_and_then_has_the_same_bits(
     found, _ = run("--mode=inspect", "--workdir=gs://bucket/run")
     assert fingerprint(found) == fingerprint(expected)
     lines = [json.loads(line) for line in files.cat("bucket/run/metrics.jsonl").decode().splitlines()]
-    assert {line["step"] for line in lines if line["split"] == "train"} == set(range(5, 21, 5))
+    assert {line["step"] for line in lines if line["split"] == "train"} == {5, 10}
     assert counter[1] > 5  # requests that failed
 
 
