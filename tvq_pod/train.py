@@ -355,7 +355,10 @@ class _Session:
         raise Preempted(f"saved step {step} and ends, as SIGTERM asked; start again to go on")
 
     def _save_surely(self, state: TrainState, step: int, retain_all: bool) -> None:
-        """Until the checkpoint is on disk. retain_all: see Checkpoints.save. Raises UserError if it can't be for minutes."""
+        """Until the checkpoint is on disk. Raises UserError if it can't be written for minutes.
+
+        retain_all: see Checkpoints.save.
+        """
         for attempt in itertools.count(1):
             self.checkpoints.wait()
             self.checkpoints.save(state, step, self.record, self.course, retain_all)
