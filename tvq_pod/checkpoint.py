@@ -18,6 +18,7 @@ import hashlib
 import shutil
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -73,11 +74,17 @@ def stale_steps(steps: list[int], settings: CheckpointSettings, losses: dict[int
 class Checkpoints:
     """The checkpoints of one run. All processes of a job call the same methods in the same order."""
 
-    def __init__(self, workdir: epath.Path, settings: CheckpointSettings | None = None):
-        """settings: of a run that writes; None for one that only reads, and makes no folder."""
+    def __init__(
+        self,
+        workdir: epath.Path,
+        settings: CheckpointSettings | None = None,
+        on_saved: Callable[[int], None] = lambda step: None,
+    ):
+        """settings: of a run that writes; None for one that only reads, and makes no folder. on_saved: is called with
+        every step that is on disk and good, on process 0, in a thread."""
         workdir = epath.Path(workdir)
         self.path = (workdir if is_bucket(workdir) else workdir.absolute()) / "checkpoints"
-        self._settings = settings
+        self._settings, self._on_saved = settings, on_saved
         if settings is None and not self.path.is_dir():
             raise UserError(f"--workdir={workdir}: has no checkpoint; train there first")
         self._saving: int | None = None
@@ -255,6 +262,7 @@ class Checkpoints:
             self._set_aside(step, "damaged")
             self._failed_at = time.monotonic()
             raise OSError(found[0])
+        self._on_saved(step)
         if not retain_all:  # the newest step is good: older ones may go
             for stale in stale_steps(self.steps(), self._settings, self._losses):
                 with contextlib.suppress(OSError):  # it goes with the next save

@@ -34,6 +34,7 @@ from tvq_pod.prepare import check_source, describe, open_store, store_path
 from tvq_pod.progress import Speed, hours, say
 from tvq_pod.sample import continuations, run_vocab
 from tvq_pod.skipped import Skip, Skipped
+from tvq_pod.status import Status
 from tvq_pod.train_state import (
     TrainState,
     abstract_train_state,
@@ -44,6 +45,7 @@ from tvq_pod.train_state import (
 from tvq_pod.workdir import locked
 
 RETRIES = 30  # to write the last checkpoint
+STATUS_VALUES = ("loss", "bits_per_byte", "tokens_per_second", "eta_seconds")
 
 
 @dataclasses.dataclass
@@ -67,8 +69,9 @@ def train(settings: Settings, workdir: epath.Path, preemption: Preemption) -> No
         check_source(settings, workdir)
     with contextlib.ExitStack() as opened:
         on_first(lambda: opened.enter_context(locked(workdir)))
+        status = opened.enter_context(Status(workdir, settings.train.num_steps, enabled=is_first()))
         on_first(lambda: open_store(settings, workdir))
-        _Session(settings, workdir, mesh, preemption, opened).run()
+        _Session(settings, workdir, mesh, preemption, opened, status).run()
 
 
 class _Session:
@@ -81,15 +84,18 @@ class _Session:
         mesh: jax.sharding.Mesh,
         preemption: Preemption,
         opened: contextlib.ExitStack,
+        status: Status,
     ):
         """opened: closes what has threads or files of its own, however the session ends."""
         self.settings, self.workdir, self.mesh = settings, workdir, mesh
-        self.preemption, self.opened = preemption, opened
+        self.preemption, self.opened, self.status = preemption, opened, status
         self.store = open_store(settings, workdir, may_make=False)
         self.split = self.store.split("train")
         self.evaluator = _make_evaluator(settings, mesh, self.store)
         self.record = run_record(settings, self.store.vocab_name, self.store.fingerprint)
-        self.checkpoints = opened.enter_context(contextlib.closing(Checkpoints(workdir, settings.checkpoint)))
+        self.checkpoints = opened.enter_context(
+            contextlib.closing(Checkpoints(workdir, settings.checkpoint, on_saved=status.saved))
+        )
         self.skipped = Skipped(workdir)
         self.ballot = Ballot(mesh, ("stop", "save_failed", "save_busy"))
         self.step_fn = None
@@ -100,6 +106,7 @@ class _Session:
         config = self.settings.train
         # ------------------------------------------------- checkpoint
         first_step = self.checkpoints.newest_good()
+        self.status.saved(first_step)
         evaluated = lines_of(self.workdir, "validation")
         if first_step is not None:
             self._check_belongs(first_step)
@@ -196,6 +203,7 @@ class _Session:
         self.checkpoints.wait()
         self.checkpoints.undo(after=before)
         step = self.checkpoints.newest_good()
+        self.status.saved(step)
         lap = self.course.now
         first, last = lap.update(before), lap.update(bad.last_step - 1)
         skip = Skip(lap.first_step, lap.batch_size, lap.update_len, first, last - first + 1)
@@ -307,6 +315,7 @@ class _Session:
         values = _means(jax.device_get(metrics)) | self.speed.seen(step)
         values["bits_per_byte"] = bits_per_byte(values["loss"], self.store.tokens_per_byte("train"))
         self.writer.write(step, "train", values)
+        self.status.update(step=step, **{name: values[name] for name in STATUS_VALUES})
         n_steps = self.settings.train.num_steps
         bad = f"  {values['bad_steps']} bad" if values["bad_steps"] else ""
         say(

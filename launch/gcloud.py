@@ -1,0 +1,157 @@
+"""gcloud, called as a program: what it is asked for, and what its errors mean. Only this file starts it.
+
+Flags are those of the GA commands `gcloud compute tpus queued-resources` and `gcloud compute tpus tpu-vm`; the tests
+hold a table of them. Values are arguments of a process and never pass through a local shell; what runs on a worker
+does, and is quoted by whoever calls.
+"""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
+
+from tvq_pod.errors import UserError
+
+TRIES = 3  # of a question that fails in passing; gcloud tries some times itself
+
+# By kind: how gcloud says it. The first that is found counts.
+_SIGNS = {
+    "login": ("active account", "UNAUTHENTICATED", "gcloud auth login", "Reauthentication", "invalid_grant"),
+    "missing": ("NOT_FOUND", "matched no objects", "not found: 404"),
+    "exists": ("ALREADY_EXISTS",),
+    "capacity": ("no more capacity", "stockout", "ZONE_RESOURCE_POOL_EXHAUSTED"),
+    "quota": ("RESOURCE_EXHAUSTED", "Quota limit", "QUOTA_EXCEEDED"),
+    "denied": ("PERMISSION_DENIED", "SERVICE_DISABLED", "has not been used in project"),
+    "passing": (
+        "UNAVAILABLE",
+        "HttpError",
+        "DEADLINE_EXCEEDED",
+        "ABORTED",
+        "INTERNAL",
+        "ConnectionError",
+        "Connection reset",
+        "timed out",
+        "network connectivity",
+        "cannot be currently connected to",
+    ),
+}
+
+
+class GcloudError(UserError):
+    """gcloud said no. kind: one of login, missing, exists, capacity, quota, denied, passing, other."""
+
+    def __init__(self, command: list[str], code: int, said: str):
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR:")] or lines[-1:] or [f"exit code {code}"]
+        self.code, self.said = code, said
+        self.kind = next((kind for kind, signs in _SIGNS.items() if any(sign in said for sign in signs)), "other")
+        text = re.sub(r"^ERROR: \([\w.-]+\) ", "", errors[0])
+        super().__init__(f"{' '.join(command[:5])}: {text}{_HELP.get(self.kind, '')}")
+
+
+_HELP = {
+    "login": " (gcloud auth login)",
+    "quota": " (the project's quota: ask for more at console.cloud.google.com/iam-admin/quotas, or for less here)",
+    "denied": " (gcloud services enable tpu.googleapis.com, and the role roles/tpu.admin)",
+}
+
+
+class Gcloud:
+    """The commands, for one project and zone; with dry_run, printed, and not one of them done."""
+
+    def __init__(
+        self,
+        project: str | None,
+        zone: str | None,
+        dry_run: bool = False,
+        ssh_flags: tuple[str, ...] = (),
+        say: Callable[[str], None] = print,
+    ):
+        """project: gcloud's own default if None. ssh_flags: for every ssh and scp, as --tunnel-through-iap."""
+        self._where = [f"--{name}={value}" for name, value in (("project", project), ("zone", zone)) if value]
+        self._project = self._where[: 1 if project else 0]
+        self.dry_run, self._ssh_flags, self._say = dry_run, list(ssh_flags), say
+        if not dry_run and not shutil.which("gcloud"):
+            raise UserError("gcloud: is not on the PATH; install it from cloud.google.com/sdk, then gcloud auth login")
+
+    # ------------------------------------------------------------------ queued resources and their nodes
+
+    def create(self, name: str, flags: list[str]) -> None:
+        """Asks for slices; returns when the request is in the queue. Raises GcloudError."""
+        self._do(["queued-resources", "create", name, *flags, *self._where, "--quiet"])
+
+    def describe(self, name: str) -> dict | None:
+        """The queued resource, or None if there is none, and in a dry run. Raises GcloudError."""
+        return self._ask(["queued-resources", "describe", name, *self._where, "--format=json"])
+
+    def nodes(self) -> list[dict]:
+        """All TPU VMs of the zone. Raises GcloudError."""
+        return self._ask(["tpu-vm", "list", *self._where, "--format=json"]) or []
+
+    def node(self, name: str) -> dict | None:
+        """One TPU VM, all machines of one slice. Raises GcloudError."""
+        return self._ask(["tpu-vm", "describe", name, *self._where, "--format=json"])
+
+    def delete(self, name: str, force: bool = False) -> None:
+        """force: with its nodes, when it is ACTIVE. Returns when it is gone. Raises GcloudError."""
+        self._do(["queued-resources", "delete", name, *self._where, "--quiet", *(["--force"] if force else [])])
+
+    # ------------------------------------------------------------------ machines
+
+    def ssh(self, name: str, command: str, node: str = "all", worker: str = "all") -> str:
+        """What the command printed, of all machines together. Raises GcloudError if it failed on any: what the others
+        said is in its `output`."""
+        return self._do([*self.ssh_command(name, node, worker)[3:], f"--command={command}"])
+
+    def ssh_command(self, name: str, node: str, worker: str) -> list[str]:
+        """To be handed the terminal, or --command."""
+        to = [f"--node={node}", f"--worker={worker}", *self._where, *self._ssh_flags, "--quiet"]
+        return ["gcloud", "compute", "tpus", "queued-resources", "ssh", name, *to]
+
+    def scp(self, name: str, files: list[str], folder: str) -> None:
+        """Copies files to all machines. Raises GcloudError."""
+        to = ["--node=all", "--worker=all", *self._where, *self._ssh_flags, "--quiet"]
+        self._do(["queued-resources", "scp", *files, f"{name}:{folder}", *to])
+
+    # ------------------------------------------------------------------ buckets
+
+    def cat(self, url: str) -> str | None:
+        """A text object, or None if there is none, and in a dry run. Raises GcloudError."""
+        try:
+            return self._run(["gcloud", "storage", "cat", url, *self._project])
+        except GcloudError as error:
+            if error.kind == "missing":
+                return None
+            raise
+
+    # ------------------------------------------------------------------ how
+
+    def _ask(self, arguments: list[str]):
+        """A question: asked again if it failed in passing."""
+        for attempt in range(TRIES):
+            try:
+                text = self._run(["gcloud", "compute", "tpus", *arguments])
+                return None if text is None else json.loads(text or "null")
+            except GcloudError as error:
+                if error.kind == "missing":
+                    return None
+                if error.kind != "passing" or attempt == TRIES - 1:
+                    raise
+            except ValueError:
+                raise UserError(f"gcloud compute tpus {' '.join(arguments[:2])}: its answer is no JSON") from None
+
+    def _do(self, arguments: list[str]) -> str:
+        return self._run(["gcloud", "compute", "tpus", *arguments]) or ""
+
+    def _run(self, command: list[str]) -> str | None:
+        if self.dry_run:
+            self._say(shlex.join(command))
+            return None
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+        if done.returncode:
+            error = GcloudError(command, done.returncode, done.stderr)
+            error.output = done.stdout
+            raise error
+        return done.stdout

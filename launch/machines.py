@@ -1,0 +1,263 @@
+"""One run's slices and their machines: asked for, prepared, started, stopped and given back. Every step may be done
+again, by two at once, or by another process after this one was killed."""
+
+import json
+import pathlib
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from typing import NamedTuple
+
+from launch import libtpu, slices
+from launch.clock import Clock, ago
+from launch.gcloud import Gcloud, GcloudError
+from launch.record import ASKED, PREPARED, STARTED, STARTING, Record, Records
+from launch.source import ROOT
+from tvq_pod.errors import UserError
+
+MISSING = "MISSING"  # a queued resource that is not there; all other states are gcloud's
+WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
+LABEL = "tvq_pod"
+PASSING_CODES = (4, 8, 10, 13, 14)  # of a request that failed (google.rpc.Code): no capacity, or gcloud's own trouble
+TRIES = 3  # to prepare or start all machines
+FOLDER = "tvq_pod"  # on a machine, in the user's home
+
+_SAID = re.compile(r"^tvq_pod@(\S+): (\w+) ?(.*)$", re.MULTILINE)
+
+
+class Queued(NamedTuple):
+    """A request for slices: its state, and of one that failed why, and whether asking again may help."""
+
+    state: str
+    why: str = ""
+    may_help: bool = True
+
+
+class Said(NamedTuple):
+    """What a machine answered: installed, running, exited, gone, none or failed, and what belongs to it."""
+
+    word: str
+    rest: str
+
+
+class Machines:
+    """Of one run. Changes of the record are saved at once."""
+
+    def __init__(
+        self, record: Record, records: Records, gcloud: Gcloud, clock: Clock, say: Callable[[str], None] = print
+    ):
+        self.record, self.records, self.gcloud, self.clock, self.say = record, records, gcloud, clock, say
+
+    @property
+    def expected(self) -> int:
+        """How many machines there are."""
+        return sum(self.record.machines)
+
+    def note(self, **changes) -> None:
+        """Changes the record, and saves it unless nothing is to be done."""
+        for name, value in changes.items():
+            setattr(self.record, name, value)
+        if not self.gcloud.dry_run:
+            self.records.save(self.record)
+
+    # ------------------------------------------------------------------ the slices
+
+    def queue(self) -> Queued:
+        """The request as gcloud sees it. Raises UserError if it is somebody else's, and GcloudError."""
+        found = self.gcloud.describe(self.record.name)
+        if found is None:
+            return Queued(MISSING)
+        if self.record.label not in _labels(found):
+            raise UserError(
+                f"--name={self.record.name}: is taken by a queued resource that this machine did not ask for; give "
+                f"another name, or bring {self.records.path(self.record.name)} from the machine that did"
+            )
+        state = found.get("state", {})
+        error = state.get("failedData", {}).get("error", {})
+        may_help = error.get("code", PASSING_CODES[0]) in PASSING_CODES
+        return Queued(state.get("state", "STATE_UNSPECIFIED"), " ".join(error.get("message", "").split()), may_help)
+
+    def ask(self) -> None:
+        """Puts the request in the queue. Raises GcloudError."""
+        record = self.record
+        nodes = [f"--node-id={record.name}"]
+        if record.slices > 1:
+            nodes = [f"--node-count={record.slices}", f"--node-prefix={record.name}"]
+        self.note(phase=ASKED, asked_at=self.clock.now())
+        label = f"--labels={LABEL}={record.label}"
+        flags = [*nodes, f"--accelerator-type={record.accelerator}", *record.create_flags, label]
+        try:
+            self.gcloud.create(record.name, flags)
+        except GcloudError as error:
+            if error.kind != "exists":
+                raise
+            self.queue()  # refuses what is somebody else's
+
+    def wait_until_active(self, poll_seconds: float) -> None:
+        """With a line whenever something changes, and every ten minutes. Raises UserError if the request failed."""
+        said, said_at = None, 0.0
+        while not self.gcloud.dry_run:
+            try:
+                state, why, _ = self.queue()
+            except GcloudError as error:
+                if error.kind != "passing":
+                    raise
+                state, why = "unknown", str(error)
+            now = self.clock.now()
+            if state == "ACTIVE":
+                break
+            if state not in (*WAITING, "unknown"):
+                raise UserError(f"--name={self.record.name}: its slice is {state} {f'({why})' if why else ''}")
+            if state != said or now - said_at > 600:
+                self.say(
+                    f"{self.record.name}: {state} since {ago(now - self.record.asked_at)}{f': {why}' if why else ''}"
+                )
+                said, said_at = state, now
+            self.clock.sleep(poll_seconds)
+        if self.gcloud.dry_run:
+            self.queue()
+        self.granted()
+
+    def granted(self) -> None:
+        """Notes that the slices are there, and how many machines they have. Raises GcloudError."""
+        now, record = self.clock.now(), self.record
+        nodes = [record.name] if record.slices == 1 else [f"{record.name}-{i}" for i in range(record.slices)]
+        found = [self.gcloud.node(node) or {} for node in nodes]
+        machines = [len(node.get("networkEndpoints", [])) for node in found]
+        if not all(machines) and not self.gcloud.dry_run:
+            raise UserError(f"--name={record.name}: {nodes[machines.index(0)]} has no machine yet; try again")
+        self.note(machines=machines, active_at=now, waited=now - record.asked_at, refusals=0)
+        what = f"{record.slices} x {record.accelerator}" if record.slices > 1 else record.accelerator
+        self._tell(f"{record.name}: {what} is there, {self.expected} machine(s), after {ago(record.waited)}")
+
+    # ------------------------------------------------------------------ the machines
+
+    def prepare(self) -> None:
+        """All machines have the source and its packages. Raises UserError that names those that have not."""
+        self._until_all("installed", f"bash {FOLDER}/worker.sh install {shlex.quote(self.record.source)}")
+        self.note(phase=PREPARED)
+        self._tell(f"{self.record.name}: {self.record.source} is installed on {self.expected} machine(s)")
+
+    def start(self) -> None:
+        """The training runs on all machines: the next attempt, or, if that had begun to start, that one."""
+        record = self.record
+        if record.phase != STARTING:
+            self.note(phase=STARTING, attempt=record.attempt + 1)
+        attempt = f"{record.run_id}-{record.attempt}"
+        logs = shlex.quote(f"{record.workdir}/logs")
+        self._until_all(("running", "exited"), f"bash {FOLDER}/worker.sh start {attempt} {logs}")
+        self.note(phase=STARTED)
+        self._tell(f"{record.name}: started on {self.expected} machine(s), attempt {record.attempt}")
+
+    def states(self, node: str = "all", worker: str = "all") -> dict[str, Said]:
+        """By machine, what became of the training. Those that can't be reached are left out."""
+        return self._on(f"bash {FOLDER}/worker.sh state", node, worker)[0]
+
+    def stop(self) -> dict[str, Said]:
+        """Asks the training to save and end, on all machines, and waits for it."""
+        return self._on(f"bash {FOLDER}/worker.sh stop")[0]
+
+    def _tell(self, line: str) -> None:
+        if not self.gcloud.dry_run:
+            self.say(line)
+
+    def forget(self) -> None:
+        """Deletes all that this machine keeps for the run."""
+        self.records.forget(self.record.name)
+        shutil.rmtree(self._upload_folder, ignore_errors=True)
+
+    @property
+    def _upload_folder(self) -> pathlib.Path:
+        return self.records.folder / f"{self.record.name}.upload"
+
+    def _until_all(self, wanted: str | tuple[str, ...], command: str) -> None:
+        wanted = (wanted,) if isinstance(wanted, str) else wanted
+        for attempt in range(TRIES):
+            said, error = {}, None
+            try:
+                self._upload()
+                said, error = self._on(command)
+            except GcloudError as raised:
+                error = raised
+            bad = [
+                f"{where}: {answer.rest or answer.word}" for where, answer in said.items() if answer.word not in wanted
+            ]
+            if self.gcloud.dry_run or (not bad and len(said) == self.expected):
+                return
+            lost = self.expected - len(said)
+            why = "; ".join(bad[:3]) or (str(error) if error else f"{lost} machine(s) did not answer")
+            if attempt < TRIES - 1:
+                self.say(f"{self.record.name}: {why}; tries again")
+                self.clock.sleep(10.0)
+        n_bad = len(bad) + max(lost, 0)
+        raise UserError(f"--name={self.record.name}: {n_bad} of {self.expected} machine(s) failed: {why}")
+
+    def _on(self, command: str, node: str = "all", worker: str = "all") -> tuple[dict[str, Said], GcloudError | None]:
+        error = None
+        try:
+            output = self.gcloud.ssh(self.record.name, command, node, worker)
+        except GcloudError as raised:
+            error, output = raised, raised.output
+        return {where: Said(word, rest) for where, word, rest in _SAID.findall(output)}, error
+
+    def _upload(self) -> None:
+        """A folder with all that a machine needs; what it runs is in a file, so no shell ever reads its arguments."""
+        record = self.record
+        stage = self._upload_folder / FOLDER
+        if not self.gcloud.dry_run:
+            shutil.rmtree(stage, ignore_errors=True)
+            stage.mkdir(parents=True, mode=0o700)
+            shutil.copy(ROOT / "launch" / "worker.sh", stage)
+            shutil.copy(self.tarball, stage)
+            if record.run_id:
+                (stage / "run.sh").write_text(run_script(record))
+            if record.env_file:
+                shutil.copyfile(pathlib.Path(record.env_file).expanduser(), stage / "env")
+                (stage / "env").chmod(0o600)
+        self.gcloud.scp(record.name, ["--recurse", str(stage)], "")
+
+    @property
+    def tarball(self) -> pathlib.Path:
+        """The source, on this machine."""
+        return self.records.folder / "sources" / f"{self.record.source}.tar.gz"
+
+    # ------------------------------------------------------------------ the run
+
+    def status(self) -> dict | None:
+        """The run's own status file (tvq_pod/status.py), or None if it has none, or another run's."""
+        record = self.record
+        if not record.run_id:
+            return None
+        path = f"{record.workdir}/status.json"
+        if path.startswith("gs://"):
+            text = self.gcloud.cat(path)
+        else:
+            try:
+                text = self.gcloud.ssh(record.name, f"cat {shlex.quote(path)}", "0", "0")
+            except GcloudError:
+                text = None
+        try:
+            status = json.loads(text or "null")
+        except ValueError:
+            return None
+        return status if status and status.get("run_id") == record.run_id else None
+
+
+def run_script(record: Record) -> str:
+    """What a machine's systemd unit runs. Its secrets, if there are any, are in a file beside it."""
+    chip, several = slices.parse(record.accelerator).chip.name, record.slices > 1
+    lines = [
+        "#!/bin/bash",
+        f'cd "$HOME/{FOLDER}/source" || exit 1',
+        f'if [[ -f $HOME/{FOLDER}/env ]]; then set -a; . "$HOME/{FOLDER}/env"; set +a; fi',
+        f"export TVQ_POD_RUN_ID={shlex.quote(record.run_id)}",
+        f'export LIBTPU_INIT_ARGS={shlex.quote(" ".join(libtpu.flags(chip, several)))}" ${{LIBTPU_INIT_ARGS:-}}"',
+        f'exec "$HOME/{FOLDER}/venv/bin/python" -m tvq_pod.main {shlex.join(record.arguments)}',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _labels(found: dict) -> set[str]:
+    specs = found.get("tpu", {}).get("nodeSpec", [])
+    return {spec.get("node", {}).get("labels", {}).get(LABEL, "") for spec in specs}

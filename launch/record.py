@@ -1,0 +1,111 @@
+"""What launch knows of a run between two commands: one JSON file a run, on the machine where they are typed.
+
+It says what was asked for, so that a slice that was taken back can be asked for again, and how far the work has come,
+so that a command that was killed at any point goes on where it was.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import secrets
+from collections.abc import Iterator
+
+from tvq_pod.errors import UserError
+
+# How far the work has come: what a later one needs is there.
+ASKED, PREPARED, STARTING, STARTED = "asked", "prepared", "starting", "started"
+STOPPED, DONE = "stopped", "done"
+
+
+@dataclasses.dataclass
+class Record:
+    """All of it."""
+
+    # What was asked for.
+    name: str
+    project: str | None
+    zone: str | None
+    accelerator: str
+    slices: int = 1
+    create_flags: list[str] = dataclasses.field(default_factory=list)  # of gcloud, besides name, place and type
+    ssh_flags: list[str] = dataclasses.field(default_factory=list)
+    spot: bool = False
+    label: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))  # by which our slice is known
+    source: str = ""  # the tarball's name, without its ending
+    # What runs there.
+    run_id: str = ""  # new with every `run`
+    arguments: list[str] = dataclasses.field(default_factory=list)  # of tvq_pod.main
+    workdir: str = ""
+    env_file: str = ""
+    # How far it has come.
+    phase: str = ASKED
+    machines: list[int] = dataclasses.field(default_factory=list)  # of each slice, once it is there
+    attempt: int = 0  # how often the training was started, on all workers together
+    failures: int = 0  # of the training, since a checkpoint was newer than any before
+    saved_step: int = -1  # the newest one known
+    refusals: int = 0  # of the request for a slice, since the last that was granted
+    lost: int = 0  # slices that were taken back
+    asked_at: float = 0.0  # seconds since 1970
+    active_at: float = 0.0
+    waited: float = 0.0  # seconds from asking to having, the last time
+
+
+class Records:
+    """A folder of them."""
+
+    def __init__(self, folder: str):
+        self.folder = pathlib.Path(folder).expanduser()
+
+    def path(self, name: str) -> pathlib.Path:
+        """Where a run's record is."""
+        return self.folder / f"{name}.json"
+
+    def names(self) -> list[str]:
+        """Of all runs."""
+        return sorted(path.stem for path in self.folder.glob("*.json"))
+
+    def load(self, name: str) -> Record | None:
+        """None if there is none. Raises UserError if it can't be read."""
+        path = self.path(name)
+        try:
+            return Record(**json.loads(path.read_text()))
+        except FileNotFoundError:
+            return None
+        except (OSError, TypeError, ValueError) as error:
+            raise UserError(f"--name={name}: {path} can't be read ({error}); delete it to forget the run") from None
+
+    def get(self, name: str) -> Record:
+        """Raises UserError if there is none."""
+        record = self.load(name)
+        if record is None:
+            known = ", ".join(self.names()) or "none"
+            raise UserError(f"--name={name}: no such run in {self.folder} (there: {known}); begin with up")
+        return record
+
+    def save(self, record: Record) -> None:
+        """The old one or the new, never a part. Only its owner may read it."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        draft = self.folder / f".{record.name}.{os.getpid()}"
+        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            json.dump(dataclasses.asdict(record), file, indent=1)
+        os.replace(draft, self.path(record.name))
+
+    def forget(self, name: str) -> None:
+        """Deletes it."""
+        self.path(name).unlink(missing_ok=True)
+        (self.folder / f"{name}.lock").unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def held(self, name: str) -> Iterator[bool]:
+        """Whether this process alone works on the run, for as long as it lasts; the kernel lets go when it dies."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with open(self.folder / f"{name}.lock", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True

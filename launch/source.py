@@ -1,0 +1,51 @@
+"""What is installed on the machines: a tarball of one commit, or of one tree that is named by its hash."""
+
+import os
+import pathlib
+import subprocess
+import tempfile
+
+from tvq_pod.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def pack(folder: pathlib.Path, allow_dirty: bool, write: bool = True) -> str:
+    """Writes FOLDER/NAME.tar.gz, and returns NAME: tvq_pod-COMMIT, or with changes that are not committed
+    tvq_pod-COMMIT-dirty-TREE, the hash of all tracked files as they are. Files that git does not track are never in
+    it, so no secret that lies about is. Raises UserError with such changes, unless allow_dirty."""
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    name, tree = f"tvq_pod-{commit}", "HEAD"
+    changed = _git("status", "--porcelain", "--untracked-files=no").splitlines()
+    if changed:
+        if not allow_dirty:
+            raise UserError(
+                f"--allow_dirty=False: {len(changed)} file(s) differ from commit {commit} (the first: "
+                f"{changed[0].split()[-1]}); commit them, or give --allow_dirty"
+            )
+        with tempfile.TemporaryDirectory() as scratch:  # an index of its own: nothing of the user's is touched
+            index = dict(GIT_INDEX_FILE=os.path.join(scratch, "index"))
+            _git("read-tree", "HEAD", **index)
+            _git("add", "--update", ".", **index)
+            tree = _git("write-tree", **index)
+        name += f"-dirty-{tree[:12]}"
+    if not write:
+        return name
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path, draft = folder / f"{name}.tar.gz", folder / f".{name}.{os.getpid()}.tar.gz"
+    if not path.exists():
+        _git("archive", "--format=tar.gz", f"--prefix={name}/", f"--output={draft}", tree)
+        os.replace(draft, path)
+    return name
+
+
+def _git(*arguments: str, **environment: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True
+        )
+    except FileNotFoundError:
+        raise UserError("git: is not on the PATH; the machines get a tarball of this commit") from None
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"git {arguments[0]}: {error.stderr.strip()}; launch must be started from a clone") from None
+    return done.stdout.strip()

@@ -1,0 +1,215 @@
+"""The babysitter of one run: starts it again when it was preempted, when its slice was taken back, and, a few times,
+when it failed; until it is done. All that it knows is in the record, the queue and the run's own status file, so it may
+be killed at any point and started again."""
+
+from launch.clock import ago
+from launch.gcloud import GcloudError
+from launch.machines import MISSING, WAITING, Machines, Queued, Said
+from launch.record import ASKED, DONE, PREPARED, STARTED, STOPPED
+from tvq_pod.errors import UserError
+
+PREEMPTED = "75"  # exit code: saved, run me again
+BACK_OFF_SECONDS, LONGEST_BACK_OFF_SECONDS = 30.0, 900.0
+END_SECONDS = 240.0  # in which all processes of a job end, once one has
+
+
+class GivenUp(UserError):
+    """Restarting does not help."""
+
+
+class Watch:
+    """Of one run's machines."""
+
+    def __init__(self, machines: Machines, poll_seconds: float, max_restarts: int):
+        """max_restarts: after failures without a newer checkpoint, and requests for a slice that fail."""
+        self.machines, self.poll_seconds, self.max_restarts = machines, poll_seconds, max_restarts
+        self._last_line = None
+        self._ending_since = None
+
+    def run(self) -> None:
+        """Returns when the run is done, or was stopped by hand. Raises GivenUp; UserError for what only a person can
+        mend, such as a login, if it is so from the beginning."""
+        first = True
+        while not self._finished():
+            try:
+                pause = self.step()
+            except GcloudError as error:
+                if first and error.kind in ("login", "denied"):
+                    raise
+                self._say(f"{error}; tries again")
+                pause = self.poll_seconds
+            first = False
+            if self.machines.gcloud.dry_run:
+                return
+            self.machines.clock.sleep(pause)
+
+    def step(self) -> float:
+        """Looks once, and does what is to be done. Returns how many seconds there is nothing to do."""
+        machines, record = self.machines, self.machines.record
+        status = machines.status()
+        if status and status.get("saved_step", -1) > record.saved_step:
+            machines.note(saved_step=status["saved_step"], failures=0)
+        if status and status["state"] == "done":
+            machines.note(phase=DONE)
+            return 0.0
+        queued = machines.queue()
+        if machines.gcloud.dry_run:
+            self._show()
+            return 0.0
+        if queued.state == "ACTIVE":
+            return self._supervise(status)
+        if queued.state == MISSING:
+            return self._ask()
+        if queued.state in ("SUSPENDED", "FAILED"):
+            return self._give_back(queued)
+        self._say(queued.state + ("" if queued.state in WAITING else ": waits for it to be gone"))
+        return self.poll_seconds
+
+    def _finished(self) -> bool:
+        fresh = self.machines.records.load(self.machines.record.name)  # `stop` and `run` write it too
+        if self.machines.gcloud.dry_run or fresh is None:
+            return fresh is None
+        self.machines.record = fresh
+        return fresh.phase in (DONE, STOPPED)
+
+    # ------------------------------------------------------------------ the slice
+
+    def _ask(self) -> float:
+        record = self.machines.record
+        self._say("asks for a slice")
+        try:
+            self.machines.ask()
+        except GcloudError as error:
+            waiting_helps = error.kind in ("capacity", "quota", "passing", "login")
+            return self._refused(str(error), None if waiting_helps else self.max_restarts)
+        self._say(f"asked for {record.slices} x {record.accelerator}")
+        return self.poll_seconds
+
+    def _give_back(self, queued: Queued) -> float:
+        """Slices that were taken back, or could not be had. Without force: were they ACTIVE by now, they would stay."""
+        record = self.machines.record
+        why = queued.why or queued.state
+        self._say(f"{queued.state}: {queued.why or 'was taken back'}; deletes the request, and asks again")
+        self.machines.gcloud.delete(record.name)
+        if record.phase != ASKED:
+            self.machines.note(phase=ASKED, lost=record.lost + 1)
+            return 0.0
+        return self._refused(why, None if queued.may_help else self.max_restarts)
+
+    def _refused(self, why: str, limit: int | None) -> float:
+        """limit: None where waiting is what helps."""
+        refusals = self.machines.record.refusals + 1
+        self.machines.note(refusals=refusals)
+        if limit is not None and refusals > limit:
+            raise GivenUp(f"--name={self.machines.record.name}: asked {refusals} times for a slice: {why}")
+        pause = _back_off(refusals)
+        self._say(f"{why}; asks again in {ago(pause)}")
+        return pause
+
+    # ------------------------------------------------------------------ the training
+
+    def _supervise(self, status: dict | None) -> float:
+        machines, record = self.machines, self.machines.record
+        if record.phase != STARTED:
+            return self._start()
+        # All of a job end when one does, so one machine is asked. The others, when it does not run.
+        said = next(iter(machines.states("0", "0").values()), None)
+        if said is None:
+            self._say("its first machine does not answer")
+            return self.poll_seconds
+        attempt = f"{record.run_id}-{record.attempt}"
+        if said == Said("running", attempt):
+            self._ending_since = None
+            self._say(progress(status))
+            return self.poll_seconds
+        if said.word == "none" or said.rest.split()[:1] != [attempt]:  # it is another machine
+            machines.note(phase=ASKED)
+            return self._start()
+        return self._ended(status)
+
+    def _start(self) -> float:
+        machines, record = self.machines, self.machines.record
+        try:
+            if record.phase == ASKED:
+                machines.granted()
+                machines.prepare()
+            machines.start()
+        except GcloudError:
+            raise
+        except UserError as error:
+            if machines.queue().state != "ACTIVE":  # taken back meanwhile
+                return 0.0
+            return self._failed(str(error), then=record.phase)
+        return self.poll_seconds
+
+    def _ended(self, status: dict | None) -> float:
+        """Worker 0 has ended: waits for the others, and starts again or gives up."""
+        machines = self.machines
+        states = machines.states()
+        running = [where for where, said in states.items() if said.word == "running"]
+        now = machines.clock.now()
+        self._ending_since = self._ending_since or now
+        if running and now - self._ending_since < END_SECONDS:
+            self._say(f"{len(running)} of {machines.expected} processes have not ended yet")
+            return min(10.0, self.poll_seconds)
+        if running:
+            machines.stop()
+        self._ending_since = None
+        codes = {where: said.rest.split()[-1] for where, said in states.items() if said.word == "exited"}
+        if codes and len(codes) == machines.expected and set(codes.values()) == {"0"}:
+            machines.note(phase=DONE)
+            return 0.0
+        if PREEMPTED in codes.values() or any(said.word == "gone" for said in states.values()):
+            self._say("was preempted; starts again")
+            machines.note(phase=PREPARED)
+            return min(10.0, self.poll_seconds)
+        where, code = next(((w, c) for w, c in codes.items() if c != "0"), ("a machine", "unknown"))
+        why = f"{where} ended with {code}" + (f": {status['error']}" if status and status.get("error") else "")
+        return self._failed(why, then=PREPARED)
+
+    def _failed(self, why: str, then: str) -> float:
+        """then: the phase from which to try again."""
+        machines, record = self.machines, self.machines.record
+        machines.note(failures=record.failures + 1, phase=then)
+        if record.failures > self.max_restarts:
+            raise GivenUp(
+                f"--name={record.name}: {why}; failed {record.failures} times with no checkpoint after step "
+                f"{max(record.saved_step, 0)}; `python -m launch.pod logs --name={record.name}` says more, and `run` "
+                "begins to count anew"
+            )
+        pause = _back_off(record.failures)
+        self._say(f"{why}; failure {record.failures} without a newer checkpoint; tries again in {ago(pause)}")
+        return pause
+
+    # ------------------------------------------------------------------ what is said
+
+    def _say(self, line: str) -> None:
+        if line != self._last_line:
+            self.machines.say(f"{self.machines.record.name}: {line}")
+        self._last_line = line
+
+    def _show(self) -> None:
+        """For a dry run: what would be done if the slice had been taken back."""
+        machines = self.machines
+        machines.say("# if it is SUSPENDED or FAILED:")
+        machines.gcloud.delete(machines.record.name)
+        machines.ask()
+        machines.say("# once it is ACTIVE:")
+        machines.prepare()
+        machines.start()
+
+
+def progress(status: dict | None) -> str:
+    """A run's status file, in a line."""
+    if not status:
+        return "runs; no status yet"
+    number = lambda name, form: form.format(status[name]) if status.get(name) is not None else "?"  # noqa: E731
+    return (
+        f"{status['state']}, step {status.get('step', 0)}/{status.get('num_steps', '?')}, "
+        f"loss {number('loss', '{:.4f}')}, {number('tokens_per_second', '{:,.0f}')} tokens/s, "
+        f"saved step {number('saved_step', '{}')}"
+    )
+
+
+def _back_off(times: int) -> float:
+    return min(BACK_OFF_SECONDS * 2 ** (times - 1), LONGEST_BACK_OFF_SECONDS)
