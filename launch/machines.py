@@ -45,9 +45,17 @@ class Machines:
     """Of one run. Changes of the record are saved at once."""
 
     def __init__(
-        self, record: Record, records: Records, gcloud: Gcloud, clock: Clock, say: Callable[[str], None] = print
+        self,
+        record: Record,
+        records: Records,
+        gcloud: Gcloud,
+        poll_seconds: float = 30.0,
+        clock: Clock | None = None,
+        say: Callable[[str], None] = print,
     ):
-        self.record, self.records, self.gcloud, self.clock, self.say = record, records, gcloud, clock, say
+        """poll_seconds: how often to look, where something must be waited for."""
+        self.record, self.records, self.gcloud, self.say = record, records, gcloud, say
+        self.poll_seconds, self.clock = poll_seconds, clock or Clock()
 
     @property
     def expected(self) -> int:
@@ -94,7 +102,7 @@ class Machines:
                 raise
             self.queue()  # refuses what is somebody else's
 
-    def wait_until_active(self, poll_seconds: float) -> None:
+    def wait_until_active(self) -> None:
         """With a line whenever something changes, and every ten minutes. Raises UserError if the request failed."""
         said, said_at = None, 0.0
         while not self.gcloud.dry_run:
@@ -114,7 +122,7 @@ class Machines:
                     f"{self.record.name}: {state} since {ago(now - self.record.asked_at)}{f': {why}' if why else ''}"
                 )
                 said, said_at = state, now
-            self.clock.sleep(poll_seconds)
+            self.clock.sleep(self.poll_seconds)
         if self.gcloud.dry_run:
             self.queue()
         self.granted()
@@ -163,8 +171,11 @@ class Machines:
             self.say(line)
 
     def forget(self) -> None:
-        """Deletes all that this machine keeps for the run."""
+        """Deletes all that this machine keeps for the run, and the tarball if no other run has it."""
         self.records.forget(self.record.name)
+        others = [self.records.load(name) for name in self.records.names()]
+        if all(other.source != self.record.source for other in others if other):
+            self.tarball.unlink(missing_ok=True)
         shutil.rmtree(self._upload_folder, ignore_errors=True)
 
     @property
@@ -189,7 +200,7 @@ class Machines:
             why = "; ".join(bad[:3]) or (str(error) if error else f"{lost} machine(s) did not answer")
             if attempt < TRIES - 1:
                 self.say(f"{self.record.name}: {why}; tries again")
-                self.clock.sleep(10.0)
+                self.clock.sleep(min(self.poll_seconds, 10.0))
         n_bad = len(bad) + max(lost, 0)
         raise UserError(f"--name={self.record.name}: {n_bad} of {self.expected} machine(s) failed: {why}")
 

@@ -18,7 +18,7 @@ import time
 from absl import app, flags
 
 from launch import slices
-from launch.clock import Clock, ago
+from launch.clock import ago
 from launch.gcloud import Gcloud, GcloudError
 from launch.machines import MISSING, Machines
 from launch.record import DONE, PREPARED, STARTED, STARTING, STOPPED, Record, Records
@@ -63,7 +63,7 @@ def _gcloud(record: Record) -> Gcloud:
 
 
 def _machines(record: Record, records: Records) -> Machines:
-    return Machines(record, records, _gcloud(record), Clock(), _say)
+    return Machines(record, records, _gcloud(record), _POLL.value, say=_say)
 
 
 def _own(records: Records) -> Machines:
@@ -86,7 +86,7 @@ def up(records: Records) -> None:
         machines.ask()
     else:
         machines.note(source=record.source)
-    machines.wait_until_active(_POLL.value)
+    machines.wait_until_active()
     machines.prepare()
     _say(f"next: python -m launch.pod run --name={record.name} -- --config=FILE --workdir=gs://BUCKET/{record.name}")
 
@@ -207,7 +207,7 @@ def watch(records: Records) -> None:
     while True:
         with records.held(name) as alone:
             if alone or machines.gcloud.dry_run:
-                Watch(machines, _POLL.value, _RESTARTS.value).run()
+                Watch(machines, _RESTARTS.value).run()
                 break
         if not said:
             _say(f"{name}: another process of this machine watches it; this one waits, and goes on if that one ends")

@@ -20,9 +20,9 @@ class GivenUp(UserError):
 class Watch:
     """Of one run's machines."""
 
-    def __init__(self, machines: Machines, poll_seconds: float, max_restarts: int):
+    def __init__(self, machines: Machines, max_restarts: int):
         """max_restarts: after failures without a newer checkpoint, and requests for a slice that fail."""
-        self.machines, self.poll_seconds, self.max_restarts = machines, poll_seconds, max_restarts
+        self.machines, self.max_restarts = machines, max_restarts
         self._last_line = None
         self._ending_since = None
 
@@ -37,7 +37,7 @@ class Watch:
                 if first and error.kind in ("login", "denied"):
                     raise
                 self._say(f"{error}; tries again")
-                pause = self.poll_seconds
+                pause = self.machines.poll_seconds
             first = False
             if self.machines.gcloud.dry_run:
                 return
@@ -63,7 +63,7 @@ class Watch:
         if queued.state in ("SUSPENDED", "FAILED"):
             return self._give_back(queued)
         self._say(queued.state + ("" if queued.state in WAITING else ": waits for it to be gone"))
-        return self.poll_seconds
+        return self.machines.poll_seconds
 
     def _finished(self) -> bool:
         fresh = self.machines.records.load(self.machines.record.name)  # `stop` and `run` write it too
@@ -83,7 +83,7 @@ class Watch:
             waiting_helps = error.kind in ("capacity", "quota", "passing", "login")
             return self._refused(str(error), None if waiting_helps else self.max_restarts)
         self._say(f"asked for {record.slices} x {record.accelerator}")
-        return self.poll_seconds
+        return self.machines.poll_seconds
 
     def _give_back(self, queued: Queued) -> float:
         """Slices that were taken back, or could not be had. Without force: were they ACTIVE by now, they would stay."""
@@ -116,12 +116,12 @@ class Watch:
         said = next(iter(machines.states("0", "0").values()), None)
         if said is None:
             self._say("its first machine does not answer")
-            return self.poll_seconds
+            return self.machines.poll_seconds
         attempt = f"{record.run_id}-{record.attempt}"
         if said == Said("running", attempt):
             self._ending_since = None
             self._say(progress(status))
-            return self.poll_seconds
+            return self.machines.poll_seconds
         if said.word == "none" or said.rest.split()[:1] != [attempt]:  # it is another machine
             machines.note(phase=ASKED)
             return self._start()
@@ -140,7 +140,7 @@ class Watch:
             if machines.queue().state != "ACTIVE":  # taken back meanwhile
                 return 0.0
             return self._failed(str(error), then=record.phase)
-        return self.poll_seconds
+        return self.machines.poll_seconds
 
     def _ended(self, status: dict | None) -> float:
         """Worker 0 has ended: waits for the others, and starts again or gives up."""
@@ -151,7 +151,7 @@ class Watch:
         self._ending_since = self._ending_since or now
         if running and now - self._ending_since < END_SECONDS:
             self._say(f"{len(running)} of {machines.expected} processes have not ended yet")
-            return min(10.0, self.poll_seconds)
+            return min(10.0, self.machines.poll_seconds)
         if running:
             machines.stop()
         self._ending_since = None
@@ -162,7 +162,7 @@ class Watch:
         if PREEMPTED in codes.values() or any(said.word == "gone" for said in states.values()):
             self._say("was preempted; starts again")
             machines.note(phase=PREPARED)
-            return min(10.0, self.poll_seconds)
+            return min(10.0, self.machines.poll_seconds)
         where, code = next(((w, c) for w, c in codes.items() if c != "0"), ("a machine", "unknown"))
         why = f"{where} ended with {code}" + (f": {status['error']}" if status and status.get("error") else "")
         return self._failed(why, then=PREPARED)

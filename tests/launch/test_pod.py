@@ -1,0 +1,251 @@
+"""launch.pod against a cloud of real processes: what a person types, from the first command to the last."""
+
+import json
+import pathlib
+import shlex
+
+import pytest
+
+from tests.launch.conftest import write_program
+
+ZONE = "--zone=us-central2-b"
+UP = ("--name=run", "--accelerator=v4-16", ZONE, "--spot", "--allow_dirty", "--poll_seconds=0.1")
+RUN = ("--name=run", "--", "--config=configs/stdlib.py", "--workdir=gs://bucket/run")
+WATCH = ("--name=run", "--poll_seconds=0.1")
+
+
+def error_of(laptop, command, *flags) -> str:
+    """The one line of a command that must fail."""
+    code, out, err = laptop.pod(command, *flags)
+    assert code == 1, out + err
+    lines = err.splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def status_of(laptop) -> dict:
+    return json.loads((laptop.cloud.folder / "buckets/bucket/run/status.json").read_text())
+
+
+def test_from_nothing_to_done_and_nothing_left(laptop):
+    laptop.must("up", *UP)
+    laptop.must("run", *RUN)
+    assert "run: done" in laptop.must("watch", *WATCH)
+    shown = laptop.must("status").splitlines()[1]
+    assert shown.split()[:5] == ["run", "v4-16", "spot", "active", "done"]
+    assert "20/20" in shown
+    assert "begins after step 0" in laptop.must("logs", "--name=run", "--worker=1")
+    said = laptop.must("down", "--name=run", "--yes")
+    assert "deletes 1 slice(s) v4-16, 2 machine(s) and their disks" in said
+    assert "gs://bucket/run stays" in said
+    assert laptop.get("queued") == {}
+    assert not list((laptop.cloud.folder / "machines").iterdir())
+    left = [path for path in (laptop.folder / "records").rglob("*") if path.is_file()]
+    assert not left
+
+
+def test_several_slices_are_one_job(laptop):
+    laptop.must("up", *UP, "--slices=2")
+    laptop.must("run", *RUN)
+    laptop.must("watch", *WATCH)
+    where = sorted(name for name, _, _ in laptop.get("attempts"))
+    assert where == ["run-0/0", "run-0/1", "run-1/0", "run-1/1"]
+    assert all("--config.mesh.slices=2" in arguments for _, _, arguments in laptop.get("attempts"))
+    assert "begins" in laptop.must("logs", "--name=run", "--worker=3")
+    assert "must be 0 .. 3" in error_of(laptop, "logs", "--name=run", "--worker=4")
+
+
+def test_every_value_arrives_as_it_was_given(laptop, tmp_path):
+    prompt = '--config.sample.prompt=it\'s $HOME `id`; "a"  b\\ *\n100%'
+    secrets = tmp_path / "secrets"
+    secrets.write_text("SECRET=a%b\\$c\n")
+    laptop.must("up", *UP)
+    laptop.must("run", f"--env_file={secrets}", *RUN, prompt)
+    laptop.must("watch", *WATCH)
+    assert all(arguments[2] == prompt for _, _, arguments in laptop.get("attempts"))
+    assert "with a%b$c secret" in laptop.must("logs", "--name=run")
+    seen = json.dumps(laptop.get("log"))
+    assert "a%b" not in seen  # of gcloud's arguments
+    assert "id`" not in seen
+    machine = laptop.cloud.machine("run", 0) / "home/tvq_pod"
+    assert (machine / "env").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_dry_run_prints_the_commands_and_does_nothing(laptop):
+    planned = laptop.must("up", *UP, "--dry_run")
+    assert not laptop.get("log")
+    assert not (laptop.folder / "records").exists()
+    laptop.must("up", *UP)
+    done = [shlex.join(["gcloud", *arguments]) for arguments in laptop.get("log")]
+    label = next(line for line in done if "--labels" in line).partition("--labels=tvq_pod=")[2].split()[0]
+    lines = [line for line in planned.splitlines() if line.startswith("gcloud")]
+    theirs = lines[1].partition("--labels=tvq_pod=")[2].split()[0]
+    assert [line.replace(theirs, label) for line in lines] == done
+    laptop.must("run", *RUN)
+    before = len(laptop.get("log"))
+    for command, flags in dict(
+        run=RUN, watch=WATCH, stop=WATCH[:1], down=WATCH[:1], logs=WATCH[:1], ssh=RUN[:1]
+    ).items():
+        assert "gcloud compute tpus queued-resources" in laptop.must(command, "--dry_run", *flags)
+    assert len(laptop.get("log")) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--accelerator=v4-16",), "--name=: must be given"),
+        (("--name=Run;rm", "--accelerator=v4-16"), "--name=Run;rm: must be 1 to 40 of a-z, 0-9 and -"),
+        (("--name=run",), "--accelerator=: must be given"),
+        (("--name=run", "--accelerator=h100-8"), "--accelerator=h100-8: must be one of v2, v3, v4, v5litepod"),
+        (("--name=run", "--accelerator=tpu7x-8"), "--accelerator=tpu7x-8: must be one of v2"),
+        (("--name=run", "--accelerator=v5p-7"), "--accelerator=v5p-7: behind v5p- must be a number of cores"),
+        (("--name=run", "--accelerator=v4-16", "--zone=a b"), "--zone=a b: must look like us-west4-a"),
+        (("--name=run", "--accelerator=v4-16", "--spot", "--reserved"), "--spot --reserved: must be one of them"),
+        (("--name=run", "--accelerator=v4-16", "extra"), "extra: up takes flags only"),
+    ],
+)
+def test_what_can_t_be_is_refused_before_gcloud_is_asked(laptop, flags, message):
+    assert message in error_of(laptop, "up", *flags)
+    assert not laptop.get("log")
+
+
+def test_a_workdir_that_goes_with_the_machines_is_refused(laptop):
+    laptop.must("up", *UP)
+    calls = laptop.get("calls")
+    assert "must be given behind --" in error_of(laptop, "run", "--name=run", "--", "--config=c.py")
+    for workdir in ("runs/x", "/data/x"):
+        said = error_of(laptop, "run", "--name=run", "--", f"--workdir={workdir}")
+        assert f"--workdir={workdir}: is on the machines' own disks" in said
+    assert "--multihost: must be left out" in error_of(laptop, "run", *RUN, "--multihost")
+    assert laptop.get("calls") == calls
+
+
+def test_gcloud_that_is_not_there_or_not_logged_in(laptop):
+    laptop.set(logged_in=False)
+    assert "You do not currently have an active account selected. (gcloud auth login)" in error_of(laptop, "up", *UP)
+    (laptop.bin / "gcloud").unlink()
+    laptop.environment["PATH"] = f"{laptop.bin}:{path_without_gcloud(laptop)}"
+    assert "gcloud: is not on the PATH; install it" in error_of(laptop, "up", *UP)
+
+
+def path_without_gcloud(laptop) -> str:
+    folder = laptop.folder / "only-git"
+    folder.mkdir()
+    write_program(folder / "git", 'exec /usr/bin/env -i PATH=/usr/bin:/bin git "$@"')
+    return str(folder)
+
+
+def test_a_quota_that_is_used_up_is_said_and_the_same_command_goes_on_later(laptop):
+    laptop.set(create_errors=[["RESOURCE_EXHAUSTED", "Quota limit 'TPUV4' has been exceeded. Limit: 0 in region r."]])
+    said = error_of(laptop, "up", *UP)
+    assert "Quota limit 'TPUV4' has been exceeded" in said
+    assert "ask for more" in said
+    laptop.must("up", *UP)
+    assert laptop.get("queued")["run"]["state"] == "ACTIVE"
+
+
+def test_a_slice_that_is_there_already_is_used(laptop):
+    laptop.must("up", *UP)
+    asked = laptop.get("queued")["run"]["asked_at"]
+    laptop.must("up", *UP)
+    laptop.must("up", "--name=run", "--poll_seconds=0.1", "--allow_dirty")
+    assert laptop.get("queued")["run"]["asked_at"] == asked
+    assert "--accelerator: the run run was asked for with v4-16" in error_of(
+        laptop, "up", "--name=run", "--accelerator=v4-8", "--allow_dirty"
+    )
+
+
+def test_a_name_that_somebody_else_has_is_left_alone(laptop):
+    laptop.must("up", *UP)
+    theirs = laptop.folder / "records"
+    theirs.rename(laptop.folder / "other")
+    assert "is taken by a queued resource that this machine did not ask for" in error_of(laptop, "up", *UP)
+    theirs.joinpath("run.json").write_text(
+        (laptop.folder / "other/run.json").read_text().replace('"label": "', '"label": "0')
+    )
+    for command, flags in (("run", RUN), ("watch", WATCH), ("down", (*WATCH[:1], "--yes"))):
+        code, _, err = laptop.pod(command, *flags)
+        assert code == 1
+        assert "is taken by" in err or "nothing to watch" in err
+    assert laptop.get("queued")["run"]["state"] == "ACTIVE"
+
+
+def test_machines_that_fail_to_install_are_named_and_the_same_command_mends_it(laptop):
+    laptop.set(broken=["run/1"])
+    said = error_of_many(laptop, "up", *UP)
+    assert "1 of 2 machine(s) failed: run/1: " in said
+    assert "No space left on device" in said
+    assert "of disk free" in said
+    laptop.set(broken=[])
+    laptop.must("up", *UP)
+
+
+def error_of_many(laptop, command, *flags) -> str:
+    code, out, err = laptop.pod(command, *flags)
+    assert code == 1, out + err
+    return err.splitlines()[-1]
+
+
+def test_ssh_that_drops_is_tried_again(laptop):
+    laptop.set(ssh_failures=2)
+    said = laptop.must("up", *UP)
+    assert said.count("tries again") >= 1
+    laptop.set(ssh_failures=9)
+    assert "exited with return code [255]" in error_of_many(laptop, "run", "--poll_seconds=0.1", *RUN)
+
+
+def test_stop_saves_and_watch_lets_it_be(laptop):
+    laptop.set(step_seconds=0.3)
+    laptop.must("up", *UP)
+    laptop.must("run", *RUN)
+    assert "trains already" in error_of(laptop, "run", *RUN)
+    laptop.must("stop", "--name=run")
+    assert status_of(laptop)["state"] == "preempted"
+    assert "was stopped by hand" in laptop.must("watch", *WATCH)
+    laptop.set(step_seconds=0.02)
+    laptop.must("run", *RUN)
+    laptop.must("watch", *WATCH)
+    assert status_of(laptop)["state"] == "done"
+
+
+def test_down_asks_and_saves_first(laptop):
+    laptop.set(step_seconds=0.5)
+    laptop.must("up", *UP)
+    laptop.must("run", *RUN)
+    assert "--yes: must be given where nobody can be asked" in laptop.pod("down", "--name=run")[2]
+    assert "it is asked to save first" in laptop.must("down", "--name=run", "--yes")
+    assert status_of(laptop)["state"] == "preempted"
+    assert "no such run" in error_of(laptop, "down", "--name=run")
+
+
+def test_what_is_not_committed_is_refused_or_named_by_its_hash(tmp_path):
+    from launch import source
+    from tvq_pod.errors import UserError
+
+    clone = tmp_path / "clone"
+    source._git("clone", "--quiet", "--shared", str(source.ROOT), str(clone))
+    root, source.ROOT = source.ROOT, clone
+    try:
+        clean = source.pack(tmp_path, allow_dirty=False)
+        (clone / "secret.key").write_text("not tracked")
+        assert source.pack(tmp_path, allow_dirty=False) == clean
+        (clone / "README.md").write_text("changed")
+        with pytest.raises(UserError, match=r"--allow_dirty=False: 1 file\(s\) differ .*README.md"):
+            source.pack(tmp_path, allow_dirty=False)
+        dirty = source.pack(tmp_path, allow_dirty=True)
+        assert dirty.startswith(f"{clean}-dirty-")
+        (clone / "README.md").write_text("changed again")
+        assert source.pack(tmp_path, allow_dirty=True) != dirty
+    finally:
+        source.ROOT = root
+    assert archived(tmp_path / f"{dirty}.tar.gz", "README.md") == b"changed"
+    assert archived(tmp_path / f"{dirty}.tar.gz", "secret.key") is None
+
+
+def archived(path: pathlib.Path, name: str) -> bytes | None:
+    import tarfile
+
+    with tarfile.open(path) as tar:
+        found = [member for member in tar.getmembers() if member.name.endswith(f"/{name}")]
+        return tar.extractfile(found[0]).read() if found else None

@@ -1,0 +1,218 @@
+"""The babysitter: what it does about a slice that is taken back, a training that ends, and its own end."""
+
+import collections
+import signal
+import threading
+import time
+
+import pytest
+
+from launch.clock import Clock
+from launch.gcloud import Gcloud
+from launch.machines import Machines
+from launch.record import Records
+from launch.watch import GivenUp, Watch
+from tests.launch.test_pod import RUN, UP, WATCH, status_of
+
+
+@pytest.fixture
+def started(laptop):
+    """A training that goes on for a while."""
+    laptop.set(step_seconds=0.1)
+    laptop.must("up", *UP)
+    laptop.must("run", *RUN)
+    return laptop
+
+
+def wait_for(laptop, step: int) -> None:
+    """Until the training is there."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            if status_of(laptop)["step"] >= step:
+                return
+        except FileNotFoundError:
+            pass
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} never came")
+
+
+def attempts(laptop) -> dict[int, list[str]]:
+    """By attempt, the machines that it was started on."""
+    found = collections.defaultdict(list)
+    for name, attempt, _ in laptop.get("attempts"):
+        found[attempt].append(name)
+    return {attempt: sorted(names) for attempt, names in found.items()}
+
+
+def test_a_slice_that_is_taken_back_is_asked_for_again_and_the_run_ends(started):
+    watch = started.start("watch", *WATCH)
+    wait_for(started, 7)
+    began = started.get("queued")["run"]["asked_at"]
+    started.cloud.preempt("run", grace=0.5)
+    out, err = watch.communicate(timeout=100)
+    assert watch.returncode == 0, out + err
+    assert "SUSPENDED: was taken back; deletes the request, and asks again" in out
+    assert status_of(started)["state"] == "done"
+    assert started.get("queued")["run"]["asked_at"] > began
+    assert all(names == ["run/0", "run/1"] for names in attempts(started).values())
+    deletes = [arguments for arguments in started.get("log") if "delete" in arguments]
+    assert len(deletes) == 1
+    assert "--force" not in deletes[0]
+
+
+def test_exit_75_is_no_failure(laptop):
+    laptop.set(training=[dict(steps=5, exit=75)] * 2 + [{}])
+    laptop.must("up", *UP)
+    laptop.must("run", *RUN)
+    said = laptop.must("watch", "--max_restarts=0", *WATCH)
+    assert said.count("was preempted; starts again") >= 1
+    assert sorted(attempts(laptop)) == [1, 2, 3]
+
+
+def test_failures_without_a_newer_checkpoint_are_few(laptop):
+    """Each fails at step 8, after saving step 5: the first made progress, those that follow did not."""
+    laptop.set(training=[dict(steps=8, exit=1)])
+    laptop.must("up", *UP)
+    laptop.must("run", *RUN)
+    machines, lines = in_this_process(laptop)
+    with pytest.raises(GivenUp, match="ended with 1; failed 4 times with no checkpoint after step 5"):
+        Watch(machines, max_restarts=3).run()
+    assert sorted(attempts(laptop)) == [1, 2, 3, 4]
+    assert [line.rpartition(" in ")[2] for line in lines if "tries again" in line] == ["30 s", "60 s", "2 min"]
+
+
+def test_failures_with_progress_are_no_reason_to_give_up(laptop):
+    laptop.set(training=[dict(steps=7, exit=1), dict(steps=12, exit=1), dict(steps=17, exit=1), {}])
+    laptop.must("up", *UP)
+    laptop.must("run", *RUN)
+    machines, _ = in_this_process(laptop)
+    Watch(machines, max_restarts=1).run()
+    assert status_of(laptop)["state"] == "done"
+    assert sorted(attempts(laptop)) == [1, 2, 3, 4]
+
+
+def in_this_process(laptop, poll_seconds=30.0):
+    """The run's machines, by a clock that only sleep moves, and what is said."""
+
+    class Fake(Clock):
+        def now(self) -> float:
+            return laptop.cloud.now()
+
+        def sleep(self, seconds: float) -> None:
+            (laptop.cloud.folder / "clock").write_text(str(self.now() + seconds))
+            time.sleep(min(seconds, 0.05))  # the trainings are real
+
+    lines, records = [], Records(laptop.folder / "records")
+    record = records.get("run")
+    gcloud = Gcloud(record.project, record.zone, say=lines.append)
+    return Machines(record, records, gcloud, poll_seconds, Fake(), lines.append), lines
+
+
+@pytest.fixture(autouse=True)
+def _on_this_path(laptop, monkeypatch):
+    for name in ("PATH", "STANDIN"):
+        monkeypatch.setenv(name, laptop.environment[name])
+
+
+def test_a_zone_that_is_full_for_an_hour(started):
+    wait_for(started, 3)
+    started.cloud.preempt("run", grace=0.0)
+    full_until = time.time() + 3600
+    started.set(zone_full_until=full_until, step_seconds=0.02)
+    machines, lines = in_this_process(started, poll_seconds=300.0)
+    Watch(machines, max_restarts=3).run()
+    assert started.cloud.now() > full_until
+    assert machines.record.waited > 3500
+    assert lines.count("run: WAITING_FOR_RESOURCES") == 1  # not one every five minutes
+    assert status_of(started)["state"] == "done"
+
+
+def test_requests_that_are_refused_or_fail_are_made_again(started):
+    wait_for(started, 3)
+    started.cloud.preempt("run", grace=0.0)
+    started.set(
+        create_errors=[["RESOURCE_EXHAUSTED", 'There is no more capacity in the zone "z"']] * 5
+        + [["UNAVAILABLE", "try later"], ["RESOURCE_EXHAUSTED", "Quota limit 'T' has been exceeded."]],
+        fails=[13, "an internal error has occurred"],
+        step_seconds=0.02,
+    )
+    machines, lines = in_this_process(started)
+    Watch(machines, max_restarts=0).run()
+    assert status_of(started)["state"] == "done"
+    pauses = [line.rpartition(" in ")[2] for line in lines if "asks again in" in line]
+    assert pauses == ["30 s", "60 s", "2 min", "4 min", "8 min", "15 min", "15 min", "15 min"]
+
+
+def test_a_request_that_can_never_be_granted_is_given_up(started):
+    wait_for(started, 3)
+    started.cloud.preempt("run", grace=0.0)
+    started.set(create_errors=[["INVALID_ARGUMENT", "the accelerator was not found"]] * 9)
+    machines, _ = in_this_process(started)
+    with pytest.raises(GivenUp, match=r"asked 3 times for a slice: .*the accelerator was not found"):
+        Watch(machines, max_restarts=2).run()
+
+
+def test_gcloud_that_fails_in_passing_ends_nothing(started):
+    """A login that expires in the night included."""
+    started.set(step_seconds=0.02)
+    machines, lines = in_this_process(started)
+    started.set(step_seconds=0.2)
+    looked = threading.Event()
+    sleep = machines.clock.sleep
+
+    def log_out(seconds):
+        started.set(logged_in=looked.is_set(), ssh_failures=2)
+        looked.set()
+        sleep(seconds)
+
+    machines.clock.sleep = log_out
+    Watch(machines, max_restarts=0).run()
+    assert any("active account" in line for line in lines)
+    assert status_of(started)["state"] == "done"
+
+
+def test_two_at_once_do_what_one_does(started):
+    """The second waits, and goes on when the first is killed."""
+    first = started.start("watch", *WATCH)
+    assert "training" in first.stdout.readline()
+    second = started.start("watch", *WATCH)
+    assert "another process of this machine watches it" in second.stdout.readline()
+    first.kill()
+    first.communicate()
+    wait_for(started, 5)
+    started.cloud.preempt("run", grace=0.5)
+    out, err = second.communicate(timeout=100)
+    assert second.returncode == 0, out + err
+    assert status_of(started)["state"] == "done"
+    assert all(names == ["run/0", "run/1"] for names in attempts(started).values())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_watch_that_is_killed_at_any_point_is_started_again_and_nothing_is_lost(laptop, sign):
+    """The n-th watch is killed at its n-th call of gcloud, before or after it was done; the slice is taken back once
+    before the first, and once on the way."""
+    laptop.set(step_seconds=0.05)
+    laptop.must("up", *UP)
+    laptop.must("run", *RUN)
+    wait_for(laptop, 6)
+    laptop.set(step_seconds=2.0)
+    laptop.cloud.preempt("run", grace=0.0)
+    preempted = False
+    for n in range(1, 40):
+        laptop.set(calls=0, kill_at=sign * n)
+        code, out, err = laptop.pod("watch", *WATCH)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, out + err
+        running = laptop.get("queued").get("run", {}).get("state") == "ACTIVE"
+        if running and not preempted and laptop.get("attempts")[-1][1] > 1 and n % 3 == 0:
+            laptop.set(step_seconds=0.02)
+            laptop.cloud.preempt("run", grace=0.0)
+            preempted = True
+    assert code == 0, out + err
+    assert preempted
+    assert status_of(laptop)["state"] == "done"
+    assert list(laptop.get("queued")) == ["run"]
+    assert all(len(set(names)) == len(names) for names in attempts(laptop).values())  # never twice
+    assert attempts(laptop)[max(attempts(laptop))] == ["run/0", "run/1"]
