@@ -227,6 +227,8 @@ def describe(cloud, flags, places, error):
     with cloud.open() as state:
         queued = state["queued"].get(places[0])
         text = queued and json.dumps(described(cloud, places[0], queued), indent=2)
+        if queued and flags.get("format") == "value(state.state)":
+            text = queued["state"]
     if not text:
         fail(f"{error} NOT_FOUND: Resource '{full_name(places[0])}' was not found")
     print(text)
@@ -286,7 +288,10 @@ def machine_environment(cloud, node, worker) -> dict:
         STANDIN=str(cloud.folder),
         STANDIN_MACHINE=str(folder),
         STANDIN_NAME=f"{node}/{worker}",
-    ) | {name: value.replace("MACHINE", f"{node}/{worker}") for name, value in extra.items()}
+    ) | {
+        name: value.replace("MACHINE", f"{node}/{worker}").replace("WORKER", str(worker))
+        for name, value in extra.items()
+    }
 
 
 def ssh(cloud, flags, places, error):

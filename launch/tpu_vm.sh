@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# launch.pod's steps as plain gcloud lines, for those who want to see each of them, or to change one.
+#
+#     NAME=run ZONE=us-west4-a ACCELERATOR=v5litepod-16 bash launch/tpu_vm.sh up
+#     NAME=run ZONE=us-west4-a bash launch/tpu_vm.sh run --config=configs/enwik8.py --workdir=gs://BUCKET/run
+#     NAME=run ZONE=us-west4-a bash launch/tpu_vm.sh state | logs | stop | down
+#
+# Each may be given again. It restarts nothing by itself: after a preemption, down, up and run; launch.pod watch does
+# that. Further variables: RUNTIME_VERSION (of the chip's generation if not set), CREATE_FLAGS (--spot, say), PROJECT.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+: "${NAME:?must be set: the name of the slice and the run}" "${ZONE:?must be set, as us-west4-a}"
+where=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"})
+tpus=(gcloud compute tpus)
+all=(--node=all --worker=all "${where[@]}" --quiet)
+
+runtime_version() {
+  case $ACCELERATOR in
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    *) echo tpu-ubuntu2204-base ;;
+  esac
+}
+
+queue_state() {
+  "${tpus[@]}" queued-resources describe "$NAME" "${where[@]}" --format='value(state.state)' 2> /dev/null || echo MISSING
+}
+
+on_all() { "${tpus[@]}" queued-resources ssh "$NAME" "${all[@]}" --command="$1"; }
+
+upload() {
+  local stage
+  stage=$(mktemp -d)
+  mkdir "$stage/tvq_pod"
+  cp launch/worker.sh "$stage/tvq_pod"
+  git archive --format=tar.gz --prefix=source/ --output="$stage/tvq_pod/$source.tar.gz" HEAD
+  [[ $# == 0 ]] || cp "$1" "$stage/tvq_pod/run.sh"
+  "${tpus[@]}" queued-resources scp --recurse "$stage/tvq_pod" "$NAME:" "${all[@]}"
+  rm -r "$stage"
+}
+
+up() {
+  local flags state
+  : "${ACCELERATOR:?must be set, as v5litepod-16}"
+  read -r -a flags <<< "${CREATE_FLAGS:-}"
+  case $(queue_state) in
+    SUSPENDED | FAILED) "${tpus[@]}" queued-resources delete "$NAME" "${where[@]}" --quiet ;;
+  esac
+  if [[ $(queue_state) == MISSING ]]; then
+    "${tpus[@]}" queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$ACCELERATOR" \
+      --runtime-version="${RUNTIME_VERSION:-$(runtime_version)}" "${where[@]}" --quiet "${flags[@]}"
+  fi
+  until state=$(queue_state) && [[ $state == ACTIVE ]]; do
+    echo "$(date +%H:%M:%S) $NAME: $state"
+    case $state in SUSPENDED | FAILED | MISSING) exit 1 ;; esac
+    sleep "${POLL_SECONDS:-30}"
+  done
+  upload
+  on_all "bash tvq_pod/worker.sh install $source"
+}
+
+run() {
+  local script workdir=
+  for argument in "$@"; do
+    [[ $argument != --workdir=* ]] || workdir=${argument#--workdir=}
+  done
+  [[ $workdir == gs://* ]] || { echo "error: --workdir=$workdir: must be gs://BUCKET/RUN" >&2 && exit 1; }
+  script=$(mktemp)
+  {
+    echo '#!/bin/bash'
+    # shellcheck disable=SC2016 # the machine's home
+    echo 'cd "$HOME/tvq_pod/source" || exit 1'
+    # shellcheck disable=SC2016
+    printf 'exec "$HOME/tvq_pod/venv/bin/python" -m tvq_pod.main --multihost'
+    printf ' %q' "$@"
+    echo
+  } > "$script"
+  upload "$script"
+  rm "$script"
+  on_all "bash tvq_pod/worker.sh start $(date +%s)-1 $(printf %q "$workdir/logs")"
+}
+
+state() {
+  echo "slice: $(queue_state)"
+  on_all 'bash tvq_pod/worker.sh state'
+}
+
+logs() {
+  "${tpus[@]}" queued-resources ssh "$NAME" --node="${NODE:-0}" --worker="${WORKER:-0}" "${where[@]}" --quiet \
+    --command='sudo journalctl --unit=tvq_pod.service --output=cat --lines=50'
+}
+
+stop() { on_all 'bash tvq_pod/worker.sh stop'; }
+
+down() { "${tpus[@]}" queued-resources delete "$NAME" "${where[@]}" --quiet --force; }
+
+source=tvq_pod-$(git rev-parse --short=12 HEAD)
+command=${1:-}
+case $command in
+  up | run | state | logs | stop | down) shift && "$command" "$@" ;;
+  *) echo "error: ${command:-no command}: must be one of up, run, state, logs, stop, down" >&2 && exit 1 ;;
+esac

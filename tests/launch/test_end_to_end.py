@@ -1,0 +1,105 @@
+"""The whole of it, with nothing pretended but gcloud and systemd: two machines, each with a home and an environment of
+its own, into which this commit is installed; one training over both, which find each other by jax's own detection of
+Cloud TPU; a bucket; a slice that is taken back."""
+
+import os
+import pathlib
+import sys
+import sysconfig
+import time
+
+from tests.launch.conftest import write_program
+from tests.test_cli import QUICK_COMPILATION, fingerprint, run
+from tests.test_gcs import reached_at, server
+
+__all__ = ["server"]  # a fixture
+
+UP = ("--name=run", "--accelerator=v4-16", "--zone=us-central2-b", "--spot", "--allow_dirty", "--poll_seconds=0.5")
+TRAINING = [
+    "--config=configs/stdlib.py",
+    "--config.model.d_model=16",
+    "--config.model.d_k=8",
+    "--config.model.d_v=16",
+    "--config.model.n_code=8",
+    "--config.model.n_layer=1",
+    "--config.model.block_len=16",
+    "--config.model.mem_len=16",
+    "--config.train.batch_size=4",
+    "--config.train.num_steps=300",
+    "--config.train.log_every_steps=20",
+    "--config.checkpoint.every_steps=0",
+    "--config.eval.at_end=False",
+    "--config.sample.length=0",
+]
+
+
+def test_a_training_on_two_machines_that_are_taken_back_ends_as_one_that_was_left_alone(
+    laptop, tmp_path, server, monkeypatch
+):
+    store = f"--config.data.store={tmp_path / 'store'}"
+    run("--mode=prepare", *TRAINING, store, f"--workdir={tmp_path / 'alone'}")
+    as_on_two_machines(tmp_path / "alone", store)
+    expected, _ = run("--mode=inspect", f"--workdir={tmp_path / 'alone'}")
+
+    reached_at(monkeypatch, server)
+    names = ("STORAGE_EMULATOR_HOST", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "TENSORSTORE_GCS_HTTP_URL")
+    bucket = {name: os.environ[name] for name in names}
+    laptop.environment |= bucket
+    write_program(laptop.cloud.folder / "bin/python3", f'exec {sys.executable} "$@"')
+    laptop.set(environment=laptop.get("environment") | bucket | machine_settings())
+
+    laptop.must("up", *UP)
+    laptop.must("run", "--name=run", "--", *TRAINING, store, "--workdir=gs://bucket/pod")
+    watch = laptop.start("watch", "--name=run", "--poll_seconds=0.5")
+    wait_for_step(laptop, 40)
+    laptop.cloud.preempt("run", grace=20.0)
+    out, err = watch.communicate(timeout=200)
+    assert watch.returncode == 0, out + err
+    assert "SUSPENDED: was taken back" in out
+    log = laptop.must("logs", "--name=run", "--lines=1000")
+    assert "goes on from step" in log
+    assert "on 2 cpu device(s), mesh {'slice': 1, 'data': 2" in log
+    found, _ = run("--mode=inspect", "--workdir=gs://bucket/pod")
+    assert fingerprint(found) == fingerprint(expected)
+    assert "done" in laptop.must("status")
+    laptop.must("down", "--name=run", "--yes")
+    assert laptop.get("queued") == {}
+    assert not list((laptop.cloud.folder / "machines").iterdir())
+
+
+def as_on_two_machines(workdir: pathlib.Path, store: str) -> None:
+    """Left alone: two processes with a device each, as the pod has."""
+    from launch import local
+
+    processes = local.start(2, 1, [*TRAINING, store, f"--workdir={workdir}"])
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+
+
+def machine_settings() -> dict:
+    """What makes a machine of this one: jax takes it for a Cloud TPU VM; pip takes packages from here."""
+    return dict(
+        JAX_PLATFORMS="cpu",
+        JAX_FORCE_TPU_INIT="1",
+        TPU_WORKER_HOSTNAMES="127.0.0.1,127.0.0.1",
+        TPU_WORKER_ID="WORKER",
+        XLA_FLAGS=QUICK_COMPILATION + " --xla_force_host_platform_device_count=1",
+        JAX_COMPILATION_CACHE_DIR=os.environ["JAX_COMPILATION_CACHE_DIR"],
+        PYTHONPATH=sysconfig.get_path("purelib"),
+        PIP_NO_INDEX="1",
+        PIP_NO_DEPS="1",
+        PIP_NO_BUILD_ISOLATION="0",  # which means 1
+        PIP_NO_COMPILE="1",
+    )
+
+
+def wait_for_step(laptop, step: int) -> None:
+    """Until its line is in the first machine's journal."""
+    journal = laptop.cloud.machine("run", 0) / "services/tvq_pod.service.journal"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        text = journal.read_text() if journal.exists() else ""
+        if f"step  {step}/" in text or f"step {step}/" in text:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} never came:\n{text}")

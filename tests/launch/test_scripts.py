@@ -1,0 +1,196 @@
+"""What is not python: the shell scripts, the Slurm script, the JobSet, and the flags of gcloud that all of them use."""
+
+import itertools
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import kubernetes_validate
+import pytest
+import yaml
+from kubeflow_trainer_api import models
+
+from launch import libtpu, slices
+from launch.record import Record
+from tests.launch.conftest import ROOT, write_program
+from tests.launch.standin import TABLE
+from tests.launch.test_pod import status_of
+from tvq_pod.parallel.chips import CHIPS
+
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+RESTART_ACTIONS = ("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts")
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(path):
+    program = pathlib.Path(sys.executable).with_name("shellcheck")
+    done = subprocess.run([program, path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_jobset_is_what_kubernetes_and_jobset_say_it_may_be():
+    """JobSet's published models drop what they don't know; the Job in it goes through Kubernetes' own strict schema."""
+    manifest = yaml.safe_load((ROOT / "launch/jobset.yaml").read_text())
+    check_jobset(manifest)
+    for path, value in (
+        (("spec", "failurePolicy", "maxRestart"), 3),
+        (("spec", "replicatedJobs", 0, "template", "spec", "paralelism"), 4),
+        (("spec", "replicatedJobs", 0, "template", "spec", "template", "spec", "containers", 0, "arg"), []),
+        (("spec", "failurePolicy", "rules", 0, "action"), "Restart"),
+    ):
+        wrong = json.loads(json.dumps(manifest))
+        place = wrong
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        with pytest.raises((AssertionError, kubernetes_validate.ValidationError)):
+            check_jobset(wrong)
+
+
+def check_jobset(manifest: dict) -> None:
+    assert models.JobsetV1alpha2JobSet.from_dict(manifest).to_dict() == manifest
+    assert manifest["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
+    assert all(rule["action"] in RESTART_ACTIONS for rule in manifest["spec"]["failurePolicy"]["rules"])
+    for replicated in manifest["spec"]["replicatedJobs"]:
+        job = dict(apiVersion="batch/v1", kind="Job", metadata=dict(name="job"), spec=replicated["template"]["spec"])
+        kubernetes_validate.validate(job, "1.34", strict=True)
+
+
+def test_the_shell_only_path_has_a_training_done(laptop):
+    environment = laptop.environment | dict(NAME="run", ZONE="us-central2-b", ACCELERATOR="v4-16", POLL_SECONDS="0.1")
+    environment |= dict(CREATE_FLAGS="--spot --network=default")
+
+    def shell(*arguments) -> str:
+        command = ["bash", str(ROOT / "launch/tpu_vm.sh"), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert shell("up").count("installed tvq_pod-") == 2
+    laptop.set(environment=laptop.get("environment") | dict(TVQ_POD_RUN_ID=""))
+    shell("run", "--config=a b.py", "--workdir=gs://bucket/run")
+    deadline = time.monotonic() + 60
+    while shell("state").count(": exited ") < 2:
+        assert time.monotonic() < deadline
+    assert status_of(laptop)["state"] == "done"
+    assert laptop.get("attempts")[0][2][:2] == ["--multihost", "--config=a b.py"]
+    assert "begins after step 0" in shell("logs")
+    shell("stop")
+    shell("down")
+    assert laptop.get("queued") == {}
+
+
+@pytest.mark.parametrize(("code", "asks_again"), [(75, True), (0, False), (1, False)])
+def test_slurm_gets_a_job_back_that_saved(tmp_path, code, asks_again):
+    write_program(tmp_path / "srun", f'echo "srun $*" >> {tmp_path}/log; exit {code}')
+    write_program(tmp_path / "scontrol", f'echo "scontrol $*" >> {tmp_path}/log')
+    done = subprocess.run(
+        ["bash", ROOT / "launch/slurm.sh", "--config=c.py", "--workdir=/shared/a b"],
+        env=dict(PATH=f"{tmp_path}:/usr/bin:/bin", SLURM_JOB_ID="7"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines[0].endswith("python -m tvq_pod.main --multihost --config=c.py --workdir=/shared/a b")
+    assert (lines[1:] == ["scontrol requeue 7"]) == asks_again
+
+
+def test_slurm_s_shell_outlives_the_sigterm_that_its_tasks_get(tmp_path):
+    write_program(tmp_path / "srun", f'trap "exit 75" TERM; touch {tmp_path}/up; while :; do sleep 0.05; done')
+    write_program(tmp_path / "scontrol", f'echo "$*" > {tmp_path}/log')
+    process = subprocess.Popen(
+        ["bash", ROOT / "launch/slurm.sh", "--workdir=/w"],
+        env=dict(PATH=f"{tmp_path}:/usr/bin:/bin", SLURM_JOB_ID="7"),
+        process_group=0,
+    )
+    while not (tmp_path / "up").exists():
+        time.sleep(0.02)
+    subprocess.run(["bash", "-c", f"kill -TERM -- -{process.pid}"], check=True)
+    assert process.wait(20) == 75
+    assert (tmp_path / "log").read_text() == "requeue 7\n"
+
+
+def test_the_shell_script_s_flags_are_gcloud_s():
+    text = (ROOT / "launch/tpu_vm.sh").read_text().replace("\\\n", " ")
+    known = set(itertools.chain(*((*c["values"], *c["switches"]) for c in TABLE["commands"].values()))) | {
+        *TABLE["wide"]
+    }
+    for line in re.findall(r'(?:"\$\{tpus\[@\]\}"|gcloud) .*', text):
+        used = set(re.findall(r"--([a-z-]+)", line.partition("--command")[0]))
+        assert used <= known, line
+
+
+def test_python_and_shell_boot_the_same_machines():
+    text = (ROOT / "launch/tpu_vm.sh").read_text()
+    for chip in CHIPS.values():
+        if chip.runtime_version:
+            assert chip.runtime_version in text, chip.name
+            assert slices.parse(f"{chip.accelerator}-8").chips == 8 // chip.per_name
+
+
+@pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e"])
+@pytest.mark.parametrize("several_slices", [False, True])
+def test_libtpu_knows_the_flags(chip, several_slices):
+    """It ends a process that gives it one that it does not know."""
+    topology = dict(v4="v4:2x2x1", v5e="v5e:2x2", v5p="v5p:2x2x1", v6e="v6e:2x2")[chip]
+    environment = dict(
+        PATH="/usr/bin:/bin",
+        JAX_PLATFORMS="cpu",
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_LOG_DIR="disabled",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        LIBTPU_INIT_ARGS=" ".join(libtpu.flags(chip, several_slices)),
+    )
+    code = f"from jax.experimental import topologies as t; t.get_topology_desc({topology!r}, platform='tpu')"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_python_that_is_too_old_is_replaced(laptop):
+    """Ubuntu 22.04 has 3.10."""
+    home = laptop.folder / "home"
+    tools = laptop.folder / "tools"
+    tools.mkdir()
+    (home / "tvq_pod").mkdir(parents=True)
+    for name in ("python3.11", "python3.12", "python3.13"):
+        write_program(tools / name, "exit 1")
+    # Fails what needs 3.11, and lets uv make an environment that installs.
+    write_program(
+        tools / "python3",
+        f'echo "$*" | head -n 1 >> {tools}/log; case "$*" in\n*ensurepip*) exit 1 ;;\n'
+        f'"-m uv venv"*) for last; do :; done; mkdir -p "$last/bin"; ln -s {tools}/python3 "$last/bin/python" ;;\nesac',
+    )
+    source = subprocess.run(
+        ["git", "archive", "--format=tar.gz", "--prefix=x/", "HEAD"], cwd=ROOT, capture_output=True, check=True
+    )
+    (home / "tvq_pod/s.tar.gz").write_bytes(source.stdout)
+    shutil.copy(ROOT / "launch/worker.sh", home / "tvq_pod")
+    done = subprocess.run(
+        ["bash", str(home / "tvq_pod/worker.sh"), "install", "s"],
+        env=dict(HOME=str(home), PATH=f"{tools}:/usr/bin:/bin", GCE_METADATA_HOST="127.0.0.1:1"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "tvq_pod@unknown/unknown: installed s\n", done.stdout + done.stderr
+    calls = (tools / "log").read_text()
+    assert "-m pip install --quiet --user uv" in calls
+    assert "-m uv venv --quiet --seed --python 3.12" in calls
+
+
+def test_a_record_is_whole_or_the_one_before(tmp_path):
+    from launch.record import Records
+    from tvq_pod.errors import UserError
+
+    records = Records(tmp_path / "records")
+    records.save(Record(name="a", project=None, zone=None, accelerator="v4-8"))
+    assert records.load("a").accelerator == "v4-8"
+    assert (records.path("a").stat().st_mode & 0o777, records.folder.stat().st_mode & 0o777) == (0o600, 0o700)
+    records.path("a").write_text("")
+    with pytest.raises(UserError, match="can't be read"):
+        records.load("a")
