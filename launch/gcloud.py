@@ -73,6 +73,7 @@ class Gcloud:
         self._where = [f"--{name}={value}" for name, value in (("project", project), ("zone", zone)) if value]
         self._project = self._where[: 1 if project else 0]
         self.dry_run, self._ssh_flags, self._say = dry_run, list(ssh_flags), say
+        self.warning = ""  # of the last command: of several machines, gcloud may miss some and return 0
         if not dry_run and not shutil.which("gcloud"):
             raise UserError("gcloud: is not on the PATH; install it from cloud.google.com/sdk, then gcloud auth login")
 
@@ -150,6 +151,8 @@ class Gcloud:
             self._say(shlex.join(command))
             return None
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+        warnings = [line for line in done.stderr.splitlines() if line.startswith(("WARNING:", "ERROR:"))]
+        self.warning = warnings[-1] if warnings else ""
         if done.returncode:
             error = GcloudError(command, done.returncode, done.stderr)
             error.output = done.stdout
