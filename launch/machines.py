@@ -197,7 +197,9 @@ class Machines:
             if self.gcloud.dry_run or (not bad and len(said) == self.expected):
                 return
             lost = self.expected - len(said)
-            why = "; ".join(bad[:3]) or (str(error) if error else f"{lost} machine(s) did not answer {self.gcloud.warning}")
+            why = "; ".join(bad[:3]) or (
+                str(error) if error else f"{lost} machine(s) did not answer {self.gcloud.warning}"
+            )
             if attempt < TRIES - 1:
                 self.say(f"{self.record.name}: {why}; tries again")
                 self.clock.sleep(min(self.poll_seconds, 10.0))

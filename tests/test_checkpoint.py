@@ -67,6 +67,39 @@ def test_what_is_saved_in_the_background_is_the_state_of_that_step(tmp_path, mes
     checkpoints.close()
 
 
+def test_what_only_another_host_can_t_see_is_not_set_aside(tmp_path, mesh, monkeypatch):
+    """As a folder that is not mounted there."""
+    checkpoints = Checkpoints(tmp_path, CheckpointSettings())
+    checkpoints.save(create_train_state(SETTINGS, mesh), 3, RECORD, COURSE)
+    checkpoints.wait()
+    monkeypatch.setattr("tvq_pod.checkpoint.all_agree", lambda own: False)
+    monkeypatch.setattr("tvq_pod.checkpoint.decided_by_first", lambda own: own)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(manifest, "problems", lambda folder, part=0, of=1, real=manifest.problems: real(folder))
+    with pytest.raises(UserError, match="step 3 is whole where process 0 is, and not on every host"):
+        checkpoints._is_good(3)
+    monkeypatch.undo()
+    assert checkpoints.steps() == [3]
+
+    def out_of_files(folder, part=0, of=1):
+        raise OSError(24, "Too many open files", str(folder))
+
+    monkeypatch.setattr(manifest, "problems", out_of_files)
+    with pytest.raises(UserError, match=r"can't be read \(Too many open files\)"):
+        checkpoints.newest_good()
+    assert checkpoints.steps() == [3]
+
+
+def test_losses_that_are_none_are_no_best(tmp_path, mesh):
+    checkpoints = Checkpoints(tmp_path, CheckpointSettings(keep=1, keep_best=1))
+    checkpoints.know_losses({1: None, 2: float("nan"), 3: 2.0})
+    state = create_train_state(SETTINGS, mesh)
+    for step in (1, 2, 3, 4):
+        checkpoints.save(state, step, RECORD, COURSE)
+        assert checkpoints.wait(), checkpoints.error
+    assert checkpoints.steps() == [3, 4]
+
+
 def test_the_newest_steps_are_kept(tmp_path, mesh):
     checkpoints = Checkpoints(tmp_path, CheckpointSettings(keep=2))
     state = create_train_state(SETTINGS, mesh)

@@ -41,7 +41,11 @@ def test_any_other_token_place_or_border_gives_another(batch):
             seen.add(rolled(other))
     seen.add(rolled(batch | dict(targets=batch["targets"][::-1])))
     seen.add(rolled(batch | dict(targets=np.roll(batch["targets"], 1, axis=1))))
-    assert len(seen) == 1 + 64 + 2
+    swapped = batch["targets"].copy()
+    swapped[0, 1], swapped[1, 0] = batch["targets"][1, 0], batch["targets"][0, 1]
+    assert swapped[0, 1] != swapped[1, 0]
+    seen.add(rolled(batch | dict(targets=swapped)))
+    assert len(seen) == 1 + 64 + 3
 
 
 def test_the_order_of_batches_counts(batch):

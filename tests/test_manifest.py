@@ -66,7 +66,7 @@ def test_a_file_cut_off_zeroed_or_gone_is_found(folder, tmp_path_factory, name):
 def test_a_manifest_gone_or_empty_is_a_problem(folder, tmp_path_factory):
     copy = changed(folder, tmp_path_factory)
     (copy / manifest.NAME).write_text("")
-    assert "can't be read" in manifest.problems(copy)[0]
+    assert "is damaged" in manifest.problems(copy)[0]
     (copy / manifest.NAME).unlink()
     assert "is missing" in manifest.problems(copy)[0]
 

@@ -207,6 +207,76 @@ def test_after_several_in_a_row_the_run_goes_back_and_skips_their_data(corpus, t
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 1
 
 
+def test_the_last_steps_are_no_exception(corpus, tmp_path, poison):
+    """Bad to the end: it goes back all the same. Not often enough: what is saved then drives out no good step."""
+    settings = settings_for(corpus)
+    settings = dataclasses.replace(settings, checkpoint=dataclasses.replace(settings.checkpoint, keep=1, keep_best=0))
+    poison |= {22, 23}
+    run(settings, tmp_path / "few")
+    assert Checkpoints(epath.Path(tmp_path / "few")).steps() == [20, 24]
+    poison |= {21, 22, 23}
+    state = run(settings, tmp_path / "many")
+    left = [update for update in range(STEPS + 3) if update not in poison]
+    assert_same(state, by_hand(settings, tmp_path / "many", left))
+
+
+def test_going_back_holds_one_state_and_not_two(corpus, tmp_path, poison, monkeypatch):
+    settings, live = settings_for(corpus), []
+    restore = Checkpoints.restore
+
+    def restored(*args, **kwargs):
+        live.append(sum(array.nbytes for array in jax.live_arrays()))
+        return restore(*args, **kwargs)
+
+    monkeypatch.setattr(Checkpoints, "restore", restored)
+    poison |= {12, 13, 14}
+    before = sum(array.nbytes for array in jax.live_arrays())
+    train(settings, epath.Path(tmp_path), types.SimpleNamespace(requested=False, can_save=False))
+    state = create_train_state(settings, make_mesh(settings.mesh))
+    assert live[0] - before < sum(array.nbytes for array in jax.tree.leaves(state)) / 2
+
+
+def test_a_skipped_line_that_was_cut_off_is_none_and_a_damaged_one_is_said(tmp_path):
+    from tvq_pod.skipped import Skip, Skipped
+
+    path = epath.Path(tmp_path)
+    Skipped(path).add(Skip(0, 8, 8, 12, 3), (13, 15), 10)
+    line = (tmp_path / "skipped.jsonl").read_text()
+    (tmp_path / "skipped.jsonl").write_text(line + line[:20])
+    assert Skipped(path).count() == 1
+    (tmp_path / "skipped.jsonl").write_text(line[:20] + "\n" + line)
+    with pytest.raises(UserError, match=r"skipped.jsonl is damaged"):
+        Skipped(path)
+
+
+def test_a_checkpoint_and_metrics_of_other_tokens_are_not_of_one_run(corpus, tmp_path):
+    settings = settings_for(corpus)
+    run(settings, tmp_path)
+    lines = lines_of(tmp_path)
+    lines[-1]["digest"] = "0" * 16
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"metrics.jsonl has digest 0{16} of the tokens up to step 24"):
+        run(settings, tmp_path)
+
+
+def test_saves_that_fail_are_not_the_last(corpus, tmp_path, monkeypatch):
+    """Two in the middle of a run can't be written; the one after them is."""
+    settings = settings_for(corpus)
+    monkeypatch.setattr("tvq_pod.checkpoint.RETRY_SECONDS", 0.0)
+    save, has_room, steps = Checkpoints.save, Checkpoints._has_room, []
+
+    def noted(self, state, step, *args, **kwargs):
+        steps.append(step)
+        save(self, state, step, *args, **kwargs)
+
+    monkeypatch.setattr(Checkpoints, "save", noted)
+    monkeypatch.setattr(
+        Checkpoints, "_has_room", lambda self, state: steps[-1] not in (10, 15) and has_room(self, state)
+    )
+    run(settings, tmp_path)
+    assert Checkpoints(epath.Path(tmp_path)).steps() == [5, 20, 24]
+
+
 class AskedAt:
     """SIGTERM that comes before a step: every vote asks once."""
 

@@ -88,7 +88,7 @@ def test_another_host_that_is_silent_is_dead_after_its_lease(tmp_path, quick, ca
     with locked(epath.Path(tmp_path)):
         assert 0.9 < time.monotonic() - began < 5
         assert "takes over the lock" in capfd.readouterr().err
-    # one that has been silent for long is dead at once
+    # one that has been silent for long is dead after two beats
     write_lock(tmp_path)
     long_ago = time.time() - 100
     os.utime(tmp_path / "lock", (long_ago, long_ago))
@@ -114,6 +114,48 @@ def test_a_holder_whose_lock_was_taken_over_ends(tmp_path):
     _, err = process.communicate(timeout=30)
     assert process.returncode == 1
     assert b"was taken over by process 77 on elsewhere" in err
+
+
+def holder_that_ends(tmp_path, change):
+    """A holder of which nobody reads the last words, after a change to its lock."""
+    code = HOLD.replace("with locked", "import tvq_pod.workdir as w\nw.BEAT_SECONDS = 0.1\nwith locked")
+    environment = os.environ | dict(PYTHONPATH=str(ROOT))
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=environment)  # fmt: skip
+    assert process.stdout.readline() == b"held\n"
+    process.stderr.close()
+    change()
+    return process.wait(timeout=30)
+
+
+def test_a_holder_ends_whether_or_not_somebody_listens(tmp_path):
+    assert holder_that_ends(tmp_path, lambda: write_lock(tmp_path)) == 1
+
+
+def test_a_holder_whose_lock_was_deleted_ends(tmp_path):
+    """Another run may make a new one, which the kernel's lock on the old one does not keep out."""
+    assert holder_that_ends(tmp_path, lambda: (tmp_path / "lock").unlink()) == 1
+    assert not (tmp_path / "lock").exists()
+
+
+def test_of_two_that_take_a_dead_lock_the_last_to_write_has_it(tmp_path, quick, monkeypatch):
+    """On a file system whose kernel locks don't reach other hosts."""
+    write_lock(tmp_path)
+    monkeypatch.setattr(workdir_module, "BEAT_SECONDS", 1.0)
+    writer = threading.Timer(1.1, lambda: write_lock(tmp_path, token="other", process=99))
+    writer.start()  # when the lease is over, and ours is written
+    with pytest.raises(UserError, match="process 99 on elsewhere"), locked(epath.Path(tmp_path)):
+        pass
+    writer.join()
+
+
+def test_a_clock_that_was_set_makes_no_holder_dead_and_none_immortal(tmp_path, quick):
+    for shift in (-1000, 1000):
+        write_lock(tmp_path)
+        os.utime(tmp_path / "lock", (time.time() + shift,) * 2)
+        began = time.monotonic()
+        with locked(epath.Path(tmp_path)):
+            assert 2 * workdir_module.BEAT_SECONDS < time.monotonic() - began < 5
 
 
 def test_a_lock_of_which_only_a_part_was_written_is_nobodys(tmp_path):

@@ -15,6 +15,8 @@ record that differs from the run's is refused before any array is read.
 import concurrent.futures
 import contextlib
 import hashlib
+import math
+import re
 import shutil
 import sys
 import time
@@ -29,7 +31,7 @@ from tvq_pod import manifest
 from tvq_pod.config import CheckpointSettings, Settings, TrainSettings
 from tvq_pod.data.course import Course
 from tvq_pod.errors import UserError
-from tvq_pod.parallel.processes import all_agree, from_first, is_first, on_first
+from tvq_pod.parallel.processes import all_agree, decided_by_first, from_first, is_first, on_first
 from tvq_pod.paths import free_name, is_bucket
 from tvq_pod.train_state import TrainState
 
@@ -113,7 +115,7 @@ class Checkpoints:
         """Steps that are there and whole, in order."""
         if not self.path.is_dir():
             return []
-        named = [path for path in self.path.iterdir() if path.name.isdecimal()]
+        named = [path for path in self.path.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", path.name)]
         return sorted(int(path.name) for path in named if not is_bucket(path) or (path / "commit_success.txt").exists())
 
     def pick(self, step: int | None) -> int:
@@ -151,11 +153,31 @@ class Checkpoints:
         return None
 
     def _is_good(self, step: int) -> bool:
-        """Whether the step's files are what its manifest says; each process looks at its share of them."""
-        found = manifest.problems(self.path / str(step), jax.process_index(), jax.process_count())
+        """Whether the step's files are what its manifest says; each process looks at its share of them.
+
+        Raises UserError if a host can't read them, or they look damaged to one and whole to process 0: that is no
+        damage, but a folder that is not mounted everywhere.
+        """
+        found = self._problems(step, jax.process_index(), jax.process_count())
         for problem in found:
             print(f"DAMAGED: {problem}", file=sys.stderr, flush=True)
-        return all_agree(not found)
+        if all_agree(not found):
+            return True
+        if jax.process_count() > 1 and decided_by_first(is_first() and not self._problems(step)):
+            raise UserError(
+                f"--workdir={self.path.parent}: step {step} is whole where process 0 is, and not on every host; all "
+                "must see the same folder"
+            )
+        return False
+
+    def _problems(self, step: int, part: int = 0, of: int = 1) -> list[str]:
+        try:
+            return manifest.problems(self.path / str(step), part, of)
+        except OSError as error:
+            raise UserError(
+                f"--workdir={self.path.parent}: {error.filename or self.path} can't be read ({error.strerror}); mend "
+                "that, and start again"
+            ) from None
 
     def undo(self, after: int) -> None:
         """Sets aside all steps after that one."""
@@ -192,15 +214,22 @@ class Checkpoints:
         )
         try:
             self._checkpointer.save(self.path / str(step), args=items)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # each store has its own
             self._failed(error)
             return
         self._saved = self._pool.submit(self._finish, step, retain_all)
 
     def _has_room(self, state: TrainState) -> bool:
-        """Whether the disk has room for all of it. Compressed, and on a bucket, it may take less: that is tried."""
+        """Whether the disk has room for all of it, and takes new files: where process 0 alone fails, the others wait
+        for it for minutes. Compressed, and on a bucket, it may take less: that is tried."""
         if is_bucket(self.path) or not self.path.exists():
             return True
+        trial = self.path / "trial"
+        try:
+            trial.mkdir(exist_ok=True)
+            trial.rmdir()
+        except OSError:
+            return False
         return shutil.disk_usage(self.path).free > sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
     def _failed(self, error: Exception) -> None:
@@ -263,15 +292,15 @@ class Checkpoints:
             self._failed_at = time.monotonic()
             raise OSError(found[0])
         self._on_saved(step)
-        if not retain_all:  # the newest step is good: older ones may go
-            for stale in stale_steps(self.steps(), self._settings, self._losses):
-                with contextlib.suppress(OSError):  # it goes with the next save
+        with contextlib.suppress(OSError):  # what should go, goes with the next save
+            if not retain_all:  # the newest step is good: older ones may go
+                for stale in stale_steps(self.steps(), self._settings, self._losses):
                     self._delete(stale)
-        self._tidy()
+            self._tidy()
 
-    def know_losses(self, losses: dict[int, float]) -> None:
-        """Validation losses, by step: the best are kept."""
-        self._losses |= losses
+    def know_losses(self, losses: dict[int, float | None]) -> None:
+        """Validation losses, by step: the best are kept. One that is None or not finite is no good one."""
+        self._losses |= {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
 
     def _delete(self, step: int) -> None:
         """By another name first: a kill in between leaves no half of a step behind."""

@@ -163,6 +163,7 @@ AT_LEAST = {  # everything else that is a number must be at least 0
     "mesh.slices": 1,
     "checkpoint.timeout_seconds": 1,
     "sanity.bad_steps": 1,
+    "sanity.spike_after_steps": 2,
 }
 BELOW_ONE = ("model.p_dropemb", "model.p_dropsin", "model.p_dropres", "model.p_droplyr", "model.c_gamma",
              "data.validation_share", "data.test_share", "optimizer.b1", "optimizer.b2")  # fmt: skip

@@ -7,6 +7,7 @@ Exit code 0: done. 75: asked to end by SIGTERM, and saved: run me again. 1: an e
 one line says how.
 """
 
+import contextlib
 import importlib.util
 import os
 import pathlib
@@ -194,17 +195,17 @@ def run() -> None:
     try:
         app.run(main, flags_parser=_parse)
     except Preempted as preempted:
-        print(" ".join(str(preempted).split()), file=sys.stderr)
-        sys.exit(PREEMPTED)
+        _tell(" ".join(str(preempted).split()))
+        _exit_alone(PREEMPTED)
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        _tell("error: " + " ".join(str(error).split()))
         _exit_alone(1)
     except Exception as error:
         if not _is_one_of_many():
             raise
         text = " ".join(str(error).split())
         if type(error).__name__ == "JaxRuntimeError" and any(sign in text for sign in LOST_PEER):
-            print(f"error: another process of the job has ended, or can't be reached ({text[:200]})", file=sys.stderr)
+            _tell(f"error: another process of the job has ended, or can't be reached ({text[:200]})")
         else:
             traceback.print_exc()
         _exit_alone(1)
@@ -214,11 +215,19 @@ def _is_one_of_many() -> bool:
     return flags.FLAGS.is_parsed() and (_COORDINATOR.value is not None or _MULTIHOST.value)
 
 
+def _tell(line: str) -> None:
+    with contextlib.suppress(OSError):  # whoever read it is gone; the exit code says as much
+        print(line, file=sys.stderr, flush=True)
+
+
 def _exit_alone(code: int) -> None:
     """Ends the process; one of many ends at once, where python's own way would wait for the others."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # python would end with another code than ours
+            os._exit(code)
     if _is_one_of_many():
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 

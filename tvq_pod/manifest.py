@@ -6,6 +6,7 @@ Orbax and TensorStore notice a truncated file, but not a flipped bit or a zeroed
 """
 
 import concurrent.futures
+import errno
 import json
 from collections.abc import Iterable
 
@@ -32,7 +33,8 @@ def problems(folder: epath.Path, part: int = 0, of: int = 1) -> list[str]:
     """What is wrong with the folder, a line each: files that are missing, cut off or changed since its manifest was
     written, or a manifest that is missing or damaged itself. Empty if all is well.
 
-    part, of: looks at the part-th of so many equal parts of the files, for processes that share the work.
+    part, of: looks at the part-th of so many equal parts of the files, for processes that share the work. Raises
+    OSError if a file can't be read, but for a fault of the disk itself, which is damage.
     """
     try:
         manifest = json.loads((folder / NAME).read_text())
@@ -41,8 +43,12 @@ def problems(folder: epath.Path, part: int = 0, of: int = 1) -> list[str]:
             return [f"{folder / NAME}: is damaged"]
     except FileNotFoundError:
         return [f"{folder / NAME}: is missing"]
-    except (OSError, KeyError, TypeError, ValueError):
-        return [f"{folder / NAME}: can't be read"]
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return [f"{folder / NAME}: can't be read ({error.strerror})"]
+    except (KeyError, TypeError, ValueError):
+        return [f"{folder / NAME}: is damaged"]
     names = sorted(files)[part::of]
     found = _on_threads(folder, names)
     return [
@@ -83,6 +89,8 @@ def _size_and_crc(path: epath.Path) -> list[int] | str:
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
+        if error.errno != errno.EIO:
+            raise
         return f"can't be read ({error.strerror})"
 
 

@@ -86,7 +86,7 @@ def lines_of(workdir: epath.Path, split: str) -> dict[int, dict]:
     """The lines of a split in metrics.jsonl, by step; of two with the same step, the later one. Those
     that were cut off are left out."""
     lines, path = {}, workdir / "metrics.jsonl"
-    for text in path.read_text().splitlines() if path.exists() else ():
+    for text in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             line = json.loads(text)
             if line["split"] == split:

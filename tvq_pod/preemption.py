@@ -4,6 +4,7 @@ A thread reads signals from a pipe that python's own handler writes to: the main
 python code does not run.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -38,11 +39,11 @@ class Preemption:
                 _end("SIGTERM before the first step, or after the last: there is nothing to save", PREEMPTED)
             if self.requested:
                 _end("a second SIGTERM: ends without saving; the newest checkpoint is as it was", 1)
-            print("SIGTERM: saves and ends", file=sys.stderr, flush=True)
             self.requested = True
             timer = threading.Timer(self._grace_seconds, self._too_long)
             timer.daemon = True
             timer.start()
+            _tell("SIGTERM: saves and ends")
 
     def _too_long(self) -> None:
         _end(
@@ -53,5 +54,11 @@ class Preemption:
 
 
 def _end(why: str, code: int) -> None:
-    print(why, file=sys.stderr, flush=True)
+    _tell(why)
     os._exit(code)
+
+
+def _tell(line: str) -> None:
+    """A terminal or a log that is gone, or a full disk, keeps nobody from ending."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)

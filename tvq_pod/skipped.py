@@ -10,6 +10,7 @@ import time
 from etils import epath
 
 from tvq_pod.data.course import Course
+from tvq_pod.errors import UserError
 from tvq_pod.parallel.processes import on_first, text_from_first
 from tvq_pod.paths import write_whole
 
@@ -33,8 +34,13 @@ class Skipped:
         text = text_from_first(self.path.read_text() if self.path.exists() else "")
         fields = [field.name for field in dataclasses.fields(Skip)]
         # A line without its end was cut off by a kill, before anything came of it.
-        lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        self._skips = [Skip(**{name: line[name] for name in fields}) for line in lines]
+        try:
+            lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+            self._skips = [Skip(**{name: int(line[name]) for name in fields}) for line in lines]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                f"--workdir={workdir}: {self.path} is damaged, and says which data the run leaves out; mend it by hand"
+            ) from None
 
     def count(self) -> int:
         """How often the run has gone back."""

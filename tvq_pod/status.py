@@ -48,7 +48,8 @@ class Status(contextlib.AbstractContextManager):
         return self
 
     def update(self, step: int, **values) -> None:
-        """A step that was trained. Numbers that are not finite are null. In the background: training does not wait for a bucket."""
+        """A step that was trained. Numbers that are not finite are null. In the background: training does not wait for
+        a bucket."""
         values = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._values.update(state="training", step=step, **values)
         busy = self._writer is not None and self._writer.is_alive()

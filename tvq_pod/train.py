@@ -110,6 +110,8 @@ class _Session:
         evaluated = lines_of(self.workdir, "validation")
         if first_step is not None:
             self._check_belongs(first_step)
+        elif logged := lines_of(self.workdir, "train"):
+            say(f"WARNING: metrics.jsonl has step {max(logged)}, and there is no checkpoint: starts over from the seed")
         describe(self.store)
         streams_of(self._course_at(first_step), self.split.starts, self.settings.seed)  # enough tokens for all rows?
         state, first_step = self._state_at(first_step)
@@ -122,7 +124,7 @@ class _Session:
             self.workdir, self.settings.metrics, dataclasses.asdict(self.settings), enabled=is_first()
         )
         self.opened.enter_context(contextlib.closing(self.writer))
-        self.checkpoints.know_losses({step: line["loss"] for step, line in evaluated.items()})
+        self.checkpoints.know_losses({step: line.get("loss") for step, line in evaluated.items()})
         n_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         kind = jax.devices()[0].device_kind
         say(f"{n_params:,} parameters on {self.mesh.size} {kind} device(s), mesh {sizes(self.mesh)}")
@@ -135,9 +137,10 @@ class _Session:
             try:
                 state = self._steps(state, first_step)
                 break
-            except BadStretch as bad:
-                del state
-                state, first_step = self._go_back(bad)
+            except BadStretch as raised:
+                bad = raised.with_traceback(None)  # whose frames hold the state
+            del state
+            state, first_step = self._go_back(bad)
         # ------------------------------------------------- the end
         last_step = max(first_step, config.num_steps)
         evaluate = self.settings.eval.at_end or _due(last_step, self.settings.eval.every_steps)
@@ -186,7 +189,7 @@ class _Session:
         if decided_by_first(seen not in (None, found)):
             raise UserError(
                 f"--workdir={self.workdir}: metrics.jsonl has digest {seen} of the tokens up to step {step}, "
-                f"its checkpoint {found}; they are not of one run"
+                f"its checkpoint {found}; they are not of one run, or that line is damaged: then delete it"
             )
         say(f"goes on from step {step} in {self.checkpoints.path}")
         return state, step
@@ -283,7 +286,8 @@ class _Session:
                 if last:
                     self._check_bad(metrics, step)
                     self._save_surely(state, step, retain_all=bool(int(metrics["n_bad"])))
-                elif save and all_agree(self.checkpoints.wait()):
+                elif save:
+                    self.checkpoints.wait()  # whether the one before could be written makes no difference to this one
                     self.checkpoints.save(state, step, self.record, self.course)
                     owed = False
         return state
@@ -398,9 +402,12 @@ def _sample(settings: Settings, workdir: epath.Path, params: dict, step: int) ->
     prompt = settings.sample.prompt.encode()
     text = "".join(next(continuations(params, settings.model, vocab, settings.sample, [prompt])))
     path = workdir / "samples" / f"step_{step}.txt"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
-    say(f"a sample, kept in {path}:")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        say(f"a sample, kept in {path}:")
+    except OSError as error:
+        say(f"WARNING: {path} can't be written ({error.strerror}); the sample:")
     print(text, flush=True)
 
 

@@ -54,10 +54,15 @@ def locked(workdir: epath.Path) -> Iterator[None]:
         before = lock.read()
         if before and not _is_dead(lock, before):
             raise _in_use(workdir, before)
+        takes_over = before and not lock.is_free_of(before)
         own = dict(host=_host(), hostname=socket.gethostname(), process=os.getpid(), token=secrets.token_hex(8))
         with _usable(workdir):
             if not lock.write(own | dict(beat=0)):
                 raise _in_use(workdir, lock.read())
+        if takes_over:  # so may another host: the last to write has it
+            time.sleep(BEAT_SECONDS / 5)
+            if (now := lock.read()).get("token") != own["token"]:
+                raise _in_use(workdir, now)
         if before:
             say(f"takes over the lock {workdir / LOCK_NAME} from {_who(before)}, which is dead")
         ended = threading.Event()
@@ -87,9 +92,10 @@ class _FileLock:
         """Raises UserError if a process of this host has it."""
         self.path = workdir / LOCK_NAME
         with _usable(workdir):
-            file = opened.enter_context(open(self.path, "a", encoding="utf-8"))  # noqa: SIM115
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        opened.callback(os.close, self._file)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise _in_use(workdir, self.read()) from None
         except OSError as error:  # some network file systems
@@ -100,7 +106,7 @@ class _FileLock:
         return holder.get("host") == _host()
 
     def age(self) -> float:
-        """Seconds since the record was written, by the clock of where it lies: hosts' clocks may differ."""
+        """Seconds since the record was written, by the clock of where it lies: hosts' clocks may differ, and be set."""
         probe = self.path.with_name(f"{LOCK_NAME}.probe-{secrets.token_hex(4)}")
         probe.write_text("now")
         now = probe.stat().mtime
@@ -115,13 +121,16 @@ class _FileLock:
 
     def write(self, holder: dict) -> bool:
         """In place and at once, so that no reader finds an empty file: the kernel's lock is on this very file."""
-        file = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
-        try:
-            if os.pwrite(file, _record(holder), 0) != RECORD_BYTES:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        finally:
-            os.close(file)
+        if os.pwrite(self._file, _record(holder), 0) != RECORD_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return True
+
+    def is_gone(self) -> bool:
+        """Whether the file was deleted or replaced: what is locked is no longer what others find."""
+        try:
+            return not os.path.samestat(os.stat(self.path), os.fstat(self._file))
+        except FileNotFoundError:
+            return True
 
 
 class _BucketLock:
@@ -145,6 +154,10 @@ class _BucketLock:
         self._version = found.stamp.generation
         return _holder(found.value.decode(errors="replace"))
 
+    def is_gone(self) -> bool:
+        """Never: the next write brings it back, or says that another was there first."""
+        return False
+
     def write(self, holder: dict) -> bool:
         """Whether the record was still the one that was read last; if not, nothing is written."""
         written = self._store.write(LOCK_NAME, _record(holder), if_equal=self._version).result()
@@ -158,13 +171,15 @@ def _is_dead(lock: _FileLock | _BucketLock, holder: dict) -> bool:
     """Whether a holder that did not say goodbye is dead; waits for as long as that is not certain."""
     if lock.is_free_of(holder):
         return True
-    began, age = time.monotonic(), lock.age()
-    while (left := LEASE_SECONDS - age - (time.monotonic() - began)) > 0:
+    # Two beats at least: by a clock that was set forward a living holder looks old.
+    wait = min(max(LEASE_SECONDS - lock.age(), 2 * BEAT_SECONDS), LEASE_SECONDS)
+    began = time.monotonic()
+    while (left := wait - (time.monotonic() - began)) > 0:
         say(f"{lock.path} is held by {_who(holder)}: waits {left:.0f} s to see whether it lives")
         time.sleep(min(BEAT_SECONDS, left))
         if lock.read() != holder:
             return False
-    return lock.read() == holder
+    return True
 
 
 def _beat(lock: _FileLock | _BucketLock, own: dict, ended: threading.Event) -> None:
@@ -174,11 +189,18 @@ def _beat(lock: _FileLock | _BucketLock, own: dict, ended: threading.Event) -> N
         try:
             now = lock.read()
             if now and now.get("token") != own["token"]:
-                print(f"error: the lock {lock.path} was taken over by {_who(now)}; ends", file=sys.stderr, flush=True)
-                os._exit(1)
+                _end(f"error: the lock {lock.path} was taken over by {_who(now)}; ends")
+            if lock.is_gone():
+                _end(f"error: the lock {lock.path} was deleted; ends, since another run may have the folder now")
             lock.write(own | dict(beat=beat))
         except (OSError, ValueError):  # the network, or a full disk: the next beat may come through
             continue
+
+
+def _end(why: str) -> None:
+    with contextlib.suppress(OSError):  # whoever read it may be gone
+        print(why, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _record(holder: dict) -> bytes:

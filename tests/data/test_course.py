@@ -67,6 +67,13 @@ def test_a_change_of_the_batch_reads_on_where_the_streams_were(lengths, batches,
     assert 0 <= lost <= sum(batches) * (n_epochs + 1)
 
 
+def test_a_row_that_is_a_token_behind_loses_that_token_and_no_other():
+    """Of 9 tokens, two rows have 4 and 5: after 4, one is in the next epoch already."""
+    tokens = tensorstore.array(np.arange(9, dtype=np.uint32))
+    streams = TrainStreams(np.array([0, 3, 6, 9]), 2, 0).recut(4, 1)
+    assert sorted(read_row(tokens, streams, 0, 0, 9)["targets"]) == list(range(9))
+
+
 def test_streams_of_a_course_are_those_of_its_changes():
     split = corpus([9, 30, 4, 17, 22])
     course = Course.begin(2, 5).changed(3, 4, 2).changed(5, 1, 6)

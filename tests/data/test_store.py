@@ -217,3 +217,19 @@ def test_bytes_decode_to_text_as_soon_as_a_character_is_whole():
     assert pieces == ["a", "", "é", "", "", "漢"]
     assert decoder.decode(N_SPECIAL + 0xC3) == ""
     assert decoder.decode(0, final=True) == "\ufffd"
+
+
+@pytest.mark.parametrize("array", ["tokens", "starts", "doc_bytes"])
+def test_an_array_of_another_length_is_damage_also_in_a_store_without_checksums_of_shapes(tmp_path, array):
+    """One bit of zarr.json, which has no checksum of its own, may make an array shorter."""
+    store = write(tmp_path / "store", [b"one", b"two", b"three"])
+    path = store.path / "train" / array / "zarr.json"
+    meta = json.loads(path.read_text())
+    meta["shape"][0] -= 1
+    path.write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"zarr.json has changed \(CRC-32C\)"):
+        TokenStore(store.path).split("train")
+    older = {name: value for name, value in store.meta.items() if name not in ("arrays", "crc32c")}
+    (store.path / "store.json").write_text(json.dumps(older | dict(crc32c=store_module._crc32c(older))))
+    with pytest.raises(UserError, match=r"has not the documents of store.json"):
+        TokenStore(store.path).split("train")

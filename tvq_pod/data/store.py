@@ -188,6 +188,7 @@ def write_store(
         )
         if isinstance(vocab, SentencePieceVocab):
             (draft / "vocab.model").write_bytes(vocab.model)
+        meta["arrays"] = {name: google_crc32c.value(_array_metadata(draft, name)) for name in _array_names()}
         meta["crc32c"] = _crc32c(meta)
         (draft / "store.json").write_text(json.dumps(meta, indent=2) + "\n")
         if draft != path:
@@ -197,6 +198,15 @@ def write_store(
             draft.rmtree(missing_ok=True)
         raise
     return TokenStore(path)
+
+
+def _array_names() -> list[str]:
+    return [f"{split}/{array}" for split in SPLITS for array in ARRAYS]
+
+
+def _array_metadata(path: epath.Path, name: str) -> bytes:
+    """Shape, dtype and codecs of an array, which have no checksum of their own."""
+    return (path / name / "zarr.json").read_bytes()
 
 
 def _crc32c(meta: dict) -> int:
@@ -287,14 +297,23 @@ class TokenStore:
                 )
             try:
                 tokens, starts, doc_bytes = (self._open(f"{name}/{array}") for array in ARRAYS)
-                self._splits[name] = Split(tokens, starts.read().result(), doc_bytes.read().result())
-            except ValueError as error:
+                split = Split(tokens, starts.read().result(), doc_bytes.read().result())
+                entry = self.meta["splits"][name]
+                n_tokens, n_documents = entry["n_tokens"], entry["n_documents"]
+                found = (tokens.shape[0], len(split.starts), int(split.starts[-1]), len(split.doc_bytes))
+                if found != (n_tokens, n_documents + 1, n_tokens, n_documents):
+                    raise ValueError(f"{self.path / name} has not the documents of store.json")
+                self._splits[name] = split
+            except (OSError, ValueError) as error:
                 raise UserError(
                     f"config.data.store={self.path}: is damaged ({str(error)[:300]}); prepare it anew elsewhere"
                 ) from None
         return self._splits[name]
 
     def _open(self, name: str) -> tensorstore.TensorStore:
+        known = self.meta.get("arrays", {}).get(name)  # None: made by an older version
+        if known is not None and google_crc32c.value(_array_metadata(self.path, name)) != known:
+            raise ValueError(f"{self.path / name / 'zarr.json'} has changed (CRC-32C)")
         spec = {
             "driver": "zarr3",
             "kvstore": kvstore(self.path / name),

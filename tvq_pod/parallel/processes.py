@@ -59,6 +59,7 @@ def join(
             initialization_timeout=join_timeout_seconds + 60,
         )
         jax.devices()  # meets the others
+        all_agree(True)  # and sets up what collectives need: later, one may wait for longer than that may take
     except (RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())[:200]
         raise UserError(f"{how}: this process could not join the others ({said}); all must be started") from error
