@@ -1,4 +1,4 @@
-"""Runs in a bucket, gs://: a real server on loopback, and one in front of it that fails every tenth request."""
+"""Runs in a bucket, gs://: a real server on loopback, and one in front of it that fails every 17th request."""
 
 import contextlib
 import http.client
@@ -58,7 +58,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def unreliable(server):
-    """The port of a server that hands requests on, but for every tenth, which it answers with 503."""
+    """The port of a server that hands requests on, but for every 17th, which it answers with 503."""
     counter, lock = [0, 0], threading.Lock()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -68,7 +68,7 @@ def unreliable(server):
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             with lock:
                 counter[0] += 1
-                fails = counter[0] % 10 == 0
+                fails = counter[0] % 17 == 0
                 counter[1] += fails
             if fails:
                 status, headers, content = 503, [], b"try again"
