@@ -44,7 +44,7 @@ TRAIN = [
     "--config=configs/stdlib.py",
     *(f"--config.model.{name}={value}" for name, value in dict(
         d_model=16, d_k=8, d_v=16, n_layer=1, n_code=8, block_len=8, mem_len=8, p_dropres=0.2, p_droplyr=0.1).items()),
-    "--config.data.format=folder", "--config.data.validation_share=0.3", f"--config.train.num_steps={STEPS}",
+    "--config.data.format=folder", "--config.data.validation_share=0.3",
     "--config.train.log_every_steps=1", "--config.train.batch_size=4", "--config.train.update_len=64",
     "--config.checkpoint.every_steps=10", "--config.checkpoint.grace_seconds=20", "--config.eval.every_steps=20",
     "--config.checkpoint.timeout_seconds=20", "--config.eval.batch_size=4", "--config.eval.max_tokens=2000",
@@ -202,7 +202,7 @@ class Lost(Exception):
 def start(workdir: pathlib.Path, cache: pathlib.Path, corpus: pathlib.Path, n_processes: int) -> Job:
     """The command that every session is started with, on n_processes."""
     arguments = [*TRAIN, f"--config.data.source={corpus}", f"--workdir={workdir}", f"--config.compile_cache={cache}"]
-    arguments.append(f"--peer_timeout_seconds={PEER_TIMEOUT}")
+    arguments += [f"--config.train.num_steps={STEPS}", f"--peer_timeout_seconds={PEER_TIMEOUT}"]
     job = Job(local.start(n_processes, DEVICES // n_processes, arguments), [[] for _ in range(n_processes)])
     for process, text in zip(job.processes, job.texts, strict=True):
         local.in_background(lambda process=process, text=text: text.extend(map(_decoded, process.stderr)))

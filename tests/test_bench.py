@@ -9,12 +9,14 @@ from tests.test_cli import config_file, corpus, finish, run, start
 __all__ = ["config_file", "corpus"]  # fixtures
 
 
+QUICK = ["--config.model.n_layer=1", "--config.model.reduction=serial"]  # to compile
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory, config_file) -> tuple[dict, str]:
     folder = tmp_path_factory.mktemp("bench")
     flags = ["--mode=bench", f"--config={config_file}", f"--workdir={folder}"]
-    quick = ["--config.model.n_layer=1", "--config.model.reduction=serial"]  # to compile
-    _, err = run(*flags, *quick, "--against=full", "--lengths=16,64", "--rounds=2")
+    _, err = run(*flags, *QUICK, "--against=full", "--lengths=16,64", "--rounds=2")
     assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
     return json.loads((folder / "bench.json").read_text()), err
 
@@ -50,7 +52,7 @@ def test_a_length_that_does_not_fit_is_a_row_and_the_others_are_kept(tmp_path, c
         f"--workdir={tmp_path}",
         "--lengths=16,4194304",
         "--rounds=1",
-        "--config.model.n_layer=1",
+        *QUICK,
     ]
     code, _, err = finish(start(*flags, prefix=limited))
     assert code == 0, err

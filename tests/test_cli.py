@@ -12,7 +12,6 @@ import sys
 import pytest
 import sentencepiece
 
-QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = """
 from tvq_pod.config import default_config
@@ -35,9 +34,10 @@ def get_config():
 
 
 def environment(devices=1):
-    """A user's environment, but for quick compilation."""
-    flags = f"--xla_force_host_platform_device_count={devices} {QUICK_COMPILATION}"
-    return os.environ | dict(JAX_PLATFORMS="cpu", XLA_FLAGS=flags, PYTHONPATH=str(ROOT))
+    """A user's environment, but for quick compilation (see conftest.py)."""
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "host_platform_device_count" not in flag]
+    flags.append(f"--xla_force_host_platform_device_count={devices}")
+    return os.environ | dict(JAX_PLATFORMS="cpu", XLA_FLAGS=" ".join(flags), PYTHONPATH=str(ROOT))
 
 
 def start(*flags, devices=1, prefix=()) -> subprocess.Popen:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -142,17 +143,25 @@ def test_what_is_missing_is_read_from_the_compilers_words():
     assert shortage("other words") == (None, None)
 
 
-def test_simulated_devices_have_no_estimate_of_cycles(tmp_path):
-    run("--mode=plan", *SMALL, "--config.model.n_layer=1", "--topology=cpu:8", f"--workdir={tmp_path}")
-    plan = json.loads((tmp_path / "plan.json").read_text())
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory) -> tuple[pathlib.Path, str]:
+    """The folder and output of a sweep over simulated devices, one of whose points is in error."""
+    folder = tmp_path_factory.mktemp("sweep")
+    flags = ["--mode=plan", *SMALL, "--config.model.n_layer=1", "--topology=cpu:8", f"--workdir={folder}"]
+    out, _ = run(*flags, "--sweep", "config.model.block_len=64,100;config.train.batch_size=8")
+    return folder, out
+
+
+def test_simulated_devices_have_no_estimate_of_cycles(swept):
+    folder, _ = swept
+    plan = json.loads((folder / "sweep/64_8/plan.json").read_text())
     assert (plan["chips"], plan["mesh"]["data"], plan["fits"]) == (8, 8, None)
     assert "predicted_step_seconds" not in plan
     assert plan["bytes_per_chip"]["temp"] > 0
 
 
-def test_a_sweep_is_one_table_and_a_point_that_fails_is_a_row_of_it(tmp_path):
-    flags = ["--mode=plan", *SMALL, "--config.model.n_layer=1", "--topology=cpu:8", f"--workdir={tmp_path}"]
-    out, _ = run(*flags, "--sweep", "config.model.block_len=64,100;config.train.batch_size=8")
+def test_a_sweep_is_one_table_and_a_point_that_fails_is_a_row_of_it(swept):
+    _, out = swept
     lines = out.splitlines()
     assert len(lines) == 3
     assert lines[1].split()[:2] == ["64", "8"]

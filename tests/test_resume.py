@@ -21,9 +21,10 @@ FLAGS = [
 ]
 
 
-def test_a_job_that_is_preempted_and_damaged_ends_with_the_same_bits(tmp_path):
+def test_a_job_that_is_preempted_and_damaged_ends_with_the_same_bits(tmp_path, monkeypatch):
     """A short form of `python -m tests.chaos`: two processes, one of which gets SIGTERM; then all are killed, and a bit
     of the newest checkpoint flips."""
+    monkeypatch.setattr(chaos, "STEPS", 30)
     setting = chaos.Setting(tmp_path / "chaos")
     setting.leave_alone(2, warm_up=False)
     rng = random.Random(0)

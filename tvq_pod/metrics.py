@@ -8,7 +8,6 @@ import math
 import os
 
 from etils import epath
-from tensorboardX import SummaryWriter
 
 from tvq_pod.config import MetricsSettings
 from tvq_pod.errors import UserError
@@ -151,6 +150,8 @@ class Events:
 
     def add(self, points: dict[str, float], step: int) -> None:
         """Of one step: numbers by name."""
+        from tensorboardX import SummaryWriter  # which takes a while: it imports what it may find of clouds
+
         try:
             if self._writer is None or not self._writer.file_writer.event_writer._worker.is_alive():
                 self._writer = SummaryWriter(self._folder, max_queue=1000, flush_secs=30)

@@ -9,7 +9,7 @@ import sysconfig
 import time
 
 from tests.launch.conftest import write_program
-from tests.test_cli import QUICK_COMPILATION, fingerprint, run
+from tests.test_cli import environment, fingerprint, run
 from tests.test_gcs import reached_at, server
 
 __all__ = ["server"]  # a fixture
@@ -83,7 +83,7 @@ def machine_settings() -> dict:
         JAX_FORCE_TPU_INIT="1",
         TPU_WORKER_HOSTNAMES="127.0.0.1,127.0.0.1",
         TPU_WORKER_ID="WORKER",
-        XLA_FLAGS=QUICK_COMPILATION + " --xla_force_host_platform_device_count=1",
+        XLA_FLAGS=environment(devices=1)["XLA_FLAGS"],
         JAX_COMPILATION_CACHE_DIR=os.environ["JAX_COMPILATION_CACHE_DIR"],
         PYTHONPATH=sysconfig.get_path("purelib"),
         PIP_NO_INDEX="1",

@@ -181,7 +181,7 @@ def gradients(config):
         dict(remat="dots"),
         dict(remat="full"),
         dict(remat="projections", head_type="mha"),
-        dict(remat="full", attn_type="full", n_layer=1),
+        dict(remat="full", attn_type="full", n_layer=1, block_len=8),
     ],
     ids=str,
 )
