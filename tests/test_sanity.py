@@ -30,7 +30,7 @@ from tvq_pod.data.store import TokenStore
 from tvq_pod.errors import Preempted, UserError
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.train import train
-from tvq_pod.train_state import abstract_train_state, create_train_state, make_train_step
+from tvq_pod.train_state import abstract_train_state, create_recurrent, create_train_state, make_train_step
 
 STEPS, EVERY, UPDATE_LEN = 24, 5, 8
 GOOD = dict(
@@ -154,8 +154,9 @@ def state_of(settings, workdir, step):
     return state
 
 
-def by_hand(settings, workdir, updates, bad=()):
-    """The slow, obvious way: these updates, one after the other; of those in `bad`, only the step is counted."""
+def by_hand(settings, workdir, updates, bad=(), forget=False):
+    """The slow, obvious way: these updates, one after the other; of those in `bad`, only the step is counted, and with
+    forget, states begin anew."""
     mesh = make_mesh(settings.mesh)
     split = TokenStore(f"{workdir}/store").split("train")
     plan = streams.TrainStreams(split.starts, settings.train.batch_size, settings.seed)
@@ -163,6 +164,7 @@ def by_hand(settings, workdir, updates, bad=()):
     for update in updates:
         if update in bad:
             state = state.replace(step=state.step + 1)
+            state = state.replace(recurrent=create_recurrent(settings, mesh)) if forget else state
             continue
         (batch,) = global_batches(split, plan, mesh, batch_size=8, update_len=UPDATE_LEN, first_step=update,
                                   last_step=update + 1, threads=1, ahead=1)  # fmt: skip
@@ -188,6 +190,13 @@ def test_a_bad_step_is_not_applied_and_the_run_goes_on(corpus, tmp_path, poison)
     assert Checkpoints(epath.Path(tmp_path)).steps() == [5, 10, 17, 20, 24]
     assert_same(state, by_hand(settings, tmp_path, range(STEPS), poison))
     assert not (tmp_path / "skipped.jsonl").exists()
+
+
+def test_the_state_from_before_a_bad_step_may_be_forgotten(corpus, tmp_path, poison):
+    settings = settings_for(corpus, forget_state=True)
+    poison |= {20}
+    state = run(settings, tmp_path)
+    assert_same(state, by_hand(settings, tmp_path, range(STEPS), poison, forget=True))
 
 
 def test_after_several_in_a_row_the_run_goes_back_and_skips_their_data(corpus, tmp_path, poison):

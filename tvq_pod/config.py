@@ -80,6 +80,8 @@ class SanitySettings:
     spike_after_steps: int = 100  # steps that mean and deviation are taken from, before that
     min_code_perplexity: float = 0.0  # of any unit's codes in an update; below it, the codebook has collapsed. 0: never
     max_dead_codes: float = 1.0  # share of any unit's codes; above it, the codebook has collapsed. 1: never
+    # After a bad step streams begin with empty states, in the middle of a document, instead of those from before it.
+    forget_state: bool = False  # a second copy of the state then needs no memory
     bad_steps: int = 5  # in a row, then the run goes back to the last good step and skips their data
     max_rollbacks: int = 10  # of a run, then it gives up
 

@@ -2,7 +2,8 @@
 
 A step is bad if its loss or gradient is not finite, if its loss is further above the mean of the steps before than
 their deviation allows, or if a codebook has collapsed. A bad step is not applied: weights, optimizer, codebook and
-recurrent state stay as they were, as if its data had not been there. train.py sees to several in a row.
+recurrent state stay as they were, as if its data had not been there; with config.sanity.forget_state, states begin
+anew. train.py sees to several in a row.
 """
 
 import jax

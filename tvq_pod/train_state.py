@@ -141,8 +141,9 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh):
         metrics |= code_report(grads, params) | dict(grad_norm=grad_norm(grads))
         metrics["learning_rate"] = settings.optimizer.learning_rate * share(state.step)
         good, known = sanity.judge(state.sanity, metrics, codebook_sums(grads), settings.sanity)
+        read_before = initial_recurrent(settings) if settings.sanity.forget_state else state.recurrent
         params, opt_state, recurrent = sanity.choose(
-            good, (params, opt_state, recurrent), (state.params, state.opt_state, state.recurrent)
+            good, (params, opt_state, recurrent), (state.params, state.opt_state, read_before)
         )
         rolled = digest.roll(state.digest, batch)
         metrics |= dict(n_bad=known["n_bad"], digest=rolled)
