@@ -12,7 +12,7 @@ from typing import NamedTuple
 from launch import libtpu, slices
 from launch.clock import Clock, ago
 from launch.gcloud import Gcloud, GcloudError
-from launch.record import ASKED, PREPARED, STARTED, STARTING, Record, Records
+from launch.record import ASKED, PREPARED, STARTED, STARTING, STOPPED, Record, Records
 from launch.source import ROOT
 from tvq_pod.errors import UserError
 
@@ -62,12 +62,10 @@ class Machines:
         """How many machines there are."""
         return sum(self.record.machines)
 
-    def note(self, **changes) -> None:
-        """Changes the record, and saves it unless nothing is to be done."""
-        for name, value in changes.items():
-            setattr(self.record, name, value)
+    def note(self, again: bool = False, **changes) -> None:
+        """Changes the record, here and on disk (see Records.change), unless nothing is to be done."""
         if not self.gcloud.dry_run:
-            self.records.save(self.record)
+            self.records.change(self.record, changes, again)
 
     # ------------------------------------------------------------------ the slices
 
@@ -156,6 +154,8 @@ class Machines:
         logs = shlex.quote(f"{record.workdir}/logs")
         self._until_all(("running", "exited"), f"bash {FOLDER}/worker.sh start {attempt} {logs}")
         self.note(phase=STARTED)
+        if self.record.phase == STOPPED:  # meanwhile
+            self.stop()
         self._tell(f"{record.name}: started on {self.expected} machine(s), attempt {record.attempt}")
 
     def states(self, node: str = "all", worker: str = "all") -> dict[str, Said]:

@@ -77,15 +77,15 @@ def up(records: Records) -> None:
     """Asks for the slice, waits for it, and prepares its machines."""
     record = _asked_for(records)
     machines = _machines(record, records)
-    record.source = pack(records.folder / "sources", _DIRTY.value, write=not _DRY_RUN.value)
+    source = pack(records.folder / "sources", _DIRTY.value, write=not _DRY_RUN.value)
+    machines.note(source=source)
+    record.source = source
     state, why, _ = machines.queue()
     if state in ("SUSPENDED", "FAILED"):
         _say(f"{record.name}: {state}{f' ({why})' if why else ''}; deletes the request, and asks again")
         machines.gcloud.delete(record.name)
     if state in (MISSING, "SUSPENDED", "FAILED"):
         machines.ask()
-    else:
-        machines.note(source=record.source)
     machines.wait_until_active()
     machines.prepare()
     _say(f"next: python -m launch.pod run --name={record.name} -- --config=FILE --workdir=gs://BUCKET/{record.name}")
@@ -168,6 +168,7 @@ def run(records: Records, arguments: list[str]) -> None:
     if record.slices > 1 and not any(a.startswith("--config.mesh.slices") for a in arguments):
         extra.append(f"--config.mesh.slices={record.slices}")
     machines.note(
+        again=True,
         run_id=secrets.token_hex(6),
         arguments=[*arguments, *extra],
         workdir=workdir,
@@ -361,7 +362,7 @@ def down(records: Records) -> None:
 def _give_back(machines: Machines, state: str = "ACTIVE") -> None:
     record = machines.record
     if record.phase not in (DONE, STOPPED):
-        machines.note(phase=STOPPED)
+        machines.note(again=True, phase=STOPPED)
         if state == "ACTIVE" or machines.gcloud.dry_run:
             machines.stop()
     if state != MISSING:

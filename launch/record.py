@@ -88,24 +88,41 @@ class Records:
     def save(self, record: Record) -> None:
         """The old one or the new, never a part. Only its owner may read it."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        draft = self.folder / f".{record.name}.{os.getpid()}"
+        draft = self.folder / f".{record.name}.writing-{os.getpid()}"
         with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             json.dump(dataclasses.asdict(record), file, indent=1)
         os.replace(draft, self.path(record.name))
 
+    def change(self, record: Record, changes: dict, again: bool = False) -> None:
+        """Changes some fields of what is on disk, which another command may have changed since, and brings `record` up
+        to date. A run that was stopped, or is done, stays so, whatever phase is asked for, unless `again`."""
+        with self._locked(record.name, "change", fcntl.LOCK_EX):
+            now = self.load(record.name) or record
+            if now.phase in (STOPPED, DONE) and not again:
+                changes = {name: value for name, value in changes.items() if name != "phase"}
+            for name, value in (dataclasses.asdict(now) | changes).items():
+                setattr(record, name, value)
+            self.save(record)
+
     def forget(self, name: str) -> None:
         """Deletes it."""
-        self.path(name).unlink(missing_ok=True)
-        (self.folder / f"{name}.lock").unlink(missing_ok=True)
+        for path in (self.path(name), *self.folder.glob(f".{name}.*")):
+            path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def held(self, name: str) -> Iterator[bool]:
-        """Whether this process alone works on the run, for as long as it lasts; the kernel lets go when it dies."""
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with open(self.folder / f"{name}.lock", "a+") as file:
+        """Whether this process alone watches the run, for as long as it lasts; the kernel lets go when it dies."""
+        with contextlib.ExitStack() as locked:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked.enter_context(self._locked(name, "watch", fcntl.LOCK_EX | fcntl.LOCK_NB))
+                alone = True
             except BlockingIOError:
-                yield False
-                return
-            yield True
+                alone = False
+            yield alone
+
+    @contextlib.contextmanager
+    def _locked(self, name: str, what: str, how: int) -> Iterator[None]:
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with open(self.folder / f".{name}.{what}", "a+") as file:
+            fcntl.flock(file, how)
+            yield

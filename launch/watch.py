@@ -47,7 +47,7 @@ class Watch:
         """Looks once, and does what is to be done. Returns how many seconds there is nothing to do."""
         machines, record = self.machines, self.machines.record
         status = machines.status()
-        if status and status.get("saved_step", -1) > record.saved_step:
+        if status and (status.get("saved_step") or -1) > record.saved_step:
             machines.note(saved_step=status["saved_step"], failures=0)
         if status and status["state"] == "done":
             machines.note(phase=DONE)

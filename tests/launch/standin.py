@@ -35,8 +35,8 @@ class Cloud:
     waits: seconds from the request to the slice; zone_full_until: time before which there are none; create_errors:
     [[STATUS, message], ...] for the next requests; fails: [code, message] of the next request that is accepted;
     logged_in; ssh_failures: how many of the next ssh calls drop; broken: machines (NODE/WORKER) whose installation
-    fails; environment: of all machines; step_seconds and training: what the pretended training does, one entry an
-    attempt; kill_at: the number of the call whose caller is killed when it is done, or, negative, before.
+    fails; environment: of all machines; wait_at and training: what the pretended training does (see there); kill_at:
+    the number of the call whose caller is killed when it is done, or, negative, before.
     """
 
     def __init__(self, folder):
@@ -51,7 +51,7 @@ class Cloud:
             path = self.folder / "state.json"
             state = json.loads(path.read_text()) if path.exists() else {}
             defaults = dict(queued={}, waits=0.0, zone_full_until=0.0, create_errors=[], fails=None, logged_in=True)
-            defaults |= dict(ssh_failures=0, broken=[], environment={}, calls=0, kill_at=0, log=[], step_seconds=0.02)
+            defaults |= dict(ssh_failures=0, broken=[], environment={}, calls=0, kill_at=0, log=[], wait_at=0)
             for name, value in defaults.items():
                 state.setdefault(name, value)
             self.advance(state)
@@ -479,8 +479,9 @@ def python(arguments: list[str]) -> None:
 
 
 def pretend_training(arguments: list[str]) -> None:
-    """Counts steps of step_seconds, from the newest one that it saved (every fifth); ends as the state's `training`
-    says, an entry an attempt: dict(steps=, exit=). The first machine writes the status file."""
+    """Counts steps of 20 ms, from the newest one that it saved (every fifth), and waits before the one that the state's
+    `wait_at` names; ends as `training` says, an entry an attempt: dict(steps=, exit=). The first machine writes the
+    status file."""
     cloud = Cloud(os.environ["STANDIN"])
     workdir = next(a.partition("=")[2] for a in arguments if a.startswith("--workdir="))
     folder = cloud.folder / "buckets" / workdir.removeprefix("gs://")
@@ -490,7 +491,6 @@ def pretend_training(arguments: list[str]) -> None:
     with cloud.open() as state:
         plan = state.get("training", [])
         plan = plan[min(attempt, len(plan)) - 1] if plan else {}
-        pause = state["step_seconds"]
         state.setdefault("attempts", []).append([os.environ["STANDIN_NAME"], attempt, arguments])
     path, goal = folder / "status.json", 20
     saved = json.loads(path.read_text())["saved_step"] if path.exists() else 0
@@ -511,7 +511,7 @@ def pretend_training(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, preempted)
     print(f"begins after step {saved}, with {os.environ.get('SECRET', 'no')} secret", flush=True)
     for step in range(saved + 1, goal + 1):
-        time.sleep(pause)
+        pause(cloud, step)
         saved = step if step % 5 == 0 else saved
         write("training", step, saved)
         if step - plan.get("steps", goal + 1) >= 0:
@@ -519,6 +519,13 @@ def pretend_training(arguments: list[str]) -> None:
             print("error: as planned", flush=True)
             sys.exit(plan["exit"])
     write("done", goal, goal)
+
+
+def pause(cloud: Cloud, step: int) -> None:
+    """For as long as the test wants."""
+    time.sleep(0.02)
+    while json.loads((cloud.folder / "state.json").read_text())["wait_at"] == step:
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":

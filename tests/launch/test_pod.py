@@ -196,23 +196,27 @@ def test_ssh_that_drops_is_tried_again(laptop):
 
 
 def test_stop_saves_and_watch_lets_it_be(laptop):
-    laptop.set(step_seconds=0.3)
+    laptop.set(wait_at=8)
     laptop.must("up", *UP)
     laptop.must("run", *RUN)
+    while "training" not in laptop.must("status"):
+        pass
     assert "trains already" in error_of(laptop, "run", *RUN)
     laptop.must("stop", "--name=run")
     assert status_of(laptop)["state"] == "preempted"
     assert "was stopped by hand" in laptop.must("watch", *WATCH)
-    laptop.set(step_seconds=0.02)
+    laptop.set(wait_at=0)
     laptop.must("run", *RUN)
     laptop.must("watch", *WATCH)
     assert status_of(laptop)["state"] == "done"
 
 
 def test_down_asks_and_saves_first(laptop):
-    laptop.set(step_seconds=0.5)
+    laptop.set(wait_at=3)
     laptop.must("up", *UP)
     laptop.must("run", *RUN)
+    while "training" not in laptop.must("status"):
+        pass
     assert "--yes: must be given where nobody can be asked" in laptop.pod("down", "--name=run")[2]
     assert "it is asked to save first" in laptop.must("down", "--name=run", "--yes")
     assert status_of(laptop)["state"] == "preempted"

@@ -17,10 +17,11 @@ from tests.launch.test_pod import RUN, UP, WATCH, status_of
 
 @pytest.fixture
 def started(laptop):
-    """A training that goes on for a while."""
-    laptop.set(step_seconds=0.1)
+    """A training that waits before step 8, until the test lets it go on."""
+    laptop.set(wait_at=8)
     laptop.must("up", *UP)
     laptop.must("run", *RUN)
+    wait_for(laptop, 7)
     return laptop
 
 
@@ -47,9 +48,9 @@ def attempts(laptop) -> dict[int, list[str]]:
 
 def test_a_slice_that_is_taken_back_is_asked_for_again_and_the_run_ends(started):
     watch = started.start("watch", *WATCH)
-    wait_for(started, 7)
     began = started.get("queued")["run"]["asked_at"]
     started.cloud.preempt("run", grace=0.5)
+    started.set(wait_at=0)
     out, err = watch.communicate(timeout=100)
     assert watch.returncode == 0, out + err
     assert "SUSPENDED: was taken back; deletes the request, and asks again" in out
@@ -116,10 +117,9 @@ def _on_this_path(laptop, monkeypatch):
 
 
 def test_a_zone_that_is_full_for_an_hour(started):
-    wait_for(started, 3)
     started.cloud.preempt("run", grace=0.0)
     full_until = time.time() + 3600
-    started.set(zone_full_until=full_until, step_seconds=0.02)
+    started.set(zone_full_until=full_until, wait_at=0)
     machines, lines = in_this_process(started, poll_seconds=300.0)
     Watch(machines, max_restarts=3).run()
     assert started.cloud.now() > full_until
@@ -129,13 +129,12 @@ def test_a_zone_that_is_full_for_an_hour(started):
 
 
 def test_requests_that_are_refused_or_fail_are_made_again(started):
-    wait_for(started, 3)
     started.cloud.preempt("run", grace=0.0)
     started.set(
         create_errors=[["RESOURCE_EXHAUSTED", 'There is no more capacity in the zone "z"']] * 5
         + [["UNAVAILABLE", "try later"], ["RESOURCE_EXHAUSTED", "Quota limit 'T' has been exceeded."]],
         fails=[13, "an internal error has occurred"],
-        step_seconds=0.02,
+        wait_at=0,
     )
     machines, lines = in_this_process(started)
     Watch(machines, max_restarts=0).run()
@@ -145,7 +144,6 @@ def test_requests_that_are_refused_or_fail_are_made_again(started):
 
 
 def test_a_request_that_can_never_be_granted_is_given_up(started):
-    wait_for(started, 3)
     started.cloud.preempt("run", grace=0.0)
     started.set(create_errors=[["INVALID_ARGUMENT", "the accelerator was not found"]] * 9)
     machines, _ = in_this_process(started)
@@ -155,14 +153,12 @@ def test_a_request_that_can_never_be_granted_is_given_up(started):
 
 def test_gcloud_that_fails_in_passing_ends_nothing(started):
     """A login that expires in the night included."""
-    started.set(step_seconds=0.02)
     machines, lines = in_this_process(started)
-    started.set(step_seconds=0.2)
     looked = threading.Event()
     sleep = machines.clock.sleep
 
     def log_out(seconds):
-        started.set(logged_in=looked.is_set(), ssh_failures=2)
+        started.set(logged_in=looked.is_set(), ssh_failures=2, wait_at=0 if looked.is_set() else 8)
         looked.set()
         sleep(seconds)
 
@@ -180,23 +176,38 @@ def test_two_at_once_do_what_one_does(started):
     assert "another process of this machine watches it" in second.stdout.readline()
     first.kill()
     first.communicate()
-    wait_for(started, 5)
     started.cloud.preempt("run", grace=0.5)
+    started.set(wait_at=0)
     out, err = second.communicate(timeout=100)
     assert second.returncode == 0, out + err
     assert status_of(started)["state"] == "done"
     assert all(names == ["run/0", "run/1"] for names in attempts(started).values())
 
 
+def test_stop_is_stronger_than_a_watch_that_is_at_work(started):
+    watch = started.start("watch", *WATCH)
+    assert "training" in watch.stdout.readline()
+    assert "ended; preempted" in started.must("stop", "--name=run")
+    out, err = watch.communicate(timeout=60)
+    assert watch.returncode == 0, err
+    assert "was stopped by hand" in out
+    assert sorted(attempts(started)) == [1]
+    records = Records(started.folder / "records")
+    stale = records.get("run")
+    stale.phase = "started"  # as a watch knows it that looked before
+    records.change(stale, dict(phase="prepared", saved_step=7))
+    assert (stale.phase, records.get("run").phase, records.get("run").saved_step) == ("stopped", "stopped", 7)
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_watch_that_is_killed_at_any_point_is_started_again_and_nothing_is_lost(laptop, sign):
     """The n-th watch is killed at its n-th call of gcloud, before or after it was done; the slice is taken back once
     before the first, and once on the way."""
-    laptop.set(step_seconds=0.05)
+    laptop.set(wait_at=8)
     laptop.must("up", *UP)
     laptop.must("run", *RUN)
-    wait_for(laptop, 6)
-    laptop.set(step_seconds=2.0)
+    wait_for(laptop, 7)
+    laptop.set(wait_at=9)  # it goes on after step 7
     laptop.cloud.preempt("run", grace=0.0)
     preempted = False
     for n in range(1, 40):
@@ -207,7 +218,7 @@ def test_a_watch_that_is_killed_at_any_point_is_started_again_and_nothing_is_los
         assert code == -signal.SIGKILL, out + err
         running = laptop.get("queued").get("run", {}).get("state") == "ACTIVE"
         if running and not preempted and laptop.get("attempts")[-1][1] > 1 and n % 3 == 0:
-            laptop.set(step_seconds=0.02)
+            laptop.set(wait_at=0)
             laptop.cloud.preempt("run", grace=0.0)
             preempted = True
     assert code == 0, out + err
