@@ -19,9 +19,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 
 HERE = pathlib.Path(__file__).resolve()
 TABLE = json.loads((HERE.parent / "gcloud_flags.json").read_text())
@@ -329,19 +326,22 @@ def scp(cloud, flags, places, error):
                 shutil.copy(source, target)
 
 
-def object_url(url: str) -> str | None:
-    """Of a server in the environment, if there is one."""
-    host = os.environ.get("STORAGE_EMULATOR_HOST")
+def read_object(cloud, url: str) -> str:
+    """From the server in the environment, if there is one. Raises OSError."""
     bucket, _, name = url.removeprefix("gs://").partition("/")
-    return host and f"{host}/storage/v1/b/{bucket}/o/{urllib.parse.quote(name, safe='')}?alt=media"
+    host = os.environ.get("STORAGE_EMULATOR_HOST")
+    if not host:
+        return (cloud.folder / "buckets" / bucket / name).read_text()
+    import urllib.request  # which takes longer than all the rest
+
+    name = urllib.parse.quote(name, safe="")
+    return urllib.request.urlopen(f"{host}/storage/v1/b/{bucket}/o/{name}?alt=media").read().decode()
 
 
 def storage_cat(cloud, flags, places, error):
-    url = object_url(places[0])
-    path = cloud.folder / "buckets" / places[0].removeprefix("gs://")
     try:
-        text = urllib.request.urlopen(url).read().decode() if url else path.read_text()
-    except (urllib.error.HTTPError, FileNotFoundError):
+        text = read_object(cloud, places[0])
+    except OSError:
         fail(f"{error} The following URLs matched no objects or files:\n{places[0]}")
     sys.stdout.write(text)
 
@@ -350,6 +350,8 @@ def storage_cp(cloud, flags, places, error):
     data, to = pathlib.Path(places[0]).read_bytes(), places[1]
     host = os.environ.get("STORAGE_EMULATOR_HOST")
     if host:
+        import urllib.request
+
         bucket, _, name = to.removeprefix("gs://").partition("/")
         query = urllib.parse.urlencode(dict(uploadType="media", name=name))
         request = urllib.request.Request(f"{host}/upload/storage/v1/b/{bucket}/o?{query}", data, method="POST")
