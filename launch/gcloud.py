@@ -5,25 +5,31 @@ hold a table of them. Values are arguments of a process and never pass through a
 does, and is quoted by whoever calls.
 """
 
+import contextlib
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 
 from tvq_pod.errors import UserError
 
+ANSWER_SECONDS, WORK_SECONDS = 120.0, 1800.0  # that gcloud may take, for a question and for work
+ALIVE = ("-oServerAliveInterval=15", "-oServerAliveCountMax=4")  # a machine that is gone ends ssh within a minute
 TRIES = 3  # of a question that fails in passing; gcloud tries some times itself
 
-# By kind: how gcloud says it. The first that is found counts.
+# By kind: how gcloud says it. The first that is found counts. (Behind what is denied or not found, it names the "active
+# account": that is no sign of a login that is missing.)
 _SIGNS = {
-    "login": ("active account", "UNAUTHENTICATED", "gcloud auth login", "Reauthentication", "invalid_grant"),
     "missing": ("NOT_FOUND", "matched no objects", "not found: 404"),
+    "login": ("not currently have an active account", "UNAUTHENTICATED", "gcloud auth login", "Reauthentication"),
     "exists": ("ALREADY_EXISTS",),
     "capacity": ("no more capacity", "stockout", "ZONE_RESOURCE_POOL_EXHAUSTED"),
     "quota": ("RESOURCE_EXHAUSTED", "Quota limit", "QUOTA_EXCEEDED"),
-    "denied": ("PERMISSION_DENIED", "SERVICE_DISABLED", "has not been used in project"),
+    "denied": ("PERMISSION_DENIED", "SERVICE_DISABLED", "has not been used in project", "HTTPError 403"),
     "passing": (
         "UNAVAILABLE",
         "HttpError",
@@ -40,14 +46,18 @@ _SIGNS = {
 
 
 class GcloudError(UserError):
-    """gcloud said no. kind: one of login, missing, exists, capacity, quota, denied, passing, other."""
+    """gcloud said no. kind: one of missing, login, exists, capacity, quota, denied, passing, other. output: what it
+    printed all the same."""
 
     def __init__(self, command: list[str], code: int, said: str):
         lines = [line.strip() for line in said.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("ERROR:")] or lines[-1:] or [f"exit code {code}"]
-        self.code, self.said = code, said
+        begin = next((i for i, line in enumerate(lines) if line.startswith("ERROR:")), max(len(lines) - 1, 0))
+        message = re.search(r'"message": "((?:[^"\\\\]|\\\\.)*)"', said)  # of an operation that failed
+        self.code, self.output = code, ""
         self.kind = next((kind for kind, signs in _SIGNS.items() if any(sign in said for sign in signs)), "other")
-        text = re.sub(r"^ERROR: \([\w.-]+\) ", "", errors[0])
+        n_lines = 1 if self.kind == "login" else 3
+        text = message[1] if message else " ".join(lines[begin : begin + n_lines]) or f"exit code {code}"
+        text = re.sub(r"^ERROR: \([\w.-]+\) ", "", text)
         super().__init__(f"{' '.join(command[:5])}: {text}{_HELP.get(self.kind, '')}")
 
 
@@ -109,14 +119,20 @@ class Gcloud:
     def ssh_command(self, name: str, node: str, worker: str) -> list[str]:
         """To be handed the terminal, or --command."""
         to = [f"--node={node}", f"--worker={worker}", *self._where, *self._ssh_flags, "--quiet"]
+        to += [f"--ssh-flag={flag}" for flag in ALIVE]
         return ["gcloud", "compute", "tpus", "queued-resources", "ssh", name, *to]
 
     def scp(self, name: str, files: list[str], folder: str) -> None:
         """Copies files to all machines. Raises GcloudError."""
         to = ["--node=all", "--worker=all", *self._where, *self._ssh_flags, "--quiet"]
+        to += [f"--scp-flag={flag}" for flag in ALIVE]
         self._do(["queued-resources", "scp", *files, f"{name}:{folder}", *to])
 
-    # ------------------------------------------------------------------ buckets
+    # ------------------------------------------------------------------ gcloud's own settings, and buckets
+
+    def default(self, name: str) -> str:
+        """Of a setting, as core/project; "" if it has none, and in a dry run. Raises GcloudError."""
+        return (self._run(["gcloud", "config", "get-value", name, "--quiet"]) or "").strip()
 
     def cat(self, url: str) -> str | None:
         """A text object, or None if there is none, and in a dry run. Raises GcloudError."""
@@ -144,17 +160,34 @@ class Gcloud:
                 raise UserError(f"gcloud compute tpus {' '.join(arguments[:2])}: its answer is no JSON") from None
 
     def _do(self, arguments: list[str]) -> str:
-        return self._run(["gcloud", "compute", "tpus", *arguments]) or ""
+        return self._run(["gcloud", "compute", "tpus", *arguments], WORK_SECONDS) or ""
 
-    def _run(self, command: list[str]) -> str | None:
+    def _run(self, command: list[str], seconds: float = ANSWER_SECONDS) -> str | None:
         if self.dry_run:
             self._say(shlex.join(command))
             return None
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
-        warnings = [line for line in done.stderr.splitlines() if line.startswith(("WARNING:", "ERROR:"))]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            process_group=0,
+        )
+        try:
+            out, said = process.communicate(timeout=seconds)
+        except BaseException as error:  # ssh, which it started, would hold the pipes
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise GcloudError(command, -signal.SIGKILL, f"timed out after {seconds:.0f} s") from None
+            raise
+        warnings = [line for line in said.splitlines() if line.startswith(("WARNING:", "ERROR:"))]
         self.warning = warnings[-1] if warnings else ""
-        if done.returncode:
-            error = GcloudError(command, done.returncode, done.stderr)
-            error.output = done.stdout
+        if process.returncode:
+            error = GcloudError(command, process.returncode, said)
+            error.output = out
             raise error
-        return done.stdout
+        return out

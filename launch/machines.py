@@ -2,6 +2,7 @@
 again, by two at once, or by another process after this one was killed."""
 
 import json
+import os
 import pathlib
 import re
 import shlex
@@ -56,6 +57,7 @@ class Machines:
         """poll_seconds: how often to look, where something must be waited for."""
         self.record, self.records, self.gcloud, self.say = record, records, gcloud, say
         self.poll_seconds, self.clock = poll_seconds, clock or Clock()
+        self._said_of_status = ""
 
     @property
     def expected(self) -> int:
@@ -93,6 +95,8 @@ class Machines:
         self.note(phase=ASKED, asked_at=self.clock.now())
         label = f"--labels={LABEL}={record.label}"
         flags = [*nodes, f"--accelerator-type={record.accelerator}", *record.create_flags, label]
+        if self.record.phase != ASKED:  # stopped meanwhile
+            return
         try:
             self.gcloud.create(record.name, flags)
         except GcloudError as error:
@@ -128,14 +132,18 @@ class Machines:
     def granted(self) -> None:
         """Notes that the slices are there, and how many machines they have. Raises GcloudError."""
         now, record = self.clock.now(), self.record
-        nodes = [record.name] if record.slices == 1 else [f"{record.name}-{i}" for i in range(record.slices)]
-        found = [self.gcloud.node(node) or {} for node in nodes]
-        machines = [len(node.get("networkEndpoints", [])) for node in found]
+        machines = [len(node.get("networkEndpoints", [])) for node in self.nodes().values()]
         if not all(machines) and not self.gcloud.dry_run:
-            raise UserError(f"--name={record.name}: {nodes[machines.index(0)]} has no machine yet; try again")
+            raise UserError(f"--name={record.name}: not all slices have their machines yet; try again")
         self.note(machines=machines, active_at=now, waited=now - record.asked_at, refusals=0)
         what = f"{record.slices} x {record.accelerator}" if record.slices > 1 else record.accelerator
         self._tell(f"{record.name}: {what} is there, {self.expected} machine(s), after {ago(record.waited)}")
+
+    def nodes(self) -> dict[str, dict]:
+        """What gcloud knows of each slice; {} of one that is not there. Raises GcloudError."""
+        record = self.record
+        names = [record.name] if record.slices == 1 else [f"{record.name}-{i}" for i in range(record.slices)]
+        return {name: self.gcloud.node(name) or {} for name in names}
 
     # ------------------------------------------------------------------ the machines
 
@@ -150,6 +158,8 @@ class Machines:
         record = self.record
         if record.phase != STARTING:
             self.note(phase=STARTING, attempt=record.attempt + 1)
+        if record.phase != STARTING and not self.gcloud.dry_run:  # stopped meanwhile, or another command was first
+            return
         attempt = f"{record.run_id}-{record.attempt}"
         logs = shlex.quote(f"{record.workdir}/logs")
         self._until_all(("running", "exited"), f"bash {FOLDER}/worker.sh start {attempt} {logs}")
@@ -191,9 +201,7 @@ class Machines:
                 said, error = self._on(command)
             except GcloudError as raised:
                 error = raised
-            bad = [
-                f"{where}: {answer.rest or answer.word}" for where, answer in said.items() if answer.word not in wanted
-            ]
+            bad = [f"{where}: {a.word} {a.rest}".rstrip() for where, a in said.items() if a.word not in wanted]
             if self.gcloud.dry_run or (not bad and len(said) == self.expected):
                 return
             lost = self.expected - len(said)
@@ -222,12 +230,15 @@ class Machines:
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir(parents=True, mode=0o700)
             shutil.copy(ROOT / "launch" / "worker.sh", stage)
-            shutil.copy(self.tarball, stage)
+            try:
+                shutil.copy(self.tarball, stage)
+            except OSError as error:
+                raise UserError(f"--name={record.name}: {self.tarball}: {error.strerror}; `up` makes it") from None
             if record.run_id:
                 (stage / "run.sh").write_text(run_script(record))
-            if record.env_file:
-                shutil.copyfile(pathlib.Path(record.env_file).expanduser(), stage / "env")
-                (stage / "env").chmod(0o600)
+            environment = settings_of(record.env_file) if record.env_file else {}
+            with open(os.open(stage / "env", os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+                file.writelines(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
         self.gcloud.scp(record.name, ["--recurse", str(stage)], "")
 
     @property
@@ -243,13 +254,15 @@ class Machines:
         if not record.run_id:
             return None
         path = f"{record.workdir}/status.json"
-        if path.startswith("gs://"):
-            text = self.gcloud.cat(path)
-        else:
-            try:
+        try:
+            if path.startswith("gs://"):
+                text = self.gcloud.cat(path)
+            else:
                 text = self.gcloud.ssh(record.name, f"cat {shlex.quote(path)}", "0", "0")
-            except GcloudError:
-                text = None
+        except GcloudError as error:  # the slice alone says enough to go on
+            if path.startswith("gs://") and str(error) != self._said_of_status:
+                self.say(f"{record.name}: {path} can't be read ({error})")
+            self._said_of_status, text = str(error), None
         try:
             status = json.loads(text or "null")
         except ValueError:
@@ -263,12 +276,25 @@ def run_script(record: Record) -> str:
     lines = [
         "#!/bin/bash",
         f'cd "$HOME/{FOLDER}/source" || exit 1',
-        f'if [[ -f $HOME/{FOLDER}/env ]]; then set -a; . "$HOME/{FOLDER}/env"; set +a; fi',
+        f'. "$HOME/{FOLDER}/env"',
         f"export TVQ_POD_RUN_ID={shlex.quote(record.run_id)}",
         f'export LIBTPU_INIT_ARGS={shlex.quote(" ".join(libtpu.flags(chip, several)))}" ${{LIBTPU_INIT_ARGS:-}}"',
         f'exec "$HOME/{FOLDER}/venv/bin/python" -m tvq_pod.main {shlex.join(record.arguments)}',
     ]
     return "\n".join(lines) + "\n"
+
+
+def settings_of(env_file: str) -> dict[str, str]:
+    """NAME=VALUE lines, and nothing of a shell's in them. Raises UserError."""
+    try:
+        lines = pathlib.Path(env_file).read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"--env_file={env_file}: can't be read ({error.strerror})") from None
+    settings = [line.partition("=") for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    for name, equals, _ in settings:
+        if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise UserError(f"--env_file={env_file}: must have lines NAME=VALUE")
+    return {name: value for name, _, value in settings}
 
 
 def _labels(found: dict) -> set[str]:

@@ -9,6 +9,7 @@ Needs gcloud on the PATH and logged in, and nothing else of this project's packa
 given again at any time: what is there already stays. --dry_run prints the commands, and does none of them.
 """
 
+import pathlib
 import secrets
 import shlex
 import subprocess
@@ -20,8 +21,8 @@ from absl import app, flags
 from launch import slices
 from launch.clock import ago
 from launch.gcloud import Gcloud, GcloudError
-from launch.machines import MISSING, Machines
-from launch.record import DONE, PREPARED, STARTED, STARTING, STOPPED, Record, Records
+from launch.machines import MISSING, Machines, settings_of
+from launch.record import ASKED, DONE, PREPARED, STARTED, STARTING, STOPPED, Gone, Record, Records
 from launch.source import pack
 from launch.watch import Watch, progress
 from tvq_pod.errors import UserError
@@ -78,9 +79,14 @@ def up(records: Records) -> None:
     record = _asked_for(records)
     machines = _machines(record, records)
     source = pack(records.folder / "sources", _DIRTY.value, write=not _DRY_RUN.value)
+    if records.load(record.name) is None and not _DRY_RUN.value:
+        records.save(record)
+    state, why, _ = machines.queue()
+    trains = state not in (MISSING, "SUSPENDED", "FAILED") and record.phase in (STARTING, STARTED)
+    if trains and not _DRY_RUN.value:
+        raise UserError(f"--name={record.name}: has been started; to install another commit, `stop` first")
     machines.note(source=source)
     record.source = source
-    state, why, _ = machines.queue()
     if state in ("SUSPENDED", "FAILED"):
         _say(f"{record.name}: {state}{f' ({why})' if why else ''}; deletes the request, and asks again")
         machines.gcloud.delete(record.name)
@@ -91,8 +97,20 @@ def up(records: Records) -> None:
     _say(f"next: python -m launch.pod run --name={record.name} -- --config=FILE --workdir=gs://BUCKET/{record.name}")
 
 
+_CREATE_FLAGS = (
+    "runtime_version",
+    "spot",
+    "reserved",
+    "network",
+    "subnetwork",
+    "service_account",
+    "valid_until_duration",
+    "internal_ips",
+)
+
+
 def _asked_for(records: Records) -> Record:
-    """The record of the flags; or the one that is there, if they ask for the same."""
+    """The record of the flags; or the one that is there, if they don't ask for something else."""
     name = slices.check_name(_NAME.value)
     there = records.load(name)
     if _ACCELERATOR.value is None and there is None:
@@ -101,11 +119,10 @@ def _asked_for(records: Records) -> Record:
     if _SPOT.value and _RESERVED.value:
         raise UserError("--spot --reserved: must be one of them, or none")
     create = [f"--runtime-version={_checked('runtime_version', asked.chip.runtime_version)}"]
-    create += [f"--{n}" for n, given in (("spot", _SPOT.value), ("reserved", _RESERVED.value)) if given]
-    for flag in ("network", "subnetwork", "service_account", "valid_until_duration"):
-        if flags.FLAGS[flag].value is not None:
-            create.append(f"--{flag.replace('_', '-')}={_checked(flag)}")
-    create += ["--internal-ips"] if _INTERNAL.value else []
+    for flag in _CREATE_FLAGS[1:]:
+        value = flags.FLAGS[flag].value
+        if value:
+            create.append(f"--{flag.replace('_', '-')}" + ("" if value is True else f"={_checked(flag)}"))
     record = Record(
         name=name,
         project=_checked("project"),
@@ -117,16 +134,29 @@ def _asked_for(records: Records) -> Record:
         spot=_SPOT.value,
     )
     if there is None:
-        return record
-    for field in ("project", "zone", "accelerator", "slices", "create_flags", "ssh_flags"):
-        flag = field if field in flags.FLAGS else "spot, --reserved, --network"
-        given = len(create) > 1 if field.endswith("flags") else flags.FLAGS[field].present
-        if given and getattr(there, field) != getattr(record, field):
+        return _with_defaults(record)
+    present = [flag for flag in flags.FLAGS if flags.FLAGS[flag].present]
+    fields = dict(dict.fromkeys(_CREATE_FLAGS, "create_flags"), tunnel_through_iap="ssh_flags")
+    fields |= {flag: flag for flag in ("project", "zone", "accelerator", "slices")}
+    for flag in present:
+        field = fields.get(flag)
+        if field and getattr(there, field) != getattr(record, field):
             raise UserError(
                 f"--{flag}: the run {name} was asked for with {getattr(there, field)}; give another --name, or `down` "
                 "first"
             )
     return there
+
+
+def _with_defaults(record: Record) -> Record:
+    """Project and zone are gcloud's where they are not given, and stay what they are now."""
+    gcloud = _gcloud(record)
+    record.project = record.project or gcloud.default("core/project") or None
+    record.zone = record.zone or gcloud.default("compute/zone") or None
+    for flag, value in (("project", record.project), ("zone", record.zone)):
+        if not value and not _DRY_RUN.value:
+            raise UserError(f"--{flag}=: must be given; gcloud has no default either")
+    return record
 
 
 _PATTERNS = {
@@ -157,13 +187,11 @@ def run(records: Records, arguments: list[str]) -> None:
     own = [a for a in arguments if a.lstrip("-").partition("=")[0] in joining]
     if own:
         raise UserError(f"{own[0]}: must be left out; the machines find each other by Cloud TPU's metadata")
+    environment = str(pathlib.Path(_ENV_FILE.value).expanduser().resolve()) if _ENV_FILE.value else ""
+    if environment:
+        settings_of(environment)
     if not machines.gcloud.dry_run:
-        queued = machines.queue()
-        if queued.state != "ACTIVE":
-            raise UserError(f"--name={record.name}: its slice is {queued.state}; `up` first")
-        running = [where for where, said in machines.states().items() if said.word == "running"]
-        if running:
-            raise UserError(f"--name={record.name}: trains already, on {len(running)} machine(s); `stop` first")
+        _check_idle(machines)
     extra = ["--multihost"]
     if record.slices > 1 and not any(a.startswith("--config.mesh.slices") for a in arguments):
         extra.append(f"--config.mesh.slices={record.slices}")
@@ -172,14 +200,32 @@ def run(records: Records, arguments: list[str]) -> None:
         run_id=secrets.token_hex(6),
         arguments=[*arguments, *extra],
         workdir=workdir,
-        env_file=_ENV_FILE.value or "",
+        env_file=environment,
         phase=PREPARED,
         attempt=0,
         failures=0,
+        restarts=0,
         saved_step=-1,
     )
     machines.start()
     _say(f"next: python -m launch.pod watch --name={record.name}")
+
+
+def _check_idle(machines: Machines) -> None:
+    """Raises UserError unless all machines are prepared, and all say that nothing runs there."""
+    record = machines.record
+    queued = machines.queue()
+    if queued.state != "ACTIVE":
+        raise UserError(f"--name={record.name}: its slice is {queued.state}; `up` first")
+    if record.phase == ASKED or not record.machines:
+        raise UserError(f"--name={record.name}: its machines are not prepared; `up` first")
+    states = machines.states()
+    running = [where for where, said in states.items() if said.word == "running"]
+    if running:
+        raise UserError(f"--name={record.name}: trains already, on {len(running)} machine(s); `stop` first")
+    if len(states) < machines.expected:
+        answered = f"only {len(states)} of {machines.expected} machine(s) answered"
+        raise UserError(f"--name={record.name}: {answered}; try again")
 
 
 def _workdir(arguments: list[str]) -> str:
@@ -208,7 +254,11 @@ def watch(records: Records) -> None:
     while True:
         with records.held(name) as alone:
             if alone or machines.gcloud.dry_run:
-                Watch(machines, _RESTARTS.value).run()
+                try:
+                    Watch(machines, _RESTARTS.value).run()
+                except Gone:
+                    _say(f"{name}: was deleted by `down`")
+                    return
                 break
         if not said:
             _say(f"{name}: another process of this machine watches it; this one waits, and goes on if that one ends")
@@ -234,8 +284,12 @@ def status(records: Records) -> None:
     names = [slices.check_name(_NAME.value)] if _NAME.value else records.names()
     rows = [("run", "slice", "queue", "training", "step", "tokens/s", "loss", "saved")]
     for name in names:
-        machines = _machines(records.get(name), records)
-        rows.append(_row(machines))
+        try:
+            rows.append(_row(_machines(records.get(name), records)))
+        except UserError as error:
+            if _NAME.value:
+                raise
+            rows.append((name, str(error), *[""] * 6))
     if _DRY_RUN.value:
         return
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -324,18 +378,23 @@ def ssh(records: Records, arguments: list[str]) -> None:
 def stop(records: Records) -> None:
     """The training saves and ends; the slice stays, and watch does not start it again."""
     machines = _own(records)
-    before = machines.record.phase
-    if before in (STARTED, STARTING, PREPARED):
-        machines.note(phase=STOPPED)  # first: watch must not take what follows for a preemption
-    said = machines.stop()
-    ended = [answer for answer in said.values() if answer.word != "running"]
+    name = machines.record.name
+    if not machines.record.run_id:
+        raise UserError(f"--name={name}: there is nothing to stop; `run` first")
+    machines.note(phase=STOPPED)  # first: watch must not take what follows for a preemption
+    state = machines.queue().state
     if machines.gcloud.dry_run:
+        machines.stop()
         return
+    if state != "ACTIVE":
+        _say(f"{name}: does not run, its slice is {state}; watch will not start it")
+        return
+    said = machines.stop()
+    ended = [answer for answer in said.values() if answer.word in ("exited", "gone", "none")]
     if len(ended) < machines.expected:
-        raise UserError(
-            f"--name={_NAME.value}: only {len(ended)} of {machines.expected} machine(s) said that they ended"
-        )
-    _say(f"{_NAME.value}: ended; {progress(machines.status())}. Its slice is still there, and costs")
+        answered = f"only {len(ended)} of {machines.expected} machine(s) said that it ended"
+        raise UserError(f"--name={name}: {answered}; try again")
+    _say(f"{name}: ended; {progress(machines.status())}. Its slice is still there, and costs")
 
 
 def down(records: Records) -> None:
@@ -365,7 +424,7 @@ def _give_back(machines: Machines, state: str = "ACTIVE") -> None:
         machines.note(again=True, phase=STOPPED)
         if state == "ACTIVE" or machines.gcloud.dry_run:
             machines.stop()
-    if state != MISSING:
+    if state != MISSING or machines.gcloud.dry_run:
         try:
             machines.gcloud.delete(record.name, force=True)
         except GcloudError as error:

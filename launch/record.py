@@ -20,6 +20,10 @@ ASKED, PREPARED, STARTING, STARTED = "asked", "prepared", "starting", "started"
 STOPPED, DONE = "stopped", "done"
 
 
+class Gone(UserError):
+    """The run was deleted meanwhile, by `down`."""
+
+
 @dataclasses.dataclass
 class Record:
     """All of it."""
@@ -44,6 +48,7 @@ class Record:
     phase: str = ASKED
     machines: list[int] = dataclasses.field(default_factory=list)  # of each slice, once it is there
     attempt: int = 0  # how often the training was started, on all workers together
+    restarts: int = 0  # after a preemption, since a checkpoint was newer than any before
     failures: int = 0  # of the training, since a checkpoint was newer than any before
     saved_step: int = -1  # the newest one known
     refusals: int = 0  # of the request for a slice, since the last that was granted
@@ -95,11 +100,15 @@ class Records:
 
     def change(self, record: Record, changes: dict, again: bool = False) -> None:
         """Changes some fields of what is on disk, which another command may have changed since, and brings `record` up
-        to date. A run that was stopped, or is done, stays so, whatever phase is asked for, unless `again`."""
+        to date: whoever wants another phase must look at what it is then. It stays as it is, unless `again`, if the run
+        was stopped or is done, or another attempt was begun than `record` knows. Raises Gone."""
         with self._locked(record.name, "change", fcntl.LOCK_EX):
-            now = self.load(record.name) or record
-            if now.phase in (STOPPED, DONE) and not again:
-                changes = {name: value for name, value in changes.items() if name != "phase"}
+            now = self.load(record.name)
+            if now is None:
+                raise Gone(f"--name={record.name}: was deleted meanwhile")
+            others = (now.run_id, now.attempt) != (record.run_id, record.attempt)
+            if (now.phase in (STOPPED, DONE) or others) and not again:
+                changes = {name: value for name, value in changes.items() if name not in ("phase", "attempt")}
             for name, value in (dataclasses.asdict(now) | changes).items():
                 setattr(record, name, value)
             self.save(record)

@@ -10,6 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+[[ ${NAME:-} =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] || { echo "error: NAME=${NAME:-}: must be of a-z, 0-9 and -" >&2 && exit 1; }
 : "${NAME:?must be set: the name of the slice and the run}" "${ZONE:?must be set, as us-west4-a}"
 where=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"})
 tpus=(gcloud compute tpus)
@@ -25,7 +26,12 @@ runtime_version() {
 }
 
 queue_state() {
-  "${tpus[@]}" queued-resources describe "$NAME" "${where[@]}" --format='value(state.state)' 2> /dev/null || echo MISSING
+  local said
+  if ! said=$("${tpus[@]}" queued-resources describe "$NAME" "${where[@]}" --format='value(state.state)' 2>&1); then
+    [[ $said == *NOT_FOUND* ]] || { echo "$said" >&2 && return 1; }
+    said=MISSING
+  fi
+  echo "$said"
 }
 
 on_all() { "${tpus[@]}" queued-resources ssh "$NAME" "${all[@]}" --command="$1"; }
@@ -43,12 +49,20 @@ upload() {
 
 up() {
   local flags state
+  if [[ -n $(git status --porcelain --untracked-files=no) ]]; then
+    echo "error: files differ from the commit, which is what is installed: commit them" >&2
+    exit 1
+  fi
   : "${ACCELERATOR:?must be set, as v5litepod-16}"
   read -r -a flags <<< "${CREATE_FLAGS:-}"
-  case $(queue_state) in
-    SUSPENDED | FAILED) "${tpus[@]}" queued-resources delete "$NAME" "${where[@]}" --quiet ;;
+  state=$(queue_state)
+  case $state in
+    SUSPENDED | FAILED)
+      "${tpus[@]}" queued-resources delete "$NAME" "${where[@]}" --quiet
+      state=MISSING
+      ;;
   esac
-  if [[ $(queue_state) == MISSING ]]; then
+  if [[ $state == MISSING ]]; then
     "${tpus[@]}" queued-resources create "$NAME" --node-id="$NAME" --accelerator-type="$ACCELERATOR" \
       --runtime-version="${RUNTIME_VERSION:-$(runtime_version)}" "${where[@]}" --quiet "${flags[@]}"
   fi

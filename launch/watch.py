@@ -5,11 +5,12 @@ be killed at any point and started again."""
 from launch.clock import ago
 from launch.gcloud import GcloudError
 from launch.machines import MISSING, WAITING, Machines, Queued, Said
-from launch.record import ASKED, DONE, PREPARED, STARTED, STOPPED
+from launch.record import ASKED, DONE, PREPARED, STARTED, STOPPED, Gone
 from tvq_pod.errors import UserError
 
 PREEMPTED = "75"  # exit code: saved, run me again
 BACK_OFF_SECONDS, LONGEST_BACK_OFF_SECONDS = 30.0, 900.0
+LOST = ("PREEMPTED", "TERMINATED", "gone")  # of a slice whose request is ACTIVE all the same
 END_SECONDS = 240.0  # in which all processes of a job end, once one has
 
 
@@ -23,13 +24,15 @@ class Watch:
     def __init__(self, machines: Machines, max_restarts: int):
         """max_restarts: after failures without a newer checkpoint, and requests for a slice that fail."""
         self.machines, self.max_restarts = machines, max_restarts
-        self._last_line = None
+        self._last_line, self._said_at = None, 0.0
         self._ending_since = None
 
     def run(self) -> None:
         """Returns when the run is done, or was stopped by hand. Raises GivenUp; UserError for what only a person can
         mend, such as a login, if it is so from the beginning."""
-        first = True
+        record, first = self.machines.record, True
+        if record.failures > self.max_restarts:
+            raise GivenUp(f"--name={record.name}: was given up after {record.failures} failures; `run` begins anew")
         while not self._finished():
             try:
                 pause = self.step()
@@ -48,7 +51,7 @@ class Watch:
         machines, record = self.machines, self.machines.record
         status = machines.status()
         if status and (status.get("saved_step") or -1) > record.saved_step:
-            machines.note(saved_step=status["saved_step"], failures=0)
+            machines.note(saved_step=status["saved_step"], failures=0, restarts=0)
         if status and status["state"] == "done":
             machines.note(phase=DONE)
             return 0.0
@@ -66,9 +69,11 @@ class Watch:
         return self.machines.poll_seconds
 
     def _finished(self) -> bool:
-        fresh = self.machines.records.load(self.machines.record.name)  # `stop` and `run` write it too
-        if self.machines.gcloud.dry_run or fresh is None:
-            return fresh is None
+        fresh = self.machines.records.load(self.machines.record.name)  # `stop`, `run` and `down` write it too
+        if fresh is None:
+            raise Gone(f"--name={self.machines.record.name}: was deleted meanwhile")
+        if self.machines.gcloud.dry_run:
+            return False
         self.machines.record = fresh
         return fresh.phase in (DONE, STOPPED)
 
@@ -115,8 +120,7 @@ class Watch:
         # All of a job end when one does, so one machine is asked. The others, when it does not run.
         said = next(iter(machines.states("0", "0").values()), None)
         if said is None:
-            self._say("its first machine does not answer")
-            return self.machines.poll_seconds
+            return self._unreachable()
         attempt = f"{record.run_id}-{record.attempt}"
         if said == Said("running", attempt):
             self._ending_since = None
@@ -127,19 +131,38 @@ class Watch:
             return self._start()
         return self._ended(status)
 
+    def _unreachable(self) -> float:
+        """ACTIVE, and its first machine does not answer: it may be gone without the request knowing."""
+        machines, record = self.machines, self.machines.record
+        states = {name: node.get("state", "gone") for name, node in machines.nodes().items()}
+        lost = [f"{name} is {state}" for name, state in states.items() if state in LOST]
+        if not lost:
+            self._say(f"its first machine does not answer; gcloud has {states}")
+            return machines.poll_seconds
+        self._say(f"{', '.join(lost)}; deletes what is left, and asks again")
+        machines.gcloud.delete(record.name, force=True)
+        machines.note(phase=ASKED, lost=record.lost + 1)
+        return 0.0
+
     def _start(self) -> float:
         machines, record = self.machines, self.machines.record
+        states = {name: node.get("state", "gone") for name, node in machines.nodes().items()}
+        if any(state in LOST for state in states.values()):
+            return self._unreachable()
+        if any(state != "READY" for state in states.values()):
+            self._say(f"ACTIVE, and not ready: {states}")
+            return machines.poll_seconds
         try:
             if record.phase == ASKED:
                 machines.granted()
                 machines.prepare()
             machines.start()
-        except GcloudError:
+        except (GcloudError, Gone):
             raise
         except UserError as error:
             if machines.queue().state != "ACTIVE":  # taken back meanwhile
                 return 0.0
-            return self._failed(str(error), then=record.phase)
+            return self._failed(str(error), then=ASKED if record.phase == ASKED else PREPARED)
         return self.machines.poll_seconds
 
     def _ended(self, status: dict | None) -> float:
@@ -160,9 +183,11 @@ class Watch:
             machines.note(phase=DONE)
             return 0.0
         if PREEMPTED in codes.values() or any(said.word == "gone" for said in states.values()):
-            self._say("was preempted; starts again")
-            machines.note(phase=PREPARED)
-            return min(10.0, self.machines.poll_seconds)
+            machines.note(phase=PREPARED, restarts=machines.record.restarts + 1)
+            again = machines.record.restarts - 1  # without a newer checkpoint in between
+            pause = _back_off(again) if again else min(10.0, machines.poll_seconds)
+            self._say(f"was preempted; starts again in {ago(pause)}")
+            return pause
         where, code = next(((w, c) for w, c in codes.items() if c != "0"), ("a machine", "unknown"))
         why = f"{where} ended with {code}" + (f": {status['error']}" if status and status.get("error") else "")
         return self._failed(why, then=PREPARED)
@@ -171,11 +196,12 @@ class Watch:
         """then: the phase from which to try again."""
         machines, record = self.machines, self.machines.record
         machines.note(failures=record.failures + 1, phase=then)
+        record = machines.record
         if record.failures > self.max_restarts:
             raise GivenUp(
                 f"--name={record.name}: {why}; failed {record.failures} times with no checkpoint after step "
                 f"{max(record.saved_step, 0)}; `python -m launch.pod logs --name={record.name}` says more, and `run` "
-                "begins to count anew"
+                "begins to count anew. Its slice is still there, and costs"
             )
         pause = _back_off(record.failures)
         self._say(f"{why}; failure {record.failures} without a newer checkpoint; tries again in {ago(pause)}")
@@ -184,9 +210,11 @@ class Watch:
     # ------------------------------------------------------------------ what is said
 
     def _say(self, line: str) -> None:
-        if line != self._last_line:
+        """Not the same again and again; but once an hour, that it lives."""
+        now = self.machines.clock.now()
+        if (line, now < self._said_at + 3600) != (self._last_line, True):
             self.machines.say(f"{self.machines.record.name}: {line}")
-        self._last_line = line
+            self._last_line, self._said_at = line, now
 
     def _show(self) -> None:
         """For a dry run: what would be done if the slice had been taken back."""

@@ -8,12 +8,13 @@
 #
 # Each may be called again, and by two at once. The last line on stdout says how it went, for launch.pod and for people:
 #     tvq_pod@NODE/WORKER: installed SOURCE | running ATTEMPT | exited ATTEMPT CODE | gone ATTEMPT | none | failed WHY
-set -euo pipefail
+set -Eeuo pipefail
 
 root=$HOME/tvq_pod
 unit=tvq_pod.service
 logs_unit=tvq_pod_logs.service
 mkdir -p "$root"
+export PATH=$PATH:/snap/bin # where Ubuntu's images have gcloud, and systemd does not look
 
 # The metadata server of the machine; the variable is that of Google's own libraries.
 metadata() {
@@ -38,13 +39,17 @@ me() {
 
 report() { echo "tvq_pod@$(me): $*"; }
 
+# Whatever fails, somebody hears of it.
+trap 'report "failed ${BASH_COMMAND%% *}, line $LINENO ($(room) free)"; exit 1' ERR
+room() { df -h --output=avail "$root" | tail -n 1 | tr -d ' '; }
+
 # step NAME COMMAND: what it says goes to a file; if it fails, its last line is the reason.
 step() {
   local why name=$1
   shift
   if ! "$@" > "$root/step.log" 2>&1; then
     why=$(grep -v '^ *$' "$root/step.log" 2> /dev/null | tail -n 1 | cut -c 1-300) || why=
-    report "failed $name: ${why:-no reason given} ($(df -h --output=avail "$root" | tail -n 1 | tr -d ' ') of disk free)"
+    report "failed $name: ${why:-no reason given} ($(room) of disk free)"
     exit 1
   fi
 }
@@ -67,7 +72,7 @@ new_environment() {
   if [[ -n $python ]]; then
     "$python" -m venv "$1"
   else # Ubuntu 22.04 has 3.10: uv brings a newer one
-    python3 -m pip install --quiet --user uv
+    python3 -m pip install --quiet --user uv || return
     python3 -m uv venv --quiet --seed --python 3.12 "$1"
   fi
 }
@@ -77,6 +82,12 @@ unpack() { mkdir -p "$2" && tar -xzf "$1" -C "$2" --strip-components=1; }
 install() {
   local source=$1
   if [[ $(cat "$root/installed" 2> /dev/null) != "$source" ]]; then
+    case $(unit_state) in
+      active | *ing)
+        report "failed a training runs with $(cat "$root/installed"): stop it first"
+        exit 1
+        ;;
+    esac
     rm -rf "$root/installed" "$root/venv" "$root/source"
     step unpacking unpack "$root/$source.tar.gz" "$root/source"
     step "virtual environment" new_environment "$root/venv"
@@ -92,14 +103,15 @@ write_units() {
   cat > "$root/$unit" << EOF
 [Unit]
 Description=tvq_pod training
-After=network-online.target
+# Stopped in turn when the machine goes down: so the last lines are copied too.
+After=network-online.target $logs_unit
 
 [Service]
 User=$(id -un)
 # jax asks for it: starting and ending is faster on v5e and newer.
 ExecStartPre=-+/bin/sh -c "echo always > /sys/kernel/mm/transparent_hugepage/enabled"
 ExecStart=/bin/bash $root/run.sh
-ExecStopPost=/bin/bash $root/worker.sh ended
+ExecStopPost=/bin/bash $root/worker.sh ended $1
 KillMode=mixed
 TimeoutStopSec=180
 Restart=no
@@ -110,6 +122,7 @@ EOF
   cat > "$root/$logs_unit" << EOF
 [Unit]
 Description=copies the log of tvq_pod
+After=network-online.target
 
 [Service]
 User=$(id -un)
@@ -118,44 +131,58 @@ Restart=no
 EOF
 }
 
+unit_state() { systemctl show -p ActiveState $unit | cut -d = -f 2; }
+
 start() {
   local attempt=$1 logs=$2
-  if [[ $(cat "$root/attempt" 2> /dev/null) != "$attempt" ]]; then # else another call was first
-    if systemctl is-active --quiet $unit; then
-      report "failed an earlier attempt is running: $(cat "$root/attempt")"
-      exit 1
-    fi
-    write_units
-    step "systemctl link" sudo systemctl link "$root/$unit" "$root/$logs_unit"
-    step "systemctl daemon-reload" sudo systemctl daemon-reload
-    sudo systemctl reset-failed $unit 2> /dev/null || true
-    date +%s > "$root/began"
-    echo "$logs" > "$root/logs"
-    echo "$attempt" > "$root/attempt.writing"
-    mv "$root/attempt.writing" "$root/attempt"
-    step "systemctl start" sudo systemctl start $unit
-    sudo systemctl restart $logs_unit || true
+  if [[ ! -s $root/installed ]]; then
+    report "failed nothing is installed"
+    exit 1
   fi
+  case $(unit_state)/$(cat "$root/attempt" 2> /dev/null || true) in
+    active/"$attempt" | activating/"$attempt") ;; # another call was first
+    active/* | *ing/*)
+      report "failed an earlier attempt has not ended: $(cat "$root/attempt")"
+      exit 1
+      ;;
+    *)
+      if ! has_ended "$attempt"; then
+        write_units "$attempt"
+        step "systemctl link" sudo systemctl link "$root/$unit" "$root/$logs_unit"
+        step "systemctl daemon-reload" sudo systemctl daemon-reload
+        sudo systemctl reset-failed $unit 2> /dev/null || true
+        sudo rm -f /tmp/libtpu_lockfile # of a process that was killed: nothing runs here now
+        date +%s > "$root/began"
+        echo "$logs" > "$root/logs"
+        echo "$attempt" > "$root/attempt.writing"
+        mv "$root/attempt.writing" "$root/attempt"
+        step "systemctl start" sudo systemctl start $unit
+        sudo systemctl restart $logs_unit || true
+      fi
+      ;;
+  esac
   state
 }
 
+has_ended() { [[ $(cat "$root/ended" 2> /dev/null) == "$1 "* ]]; }
+
 # Called by systemd when the training has ended; EXIT_STATUS is its exit code, or the signal that ended it.
 ended() {
-  echo "$(cat "$root/attempt") ${EXIT_STATUS:-unknown}" > "$root/ended.writing"
+  echo "$1 ${EXIT_STATUS:-unknown}" > "$root/ended.writing"
   mv "$root/ended.writing" "$root/ended"
 }
 
 state() {
-  local attempt last
+  local attempt now
   attempt=$(cat "$root/attempt" 2> /dev/null) || attempt=
-  last=$(cat "$root/ended" 2> /dev/null) || last=
+  now=$(unit_state)
   if [[ -z $attempt ]]; then
     report none
-  elif [[ ${last% *} == "$attempt" ]]; then
-    report "exited $attempt ${last##* }"
-  elif systemctl is-active --quiet $unit || systemctl show -p ActiveState $unit | grep -q 'ing$'; then
+  elif has_ended "$attempt"; then
+    report "exited $attempt $(cut -d ' ' -f 2 "$root/ended")"
+  elif [[ $now == active || $now == *ing ]]; then
     report "running $attempt"
-  elif [[ $(cat "$root/ended" 2> /dev/null) == "$attempt "* ]]; then # it ended just now
+  elif has_ended "$attempt"; then # just now
     state
   else # the machine was started anew
     report "gone $attempt"
@@ -163,7 +190,7 @@ state() {
 }
 
 stop() {
-  step "systemctl stop" sudo systemctl stop $unit
+  [[ ! -s $root/attempt ]] || step "systemctl stop" sudo systemctl stop $unit
   state
 }
 
@@ -172,18 +199,17 @@ copy_log() {
   to=$(cat "$root/logs")/$(me | tr / -).attempt-$(cat "$root/attempt").log
   # shellcheck disable=SC2024 # the file is the user's own
   sudo journalctl --quiet --no-pager --output=cat --unit=$unit --since="@$(cat "$root/began")" > "$root/log"
-  case $to in
-    gs://*) gcloud storage cp --quiet "$root/log" "$to" ;;
-    *) mkdir -p "${to%/*}" && cp "$root/log" "$to" ;;
-  esac
+  # By the training's own packages: gcloud, where it is a snap, does not start while the machine goes down.
+  (cd "$root/source" && "$root/venv/bin/python" -m launch.copy "$root/log" "$to")
 }
 
-# Once a minute, and once more when the training has ended.
+# Once a minute, and once more when the training has ended, or the machine goes down.
 ship() {
   local began
+  trap 'copy_log; exit 0' TERM
   while [[ $(state) == *": running "* ]]; do
     began=$SECONDS
-    copy_log || true
+    copy_log || echo "the log could not be copied" >&2
     while [[ $(state) == *": running "* ]] && ((SECONDS < began + 60)); do sleep 2; done
   done
   copy_log

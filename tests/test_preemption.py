@@ -17,6 +17,7 @@ preemption.can_save = sys.argv[2] == "can_save"
 print("up", flush=True)
 while not (sys.argv[3] == "saves" and preemption.requested):
     time.sleep(0.01)
+time.sleep(0.5)
 sys.exit(75)
 """
 

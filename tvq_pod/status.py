@@ -38,14 +38,17 @@ class Status(contextlib.AbstractContextManager):
         )
         self._written_at, self._lock = 0.0, threading.Lock()
         self._writer: threading.Thread | None = None
+        self._begun = False
 
-    def __enter__(self):
+    def begin(self) -> None:
+        """From now on the file is written: a mistake that was refused before touches nothing."""
         if self._path is not None:
             with contextlib.suppress(Exception):  # what the session before knew of its last save
                 before = json.loads(self._path.read_text())
-                self._values.update({name: before[name] for name in ("saved_step", "saved_at")})
+                if before["saved_step"] == self._values.get("saved_step"):
+                    self._values["saved_at"] = before["saved_at"]
+        self._begun = True
         self._write()
-        return self
 
     def update(self, step: int, **values) -> None:
         """A step that was trained. Numbers that are not finite are null. In the background: training does not wait for
@@ -72,15 +75,15 @@ class Status(contextlib.AbstractContextManager):
             self._values.update(state="preempted")
         else:
             self._values.update(state="failed", error=" ".join(str(error).split())[:500] or kind.__name__)
-        if self._writer is not None:
-            self._writer.join(60.0)
         self._write()
 
     def _write(self) -> None:
-        if self._path is None:
+        if self._path is None or not self._begun or not self._lock.acquire(timeout=60.0):
             return
-        with self._lock:
+        try:
             self._written_at = time.time()
             text = json.dumps(self._values | dict(time=self._written_at)) + "\n"
             with contextlib.suppress(Exception):  # a full disk, a bucket out of reach: the next time, perhaps
                 write_whole(self._path, text)
+        finally:
+            self._lock.release()

@@ -133,6 +133,8 @@ class _Session:
             say(f"nothing to train: step {first_step} of config.train.num_steps={config.num_steps} is there")
         elif self._evaluates_at(first_step) and not decided_by_first(first_step in evaluated):
             self._evaluate(state, first_step)  # what was broken off when the session before was asked to end
+        if first_step < config.num_steps:
+            self.status.begin()
         while first_step < config.num_steps:
             try:
                 state = self._steps(state, first_step)

@@ -24,6 +24,10 @@ HERE = pathlib.Path(__file__).resolve()
 TABLE = json.loads((HERE.parent / "gcloud_flags.json").read_text())
 MACHINES = {"v4-8": 1, "v4-16": 2, "v5litepod-8": 1, "v5litepod-16": 4}
 SPOT_GRACE_SECONDS = 30.0
+# Behind what is denied or not found.
+TAIL = (
+    ". This command is authenticated as me@x.org which is the active account specified by the [core/account] property"
+)
 
 
 class Cloud:
@@ -48,7 +52,8 @@ class Cloud:
             path = self.folder / "state.json"
             state = json.loads(path.read_text()) if path.exists() else {}
             defaults = dict(queued={}, waits=0.0, zone_full_until=0.0, create_errors=[], fails=None, logged_in=True)
-            defaults |= dict(ssh_failures=0, broken=[], environment={}, calls=0, kill_at=0, log=[], wait_at=0)
+            defaults |= dict(lost_nodes=[], ssh_failures=0, broken=[], environment={}, wait_at=0)
+            defaults |= dict(calls=0, kill_at=0, log=[])
             for name, value in defaults.items():
                 state.setdefault(name, value)
             self.advance(state)
@@ -204,7 +209,7 @@ def create(cloud, flags, places, error):
                 spot="spot" in flags,
                 fails=state["fails"],
             )
-            state["fails"] = None
+            state["fails"], state["lost_nodes"] = None, []
     if refused:
         fail(refused)
     print(f"Create request issued for: [{name}]\nCreated queued_resource [{name}].", file=sys.stderr)
@@ -227,7 +232,7 @@ def describe(cloud, flags, places, error):
         if queued and flags.get("format") == "value(state.state)":
             text = queued["state"]
     if not text:
-        fail(f"{error} NOT_FOUND: Resource '{full_name(places[0])}' was not found")
+        fail(f"{error} NOT_FOUND: Resource '{full_name(places[0])}' was not found{TAIL}")
     print(text)
 
 
@@ -249,10 +254,11 @@ def describe_node(cloud, flags, places, error):
     with cloud.open() as state:
         for queued in state["queued"].values():
             if places[0] in cloud.nodes(queued) and queued["state"] == "ACTIVE":
+                lost = places[0] in state["lost_nodes"]
                 ends = [dict(ipAddress=f"10.0.0.{i}", port=8470) for i in range(MACHINES[queued["type"]])]
-                print(json.dumps(dict(name=places[0], state="READY", networkEndpoints=ends)))
+                print(json.dumps(dict(name=places[0], state="PREEMPTED" if lost else "READY", networkEndpoints=ends)))
                 return
-    fail(f"{error} NOT_FOUND: Resource 'projects/p/locations/z/nodes/{places[0]}' was not found")
+    fail(f"{error} NOT_FOUND: Resource 'projects/p/locations/z/nodes/{places[0]}' was not found{TAIL}")
 
 
 def targets(cloud, name, flags, error) -> list[tuple[str, int]]:
@@ -263,6 +269,8 @@ def targets(cloud, name, flags, error) -> list[tuple[str, int]]:
             fail(f"{error} NOT_FOUND: Resource '{full_name(name)}' was not found")
         if queued["state"] != "ACTIVE":
             fail(f'{error} This TPU has state "{queued["state"]}", so it cannot be currently connected to.')
+        if set(state["lost_nodes"]) & set(cloud.nodes(queued)):
+            fail(f'{error} This TPU has terminal state "PREEMPTED", so it cannot be used anymore.')
         dropped = state["ssh_failures"] > 0
         state["ssh_failures"] -= dropped
         nodes, workers = cloud.nodes(queued), list(range(MACHINES[queued["type"]]))
@@ -346,6 +354,10 @@ def storage_cat(cloud, flags, places, error):
     sys.stdout.write(text)
 
 
+def get_value(cloud, flags, places, error):
+    print(dict({"core/project": "my-project", "compute/zone": "us-central2-b"})[places[0]])
+
+
 def storage_cp(cloud, flags, places, error):
     data, to = pathlib.Path(places[0]).read_bytes(), places[1]
     host = os.environ.get("STORAGE_EMULATOR_HOST")
@@ -369,6 +381,7 @@ COMMANDS = {
     "compute tpus queued-resources ssh": ssh,
     "compute tpus queued-resources scp": scp,
     "compute tpus tpu-vm describe": describe_node,
+    "config get-value": get_value,
     "storage cat": storage_cat,
     "storage cp": storage_cp,
 }
@@ -377,7 +390,9 @@ COMMANDS = {
 
 
 def sudo(arguments: list[str]) -> None:
-    os.execvp(arguments[0], arguments)
+    """Only to a machine's own services: what else is done as root would be done to the machine that tests."""
+    if arguments[0] in ("systemctl", "journalctl"):
+        os.execvp(arguments[0], arguments)
 
 
 def services() -> pathlib.Path:
@@ -474,6 +489,11 @@ def python(arguments: list[str]) -> None:
             broken = os.environ["STANDIN_NAME"] in state["broken"]
         if broken:
             fail("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device")
+    elif arguments[:2] == ["-m", "launch.copy"]:
+        cloud = Cloud(os.environ["STANDIN"])
+        target = cloud.folder / "buckets" / arguments[3].removeprefix("gs://")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(arguments[2], target)
     elif arguments[:2] == ["-m", "tvq_pod.main"]:
         pretend_training(arguments[2:])
     else:

@@ -9,7 +9,15 @@ import pytest
 from tests.launch.conftest import write_program
 
 ZONE = "--zone=us-central2-b"
-UP = ("--name=run", "--accelerator=v4-16", ZONE, "--spot", "--allow_dirty", "--poll_seconds=0.1")
+UP = (
+    "--name=run",
+    "--project=my-project",
+    "--accelerator=v4-16",
+    ZONE,
+    "--spot",
+    "--allow_dirty",
+    "--poll_seconds=0.1",
+)
 RUN = ("--name=run", "--", "--config=configs/stdlib.py", "--workdir=gs://bucket/run")
 WATCH = ("--name=run", "--poll_seconds=0.1")
 
@@ -35,7 +43,7 @@ def test_from_nothing_to_done_and_nothing_left(laptop):
     shown = laptop.must("status").splitlines()[1]
     assert shown.split()[:5] == ["run", "v4-16", "spot", "active", "done"]
     assert "20/20" in shown
-    assert "begins after step 0" in laptop.must("logs", "--name=run", "--worker=1")
+    assert "begins after step" in laptop.must("logs", "--name=run", "--worker=1")
     said = laptop.must("down", "--name=run", "--yes")
     assert "deletes 1 slice(s) v4-16, 2 machine(s) and their disks" in said
     assert "gs://bucket/run stays" in said
@@ -59,12 +67,12 @@ def test_several_slices_are_one_job(laptop):
 def test_every_value_arrives_as_it_was_given(laptop, tmp_path):
     prompt = '--config.sample.prompt=it\'s $HOME `id`; "a"  b\\ *\n100%'
     secrets = tmp_path / "secrets"
-    secrets.write_text("SECRET=a%b\\$c\n")
+    secrets.write_text("# a key\nSECRET=a%b $c 'd'\n")
     laptop.must("up", *UP)
     laptop.must("run", f"--env_file={secrets}", *RUN, prompt)
     laptop.must("watch", *WATCH)
     assert all(arguments[2] == prompt for _, _, arguments in laptop.get("attempts"))
-    assert "with a%b$c secret" in laptop.must("logs", "--name=run")
+    assert "with a%b $c 'd' secret" in laptop.must("logs", "--name=run")
     seen = json.dumps(laptop.get("log"))
     assert "a%b" not in seen  # of gcloud's arguments
     assert "id`" not in seen
@@ -192,7 +200,50 @@ def test_ssh_that_drops_is_tried_again(laptop):
     said = laptop.must("up", *UP)
     assert said.count("tries again") >= 1
     laptop.set(ssh_failures=9)
-    assert "exited with return code [255]" in error_of_many(laptop, "run", "--poll_seconds=0.1", *RUN)
+    # A machine that does not answer may be training.
+    assert "only 0 of 2 machine(s) answered; try again" in error_of(laptop, "run", *RUN)
+    laptop.set(ssh_failures=0)
+    laptop.must("run", *RUN)
+
+
+def test_what_was_not_prepared_is_not_started_and_what_was_started_not_prepared(laptop):
+    laptop.set(broken=["run/1"], wait_at=3)
+    laptop.pod("up", *UP)
+    assert "its machines are not prepared; `up` first" in error_of(laptop, "run", *RUN)
+    laptop.set(broken=[])
+    laptop.must("up", *UP)
+    laptop.must("run", *RUN)
+    assert "has been started; to install another commit, `stop` first" in error_of(laptop, "up", *UP)
+    machine = laptop.cloud.machine("run", 0)
+    said = on_machine(laptop, "bash tvq_pod/worker.sh install tvq_pod-other")
+    assert "tvq_pod@run/0: failed a training runs with tvq_pod-" in said
+    assert (machine / "home/tvq_pod/venv/bin/python").exists()
+
+
+def on_machine(laptop, command) -> str:
+    """What the first machine says."""
+    return laptop.pod("ssh", "--name=run", "--", "bash", "-c", command)[1]
+
+
+def test_a_service_that_did_not_start_is_started_by_the_next_call(laptop):
+    laptop.must("up", *UP)
+    systemctl = laptop.cloud.folder / "bin/systemctl"
+    whole = systemctl.read_text()
+    write_program(systemctl, f'[ "$1" != start ] || exit 1\n{whole.splitlines()[1]}')
+    assert "run/0: failed systemctl start: no reason given" in error_of_many(laptop, "run", "--poll_seconds=0.1", *RUN)
+    systemctl.write_text(whole)
+    assert "run: done" in laptop.must("watch", *WATCH)
+
+
+@pytest.mark.parametrize("text", [None, "no setting", "A B=c"])
+def test_an_env_file_that_is_none_is_refused_before_anything_changes(laptop, tmp_path, text):
+    laptop.must("up", *UP)
+    if text is not None:
+        (tmp_path / "env").write_text(text)
+    before = (laptop.folder / "records/run.json").read_text()
+    said = error_of(laptop, "run", f"--env_file={tmp_path / 'env'}", *RUN)
+    assert "can't be read" in said if text is None else "must have lines NAME=VALUE" in said
+    assert (laptop.folder / "records/run.json").read_text() == before
 
 
 def test_stop_saves_and_watch_lets_it_be(laptop):

@@ -1,6 +1,7 @@
 """The babysitter: what it does about a slice that is taken back, a training that ends, and its own end."""
 
 import collections
+import os
 import signal
 import threading
 import time
@@ -12,6 +13,7 @@ from launch.gcloud import Gcloud
 from launch.machines import Machines
 from launch.record import Records
 from launch.watch import GivenUp, Watch
+from tests.launch.standin import pids
 from tests.launch.test_pod import RUN, UP, WATCH, status_of
 
 
@@ -197,6 +199,87 @@ def test_stop_is_stronger_than_a_watch_that_is_at_work(started):
     stale.phase = "started"  # as a watch knows it that looked before
     records.change(stale, dict(phase="prepared", saved_step=7))
     assert (stale.phase, records.get("run").phase, records.get("run").saved_step) == ("stopped", "stopped", 7)
+
+
+def test_stop_before_there_is_a_slice(started):
+    started.cloud.preempt("run", grace=0.0)
+    started.set(zone_full_until=time.time() + 1000)
+    watch = started.start("watch", *WATCH)
+    while "WAITING" not in watch.stdout.readline():
+        pass
+    assert "does not run, its slice is WAITING_FOR_RESOURCES; watch will not start it" in started.must(
+        "stop", "--name=run"
+    )
+    out, err = watch.communicate(timeout=60)
+    assert watch.returncode == 0, err
+    assert "was stopped by hand" in out
+    started.set(zone_full_until=0.0)
+    assert "was stopped by hand" in started.must("watch", *WATCH)
+    assert sorted(attempts(started)) == [1]
+
+
+def test_down_ends_a_watch_that_asks(started):
+    started.cloud.preempt("run", grace=0.0)
+    started.set(zone_full_until=time.time() + 1000)
+    watch = started.start("watch", *WATCH)
+    while "WAITING" not in watch.stdout.readline():
+        pass
+    started.must("down", "--name=run", "--yes")
+    out, err = watch.communicate(timeout=60)
+    assert watch.returncode == 0, err
+    assert "was deleted by `down`" in out
+    assert started.get("queued") == {}
+    assert not [path for path in (started.folder / "records").rglob("*.json")]
+
+
+def test_a_slice_that_is_dead_though_its_request_is_active(started):
+    """Of two slices one is taken, and the request does not say so."""
+    started.set(lost_nodes=["run"])
+    machines, lines = in_this_process(started)
+    watch = Watch(machines, max_restarts=0)
+    assert watch.step() == 0.0
+    assert any("run is PREEMPTED; deletes what is left, and asks again" in line for line in lines)
+    started.set(wait_at=0)
+    watch.run()
+    assert status_of(started)["state"] == "done"
+
+
+def test_a_machine_that_was_started_anew_trains_again(started):
+    """Its service is gone, and nothing says with which code."""
+    folder = started.cloud.machine("run", 0)
+    for worker in (0, 1):
+        folder = started.cloud.machine("run", worker)
+        for pid in pids(folder):
+            os.killpg(pid, signal.SIGKILL)
+        while pids(folder):
+            time.sleep(0.02)
+        (folder / "home/tvq_pod/ended").unlink(missing_ok=True)
+    started.set(wait_at=0)
+    assert "was preempted; starts again" in started.must("watch", *WATCH)
+    assert sorted(attempts(started)) == [1, 2]
+
+
+def test_what_was_given_up_stays_so_until_run(laptop):
+    laptop.set(training=[dict(steps=3, exit=1)])
+    laptop.must("up", *UP)
+    laptop.must("run", *RUN)
+    assert laptop.pod("watch", "--max_restarts=0", *WATCH)[0] == 1
+    code, _, err = laptop.pod("watch", "--max_restarts=0", *WATCH)
+    assert code == 1
+    assert "was given up after 1 failures; `run` begins anew" in err
+    assert sorted(attempts(laptop)) == [1]
+
+
+def test_the_log_of_a_slice_that_is_gone_is_in_the_bucket(started):
+    started.set(wait_at=0)
+    started.must("watch", *WATCH)
+    log = started.cloud.folder / "buckets/bucket/run/logs"
+    deadline = time.monotonic() + 30
+    while not list(log.glob("run-0.*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    started.cloud.preempt("run", grace=0.0)
+    assert "begins after step 0" in started.must("logs", "--name=run")
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -1,0 +1,11 @@
+"""Copies a file of this machine into a bucket or a folder: python -m launch.copy FILE TO."""
+
+import sys
+
+from etils import epath
+
+if __name__ == "__main__":
+    source, target = map(epath.Path, sys.argv[1:])
+    if "://" not in str(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(source.read_bytes())
