@@ -10,7 +10,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-[[ ${NAME:-} =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] || { echo "error: NAME=${NAME:-}: must be of a-z, 0-9 and -" >&2 && exit 1; }
+if ! [[ ${NAME:-} =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]]; then
+  echo "error: NAME=${NAME:-}: must be 1 to 40 of a-z, 0-9 and -" >&2
+  exit 1
+fi
 : "${NAME:?must be set: the name of the slice and the run}" "${ZONE:?must be set, as us-west4-a}"
 where=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"})
 tpus=(gcloud compute tpus)
@@ -49,8 +52,8 @@ upload() {
 
 up() {
   local flags state
-  if [[ -n $(git status --porcelain --untracked-files=no) ]]; then
-    echo "error: files differ from the commit, which is what is installed: commit them" >&2
+  if [[ -z ${ALLOW_DIRTY:-} && -n $(git status --porcelain --untracked-files=no) ]]; then
+    echo "error: files differ from the commit, which is what is installed: commit them, or set ALLOW_DIRTY=1" >&2
     exit 1
   fi
   : "${ACCELERATOR:?must be set, as v5litepod-16}"

@@ -62,7 +62,7 @@ def check_jobset(manifest: dict) -> None:
 
 def test_the_shell_only_path_has_a_training_done(laptop):
     environment = laptop.environment | dict(NAME="run", ZONE="us-central2-b", ACCELERATOR="v4-16", POLL_SECONDS="0.1")
-    environment |= dict(CREATE_FLAGS="--spot --network=default")
+    environment |= dict(CREATE_FLAGS="--spot --network=default", ALLOW_DIRTY="1")
 
     def shell(*arguments) -> str:
         command = ["bash", str(ROOT / "launch/tpu_vm.sh"), *arguments]
