@@ -86,16 +86,16 @@ class Machines:
         may_help = error.get("code", PASSING_CODES[0]) in PASSING_CODES
         return Queued(state.get("state", "STATE_UNSPECIFIED"), " ".join(error.get("message", "").split()), may_help)
 
-    def ask(self) -> None:
-        """Puts the request in the queue. Raises GcloudError."""
+    def ask(self, again: bool = False) -> None:
+        """Puts the request in the queue; for a run that was stopped, or is done, only `again`. Raises GcloudError."""
         record = self.record
         nodes = [f"--node-id={record.name}"]
         if record.slices > 1:
             nodes = [f"--node-count={record.slices}", f"--node-prefix={record.name}"]
-        self.note(phase=ASKED, asked_at=self.clock.now())
+        self.note(again, phase=ASKED, asked_at=self.clock.now())
         label = f"--labels={LABEL}={record.label}"
         flags = [*nodes, f"--accelerator-type={record.accelerator}", *record.create_flags, label]
-        if self.record.phase != ASKED:  # stopped meanwhile
+        if self.record.phase != ASKED and not self.gcloud.dry_run:  # stopped meanwhile
             return
         try:
             self.gcloud.create(record.name, flags)

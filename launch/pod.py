@@ -91,7 +91,7 @@ def up(records: Records) -> None:
         _say(f"{record.name}: {state}{f' ({why})' if why else ''}; deletes the request, and asks again")
         machines.gcloud.delete(record.name)
     if state in (MISSING, "SUSPENDED", "FAILED"):
-        machines.ask()
+        machines.ask(again=True)
     machines.wait_until_active()
     machines.prepare()
     _say(f"next: python -m launch.pod run --name={record.name} -- --config=FILE --workdir=gs://BUCKET/{record.name}")

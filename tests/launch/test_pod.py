@@ -6,7 +6,11 @@ import shlex
 
 import pytest
 
+from launch.gcloud import Gcloud
+from launch.machines import Machines
+from launch.record import Records
 from tests.launch.conftest import write_program
+from tvq_pod.errors import UserError
 
 ZONE = "--zone=us-central2-b"
 UP = (
@@ -257,9 +261,42 @@ def test_stop_saves_and_watch_lets_it_be(laptop):
     assert status_of(laptop)["state"] == "preempted"
     assert "was stopped by hand" in laptop.must("watch", *WATCH)
     laptop.set(wait_at=0)
+    laptop.cloud.preempt("run", grace=0.0)
+    assert "its slice is SUSPENDED; `up` first" in error_of(laptop, "run", *RUN)
+    laptop.must("up", *UP)
     laptop.must("run", *RUN)
     laptop.must("watch", *WATCH)
     assert status_of(laptop)["state"] == "done"
+
+
+def test_what_an_earlier_run_left_in_the_workdir_is_not_taken_for_this_one_s(laptop):
+    laptop.set(wait_at=3)
+    path = laptop.cloud.folder / "buckets/bucket/run/status.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(dict(state="done", run_id="another", saved_step=0, step=0, num_steps=20)))
+    laptop.must("up", *UP)
+    laptop.must("run", *RUN)
+    watch = laptop.start("watch", *WATCH)
+    said = watch.stdout.readline()
+    assert "done" not in said
+    laptop.set(wait_at=0)
+    said += watch.communicate(timeout=60)[0]
+    assert watch.returncode == 0
+    assert "run: done" in said.splitlines()[-1]
+    assert status_of(laptop)["step"] == 20
+
+
+def test_a_request_that_somebody_else_made_at_the_same_time_is_theirs(laptop, monkeypatch):
+    """Between the question whether there is one and the request."""
+    laptop.must("up", *UP)
+    for name in ("PATH", "STANDIN"):
+        monkeypatch.setenv(name, laptop.environment[name])
+    records = Records(laptop.folder / "records")
+    record = records.get("run")
+    record.label = "ours"
+    records.save(record)
+    with pytest.raises(UserError, match="is taken by a queued resource"):
+        Machines(record, records, Gcloud(record.project, record.zone)).ask()
 
 
 def test_down_asks_and_saves_first(laptop):
@@ -276,7 +313,6 @@ def test_down_asks_and_saves_first(laptop):
 
 def test_what_is_not_committed_is_refused_or_named_by_its_hash(tmp_path):
     from launch import source
-    from tvq_pod.errors import UserError
 
     clone = tmp_path / "clone"
     source._git("clone", "--quiet", "--shared", str(source.ROOT), str(clone))
