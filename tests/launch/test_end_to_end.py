@@ -41,7 +41,7 @@ def test_a_training_on_two_machines_that_are_taken_back_ends_as_one_that_was_lef
     as_on_two_machines(tmp_path / "alone", store)
     expected, _ = run("--mode=inspect", f"--workdir={tmp_path / 'alone'}")
 
-    reached_at(monkeypatch, server)
+    files = reached_at(monkeypatch, server)
     names = ("STORAGE_EMULATOR_HOST", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "TENSORSTORE_GCS_HTTP_URL")
     bucket = {name: os.environ[name] for name in names}
     laptop.environment |= bucket
@@ -62,9 +62,25 @@ def test_a_training_on_two_machines_that_are_taken_back_ends_as_one_that_was_lef
     found, _ = run("--mode=inspect", "--workdir=gs://bucket/pod")
     assert fingerprint(found) == fingerprint(expected)
     assert "done" in laptop.must("status")
+    for machine in ("run-0", "run-1"):
+        wait_for_log(files, f"bucket/pod/logs/{machine}.attempt-*-2.log")
     laptop.must("down", "--name=run", "--yes")
     assert laptop.get("queued") == {}
     assert not list((laptop.cloud.folder / "machines").iterdir())
+
+
+def wait_for_log(files, pattern: str) -> None:
+    """Until the machine's log is in the bucket."""
+    deadline = time.monotonic() + 60
+    while not fresh(files, pattern):
+        assert time.monotonic() < deadline, files.find("bucket/pod/logs")
+        time.sleep(0.5)
+
+
+def fresh(files, pattern: str) -> list[str]:
+    """Names that are there now."""
+    files.invalidate_cache()
+    return files.glob(pattern)
 
 
 def as_on_two_machines(workdir: pathlib.Path, store: str) -> None:

@@ -270,7 +270,7 @@ def test_stop_saves_and_watch_lets_it_be(laptop):
 
 
 def test_what_an_earlier_run_left_in_the_workdir_is_not_taken_for_this_one_s(laptop):
-    laptop.set(wait_at=3)
+    laptop.set(wait_at=1)  # before it writes a status of its own
     path = laptop.cloud.folder / "buckets/bucket/run/status.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(dict(state="done", run_id="another", saved_step=0, step=0, num_steps=20)))
