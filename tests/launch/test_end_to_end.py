@@ -1,6 +1,7 @@
 """The whole of it, with nothing pretended but gcloud and systemd: two machines, each with a home and an environment of
-its own, into which this commit is installed; one training over both, which find each other by jax's own detection of
-Cloud TPU; a bucket; a slice that is taken back."""
+its own, into which this commit is installed; one training over both, which find each other as jax finds TPU workers; a
+bucket; a slice that is taken back. (Without a chip jax asks no metadata server who the workers are: they are told by
+TPU_WORKER_HOSTNAMES, as on GKE.)"""
 
 import os
 import pathlib
