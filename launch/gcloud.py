@@ -53,7 +53,7 @@ class GcloudError(UserError):
         lines = [line.strip() for line in said.splitlines() if line.strip()]
         begin = next((i for i, line in enumerate(lines) if line.startswith("ERROR:")), max(len(lines) - 1, 0))
         message = re.search(r'"message": "((?:[^"\\\\]|\\\\.)*)"', said)  # of an operation that failed
-        self.code, self.output = code, ""
+        self.output = ""
         self.kind = next((kind for kind, signs in _SIGNS.items() if any(sign in said for sign in signs)), "other")
         n_lines = 1 if self.kind == "login" else 3
         text = message[1] if message else " ".join(lines[begin : begin + n_lines]) or f"exit code {code}"
@@ -96,10 +96,6 @@ class Gcloud:
     def describe(self, name: str) -> dict | None:
         """The queued resource, or None if there is none, and in a dry run. Raises GcloudError."""
         return self._ask(["queued-resources", "describe", name, *self._where, "--format=json"])
-
-    def nodes(self) -> list[dict]:
-        """All TPU VMs of the zone. Raises GcloudError."""
-        return self._ask(["tpu-vm", "list", *self._where, "--format=json"]) or []
 
     def node(self, name: str) -> dict | None:
         """One TPU VM, all machines of one slice. Raises GcloudError."""

@@ -135,7 +135,7 @@ class Machines:
         machines = [len(node.get("networkEndpoints", [])) for node in self.nodes().values()]
         if not all(machines) and not self.gcloud.dry_run:
             raise UserError(f"--name={record.name}: not all slices have their machines yet; try again")
-        self.note(machines=machines, active_at=now, waited=now - record.asked_at, refusals=0)
+        self.note(machines=machines, waited=now - record.asked_at, refusals=0)
         what = f"{record.slices} x {record.accelerator}" if record.slices > 1 else record.accelerator
         self._tell(f"{record.name}: {what} is there, {self.expected} machine(s), after {ago(record.waited)}")
 
@@ -164,8 +164,9 @@ class Machines:
         logs = shlex.quote(f"{record.workdir}/logs")
         self._until_all(("running", "exited"), f"bash {FOLDER}/worker.sh start {attempt} {logs}")
         self.note(phase=STARTED)
-        if self.record.phase == STOPPED:  # meanwhile
+        if record.phase == STOPPED:  # meanwhile
             self.stop()
+            return
         self._tell(f"{record.name}: started on {self.expected} machine(s), attempt {record.attempt}")
 
     def states(self, node: str = "all", worker: str = "all") -> dict[str, Said]:

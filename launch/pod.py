@@ -6,7 +6,8 @@
     python -m launch.pod status | logs | ssh | stop | down
 
 Needs gcloud on the PATH and logged in, and nothing else of this project's packages but absl. Every command may be
-given again at any time: what is there already stays. --dry_run prints the commands, and does none of them.
+given again at any time: what is there already stays, and what would disturb a training is refused. --dry_run prints the
+commands, and does none of them.
 """
 
 import pathlib
@@ -23,24 +24,13 @@ from launch.clock import ago
 from launch.gcloud import Gcloud, GcloudError
 from launch.machines import MISSING, Machines, settings_of
 from launch.record import ASKED, DONE, PREPARED, STARTED, STARTING, STOPPED, Gone, Record, Records
+from launch.request import asked_for
+from launch.show import HEADS, progress, row
 from launch.source import pack
-from launch.watch import Watch, progress
+from launch.watch import Watch
 from tvq_pod.errors import UserError
 
 _NAME = flags.DEFINE_string("name", None, "The run's name, and that of its slice.")
-_PROJECT = flags.DEFINE_string("project", None, "up: Google Cloud project; gcloud's default if not given.")
-_ZONE = flags.DEFINE_string("zone", None, "up: as us-west4-a; gcloud's default if not given.")
-_ACCELERATOR = flags.DEFINE_string("accelerator", None, "up: the slice's type, as v5litepod-256 or v5p-128.")
-_SLICES = flags.DEFINE_integer("slices", 1, "up: how many of them, for one job.", lower_bound=1)
-_SPOT = flags.DEFINE_bool("spot", False, "up: cheaper, and may be taken back at any time.")
-_RESERVED = flags.DEFINE_bool("reserved", False, "up: from the project's reservation.")
-_RUNTIME = flags.DEFINE_string("runtime_version", None, "up: what the machines boot; the chip's own if not given.")
-_NETWORK = flags.DEFINE_string("network", None, "up: the machines' network.")
-_SUBNETWORK = flags.DEFINE_string("subnetwork", None, "up: the machines' subnetwork.")
-_ACCOUNT = flags.DEFINE_string("service_account", None, "up: as whom the machines reach the bucket.")
-_INTERNAL = flags.DEFINE_bool("internal_ips", False, "up: no external addresses; wants --tunnel_through_iap, mostly.")
-_IAP = flags.DEFINE_bool("tunnel_through_iap", False, "up: ssh goes through Identity-Aware Proxy.")
-_UNTIL = flags.DEFINE_string("valid_until_duration", None, "up: give up waiting for the slice after this, as 6h.")
 _DIRTY = flags.DEFINE_bool("allow_dirty", False, "up: install files that differ from the commit, under another name.")
 _ENV_FILE = flags.DEFINE_string("env_file", None, "run: a file of NAME=VALUE for the training, such as keys; mode 600.")
 _SHARED = flags.DEFINE_bool("shared_workdir", False, "run: the workdir is a mount that all machines share.")
@@ -76,7 +66,11 @@ def _own(records: Records) -> Machines:
 
 def up(records: Records) -> None:
     """Asks for the slice, waits for it, and prepares its machines."""
-    record = _asked_for(records)
+    name = slices.check_name(_NAME.value)
+    record = asked_for(name, records.load(name), Gcloud(None, None, _DRY_RUN.value, say=_say).default)
+    for flag, value in (("project", record.project), ("zone", record.zone)):
+        if not value and not _DRY_RUN.value:
+            raise UserError(f"--{flag}=: must be given; gcloud has no default either")
     machines = _machines(record, records)
     source = pack(records.folder / "sources", _DIRTY.value, write=not _DRY_RUN.value)
     if records.load(record.name) is None and not _DRY_RUN.value:
@@ -95,84 +89,6 @@ def up(records: Records) -> None:
     machines.wait_until_active()
     machines.prepare()
     _say(f"next: python -m launch.pod run --name={record.name} -- --config=FILE --workdir=gs://BUCKET/{record.name}")
-
-
-_CREATE_FLAGS = (
-    "runtime_version",
-    "spot",
-    "reserved",
-    "network",
-    "subnetwork",
-    "service_account",
-    "valid_until_duration",
-    "internal_ips",
-)
-
-
-def _asked_for(records: Records) -> Record:
-    """The record of the flags; or the one that is there, if they don't ask for something else."""
-    name = slices.check_name(_NAME.value)
-    there = records.load(name)
-    if _ACCELERATOR.value is None and there is None:
-        raise UserError("--accelerator=: must be given, as v5litepod-16, v5p-128 or v6e-256")
-    asked = slices.parse(_ACCELERATOR.value or there.accelerator)
-    if _SPOT.value and _RESERVED.value:
-        raise UserError("--spot --reserved: must be one of them, or none")
-    create = [f"--runtime-version={_checked('runtime_version', asked.chip.runtime_version)}"]
-    for flag in _CREATE_FLAGS[1:]:
-        value = flags.FLAGS[flag].value
-        if value:
-            create.append(f"--{flag.replace('_', '-')}" + ("" if value is True else f"={_checked(flag)}"))
-    record = Record(
-        name=name,
-        project=_checked("project"),
-        zone=_checked("zone"),
-        accelerator=asked.accelerator,
-        slices=_SLICES.value,
-        create_flags=create,
-        ssh_flags=["--tunnel-through-iap"] if _IAP.value else [],
-        spot=_SPOT.value,
-    )
-    if there is None:
-        return _with_defaults(record)
-    present = [flag for flag in flags.FLAGS if flags.FLAGS[flag].present]
-    fields = dict(dict.fromkeys(_CREATE_FLAGS, "create_flags"), tunnel_through_iap="ssh_flags")
-    fields |= {flag: flag for flag in ("project", "zone", "accelerator", "slices")}
-    for flag in present:
-        field = fields.get(flag)
-        if field and getattr(there, field) != getattr(record, field):
-            raise UserError(
-                f"--{flag}: the run {name} was asked for with {getattr(there, field)}; give another --name, or `down` "
-                "first"
-            )
-    return there
-
-
-def _with_defaults(record: Record) -> Record:
-    """Project and zone are gcloud's where they are not given, and stay what they are now."""
-    gcloud = _gcloud(record)
-    record.project = record.project or gcloud.default("core/project") or None
-    record.zone = record.zone or gcloud.default("compute/zone") or None
-    for flag, value in (("project", record.project), ("zone", record.zone)):
-        if not value and not _DRY_RUN.value:
-            raise UserError(f"--{flag}=: must be given; gcloud has no default either")
-    return record
-
-
-_PATTERNS = {
-    "project": (r"[a-z][-a-z0-9:.]{4,61}[a-z0-9]", "my-project-123"),
-    "zone": (r"[a-z]+-[a-z]+[0-9]+-[a-z]+[0-9]*", "us-west4-a"),
-    "runtime_version": (r"[a-z0-9][-a-z0-9.]*", "v2-alpha-tpuv5-lite"),
-    "network": (r"[-a-zA-Z0-9_./]+", "default"),
-    "subnetwork": (r"[-a-zA-Z0-9_./]+", "default"),
-    "service_account": (r"[-a-zA-Z0-9_.@]+", "trainer@my-project.iam.gserviceaccount.com"),
-    "valid_until_duration": (r"([0-9]+[smhd])+", "6h"),
-}
-
-
-def _checked(flag: str, default: str | None = None) -> str | None:
-    value = flags.FLAGS[flag].value
-    return default if value is None else slices.check_value(flag, value, *_PATTERNS[flag])
 
 
 # ---------------------------------------------------------------------- run
@@ -282,51 +198,19 @@ def watch(records: Records) -> None:
 def status(records: Records) -> None:
     """A line for each run."""
     names = [slices.check_name(_NAME.value)] if _NAME.value else records.names()
-    rows = [("run", "slice", "queue", "training", "step", "tokens/s", "loss", "saved")]
+    rows = [HEADS]
     for name in names:
         try:
-            rows.append(_row(_machines(records.get(name), records)))
+            rows.append(row(_machines(records.get(name), records)))
         except UserError as error:
             if _NAME.value:
                 raise
-            rows.append((name, str(error), *[""] * 6))
+            rows.append((name, str(error), *[""] * (len(HEADS) - 2)))
     if _DRY_RUN.value:
         return
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        _say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _row(machines: Machines) -> tuple[str, ...]:
-    record = machines.record
-    what = f"{record.slices}x{record.accelerator}" if record.slices > 1 else record.accelerator
-    what += " spot" if record.spot else ""
-    try:
-        queue = machines.queue().state
-    except UserError as error:
-        queue = error.kind if isinstance(error, GcloudError) else "not ours"
-    try:
-        seen = machines.status() or {}
-    except GcloudError:
-        seen = {}
-    saved = "-"
-    if seen.get("saved_step") is not None:
-        saved = f"step {seen['saved_step']}, {ago(max(0.0, time.time() - seen['saved_at']))} ago"
-    training = seen.get("state", "-")
-    if training == "training":
-        training += f" ({ago(max(0.0, time.time() - seen['time']))} ago)"
-    step = f"{seen['step']}/{seen['num_steps']}" if "step" in seen else "-"
-    number = lambda name, form: form.format(seen[name]) if seen.get(name) is not None else "-"  # noqa: E731
-    return (
-        record.name,
-        what,
-        queue.lower(),
-        training,
-        step,
-        number("tokens_per_second", "{:,.0f}"),
-        number("loss", "{:.4f}"),
-        saved,
-    )
+    widths = [max(len(cells[i]) for cells in rows) for i in range(len(rows[0]))]
+    for cells in rows:
+        _say("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
 
 
 def _place(machines: Machines) -> tuple[str, str]:

@@ -52,9 +52,7 @@ class Record:
     failures: int = 0  # of the training, since a checkpoint was newer than any before
     saved_step: int = -1  # the newest one known
     refusals: int = 0  # of the request for a slice, since the last that was granted
-    lost: int = 0  # slices that were taken back
     asked_at: float = 0.0  # seconds since 1970
-    active_at: float = 0.0
     waited: float = 0.0  # seconds from asking to having, the last time
 
 

@@ -6,6 +6,7 @@ from launch.clock import ago
 from launch.gcloud import GcloudError
 from launch.machines import MISSING, WAITING, Machines, Queued, Said
 from launch.record import ASKED, DONE, PREPARED, STARTED, STOPPED, Gone
+from launch.show import progress
 from tvq_pod.errors import UserError
 
 PREEMPTED = "75"  # exit code: saved, run me again
@@ -97,7 +98,7 @@ class Watch:
         self._say(f"{queued.state}: {queued.why or 'was taken back'}; deletes the request, and asks again")
         self.machines.gcloud.delete(record.name)
         if record.phase != ASKED:
-            self.machines.note(phase=ASKED, lost=record.lost + 1)
+            self.machines.note(phase=ASKED)
             return 0.0
         return self._refused(why, None if queued.may_help else self.max_restarts)
 
@@ -141,7 +142,7 @@ class Watch:
             return machines.poll_seconds
         self._say(f"{', '.join(lost)}; deletes what is left, and asks again")
         machines.gcloud.delete(record.name, force=True)
-        machines.note(phase=ASKED, lost=record.lost + 1)
+        machines.note(phase=ASKED)
         return 0.0
 
     def _start(self) -> float:
@@ -225,18 +226,6 @@ class Watch:
         machines.say("# once it is ACTIVE:")
         machines.prepare()
         machines.start()
-
-
-def progress(status: dict | None) -> str:
-    """A run's status file, in a line."""
-    if not status:
-        return "runs; no status yet"
-    number = lambda name, form: form.format(status[name]) if status.get(name) is not None else "?"  # noqa: E731
-    return (
-        f"{status['state']}, step {status.get('step', 0)}/{status.get('num_steps', '?')}, "
-        f"loss {number('loss', '{:.4f}')}, {number('tokens_per_second', '{:,.0f}')} tokens/s, "
-        f"saved step {number('saved_step', '{}')}"
-    )
 
 
 def _back_off(times: int) -> float:

@@ -14,7 +14,6 @@ root=$HOME/tvq_pod
 unit=tvq_pod.service
 logs_unit=tvq_pod_logs.service
 mkdir -p "$root"
-export PATH=$PATH:/snap/bin # where Ubuntu's images have gcloud, and systemd does not look
 
 # The metadata server of the machine; the variable is that of Google's own libraries.
 metadata() {
@@ -175,15 +174,13 @@ ended() {
 state() {
   local attempt now
   attempt=$(cat "$root/attempt" 2> /dev/null) || attempt=
-  now=$(unit_state)
+  now=$(unit_state) # first: a unit that is no longer active has said how it ended
   if [[ -z $attempt ]]; then
     report none
   elif has_ended "$attempt"; then
     report "exited $attempt $(cut -d ' ' -f 2 "$root/ended")"
   elif [[ $now == active || $now == *ing ]]; then
     report "running $attempt"
-  elif has_ended "$attempt"; then # just now
-    state
   else # the machine was started anew
     report "gone $attempt"
   fi

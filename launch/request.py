@@ -1,0 +1,93 @@
+"""What `up` is asked for, by its flags: the record of a run. A run that is there already may be asked for again, but
+not for something else."""
+
+from collections.abc import Callable
+
+from absl import flags
+
+from launch import slices
+from launch.record import Record
+from tvq_pod.errors import UserError
+
+_PROJECT = flags.DEFINE_string("project", None, "up: Google Cloud project; gcloud's default if not given.")
+_ZONE = flags.DEFINE_string("zone", None, "up: as us-west4-a; gcloud's default if not given.")
+_ACCELERATOR = flags.DEFINE_string("accelerator", None, "up: the slice's type, as v5litepod-256 or v5p-128.")
+_SLICES = flags.DEFINE_integer("slices", 1, "up: how many of them, for one job.", lower_bound=1)
+_SPOT = flags.DEFINE_bool("spot", False, "up: cheaper, and may be taken back at any time.")
+_RESERVED = flags.DEFINE_bool("reserved", False, "up: from the project's reservation.")
+_RUNTIME = flags.DEFINE_string("runtime_version", None, "up: what the machines boot; the chip's own if not given.")
+_NETWORK = flags.DEFINE_string("network", None, "up: the machines' network.")
+_SUBNETWORK = flags.DEFINE_string("subnetwork", None, "up: the machines' subnetwork.")
+_ACCOUNT = flags.DEFINE_string("service_account", None, "up: as whom the machines reach the bucket.")
+_INTERNAL = flags.DEFINE_bool("internal_ips", False, "up: no external addresses; wants --tunnel_through_iap, mostly.")
+_IAP = flags.DEFINE_bool("tunnel_through_iap", False, "up: ssh goes through Identity-Aware Proxy.")
+_UNTIL = flags.DEFINE_string("valid_until_duration", None, "up: give up waiting for the slice after this, as 6h.")
+
+_CREATE_FLAGS = (
+    "runtime_version",
+    "spot",
+    "reserved",
+    "network",
+    "subnetwork",
+    "service_account",
+    "valid_until_duration",
+    "internal_ips",
+)
+
+
+def asked_for(name: str, there: Record | None, default: Callable[[str], str]) -> Record:
+    """The record of the flags; or the one that is `there`, if they don't ask for something else. Raises UserError.
+
+    default: gcloud's own value of a setting, as core/project: project and zone stay what they are now.
+    """
+    if _ACCELERATOR.value is None and there is None:
+        raise UserError("--accelerator=: must be given, as v5litepod-16, v5p-128 or v6e-256")
+    asked = slices.parse(_ACCELERATOR.value or there.accelerator)
+    if _SPOT.value and _RESERVED.value:
+        raise UserError("--spot --reserved: must be one of them, or none")
+    create = [f"--runtime-version={_checked('runtime_version', asked.chip.runtime_version)}"]
+    for flag in _CREATE_FLAGS[1:]:
+        value = flags.FLAGS[flag].value
+        if value:
+            create.append(f"--{flag.replace('_', '-')}" + ("" if value is True else f"={_checked(flag)}"))
+    record = Record(
+        name=name,
+        project=_checked("project"),
+        zone=_checked("zone"),
+        accelerator=asked.accelerator,
+        slices=_SLICES.value,
+        create_flags=create,
+        ssh_flags=["--tunnel-through-iap"] if _IAP.value else [],
+        spot=_SPOT.value,
+    )
+    if there is None:
+        record.project = record.project or default("core/project") or None
+        record.zone = record.zone or default("compute/zone") or None
+        return record
+    present = [flag for flag in flags.FLAGS if flags.FLAGS[flag].present]
+    fields = dict(dict.fromkeys(_CREATE_FLAGS, "create_flags"), tunnel_through_iap="ssh_flags")
+    fields |= {flag: flag for flag in ("project", "zone", "accelerator", "slices")}
+    for flag in present:
+        field = fields.get(flag)
+        if field and getattr(there, field) != getattr(record, field):
+            raise UserError(
+                f"--{flag}: the run {name} was asked for with {getattr(there, field)}; give another --name, or `down` "
+                "first"
+            )
+    return there
+
+
+_PATTERNS = {
+    "project": (r"[a-z][-a-z0-9:.]{4,61}[a-z0-9]", "my-project-123"),
+    "zone": (r"[a-z]+-[a-z]+[0-9]+-[a-z]+[0-9]*", "us-west4-a"),
+    "runtime_version": (r"[a-z0-9][-a-z0-9.]*", "v2-alpha-tpuv5-lite"),
+    "network": (r"[-a-zA-Z0-9_./]+", "default"),
+    "subnetwork": (r"[-a-zA-Z0-9_./]+", "default"),
+    "service_account": (r"[-a-zA-Z0-9_.@]+", "trainer@my-project.iam.gserviceaccount.com"),
+    "valid_until_duration": (r"([0-9]+[smhd])+", "6h"),
+}
+
+
+def _checked(flag: str, default: str | None = None) -> str | None:
+    value = flags.FLAGS[flag].value
+    return default if value is None else slices.check_value(flag, value, *_PATTERNS[flag])

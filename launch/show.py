@@ -1,0 +1,55 @@
+"""A run as people see it: its status file (tvq_pod/status.py) in a line, and a row of the table of all runs."""
+
+import time
+
+from launch.clock import ago
+from launch.gcloud import GcloudError
+from launch.machines import Machines
+from tvq_pod.errors import UserError
+
+HEADS = ("run", "slice", "queue", "training", "step", "tokens/s", "loss", "saved")
+
+
+def progress(status: dict | None) -> str:
+    """A run's status file, in a line."""
+    if not status:
+        return "runs; no status yet"
+    return (
+        f"{status['state']}, step {status.get('step', 0)}/{status.get('num_steps', '?')}, "
+        f"loss {_number(status, 'loss', '.4f')}, {_number(status, 'tokens_per_second', ',.0f')} tokens/s, "
+        f"saved step {_number(status, 'saved_step', 'd')}"
+    )
+
+
+def row(machines: Machines) -> tuple[str, ...]:
+    """A cell for each of HEADS."""
+    record = machines.record
+    what = f"{record.slices}x{record.accelerator}" if record.slices > 1 else record.accelerator
+    try:
+        queue = machines.queue().state.lower()
+    except UserError as error:
+        queue = error.kind if isinstance(error, GcloudError) else "not ours"
+    status = machines.status() or {}
+    training, saved = status.get("state", "-"), "-"
+    if training == "training":
+        training += f" ({_since(status['time'])} ago)"
+    if status.get("saved_step") is not None:
+        saved = f"step {status['saved_step']}, {_since(status['saved_at'])} ago"
+    return (
+        record.name,
+        what + (" spot" if record.spot else ""),
+        queue,
+        training,
+        f"{status['step']}/{status['num_steps']}" if "step" in status else "-",
+        _number(status, "tokens_per_second", ",.0f"),
+        _number(status, "loss", ".4f"),
+        saved,
+    )
+
+
+def _number(status: dict, name: str, form: str) -> str:
+    return "-" if status.get(name) is None else format(status[name], form)
+
+
+def _since(at: float) -> str:
+    return ago(max(0.0, time.time() - at))
