@@ -9,10 +9,10 @@ import threading
 
 import pytest
 
-from tests.launch.standin import HERE, MACHINES, Cloud
+from tests.launch.cloud import MACHINES, Cloud
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-PROGRAMS = ("gcloud", "sudo", "systemctl", "journalctl")
+HERE = pathlib.Path(__file__).parent
 
 
 class Laptop:
@@ -22,13 +22,14 @@ class Laptop:
         self.folder = folder
         self.cloud = Cloud(folder / "cloud")
         self.bin = folder / "bin"
-        for place, programs in ((self.bin, ["gcloud"]), (self.cloud.folder / "bin", [*PROGRAMS, "python3"])):
+        there = self.cloud.folder / "bin"  # on every machine
+        for place in (self.bin, there):
             place.mkdir(parents=True)
-            for name in programs:
-                verb = "python" if name == "python3" else name
-                write_program(place / name, f'exec {sys.executable} -S {HERE} {verb} "$@"')
+            write_program(place / "gcloud", f'exec {sys.executable} -S {HERE}/gcloud_program.py "$@"')
+        for name, verb in dict(sudo="sudo", systemctl="systemctl", journalctl="journalctl", python3="python").items():
+            write_program(there / name, f'exec {sys.executable} -S {HERE}/machine_program.py {verb} "$@"')
         for name in ("python3.11", "python3.12", "python3.13"):
-            write_program(self.cloud.folder / "bin" / name, "exit 1")
+            write_program(there / name, "exit 1")
         self.environment = os.environ | dict(
             PATH=f"{self.bin}:/usr/bin:/bin", STANDIN=str(self.cloud.folder), PYTHONPATH=str(ROOT)
         )

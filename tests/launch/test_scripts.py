@@ -17,7 +17,7 @@ from kubeflow_trainer_api import models
 from launch import libtpu, slices
 from launch.record import Record
 from tests.launch.conftest import ROOT, write_program
-from tests.launch.standin import TABLE
+from tests.launch.gcloud_program import TABLE
 from tests.launch.test_pod import status_of
 from tvq_pod.parallel.chips import CHIPS
 

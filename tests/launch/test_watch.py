@@ -13,7 +13,7 @@ from launch.gcloud import Gcloud
 from launch.machines import Machines
 from launch.record import Records
 from launch.watch import GivenUp, Watch
-from tests.launch.standin import pids
+from tests.launch.cloud import pids
 from tests.launch.test_pod import RUN, UP, WATCH, status_of
 
 
