@@ -287,7 +287,7 @@ def test_saves_that_fail_are_not_the_last(corpus, tmp_path, monkeypatch):
 
 
 class AskedAt:
-    """SIGTERM that comes before a step: every vote asks once."""
+    """SIGTERM that comes in a step: after each, the run asks once."""
 
     can_save = False
 

@@ -22,7 +22,7 @@ class Preemption:
     """
 
     def __init__(self, grace_seconds: float):
-        self.requested = False
+        self._requested = threading.Event()
         self.can_save = False
         self._grace_seconds = grace_seconds
         reader, writer = os.pipe()
@@ -30,6 +30,14 @@ class Preemption:
         signal.signal(signal.SIGTERM, lambda number, frame: None)  # so that the pipe is written to
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
+
+    @property
+    def requested(self) -> bool:
+        return self._requested.is_set()
+
+    def wait(self) -> None:
+        """Until it has come."""
+        self._requested.wait()
 
     def _watch(self, reader: int) -> None:
         while True:
@@ -39,7 +47,7 @@ class Preemption:
                 _end("SIGTERM before the first step, or after the last: there is nothing to save", PREEMPTED)
             if self.requested:
                 _end("a second SIGTERM: ends without saving; the newest checkpoint is as it was", 1)
-            self.requested = True
+            self._requested.set()
             timer = threading.Timer(self._grace_seconds, self._too_long)
             timer.daemon = True
             timer.start()

@@ -1,7 +1,8 @@
 """--mode=train: from a config to a trained model. Reads from top to bottom: check, prepare, restore, loop, finish.
 
-What happens to one process and must be known to all (SIGTERM, a save that failed) is voted on before every step; what
-follows from numbers (a bad step) every process computes alike. So all save, stop and go back at the same step.
+What happens to one process and must be known to all is agreed on: where to stop after SIGTERM (parallel/stopping.py);
+that a save failed, by a vote before every step. What follows from numbers (a bad step) every process computes alike. So
+all save, stop and go back at the same step.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from tvq_pod.metrics import MetricsWriter, bits_per_byte, check_packages, lines_
 from tvq_pod.parallel.mesh import check_rows, make_mesh, sizes
 from tvq_pod.parallel.processes import Ballot, all_agree, decided_by_first, is_first, on_first
 from tvq_pod.parallel.sharding import on_one_device
+from tvq_pod.parallel.stopping import StopTogether
 from tvq_pod.paths import write_whole
 from tvq_pod.preemption import Preemption
 from tvq_pod.prepare import check_source, describe, open_store, store_path
@@ -97,7 +99,8 @@ class _Session:
             contextlib.closing(Checkpoints(workdir, settings.checkpoint, on_saved=status.saved))
         )
         self.skipped = Skipped(workdir)
-        self.ballot = Ballot(mesh, ("stop", "save_failed", "save_busy"))
+        self.ballot = Ballot(mesh, ("save_failed", "save_busy"))
+        self.stop = StopTogether(preemption, settings.checkpoint.grace_seconds)
         self.step_fn = None
         self.course: Course | None = None
 
@@ -149,6 +152,7 @@ class _Session:
         if self.evaluator and evaluate and not decided_by_first(last_step in lines_of(self.workdir, "validation")):
             self._evaluate(state, last_step)
         self.preemption.can_save = False  # all is saved
+        self.stop.close()
         if self.settings.sample.length:
             params = on_one_device(state.params, self.mesh)
             on_first(lambda: _sample(self.settings, self.workdir, params, last_step))
@@ -262,7 +266,7 @@ class _Session:
                 if behind is not None:
                     self._check_bad(behind, step - 1)
                 behind = metrics
-                told = self.ballot.result()
+                told, stop = self.ballot.result(), self.stop.now()
                 log()  # fetched only now that the device has its next step to do
                 if told["save_failed"] and not failing:
                     say(
@@ -275,11 +279,11 @@ class _Session:
                 # Between bad steps nothing is saved: what a run can go back to must be from before them.
                 save = last or (owed and not failing and not int(metrics["n_bad"]))
                 evaluate = not last and self._evaluates_at(step)
-                if step % config.log_every_steps == 0 or save or told["stop"]:
+                if step % config.log_every_steps == 0 or save or stop:
                     waiting, interval = (step, interval), []
-                if save or evaluate or told["stop"]:
+                if save or evaluate or stop:
                     log()
-                if told["stop"]:
+                if stop:
                     self._leave(state, step)
                 # What belongs to a step is written before its checkpoint: a run that goes on from there does not come
                 # back for it.
@@ -305,7 +309,6 @@ class _Session:
 
     def _vote(self) -> None:
         self.ballot.cast(
-            stop=self.preemption.requested,
             save_failed=self.checkpoints.failing,
             save_busy=self.checkpoints.busy,
         )
@@ -335,18 +338,7 @@ class _Session:
 
     def _evaluate(self, state: TrainState, step: int) -> None:
         """Raises Preempted if the run is asked to end meanwhile."""
-
-        asked = False
-
-        def told_to_stop() -> bool:
-            """The answer to the vote before: its own would have to wait for the device."""
-            nonlocal asked
-            told = asked and self.ballot.result()["stop"]
-            self._vote()
-            asked = True
-            return told
-
-        result = self.evaluator.evaluate(state.params, told_to_stop)
+        result = self.evaluator.evaluate(state.params, self.stop.now)
         if result is None:
             self._leave(state, step)
         report(result, step, "validation")
