@@ -51,7 +51,8 @@ def started(last: int) -> list[subprocess.Popen]:
 def last_place_of(job: subprocess.Popen) -> int:
     _, err = job.communicate(timeout=60)
     *_, line = err.splitlines()
-    assert line.startswith("ends after ") and job.returncode == 0, err
+    assert job.returncode == 0, err
+    assert line.startswith("ends after "), err
     return int(line.split()[-1])
 
 
