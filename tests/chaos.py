@@ -50,7 +50,7 @@ TRAIN = [
     "--config.checkpoint.timeout_seconds=20", "--config.eval.batch_size=4", "--config.eval.max_tokens=2000",
     "--config.sample.length=0",
 ]  # fmt: skip
-PEER_TIMEOUT = 8
+PEER_TIMEOUT, JOIN_TIMEOUT = 8, 40
 LIMIT = 90.0  # seconds within which every process must have ended by itself
 FLOAT_ERROR = 2e-3  # of elastic runs' parameters
 
@@ -202,7 +202,8 @@ class Lost(Exception):
 def start(workdir: pathlib.Path, cache: pathlib.Path, corpus: pathlib.Path, n_processes: int) -> Job:
     """The command that every session is started with, on n_processes."""
     arguments = [*TRAIN, f"--config.data.source={corpus}", f"--workdir={workdir}", f"--config.compile_cache={cache}"]
-    arguments += [f"--config.train.num_steps={STEPS}", f"--peer_timeout_seconds={PEER_TIMEOUT}"]
+    arguments += [f"--config.train.num_steps={STEPS}"]
+    arguments += [f"--peer_timeout_seconds={PEER_TIMEOUT}", f"--join_timeout_seconds={JOIN_TIMEOUT}"]
     job = Job(local.start(n_processes, DEVICES // n_processes, arguments), [[] for _ in range(n_processes)])
     for process, text in zip(job.processes, job.texts, strict=True):
         local.in_background(lambda process=process, text=text: text.extend(map(_decoded, process.stderr)))

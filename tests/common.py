@@ -12,8 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tvq_pod.config import DataSettings
+from tvq_pod.data.corpora import Document
+from tvq_pod.data.store import TokenStore
+from tvq_pod.data.vocab import ByteVocab
 from tvq_pod.nn.attn import VQAttention
 from tvq_pod.nn.types import TransformerConfig, VQSpec
+from tvq_pod.prepare import make_store
 
 
 class Dtypes(NamedTuple):
@@ -176,3 +181,10 @@ def quadratic_attention(config: TransformerConfig, params: dict, q, k, v, doc_id
         weights = np.exp(np.array(scores) - np.max(scores))
         out[b, i, query_head] = weights @ np.array(values) / weights.sum()
     return out.reshape(batch_size, length, -1)
+
+
+def store_of(path, texts, vocab=None, **settings) -> TokenStore:
+    """A store of texts, all for training unless settings (of config.data) say otherwise."""
+    data = DataSettings(**(dict(validation_share=0.0, test_share=0.0, source="stdlib") | settings))
+    corpus = [Document(str(index), text) for index, text in enumerate(texts)]
+    return make_store(path, lambda: iter(corpus), vocab or ByteVocab(), data)

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.common import small_config
+from tests.common import small_config, store_of
 from tvq_pod.config import EvalSettings, MeshSettings, Settings, TrainSettings
-from tvq_pod.data.store import write_store
 from tvq_pod.data.vocab import END_OF_DOC, ByteVocab
 from tvq_pod.errors import UserError
 from tvq_pod.eval import Evaluator
@@ -28,10 +27,7 @@ TEXTS = [b"x" * n + b"the end" for n in (1, 3, 50, 20, 7, 90, 12, 33, 5, 2, 60)]
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    vocab = ByteVocab()
-    documents = [(text, vocab.encode(text)) for text in TEXTS]
-    path = tmp_path_factory.mktemp("eval") / "store"
-    return write_store(path, documents, vocab, validation_share=0.0, test_share=0.0, source="here")
+    return store_of(tmp_path_factory.mktemp("eval") / "store", TEXTS)
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ import pytest
 from tests.common import small_config
 from tvq_pod.config import SampleSettings
 from tvq_pod.data.vocab import END_OF_DOC, ByteVocab
+from tvq_pod.draw import draw_token
 from tvq_pod.nn.model import Transformer
 from tvq_pod.nn.scores import NEVER
-from tvq_pod.sample import Sampler, continuations, cut_prompt, draw_token, text_of
+from tvq_pod.sample import Sampler, continuations, cut_prompt, text_of
 
 CONFIG = small_config(n_vocab=ByteVocab.n_vocab + 5, block_len=8, mem_len=4, pe_abs=True)
 LENGTH = 40

@@ -18,15 +18,20 @@ from tvq_pod.nn.types import TransformerConfig
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    source: str = ""  # "stdlib", a folder of text files, a file of one document a line, or a .jsonl file
-    format: str = "auto"  # auto | stdlib | folder | lines | jsonl
-    text_field: str = "text"  # of jsonl
+    source: str = ""  # "stdlib", "novels", or a path: see docs/data.md
+    format: str = "auto"  # auto | stdlib | novels | folder | lines | jsonl | parquet | enwik8 | pg19 | imagenet64
+    text_field: str = "text"  # of jsonl and parquet: the field or column with the text
     glob: str = "**/*"  # which files of a folder
-    vocab: str = "bytes"  # "bytes", or the path of a SentencePiece model
+    # "bytes", the path of a SentencePiece model or of a Hugging Face tokenizer.json, or "sentencepiece": BPE with
+    # byte fallback, trained on the training documents when the store is made
+    vocab: str = "bytes"
+    vocab_size: int = 32_000  # of "sentencepiece"
+    mixture: str = ""  # train on several stores, instead of one: "STORE=WEIGHT,STORE=WEIGHT", weights of tokens
     invalid_utf8: str = "error"  # with a SentencePiece model: error | replace | skip. Byte models take any bytes
     store: str = ""  # folder of the token store; "" is WORKDIR/store
     validation_share: float = 0.02  # of documents, chosen by a hash of their content
     test_share: float = 0.02
+    prepare_processes: int = 0  # that encode text when a store is made; 0: one a core
     num_threads: int = 2  # that read batches ahead
     prefetch_batches: int = 8
 
@@ -90,7 +95,10 @@ class SanitySettings:
 class EvalSettings:
     every_steps: int = 0  # evaluate validation while training; 0: never
     at_end: bool = True  # evaluate validation after the last step
-    batch_size: int = 16  # rows that documents are laid out on; 0: as many as train.batch_size
+    # Rows that documents are laid out on. 0: as many as leave at most 5% of the positions to padding, up to
+    # train.batch_size
+    batch_size: int = 0
+    cache: str = "on"  # off: without the compressed cache, attention ends with the window
     max_tokens: int = 0  # stop adding documents once there are so many tokens; 0: the whole split
 
 
@@ -98,6 +106,7 @@ class EvalSettings:
 class SampleSettings:
     prompt: str = ""  # of the sample at the end of training, and where --prompt is not given
     length: int = 512  # tokens, at most: end-of-document ends a sample; 0: no sample at the end of training
+    count: int = 1  # samples of each prompt, or images
     temperature: float = 1.0  # 0: always the likeliest token
     nucleus_p: float = 0.95  # sample from the likeliest tokens that have this probability together; 1: from all
     seed: int = 0
@@ -126,13 +135,11 @@ class Settings:
     sample: SampleSettings = SampleSettings()
     metrics: MetricsSettings = MetricsSettings()
 
-    @property
-    def eval_rows(self) -> int:
-        """Rows of an evaluation."""
-        return self.eval.batch_size or self.train.batch_size
-
 
 NOT_IN_CONFIG = ("is_train",)  # the mode decides
+IMAGE_SHAPE = (64, 64, 3)  # of imagenet64: rows, columns, colors
+IMAGE_BYTES = 64 * 64 * 3
+FORMATS = ("auto", "stdlib", "novels", "folder", "lines", "jsonl", "parquet", "enwik8", "pg19", "imagenet64")
 CHOICES = {
     "model.attn_type": ("vq", "full"),
     "model.head_type": ("shga", "mqa", "mha"),
@@ -140,7 +147,8 @@ CHOICES = {
     "model.remat": ("projections", "dots", "full", "none"),
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
-    "data.format": ("auto", "stdlib", "folder", "lines", "jsonl"),
+    "data.format": FORMATS,
+    "eval.cache": ("on", "off"),
     "data.invalid_utf8": ("error", "replace", "skip"),
     "train.on_batch_change": ("refuse", "restart_streams"),
     "optimizer.name": ("adamw", "lion", "adafactor"),
@@ -153,6 +161,8 @@ AT_LEAST = {  # everything else that is a number must be at least 0
     },
     "model.n_vocab": 4,
     "data.num_threads": 1,
+    "data.vocab_size": 300,
+    "sample.count": 1,
     "data.prefetch_batches": 1,
     "train.batch_size": 1,
     "train.update_len": 1,
@@ -215,6 +225,14 @@ def _check_relations(settings: Settings) -> None:
             raise UserError(f"config.{name}={seed}: must be below 2 ** 31")
     if not 0 < settings.sample.nucleus_p <= 1:
         raise UserError(f"config.sample.nucleus_p={settings.sample.nucleus_p}: must be above 0 and at most 1")
+    if data.format == "imagenet64":
+        if data.vocab != "bytes":
+            raise UserError(f"config.data.vocab={data.vocab}: must be bytes with config.data.format=imagenet64")
+        if settings.sample.length not in (0, IMAGE_BYTES):
+            raise UserError(
+                f"config.sample.length={settings.sample.length}: must be {IMAGE_BYTES}, an image, with "
+                "config.data.format=imagenet64; or 0"
+            )
     _check_mesh(settings)
     if settings.mesh.data == 0:
         raise UserError("config.mesh.data=0: must be a number of devices, or -1 for all")

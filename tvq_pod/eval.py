@@ -1,7 +1,8 @@
 """--mode=eval: loss of whole documents, each with its full context.
 
 Documents are laid end to end on rows (see PackedDocuments); every row's state is carried from update to update, so a
-token is predicted from all that came before it in its document, however long.
+token is predicted from all that came before it in its document, however long. config.eval.cache=off shows what the
+compressed cache is worth: the same parameters, with attention that ends with the window.
 """
 
 import dataclasses
@@ -12,19 +13,21 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from tvq_pod.checkpoint import FINGERPRINT, Checkpoints, model_record
 from tvq_pod.config import Settings
 from tvq_pod.data.loader import global_batches
+from tvq_pod.data.mixture import Mixture
 from tvq_pod.data.store import TokenStore
-from tvq_pod.data.streams import PackedDocuments
+from tvq_pod.data.streams import PADDING, PackedDocuments
 from tvq_pod.errors import UserError
 from tvq_pod.metrics import LOG_2, MetricsWriter
 from tvq_pod.nn.axes import placed_by
 from tvq_pod.nn.model import Transformer
 from tvq_pod.nn.types import TransformerConfig
-from tvq_pod.parallel.mesh import check_divides, compiler_options, make_mesh
+from tvq_pod.parallel.mesh import check_divides, compiler_options, make_mesh, n_row_shards
 from tvq_pod.parallel.processes import is_first
 from tvq_pod.parallel.sharding import (
     OnMesh,
@@ -32,7 +35,8 @@ from tvq_pod.parallel.sharding import (
     replicated,
     shardings_of,
 )
-from tvq_pod.prepare import open_store, store_path
+from tvq_pod.positions import BUCKET, Positions, write_positions
+from tvq_pod.prepare import open_store, store_path, words_of
 from tvq_pod.progress import say
 from tvq_pod.train_state import abstract_train_state
 
@@ -43,9 +47,18 @@ class Result:
 
     loss: float  # nats a token, end-of-documents included
     bits_per_byte: float  # the same loss, in bits, over the bytes of the documents' text
+    word_perplexity: float | None  # exp(the same loss over the words that PG-19's authors count); None: other corpora
     tokens: int  # predicted tokens
     documents: int
+    padding: float  # share of the positions that was computed that is padding
     seconds: float
+    by_position: Positions  # loss by place in the document
+
+    def numbers(self) -> dict:
+        """All but by_position, as metrics.jsonl has them."""
+        numbers = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del numbers["by_position"]
+        return {name: value for name, value in numbers.items() if value is not None}
 
 
 def make_eval_state(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int) -> dict:
@@ -59,12 +72,13 @@ def _state_shardings(config: TransformerConfig, mesh: jax.sharding.Mesh, n_rows:
     return shardings_of(Transformer.state_axes(config), shapes, mesh)
 
 
-def make_eval_step(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int):
+def make_eval_step(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int, n_buckets: int):
     """The compiled step: (params, state, batch) -> (state, sums); the state given is donated.
 
-    batch: see `global_batches`. sums: float32 scalars: loss (nats) and tokens, over positions that are no padding.
+    batch: see `global_batches`, with positions. sums: float32 [n_buckets]: loss (nats) over positions that are no
+    padding, by place in the document, BUCKET places in each.
     """
-    config = settings.model.replace(is_train=False)
+    config = _eval_model(settings)
     shardings = _state_shardings(config, mesh, n_rows)
 
     def eval_step(params, state, batch):
@@ -72,7 +86,8 @@ def make_eval_step(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int):
         with placed_by(OnMesh(mesh, settings.mesh.fsdp)):
             state, out = Transformer(config).apply({"params": params}, state, *inputs)
         losses = out["losses"] * batch["loss_mask"]
-        return state, dict(loss=jnp.sum(losses), tokens=jnp.sum(batch["loss_mask"]))
+        buckets = batch["positions"] // BUCKET
+        return state, jnp.zeros([n_buckets], jnp.float32).at[buckets].add(losses)
 
     return jax.jit(
         eval_step,
@@ -83,17 +98,38 @@ def make_eval_step(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int):
     )
 
 
+def _eval_model(settings: Settings) -> TransformerConfig:
+    has_cache = settings.model.agg_cache and settings.eval.cache == "on"
+    return settings.model.replace(is_train=False, agg_cache=has_cache)
+
+
 class Evaluator:
     """Evaluates parameters on one split; compiled once, used as often as one likes."""
 
-    def __init__(self, settings: Settings, mesh: jax.sharding.Mesh, store: TokenStore, split: str):
+    def __init__(self, settings: Settings, mesh: jax.sharding.Mesh, store: TokenStore | Mixture, split: str):
         """Raises UserError if the split has no document."""
-        check_divides("config.eval.batch_size", settings.eval_rows, mesh)
+        given, update_len = settings.eval.batch_size, settings.train.update_len
+        check_divides("config.eval.batch_size", given, mesh)
         self._settings, self._mesh = settings, mesh
         self._split = store.split(split)
-        self._plan = PackedDocuments(self._split.starts, settings.eval_rows, settings.eval.max_tokens)
+        starts, max_tokens = self._split.starts, settings.eval.max_tokens
+        if given:
+            self._plan = PackedDocuments(starts, given, max_tokens)
+        else:
+            most = max(settings.train.batch_size, n_row_shards(mesh))
+            self._plan = PackedDocuments.on_most_rows(starts, most, n_row_shards(mesh), update_len, max_tokens)
+        self._padding = self._plan.padding(update_len)
+        if self._padding > PADDING:
+            say(
+                f"{split}: {self._padding:.0%} of the positions will be padding on {self._plan.n_rows} rows, since the "
+                f"longest document has {self._plan.longest:,} of {self._plan.n_tokens:,} tokens"
+            )
         self._n_bytes = int(self._split.doc_bytes[self._plan.documents].sum())
-        self._eval_step = make_eval_step(settings, mesh, settings.eval_rows)
+        is_whole = len(self._plan.documents) == len(self._split.doc_bytes)
+        self._n_words = words_of(store, split) if is_whole else 0
+        self._n_tokens = self._plan.tokens_by_position(BUCKET)
+        self._bytes_per_token = 1 / store.tokens_per_byte(split)
+        self._eval_step = make_eval_step(settings, mesh, self._plan.n_rows, len(self._n_tokens))
 
     def evaluate(self, params: dict, told_to_stop: Callable[[], bool] = lambda: False) -> Result | None:
         """Loss over the split's documents (or as many as config.eval.max_tokens takes).
@@ -102,33 +138,41 @@ class Evaluator:
         """
         began = time.monotonic()
         train, data = self._settings.train, self._settings.data
-        state, sums = make_eval_state(self._settings, self._mesh, self._settings.eval_rows), []
+        state, sums = make_eval_state(self._settings, self._mesh, self._plan.n_rows), []
         for batch in global_batches(
             self._split,
             self._plan,
             self._mesh,
-            batch_size=self._settings.eval_rows,
+            batch_size=self._plan.n_rows,
             update_len=train.update_len,
             first_step=0,
             last_step=math.ceil(self._plan.row_len / train.update_len),
             threads=data.num_threads,
             ahead=data.prefetch_batches,
+            with_positions=True,
         ):
             state, sum_ = self._eval_step(params, state, batch)
             jax.block_until_ready(sums[-1:])  # the host runs ahead by one step, no more: batches take memory
             sums.append(sum_)
             if told_to_stop():
                 return None
-        sums = jax.device_get(sums)
-        # Python's floats are doubles: sums of float32 over one step each, added exactly enough
-        nats, tokens = sum(float(s["loss"]) for s in sums), sum(int(s["tokens"]) for s in sums)
+        # sums of float32 over one step each, added as doubles
+        nats = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+        total, tokens = float(nats.sum()), self._plan.n_tokens
         return Result(
-            loss=nats / tokens,
-            bits_per_byte=nats / LOG_2 / self._n_bytes,
+            loss=total / tokens,
+            bits_per_byte=total / LOG_2 / self._n_bytes,
+            word_perplexity=_exp(total / self._n_words) if self._n_words else None,
             tokens=tokens,
             documents=len(self._plan.documents),
+            padding=self._padding,
             seconds=time.monotonic() - began,
+            by_position=Positions(nats, self._n_tokens, self._bytes_per_token),
         )
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
 
 
 def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | None) -> Result:
@@ -137,11 +181,11 @@ def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | No
     Needs no lock: it only reads checkpoints, and adds one line. So a run may be evaluated while it trains.
     """
     mesh = make_mesh(settings.mesh)
-    check_divides("config.eval.batch_size", settings.eval_rows, mesh)
+    check_divides("config.eval.batch_size", settings.eval.batch_size, mesh)
     checkpoints = Checkpoints(workdir)
     step = checkpoints.pick(step)
     path = store_path(settings, workdir)
-    if not TokenStore.exists(path):
+    if not settings.data.mixture and not TokenStore.exists(path):
         raise UserError(f"config.data.store={path}: is no token store; --mode=prepare makes one")
     store = open_store(settings, workdir)
     checkpoints.check(step, model_record(settings, store.vocab_name))
@@ -150,11 +194,15 @@ def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | No
     evaluator = Evaluator(settings, mesh, store, split)
     params = checkpoints.restore_params(step, abstract_train_state(settings, mesh).params)
     result = evaluator.evaluate(params)
-    report(result, step, split)
+    name = split if settings.eval.cache == "on" else f"{split}_cache_off"
+    report(result, step, name)
     if is_first():
-        print(json.dumps(dict(step=step, split=split, **dataclasses.asdict(result))))
+        for line in result.by_position.table():
+            say(line)
+        write_positions(result.by_position, workdir / "eval", f"step_{step}_{name}")
+        print(json.dumps(dict(step=step, split=name, **result.numbers())))
     writer = MetricsWriter(workdir, dataclasses.replace(settings.metrics, wandb_project=""), enabled=is_first())
-    writer.write(step, split, dataclasses.asdict(result))
+    writer.write(step, name, result.numbers())
     writer.close()
     checkpoints.close()
     return result
@@ -162,7 +210,8 @@ def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | No
 
 def report(result: Result, step: int, split: str) -> None:
     """Says a result in one line."""
+    words = f"perplexity of words {result.word_perplexity:.2f}, " if result.word_perplexity else ""
     say(
-        f"step {step}: {split} loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte, "
+        f"step {step}: {split} loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte, {words}"
         f"over {result.tokens:,} tokens of {result.documents:,} documents ({result.seconds:.1f} s)"
     )

@@ -1,7 +1,7 @@
 """The command line: flags in, one mode called.
 
     python -m tvq_pod.main --config=configs/stdlib.py --workdir=runs/stdlib [--config.model.d_model=256 ...]
-        [--mode=train|eval|sample|prepare|inspect|plan|bench]
+        [--mode=train|eval|sample|prepare|train_vocab|inspect|plan|bench]
 
 Exit code 0: done. 75: asked to end by SIGTERM, and saved: run me again. 1: an error; where it is the user's to mend,
 one line says how.
@@ -25,7 +25,7 @@ from tvq_pod.paths import is_bucket
 from tvq_pod.preemption import PREEMPTED, Preemption
 
 TOGETHER = ("train", "eval", "sample", "prepare")  # modes for any number of processes
-MODES = ("train", "eval", "sample", "prepare", "inspect", "plan", "bench")
+MODES = ("train", "eval", "sample", "prepare", "train_vocab", "inspect", "plan", "bench")
 
 # What jax says when a process of the job is gone.
 LOST_PEER = ("Gloo", "heartbeat", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination service")
@@ -35,6 +35,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, metrics, samples, config.json.")
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+_SOURCE = flags.DEFINE_string("source", None, "The corpus: short for --config.data.source.")
 _SPLIT = flags.DEFINE_enum("split", "validation", ("validation", "test"), "eval: which documents.")
 _STEP = flags.DEFINE_integer("step", None, "eval, sample, inspect: which checkpoint; the newest if not given.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "sample: text to go on from; may be given several times.")
@@ -102,6 +103,10 @@ def main(argv: list[str]) -> None:
         from tvq_pod.prepare import prepare
 
         prepare(settings, workdir)
+    elif mode == "train_vocab":
+        from tvq_pod.prepare import train_vocab
+
+        train_vocab(settings, workdir)
     elif mode == "inspect":
         from tvq_pod.inspect import inspect
 
@@ -147,6 +152,8 @@ def _prompts() -> list[bytes]:
 
 def _settings() -> Settings:
     try:
+        if _SOURCE.value is not None:
+            _CONFIG.value.data.source = _SOURCE.value
         return resolve(_CONFIG.value)
     except OSError as error:  # config_flags keeps it until the config is used
         name = config_flags.get_config_filename(flags.FLAGS["config"])

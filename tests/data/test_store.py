@@ -9,22 +9,11 @@ import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.common import store_of
 from tvq_pod.data import store as store_module
-from tvq_pod.data.store import SPLITS, TokenStore, split_of, write_store
+from tvq_pod.data.store import SPLITS, TokenStore, split_of
 from tvq_pod.data.vocab import END_OF_DOC, N_SPECIAL, ByteVocab, SentencePieceVocab
 from tvq_pod.errors import UserError
-
-
-def write(path, texts, vocab=None, validation_share=0.0, test_share=0.0):
-    vocab = vocab or ByteVocab()
-    return write_store(
-        path,
-        ((text, vocab.encode(text)) for text in texts),
-        vocab,
-        validation_share=validation_share,
-        test_share=test_share,
-        source="here",
-    )
 
 
 def texts_of(store, split="train"):
@@ -39,7 +28,7 @@ def texts_of(store, split="train"):
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.binary(min_size=1, max_size=200), min_size=1, max_size=20))
 def test_bytes_come_back_as_they_went_in(tmp_path_factory, texts):
-    store = write(tmp_path_factory.mktemp("store") / "s", texts)
+    store = store_of(tmp_path_factory.mktemp("store") / "s", texts)
     assert texts_of(store) == texts
     assert store.meta["splits"]["train"]["n_bytes"] == sum(map(len, texts))
 
@@ -49,30 +38,30 @@ def test_an_array_may_span_many_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(store_module, "CHUNK_BYTES", 128)
     rng = np.random.default_rng(0)
     texts = [rng.bytes(int(n)) for n in rng.integers(1, 3000, size=20)]
-    store = write(tmp_path / "s", texts)
+    store = store_of(tmp_path / "s", texts)
     assert texts_of(store) == texts
     assert len(list((tmp_path / "s/train/tokens").rglob("*"))) > 10
 
 
 def test_the_fingerprint_is_of_the_content(tmp_path):
     texts = [b"one", b"two", b"three"]
-    first = write(tmp_path / "a", texts).fingerprint
-    assert write(tmp_path / "b", texts).fingerprint == first
+    first = store_of(tmp_path / "a", texts).fingerprint
+    assert store_of(tmp_path / "b", texts).fingerprint == first
     assert TokenStore(tmp_path / "a").fingerprint == first
-    assert write(tmp_path / "c", [b"one", b"two", b"threE"]).fingerprint != first
-    assert write(tmp_path / "d", [b"onet", b"wo", b"three"]).fingerprint != first
+    assert store_of(tmp_path / "c", [b"one", b"two", b"threE"]).fingerprint != first
+    assert store_of(tmp_path / "d", [b"onet", b"wo", b"three"]).fingerprint != first
 
 
 def test_splits_are_drawn_by_content(tmp_path):
     texts = [str(i).encode() for i in range(400)]
-    store = write(tmp_path / "a", texts, validation_share=0.2, test_share=0.1)
+    store = store_of(tmp_path / "a", texts, validation_share=0.2, test_share=0.1)
     split = {text: name for name in SPLITS for text in texts_of(store, name)}
     assert len(split) == 400
     assert 50 < sum(name == "validation" for name in split.values()) < 110
     assert 20 < sum(name == "test" for name in split.values()) < 60
     assert all(split_of(text, 0.2, 0.1) == name for text, name in split.items())
     # more documents, or another order, move none
-    more = write(tmp_path / "b", [b"new", *reversed(texts)], validation_share=0.2, test_share=0.1)
+    more = store_of(tmp_path / "b", [b"new", *reversed(texts)], validation_share=0.2, test_share=0.1)
     assert {text: name for name in SPLITS for text in texts_of(more, name) if text != b"new"} == split
 
 
@@ -81,7 +70,7 @@ def _shards(path) -> list[pathlib.Path]:
 
 
 def test_a_flipped_byte_is_an_error_when_it_is_read(tmp_path):
-    write(tmp_path / "s", [np.random.default_rng(0).bytes(5000)])
+    store_of(tmp_path / "s", [np.random.default_rng(0).bytes(5000)])
     (shard,) = _shards(tmp_path / "s")
     content = bytearray(shard.read_bytes())
     content[len(content) // 3] ^= 1
@@ -91,55 +80,31 @@ def test_a_flipped_byte_is_an_error_when_it_is_read(tmp_path):
 
 
 def test_a_missing_file_is_an_error_when_it_is_read_and_not_zeros(tmp_path):
-    write(tmp_path / "s", [b"some text"])
+    store_of(tmp_path / "s", [b"some text"])
     (shard,) = _shards(tmp_path / "s")
     shard.unlink()
     with pytest.raises(ValueError, match="missing"):
         TokenStore(tmp_path / "s").split("train").tokens.read().result()
 
 
-def test_a_store_that_was_not_finished_is_no_store(tmp_path):
-    def documents():
-        yield b"text", ByteVocab().encode(b"text")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_store(
-            tmp_path / "s", documents(), ByteVocab(), validation_share=0.0, test_share=0.0, source="interrupted"
-        )
-    assert not TokenStore.exists(tmp_path / "s")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_two_that_prepare_at_once_both_end_with_a_whole_store(tmp_path):
-    def documents():
-        yield b"text", ByteVocab().encode(b"text")
-        write(tmp_path / "s", [b"text"])  # another process is faster
-
-    shares = dict(validation_share=0.0, test_share=0.0)
-    store = write_store(tmp_path / "s", documents(), ByteVocab(), source="slow", **shares)
-    assert texts_of(store) == [b"text"]
-    assert [path.name for path in tmp_path.iterdir()] == ["s"]
-
-
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
     (tmp_path / "s").mkdir()
-    write(tmp_path / "s", [b"into an empty folder"])
+    store_of(tmp_path / "s", [b"into an empty folder"])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"config.data.store=.*mine: holds something that is no whole token store"):
-        write(tmp_path / "mine", [b"text"])
+        store_of(tmp_path / "mine", [b"text"])
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
 
 
 def test_nothing_to_train_on_is_an_error_and_leaves_nothing(tmp_path):
-    with pytest.raises(UserError, match=r"config.data.source=here: has no document to train on"):
-        write(tmp_path / "s", [])
+    with pytest.raises(UserError, match=r"config.data.source=stdlib: has no document to train on"):
+        store_of(tmp_path / "s", [])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_empty_split_a_missing_store_and_a_damaged_one_are_named(tmp_path):
-    store = write(tmp_path / "s", [b"text"])
+    store = store_of(tmp_path / "s", [b"text"])
     with pytest.raises(UserError, match="--split=validation: no document"):
         store.split("validation")
     with pytest.raises(UserError, match=r"config.data.store=.*nowhere: is no token store"):
@@ -169,7 +134,7 @@ def sentencepiece_model(tmp_path_factory) -> pathlib.Path:
 def test_sentencepiece_text_comes_back(tmp_path, sentencepiece_model):
     vocab = SentencePieceVocab(sentencepiece_model)
     text = "the lazy fox jumps over the dog"
-    store = write(tmp_path / "s", [text.encode()], vocab)
+    store = store_of(tmp_path / "s", [text.encode()], vocab)
     tokens = store.split("train").tokens.read().result()
     assert tokens[-1] == END_OF_DOC
     assert (tokens[:-1] >= N_SPECIAL).all()
@@ -207,7 +172,9 @@ def test_a_file_that_is_no_model_is_named(tmp_path):
     (tmp_path / "x.model").write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"config.data.vocab=.*x.model: the file is not a SentencePiece model"):
         SentencePieceVocab(tmp_path / "x.model")
-    with pytest.raises(UserError, match=r"config.data.vocab=.*y.model: must be 'bytes' or a SentencePiece model"):
+    with pytest.raises(
+        UserError, match=r"config.data.vocab=.*y.model: must be 'bytes', 'sentencepiece', a SentencePiece model or a"
+    ):
         SentencePieceVocab(tmp_path / "y.model")
 
 
@@ -222,7 +189,7 @@ def test_bytes_decode_to_text_as_soon_as_a_character_is_whole():
 @pytest.mark.parametrize("array", ["tokens", "starts", "doc_bytes"])
 def test_an_array_of_another_length_is_damage_also_in_a_store_without_checksums_of_shapes(tmp_path, array):
     """One bit of zarr.json, which has no checksum of its own, may make an array shorter."""
-    store = write(tmp_path / "store", [b"one", b"two", b"three"])
+    store = store_of(tmp_path / "store", [b"one", b"two", b"three"])
     path = store.path / "train" / array / "zarr.json"
     meta = json.loads(path.read_text())
     meta["shape"][0] -= 1
@@ -230,6 +197,6 @@ def test_an_array_of_another_length_is_damage_also_in_a_store_without_checksums_
     with pytest.raises(UserError, match=r"zarr.json has changed \(CRC-32C\)"):
         TokenStore(store.path).split("train")
     older = {name: value for name, value in store.meta.items() if name not in ("arrays", "crc32c")}
-    (store.path / "store.json").write_text(json.dumps(older | dict(crc32c=store_module._crc32c(older))))
+    (store.path / "store.json").write_text(json.dumps(older | dict(crc32c=store_module.crc32c_of(older))))
     with pytest.raises(UserError, match=r"has not the documents of store.json"):
         TokenStore(store.path).split("train")

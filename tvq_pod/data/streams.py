@@ -6,6 +6,11 @@ with nothing in between and nothing left over: in an epoch every token is read o
 [n * T, (n + 1) * T) of every stream. A document cut by the border of two rows is two pieces, each a document to its
 stream.
 
+A mixture of stores. An epoch is as long as it takes to read all documents of that store once of which least is read;
+of every other store, documents go into it in proportion to the weights, some more than once. Each store's documents
+follow each other in permutations drawn from (seed, store, time), without end; an epoch takes those that come next, and
+shuffles them with the others'.
+
 Evaluation. Whole documents are spread over rows, each row's end to end, so that all rows are about equally long; what a
 row lacks to the longest is padding.
 
@@ -15,7 +20,9 @@ state, no host count, no random number generator survives a call.
 
 import dataclasses
 import functools
+import heapq
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -24,8 +31,11 @@ import numpy as np
 import tensorstore
 
 from tvq_pod.data.course import Course
+from tvq_pod.data.store import Part
 from tvq_pod.data.vocab import END_OF_DOC, PAD
 from tvq_pod.errors import UserError
+
+PADDING = 0.05  # share of positions that evaluation may spend on it, where it may choose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +46,7 @@ class Segment:
     length: int
     doc_id: int  # in the row's stream
     begins: bool  # whether the document, or the row's piece of it, begins here
+    position: int = 0  # of its first token in the document, for evaluation
 
 
 class Plan(Protocol):
@@ -84,10 +95,11 @@ class TrainStreams:
         seed: int,
         first_epoch: int = 0,
         rest: tuple[np.ndarray, np.ndarray] | None = None,
+        parts: Sequence[Part] = (),
     ):
         """starts: [n_documents + 1], where the documents begin; the last entry is the number of tokens N.
 
-        rest: starts and lengths of pieces that are read before first_epoch begins (see `recut`).
+        rest: starts and lengths of pieces that are read before first_epoch begins (see `recut`). parts: of a mixture.
         """
         n_tokens = int(starts[-1])
         if n_tokens < batch_size:
@@ -95,7 +107,7 @@ class TrainStreams:
                 f"config.train.batch_size={batch_size}: the corpus has only {n_tokens} tokens; must be at most that"
             )
         self._starts, self._batch_size, self._seed = starts, batch_size, seed
-        self._first_epoch, self._rest = first_epoch, rest
+        self._first_epoch, self._rest, self._parts = first_epoch, rest, tuple(parts)
         self._round = functools.lru_cache(maxsize=4)(self._make_round)
         self._first_ids = [np.zeros(batch_size, np.int64)]  # per round: each row's first document id
         self._lock = threading.Lock()
@@ -139,7 +151,12 @@ class TrainStreams:
         rest = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         next_epoch = self._first_epoch + latest + (self._rest is None)
         return TrainStreams(
-            self._starts, batch_size, self._seed, next_epoch, rest if rest[1].sum() >= batch_size else None
+            self._starts,
+            batch_size,
+            self._seed,
+            next_epoch,
+            rest if rest[1].sum() >= batch_size else None,
+            self._parts,
         )
 
     def _place(self, row: int, at: int) -> tuple[int, int]:
@@ -162,8 +179,11 @@ class TrainStreams:
             if index == 0:
                 return _Round.cut(*self._rest, self._batch_size)
             index -= 1
-        generator = np.random.Generator(np.random.Philox(key=[self._seed, self._first_epoch + index]))
-        order = generator.permutation(len(self._starts) - 1)
+        epoch = self._first_epoch + index
+        if self._parts:
+            order = mixed_order(self._starts, self._parts, self._seed, epoch)
+        else:
+            order = _draw(self._seed, epoch).permutation(len(self._starts) - 1)
         return _Round.cut(self._starts[order], np.diff(self._starts)[order], self._batch_size)
 
     def _first_doc_ids(self, index: int) -> np.ndarray:
@@ -173,18 +193,45 @@ class TrainStreams:
             return self._first_ids[index]
 
 
-def streams_of(course: Course, starts: np.ndarray, seed: int) -> TrainStreams:
-    """The streams that a run reads now, after all changes of its batch so far."""
-    streams = TrainStreams(starts, course.laps[0].batch_size, seed)
+def _draw(seed: int, *key: int) -> np.random.Generator:
+    """Random numbers for an epoch, or for (store, time)."""
+    number = key[0] if len(key) == 1 else (key[0] + 1) << 40 | key[1]
+    return np.random.Generator(np.random.Philox(key=[seed, number]))
+
+
+def mixed_order(starts: np.ndarray, parts: Sequence[Part], seed: int, epoch: int) -> np.ndarray:
+    """The documents of an epoch of a mixture, in order, some more than once: see the top of this file."""
+    n_tokens = [int(starts[part.first_document + part.n_documents] - starts[part.first_document]) for part in parts]
+    epoch_len = max(n / part.weight for n, part in zip(n_tokens, parts, strict=True))
+    chosen = []
+    for index, (part, n) in enumerate(zip(parts, n_tokens, strict=True)):
+        share = round(part.weight * epoch_len)
+        begin, end = epoch * share, (epoch + 1) * share  # of the store's documents, end to end without end
+        for time in range(begin // n, (end - 1) // n + 1):
+            order = part.first_document + _draw(seed, index, time).permutation(part.n_documents)
+            lengths = starts[order + 1] - starts[order]
+            at = time * n + np.cumsum(lengths) - lengths
+            chosen.append(order[(at >= begin) & (at < end)])
+    return _draw(seed, epoch).permutation(np.concatenate(chosen))
+
+
+def streams_of(course: Course, starts: np.ndarray, seed: int, parts: Sequence[Part] = ()) -> TrainStreams:
+    """The streams that a run reads now, after all changes of its batch so far. parts: of a mixture."""
+    streams = TrainStreams(starts, course.laps[0].batch_size, seed, parts=parts)
     for lap, following in itertools.pairwise(course.laps):
         streams = streams.recut(lap.update(following.first_step) * lap.update_len, following.batch_size)
     return streams
 
 
+def _padding(n_tokens: int, n_rows: int, row_len: float, update_len: int) -> float:
+    return 1 - n_tokens / (n_rows * math.ceil(row_len / update_len) * update_len)
+
+
 class PackedDocuments:
     """The plan of evaluation: each document whole, once, on one row.
 
-    Attributes: documents, the indices that were taken; row_len, tokens of the longest row.
+    Attributes: documents, the indices that were taken; n_rows; row_len, tokens of the longest row; n_tokens, of all;
+    longest, tokens of the longest document.
     """
 
     def __init__(self, starts: np.ndarray, n_rows: int, max_tokens: int = 0):
@@ -198,14 +245,41 @@ class PackedDocuments:
         self.documents = order
         # The longest first, each to the row that is shortest so far.
         rows: list[list[int]] = [[] for _ in range(n_rows)]
-        loads = np.zeros(n_rows, np.int64)
-        for document in order[np.argsort(-lengths[order], kind="stable")]:
-            row = int(np.argmin(loads))
-            rows[row].append(int(document))
-            loads[row] += lengths[document]
-        self.row_len = int(loads.max())
+        loads = [(0, row) for row in range(n_rows)]
+        for document in order[np.argsort(-lengths[order], kind="stable")].tolist():
+            load, row = loads[0]
+            rows[row].append(document)
+            heapq.heapreplace(loads, (load + int(lengths[document]), row))
+        self.n_rows, self.row_len = n_rows, max(load for load, _ in loads)
+        self.n_tokens = sum(load for load, _ in loads)
+        self.longest = int(lengths[order].max())
         self._rows = rows
         self._bounds = [np.concatenate([[0], np.cumsum(lengths[row], dtype=np.int64)]) for row in rows]
+
+    @staticmethod
+    def on_most_rows(
+        starts: np.ndarray, most: int, multiple: int, update_len: int, max_tokens: int = 0
+    ) -> "PackedDocuments":
+        """On as many rows as leave at most PADDING of the positions to padding, no more than `most`; on `multiple`, of
+        which the number of rows must be one, if there is no such number."""
+        for n_rows in range(most - most % multiple, multiple, -multiple):
+            # Whatever the order, a row is as long as the longest document, and not all are shorter than their mean.
+            row_len = max(int(np.diff(starts).max()), int(starts[-1]) / n_rows)
+            if not max_tokens and _padding(int(starts[-1]), n_rows, row_len, update_len) > PADDING:
+                continue
+            plan = PackedDocuments(starts, n_rows, max_tokens)
+            if plan.padding(update_len) <= PADDING:
+                return plan
+        return PackedDocuments(starts, multiple, max_tokens)
+
+    def padding(self, update_len: int) -> float:
+        """The share of positions that is padding, where rows are read in updates."""
+        return _padding(self.n_tokens, self.n_rows, self.row_len, update_len)
+
+    def tokens_by_position(self, width: int) -> np.ndarray:
+        """Tokens at places [k * width, (k + 1) * width) of their documents, for each k: int64 [n]."""
+        lengths = np.diff(self._starts)[self.documents]
+        return np.array([np.clip(lengths - begin, 0, width).sum() for begin in range(0, self.longest, width)])
 
     def segments(self, row: int, begin: int, end: int) -> Iterator[Segment]:
         """See Plan. A document's id is its place in the row."""
@@ -214,15 +288,19 @@ class PackedDocuments:
         while place < len(self._rows[row]) and bounds[place] < end:
             at, stop = max(begin, int(bounds[place])), min(end, int(bounds[place + 1]))
             start = int(self._starts[self._rows[row][place]]) + at - int(bounds[place])
-            yield Segment(start, stop - at, doc_id=place, begins=at == bounds[place])
+            position = at - int(bounds[place])
+            yield Segment(start, stop - at, doc_id=place, begins=position == 0, position=position)
             place += 1
 
 
-def read_row(tokens: tensorstore.TensorStore, plan: Plan, row: int, begin: int, end: int) -> dict:
+def read_row(
+    tokens: tensorstore.TensorStore, plan: Plan, row: int, begin: int, end: int, with_positions: bool = False
+) -> dict:
     """The arrays of tokens [begin, end) of one row's stream, each [end - begin]:
 
     inputs int32: the token before each target in its document; end-of-document at a document's first position.
-    targets int32. doc_ids int32. loss_mask float32: 0 on padding, which has a document id of its own.
+    targets int32. doc_ids int32. loss_mask float32: 0 on padding, which has a document id of its own. positions int32,
+    if with_positions: places in the document, for plans that know them.
     Raises UserError if the store is damaged there.
     """
     length = end - begin
@@ -230,6 +308,7 @@ def read_row(tokens: tensorstore.TensorStore, plan: Plan, row: int, begin: int, 
     targets = np.full(length, PAD, np.int32)
     doc_ids = np.zeros(length, np.int32)
     loss_mask = np.zeros(length, np.float32)
+    positions = np.zeros(length, np.int32)
     segments = list(plan.segments(row, begin, end))
     # One token more at the front, where the document began earlier: it is the first input.
     reads = [tokens[s.start - (not s.begins) : s.start + s.length].read() for s in segments]
@@ -244,11 +323,13 @@ def read_row(tokens: tensorstore.TensorStore, plan: Plan, row: int, begin: int, 
         inputs[at:stop] = np.concatenate([[END_OF_DOC], values[:-1]]) if segment.begins else values[:-1]
         doc_ids[at:stop] = segment.doc_id
         loss_mask[at:stop] = 1.0
+        positions[at:stop] = np.arange(segment.position, segment.position + segment.length)
         at = stop
     if at < length:
         # All padding of a row has one id, above every document's.
         doc_ids[at:] = np.iinfo(np.int32).max
-    return dict(inputs=inputs, targets=targets, doc_ids=doc_ids, loss_mask=loss_mask)
+    arrays = dict(inputs=inputs, targets=targets, doc_ids=doc_ids, loss_mask=loss_mask)
+    return arrays | dict(positions=positions) if with_positions else arrays
 
 
 class RowSource:
@@ -264,10 +345,12 @@ class RowSource:
         last_step: int,
         parts: Sequence[range] | None = None,
         update_of: Callable[[int], int] | None = None,
+        with_positions: bool = False,
     ):
         """rows: the global rows that this process reads. Steps first_step .. last_step - 1 are served. parts: ranges
         of an update's tokens that are read; None reads all. update_of: which update of the streams a step
-        reads; None: step n reads update n."""
+        reads; None: step n reads update n. with_positions: see `read_row`."""
+        self._with_positions = with_positions
         self._tokens, self._plan = tokens, plan
         self._rows, self._update_len = rows, update_len
         self._parts = parts or [range(update_len)]
@@ -281,7 +364,9 @@ class RowSource:
         step, row = divmod(int(index), len(self._rows))
         first = self._update_of(self._first_step + step) * self._update_len
         reads = [
-            read_row(self._tokens, self._plan, self._rows[row], first + part.start, first + part.stop)
+            read_row(
+                self._tokens, self._plan, self._rows[row], first + part.start, first + part.stop, self._with_positions
+            )
             for part in self._parts
         ]
         return (

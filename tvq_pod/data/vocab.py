@@ -1,20 +1,90 @@
 """Vocabularies: text to token ids and back.
 
 Ids are the same everywhere: 0 pad, 1 end-of-document, 2 unknown, and from 3 on what the vocabulary brings: the 256
-bytes, or the pieces of a SentencePiece model. A SentencePiece model trained with these three ids is taken as it is.
+bytes, the pieces of a SentencePiece model, or the tokens of a Hugging Face tokenizer. A model or tokenizer with these
+three ids is taken as it is.
+
+A long text is encoded in pieces, cut before spaces that stand alone between words: no common tokenizer joins what is
+left and right of them, and memory stays small.
 """
 
 import codecs
 import hashlib
-import pathlib
+import importlib.util
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
 import sentencepiece
+from etils import epath
 
 from tvq_pod.errors import UserError
 
 PAD, END_OF_DOC, UNKNOWN = 0, 1, 2
 N_SPECIAL = 3
+PIECE_BYTES = 2**20  # of a text that are encoded at a time
+SPECIAL_NAMES = (("<pad>", "[PAD]"), ("</s>", "<eos>", "<|endoftext|>", "[SEP]"), ("<unk>", "[UNK]"))
+ESCAPE = "\u2581".encode()  # how SentencePiece writes a space
+LONE_SPACE = re.compile(rb"(?<=[^\s]) (?=[^\s])")
+
+
+class Vocab(Protocol):
+    """What every vocabulary has.
+
+    name: what tells it from others; a store and a checkpoint keep it. n_vocab: ids are below it. takes_any_bytes:
+    whether text need not be UTF-8. file_name, file_bytes: of the file it was read from; None: it needs none.
+    drops_space: whether a piece of a text that goes on after a space must come without that space. can_be_cut: whether
+    long texts may be encoded in pieces.
+    """
+
+    name: str
+    n_vocab: int
+    takes_any_bytes: bool
+    file_name: str | None
+    file_bytes: bytes
+    drops_space: bool
+    can_be_cut: bool
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """Token ids, uint16 or uint32 [n], of a whole text or one of its `pieces`, without an end-of-document. Raises
+        UnicodeDecodeError."""
+
+    def decoder(self) -> "Decoder":
+        """A decoder for one stream of tokens."""
+
+
+class Decoder(Protocol):
+    """Token ids to text, one by one."""
+
+    def decode(self, token: int, final: bool = False) -> str:
+        """The text that `token` completes. Special tokens have none."""
+
+
+def pieces(text: bytes | memoryview, vocab: Vocab, at_most: int | None = None) -> Iterator[bytes]:
+    """Cuts a text of any length into pieces of at_most (PIECE_BYTES) bytes, to be encoded one by one; as nothing but
+    `text` decides where, the tokens are always the same."""
+    at_most, at = at_most or PIECE_BYTES, 0
+    while vocab.can_be_cut and len(text) - at > at_most:
+        cut = at_most if vocab.takes_any_bytes else _cut(bytes(text[at : at + at_most + 1]))
+        yield bytes(text[at : at + cut])
+        at += cut
+        at += vocab.drops_space and text[at] == ord(" ")
+    yield bytes(text[at:])
+
+
+def _cut(text: bytes) -> int:
+    """Where to cut a text before its last byte: before a space between words, or else before a character."""
+    end = len(text)
+    while (place := text.rfind(b" ", max(1, len(text) // 2), end)) > 0:
+        if LONE_SPACE.match(text, place):
+            return place
+        end = place
+    place = len(text) - 1
+    while place > 1 and text[place] & 0xC0 == 0x80:
+        place -= 1
+    return place
 
 
 class ByteVocab:
@@ -23,10 +93,14 @@ class ByteVocab:
     name = "bytes"
     n_vocab = N_SPECIAL + 256
     takes_any_bytes = True
+    file_name = None
+    file_bytes = b""
+    drops_space = False
+    can_be_cut = True
 
     def encode(self, text: bytes) -> np.ndarray:
         """Token ids, uint16 [number of bytes], without an end-of-document."""
-        return np.frombuffer(text, np.uint8).astype(np.uint16) + N_SPECIAL
+        return np.add(np.frombuffer(text, np.uint8), np.uint16(N_SPECIAL), dtype=np.uint16)
 
     def decoder(self) -> "ByteDecoder":
         """A decoder for one stream of tokens."""
@@ -51,39 +125,94 @@ class SentencePieceVocab:
     """
 
     takes_any_bytes = False
+    file_name = "vocab.model"
 
-    def __init__(self, path: str | pathlib.Path):
+    def __init__(self, path: epath.PathLike):
+        self.file_bytes = _read(path)
         try:
-            self.model = pathlib.Path(path).read_bytes()
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self.model)
-        except OSError as error:
-            raise UserError(
-                f"config.data.vocab={path}: must be 'bytes' or a SentencePiece model ({error.strerror})"
-            ) from None
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self.file_bytes)
         except RuntimeError:
             raise UserError(f"config.data.vocab={path}: the file is not a SentencePiece model") from None
         pieces = self._pieces
         same_ids = (pieces.pad_id(), pieces.eos_id(), pieces.unk_id()) == (PAD, END_OF_DOC, UNKNOWN)
         self._offset = 0 if same_ids else N_SPECIAL
         self.n_vocab = pieces.vocab_size() + self._offset
-        self.name = f"sentencepiece:{hashlib.sha256(self.model).hexdigest()[:16]}"
+        self.name = f"sentencepiece:{hashlib.sha256(self.file_bytes).hexdigest()[:16]}"
+        starts_with_space = [pieces.encode(text, out_type=str)[0][0] == ESCAPE.decode() for text in ("a", " a")]
+        self.drops_space = starts_with_space[0]  # it gives every text one of its own
+        self.can_be_cut = starts_with_space[1]  # else it takes spaces away
+        in_bytes = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in ESCAPE]
+        self._escape = None if pieces.unk_id() in in_bytes else in_bytes
 
     def encode(self, text: bytes) -> np.ndarray:
         """Token ids, uint32 [number of pieces], without an end-of-document. Raises UnicodeDecodeError."""
-        ids = np.asarray(self._pieces.encode(text.decode("utf-8")), np.uint32)
+        if ESCAPE in text and self._escape:
+            # a text that has the very character that stands for a space: as bytes, it stays one
+            parts = [self._pieces.encode(part.decode("utf-8")) for part in text.split(ESCAPE)]
+            encoded = parts[0] + [id_ for part in parts[1:] for id_ in self._escape + part]
+        else:
+            encoded = self._pieces.encode(text.decode("utf-8"))
+        ids = np.asarray(encoded, np.uint32)
         unknown = ids == self._pieces.unk_id()
         return np.where(unknown, np.uint32(UNKNOWN), ids + np.uint32(self._offset))
 
-    def decoder(self) -> "SentencePieceDecoder":
+    def decoder(self) -> "PieceDecoder":
         """A decoder for one stream of tokens."""
-        return SentencePieceDecoder(self._pieces, self._offset)
+        return PieceDecoder(self._pieces.decode, self._offset)
 
 
-class SentencePieceDecoder:
+class HuggingFaceVocab:
+    """The tokens of a `tokenizers` file (tokenizer.json), its special tokens as plain text.
+
+    Raises UserError if the file is missing or no tokenizer, or the package is not installed.
+    """
+
+    takes_any_bytes = False
+    file_name = "vocab.json"
+    drops_space = False
+    can_be_cut = True
+
+    def __init__(self, path: epath.PathLike):
+        if not importlib.util.find_spec("tokenizers"):
+            raise UserError(f"config.data.vocab={path}: a Hugging Face tokenizer needs pip install -e '.[data]'")
+        import tokenizers
+
+        self.file_bytes = _read(path)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(self.file_bytes)
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(
+                f"config.data.vocab={path}: the file is not a Hugging Face tokenizer ({str(error)[:100]})"
+            ) from None
+        tokenizer = self._tokenizer
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        ids = tokenizer.get_vocab(with_added_tokens=True)
+        same_ids = all(tokenizer.id_to_token(id_) in names for id_, names in enumerate(SPECIAL_NAMES))
+        self._offset = 0 if same_ids else N_SPECIAL
+        self._unknown = next((ids[name] for name in SPECIAL_NAMES[UNKNOWN] if name in ids), None)
+        self.n_vocab = max(ids.values()) + 1 + self._offset
+        self.name = f"tokenizers:{hashlib.sha256(self.file_bytes).hexdigest()[:16]}"
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """Token ids, uint32 [n], without an end-of-document. Raises UnicodeDecodeError."""
+        encoded = self._tokenizer.encode(text.decode("utf-8"), add_special_tokens=False)
+        ids = np.asarray(encoded.ids, np.uint32)
+        shifted = ids + np.uint32(self._offset)
+        return shifted if self._unknown is None else np.where(ids == self._unknown, np.uint32(UNKNOWN), shifted)
+
+    def decoder(self) -> "PieceDecoder":
+        """A decoder for one stream of tokens."""
+        return PieceDecoder(lambda ids: self._tokenizer.decode(ids, skip_special_tokens=False), self._offset)
+
+
+class PieceDecoder:
     """Token ids to text, one by one. Keeps only the pieces since the last whole character."""
 
-    def __init__(self, pieces: sentencepiece.SentencePieceProcessor, offset: int):
-        self._pieces, self._offset = pieces, offset
+    def __init__(self, to_text: Callable[[list[int]], str], offset: int):
+        """to_text: of the vocabulary's own ids, which are `offset` lower than ours."""
+        self._to_text, self._offset = to_text, offset
         self._recent: list[int] = []
         self._printed = ""
 
@@ -91,16 +220,49 @@ class SentencePieceDecoder:
         """The text that `token` completes. Special tokens have none."""
         if token >= N_SPECIAL:
             self._recent.append(token - self._offset)
-        text = self._pieces.decode(self._recent)
+        text = self._to_text(self._recent)
         if text.endswith("\ufffd") and not final:  # in the middle of a character made of byte pieces
             return ""
         new = text[len(self._printed) :]
         # The last piece stays as context: a space before a word shows only if something came before it.
         self._recent = self._recent[-1:]
-        self._printed = self._pieces.decode(self._recent)
+        self._printed = self._to_text(self._recent)
         return new
 
 
-def load_vocab(name: str) -> ByteVocab | SentencePieceVocab:
-    """The vocabulary of `config.data.vocab`: "bytes", or the path of a SentencePiece model."""
-    return ByteVocab() if name == "bytes" else SentencePieceVocab(name)
+def load_vocab(name: epath.PathLike) -> Vocab:
+    """A vocabulary by name: "bytes", or the path of a SentencePiece model or of a Hugging Face tokenizer (.json)."""
+    if str(name) == ByteVocab.name:
+        return ByteVocab()
+    return HuggingFaceVocab(name) if str(name).endswith(".json") else SentencePieceVocab(name)
+
+
+def kept_vocab(folder: epath.Path) -> Vocab:
+    """The vocabulary whose file is kept in a folder, a store's or a run's; bytes, if there is none."""
+    for kind in (SentencePieceVocab, HuggingFaceVocab):
+        if (folder / kind.file_name).exists():
+            return kind(folder / kind.file_name)
+    return ByteVocab()
+
+
+def keep_vocab(vocab: Vocab, folder: epath.Path) -> None:
+    """Writes a vocabulary's file into a folder."""
+    if vocab.file_name:
+        (folder / vocab.file_name).write_bytes(vocab.file_bytes)
+
+
+def _read(path: epath.PathLike) -> bytes:
+    try:
+        return epath.Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"config.data.vocab={path}: must be 'bytes', 'sentencepiece', a SentencePiece model or a Hugging Face "
+            f"tokenizer.json ({error.strerror})"
+        ) from None
+
+
+def decoded(tokens: np.ndarray, vocab: Vocab) -> str:
+    """The text of token ids [n]; what is no text in it becomes U+FFFD."""
+    decoder = vocab.decoder()
+    parts = [decoder.decode(int(token)) for token in tokens]
+    return "".join(itertools.chain(parts, [decoder.decode(PAD, final=True)]))

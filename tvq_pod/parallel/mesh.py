@@ -101,7 +101,7 @@ def check_rows(settings: Settings, mesh: jax.sharding.Mesh) -> None:
     """Raises UserError if the rows of a training step, or of an evaluation, can't be spread evenly over the mesh."""
     check_divides("config.train.batch_size", settings.train.batch_size, mesh, settings.train.microbatches)
     if settings.eval.every_steps or settings.eval.at_end:
-        check_divides("config.eval.batch_size", settings.eval_rows, mesh)
+        check_divides("config.eval.batch_size", settings.eval.batch_size, mesh)  # 0 does
 
 
 def check_divides(name: str, value: int, mesh: jax.sharding.Mesh, microbatches: int = 1) -> None:

@@ -1,0 +1,116 @@
+"""Documents to token ids, on all cores: texts are encoded in pieces by other processes, and come back in order."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
+
+import numpy as np
+
+from tvq_pod.data.vocab import Vocab, pieces
+from tvq_pod.errors import UserError
+
+BATCH_BYTES = 2**19  # of text that a process is given at a time
+ALONE_BYTES = 2**22  # of text that is encoded before other processes are started: they need seconds to start
+AHEAD = 3  # batches a process that wait, so that none has to
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """Of one piece of a document.
+
+    document: whatever it was given as. ids: uint16 or uint32 [n]. ends: whether this is the document's last piece.
+    """
+
+    document: object
+    ids: np.ndarray
+    ends: bool
+
+
+def encoded(documents: Iterable[tuple[object, bytes | memoryview]], vocab: Vocab, n_processes: int) -> Iterator[Tokens]:
+    """The tokens of documents, given as (anything, text), in their order; long ones come in several pieces.
+
+    n_processes: 0: one a core. Bytes need no others. Raises UserError if one was killed.
+    """
+    cut = (
+        (document, piece, ends) for document, text in documents for piece, ends in _with_end(pieces(text, vocab))
+    )  # fmt: skip
+    dtype = np.uint16 if vocab.n_vocab <= 2**16 else np.uint32
+    if vocab.takes_any_bytes:
+        yield from (Tokens(document, vocab.encode(piece), ends) for document, piece, ends in cut)
+        return
+    n_alone, n_processes = 0, n_processes or len(os.sched_getaffinity(0))
+    for document, piece, ends in cut:
+        yield Tokens(document, vocab.encode(piece).astype(dtype), ends)
+        n_alone += len(piece)
+        if n_alone >= ALONE_BYTES and n_processes > 1:
+            break
+    else:
+        return
+    waiting: collections.deque = collections.deque()
+    context = multiprocessing.get_context("spawn")  # jax has threads: a fork could hang
+    with concurrent.futures.ProcessPoolExecutor(n_processes, context, _begin, (vocab, dtype)) as pool:
+        try:
+            for batch in _batches(cut):
+                waiting.append((batch, pool.submit(_encode, [piece for _, piece, _ in batch])))
+                if len(waiting) > AHEAD * n_processes:
+                    yield from _result(*waiting.popleft())
+            while waiting:
+                yield from _result(*waiting.popleft())
+        except BrokenProcessPool:
+            raise UserError(
+                "config.data.prepare_processes: a process that encodes text was killed, perhaps for its memory; give "
+                "fewer, and start again"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _with_end(parts: Iterator[bytes]) -> Iterator[tuple[bytes, bool]]:
+    part = next(parts)
+    for following in parts:
+        yield part, False
+        part = following
+    yield part, True
+
+
+def _batches(cut: Iterator[tuple[object, bytes, bool]]) -> Iterator[list]:
+    batch, n_bytes = [], 0
+    for item in cut:
+        batch.append(item)
+        n_bytes += len(item[1])
+        if n_bytes >= BATCH_BYTES:
+            yield batch
+            batch, n_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def _result(batch: list, future: concurrent.futures.Future) -> Iterator[Tokens]:
+    for (document, _, ends), ids in zip(batch, future.result(), strict=True):
+        yield Tokens(document, ids, ends)
+
+
+# ------------------------------------------------- in the other processes
+_vocab, _dtype = None, None
+
+
+def _begin(vocab: Vocab, dtype: type) -> None:
+    global _vocab, _dtype
+    _vocab, _dtype = vocab, dtype
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process of its own
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _encode(texts: list[bytes]) -> list[np.ndarray]:
+    return [_vocab.encode(text).astype(_dtype) for text in texts]

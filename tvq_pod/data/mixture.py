@@ -1,0 +1,99 @@
+"""Several stores as one: a run reads them in proportion to weights, still as a pure function of the step.
+
+Tokens of all stores are one virtual array, documents of the first store first. How streams mix them: see
+streams.py.
+"""
+
+import hashlib
+import json
+
+import numpy as np
+import tensorstore
+from etils import epath
+
+from tvq_pod.data.store import SPLITS, Part, Split, TokenStore
+from tvq_pod.data.vocab import Vocab
+from tvq_pod.errors import UserError
+
+
+class Mixture:
+    """Stores of one vocabulary, open for reading; to whoever reads, it is a TokenStore.
+
+    Attributes: see TokenStore. path is that of the first store.
+    """
+
+    def __init__(self, stores: list[TokenStore], weights: list[float]):
+        """weights: of tokens; they need not add up to 1. Raises UserError if vocabularies differ."""
+        first = stores[0]
+        for store in stores[1:]:
+            if store.vocab_name != first.vocab_name:
+                raise UserError(
+                    f"config.data.mixture: {store.path} has vocabulary {store.vocab_name}, and {first.path} "
+                    f"{first.vocab_name}; all must have the same"
+                )
+        self._stores, self._weights = stores, [weight / sum(weights) for weight in weights]
+        self.path, self.vocab_name, self.n_vocab = first.path, first.vocab_name, first.n_vocab
+        self.fingerprint = hashlib.sha256(
+            json.dumps([[store.fingerprint, weight] for store, weight in zip(stores, weights, strict=True)]).encode()
+        ).hexdigest()
+        names = ("n_documents", "n_tokens", "n_bytes")
+        self.meta = dict(
+            splits={
+                split: {name: sum(store.meta["splits"][split][name] for store in stores) for name in names}
+                for split in SPLITS
+            }
+        )
+
+    @staticmethod
+    def open(text: str) -> "Mixture":
+        """Of config.data.mixture, "STORE=WEIGHT,STORE=WEIGHT". Raises UserError if that is not its form, or a store is
+        not there."""
+        stores, weights = [], []
+        for part in text.split(","):
+            path, equals, weight = part.strip().rpartition("=")
+            try:
+                number = float(weight)
+            except ValueError:
+                number = 0.0
+            if not equals or not path or not 0 < number < float("inf"):
+                raise UserError(
+                    f"config.data.mixture={text}: {part.strip() or 'nothing'} is no STORE=WEIGHT with a weight above 0"
+                )
+            stores.append(TokenStore(epath.Path(path)))
+            weights.append(number)
+        return Mixture(stores, weights)
+
+    def vocab(self) -> Vocab:
+        """The vocabulary that the tokens are in."""
+        return self._stores[0].vocab()
+
+    def tokens_per_byte(self, split: str) -> float:
+        """Tokens, end-of-documents included, per byte of text, as training reads them."""
+        if split != "train":
+            entry = self.meta["splits"][split]
+            return entry["n_tokens"] / max(entry["n_bytes"], 1)
+        bytes_per_token = sum(
+            weight / store.tokens_per_byte(split) for store, weight in zip(self._stores, self._weights, strict=True)
+        )
+        return 1 / bytes_per_token
+
+    def split(self, name: str) -> Split:
+        """Opens a split. Raises UserError if it has no document, for training in any of the stores."""
+        there = [
+            (store, weight)
+            for store, weight in zip(self._stores, self._weights, strict=True)
+            if name == "train" or store.meta["splits"][name]["n_documents"]
+        ] or [(self._stores[0], 1.0)]
+        splits = [store.split(name) for store, _ in there]
+        starts, parts, n_tokens, n_documents = [], [], 0, 0
+        for split, (_, weight) in zip(splits, there, strict=True):
+            starts.append(split.starts[:-1] + n_tokens)
+            parts.append(Part(n_documents, len(split.doc_bytes), weight))
+            n_tokens += int(split.starts[-1])
+            n_documents += len(split.doc_bytes)
+        return Split(
+            tokens=tensorstore.concat([split.tokens for split in splits], axis=0),
+            starts=np.concatenate([*starts, [n_tokens]]),
+            doc_bytes=np.concatenate([split.doc_bytes for split in splits]),
+            parts=tuple(parts),
+        )

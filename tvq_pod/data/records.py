@@ -1,0 +1,132 @@
+"""Corpora in files of many documents: JSON lines, plain or compressed, and Parquet. Read as streams, in the order of
+their paths; a folder may hold several."""
+
+import contextlib
+import gzip
+import importlib.util
+import json
+import pathlib
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO
+
+from tvq_pod.config import DataSettings
+from tvq_pod.data.corpora import Document, Documents, files_of
+from tvq_pod.errors import UserError
+
+SUFFIXES = {"jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"), "parquet": (".parquet",)}
+BLOCK_BYTES = 2**18
+ROWS = 64  # of a Parquet file that are read at a time
+
+
+def format_of(path: pathlib.Path) -> str | None:
+    """The format that a file's name says; None for any other."""
+    return next((kind for kind, suffixes in SUFFIXES.items() if path.name.endswith(suffixes)), None)
+
+
+def _files(path: pathlib.Path, data: DataSettings, kind: str) -> list[pathlib.Path]:
+    if path.is_file():
+        return [path]
+    found = [file for file in files_of(path, data.glob) if format_of(file) == kind]
+    if not found:
+        raise UserError(
+            f"config.data.source={path}: has no file that ends with {' or '.join(SUFFIXES[kind])}, as "
+            f"config.data.format={kind} says"
+        )
+    return found
+
+
+def jsonl(path: pathlib.Path, data: DataSettings) -> Documents:
+    """Each line is a JSON object whose `config.data.text_field` is a document; blank lines are passed over."""
+    for file in _files(path, data, "jsonl"):
+        with _opened(file) as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield Document(f"{file.name}:{number}", _text_of(line, number, file, data.text_field))
+
+
+def _text_of(line: bytes, number: int, file: pathlib.Path, field: str) -> bytes:
+    try:
+        text = json.loads(line)[field]
+    except ValueError as error:
+        raise UserError(f"config.data.source={file}: line {number} is not JSON ({error})") from None
+    except (KeyError, TypeError):
+        raise UserError(f"config.data.text_field={field}: line {number} of {file} has no such field") from None
+    if not isinstance(text, str):
+        raise UserError(f"config.data.text_field={field}: line {number} of {file} has no text there")
+    return text.encode("utf-8", errors="replace")  # JSON can spell half of a surrogate pair, which UTF-8 can't
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[Iterable[bytes]]:
+    """The file's lines, decompressed as they are read. Raises UserError if it is damaged."""
+    damage: tuple = (OSError, EOFError, zlib.error)
+    with contextlib.ExitStack() as opened:
+        if path.suffix == ".zst":
+            if not importlib.util.find_spec("zstandard"):
+                raise UserError(f"config.data.source={path}: .zst needs pip install -e '.[data]'")
+            import zstandard
+
+            damage = (*damage, zstandard.ZstdError)
+        try:
+            if path.suffix == ".gz":
+                yield opened.enter_context(gzip.open(path))
+            elif path.suffix == ".zst":
+                yield _lines_of(_decompressed(opened.enter_context(path.open("rb")), zstandard.ZstdDecompressor()))
+            else:
+                yield opened.enter_context(path.open("rb"))
+        except damage as error:
+            raise UserError(f"config.data.source={path}: can't be read, or is damaged ({error})") from None
+
+
+def _decompressed(file: BinaryIO, decompressor) -> Iterator[bytes]:
+    """Blocks of a zstd file of one or more frames. The library's own reader takes a cut for the end."""
+    frame = None
+    while block := file.read(BLOCK_BYTES):
+        while block:
+            frame = frame or decompressor.decompressobj()
+            yield frame.decompress(block)
+            block = frame.unused_data
+            if frame.eof:
+                frame = None
+    if frame:
+        raise EOFError("it ends too early")
+
+
+def _lines_of(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    rest = []
+    for block in blocks:
+        first, *more = block.split(b"\n")
+        rest.append(first)
+        if more:
+            yield b"".join(rest)
+            yield from more[:-1]
+            rest = [more[-1]]
+    yield b"".join(rest)
+
+
+def parquet(path: pathlib.Path, data: DataSettings) -> Documents:
+    """Each row's column `config.data.text_field` is a document."""
+    if not importlib.util.find_spec("pyarrow"):
+        raise UserError(f"config.data.source={path}: Parquet needs pip install -e '.[data]'")
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    column = data.text_field
+    for file in _files(path, data, "parquet"):
+        row = 0
+        try:
+            with ParquetFile(file, memory_map=True) as table:
+                if column not in table.schema_arrow.names:
+                    there = ", ".join(table.schema_arrow.names)
+                    raise UserError(f"config.data.text_field={column}: {file} has no such column, but {there}")
+                for batch in table.iter_batches(ROWS, columns=[column]):
+                    for text in batch.column(0).to_pylist():
+                        row += 1
+                        if not isinstance(text, (str, bytes)):
+                            raise UserError(f"config.data.text_field={column}: row {row} of {file} has no text there")
+                        yield Document(f"{file.name}:{row}", text.encode() if isinstance(text, str) else text)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(
+                f"config.data.source={file}: can't be read, or is damaged ({str(error).splitlines()[0][:200]})"
+            ) from None
