@@ -1,8 +1,10 @@
 """Transformer-VQ on ImageNet64 as bytes, with the paper's settings: 1.2B parameters.
 
-    python -m tvq_pod.main --config=configs/imagenet64.py --workdir=runs/imagenet64 --config.data.source=PATH
+    python -m tvq_pod.main --config=configs/imagenet64.py --workdir=runs/imagenet64 --source=FOLDER
 
-PATH: a folder of files of 12,288 bytes, one an image. To see what it costs before a slice is rented:
+FOLDER: has the npz files of 64 x 64 images, from image-net.org: train_data_batch_1 to 10 and val_data. The first
+1,200,000 images are for training, the other 81,167 for validation, and the official validation images for test. Samples
+are PNG files. Needs pip install -e '.[data]'. To see what it costs before a slice is rented:
 
     python -m tvq_pod.main --mode=plan --config=configs/imagenet64.py --topology=v5p:4x4x4 --workdir=runs/imagenet64
 
@@ -15,6 +17,7 @@ from tvq_pod.config import default_config
 
 def get_config():
     config = default_config()
+    config.data.format = "imagenet64"
     config.model.d_model = 2048
     config.model.d_k = 128
     config.model.d_v = 4096
@@ -39,6 +42,7 @@ def get_config():
     config.optimizer.clip_norm = 0.0  # Adafactor clips each update by its own size
     config.checkpoint.every_steps = 1000
     config.eval.every_steps = 10_000
-    config.eval.batch_size = 0
     config.sample.nucleus_p = 0.999
+    config.sample.length = 12_288
+    config.sample.count = 16
     return config

@@ -40,6 +40,5 @@ def get_config():
     config.optimizer.clip_norm = 0.1
     config.checkpoint.every_steps = 1000
     config.eval.every_steps = 10_000
-    config.eval.batch_size = 0
     config.sample.nucleus_p = 0.9
     return config

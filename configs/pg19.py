@@ -1,10 +1,10 @@
 """Transformer-VQ on PG-19 books, with the paper's settings: 1.3B parameters.
 
-    python -m tvq_pod.main --config=configs/pg19.py --workdir=runs/pg19 --config.data.source=PATH \\
-        --config.data.vocab=MODEL
+    python -m tvq_pod.main --config=configs/pg19.py --workdir=runs/pg19 --source=FOLDER
 
-PATH: a folder of the books, one a file. MODEL: a SentencePiece model of at most 32,000 pieces. To see what it costs
-before a slice is rented:
+FOLDER: the release, from github.com/google-deepmind/pg19: train, validation, test and metadata.csv. 32,000 pieces of
+SentencePiece BPE are trained on its training books first. Evaluation reports the perplexity of words as well. To see
+what it costs before a slice is rented:
 
     python -m tvq_pod.main --mode=plan --config=configs/pg19.py --topology=v5p:4x4x4 --workdir=runs/pg19
 
@@ -17,6 +17,9 @@ from tvq_pod.config import default_config
 
 def get_config():
     config = default_config()
+    config.data.format = "pg19"
+    config.data.vocab = "sentencepiece"
+    config.data.vocab_size = 32_000
     config.model.d_model = 2048
     config.model.d_k = 128
     config.model.d_v = 4096
@@ -43,6 +46,5 @@ def get_config():
     config.optimizer.clip_norm = 0.0  # Adafactor clips each update by its own size
     config.checkpoint.every_steps = 1000
     config.eval.every_steps = 10_000
-    config.eval.batch_size = 0
     config.sample.nucleus_p = 0.8
     return config

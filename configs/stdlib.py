@@ -30,7 +30,6 @@ def get_config():
     config.optimizer.warmup_steps = 100
 
     config.checkpoint.every_steps = 500
-    config.eval.batch_size = 8
     config.sample.prompt = "def "
     config.sample.temperature = 0.8
     return config

@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from tests.common import small_config, store_of
+from tvq_pod import eval as eval_module
+from tvq_pod import positions
 from tvq_pod.config import EvalSettings, MeshSettings, Settings, TrainSettings
+from tvq_pod.data.streams import PADDING, PackedDocuments
 from tvq_pod.data.vocab import END_OF_DOC, ByteVocab
 from tvq_pod.errors import UserError
 from tvq_pod.eval import Evaluator
@@ -42,10 +46,14 @@ def evaluate(store, params, eight_devices, n_devices=1, **changes):
     return Evaluator(settings, mesh, store, "train").evaluate(params)
 
 
-def test_loss_is_that_of_each_document_alone(store, params, eight_devices):
-    """The slow version: one document at a time, in one block, from a fresh state."""
+@pytest.mark.parametrize("cache", ["on", "off"])
+def test_loss_is_that_of_each_document_alone(store, params, eight_devices, cache, monkeypatch):
+    """The slow version: one document at a time, in one block, from a fresh state; without the cache, in blocks of which
+    each sees the window before it. At every place of the documents, too."""
+    monkeypatch.setattr(positions, "BUCKET", 16)
+    monkeypatch.setattr(eval_module, "BUCKET", 16)
     length = 100
-    config = SETTINGS.model.replace(block_len=length)
+    config = SETTINGS.model.replace(block_len=length if cache == "on" else 4, agg_cache=cache == "on")
 
     @jax.jit
     def log_probs(params, tokens):
@@ -54,19 +62,24 @@ def test_loss_is_that_of_each_document_alone(store, params, eight_devices):
         )
         return jax.nn.log_softmax(out["logits"])[0]
 
-    nats, n_tokens = 0.0, 0
+    nats, n_tokens = np.zeros(7), np.zeros(7, int)
     for text in TEXTS:
         targets = [*ByteVocab().encode(text).tolist(), END_OF_DOC]
         inputs = np.zeros([1, length], np.int32)
         inputs[0, : len(targets)] = [END_OF_DOC, *targets[:-1]]
         probs = np.asarray(log_probs(params, inputs))
-        nats -= sum(float(probs[i, target]) for i, target in enumerate(targets))
-        n_tokens += len(targets)
-    result = evaluate(store, params, eight_devices)
-    assert result.tokens == n_tokens
+        for i, target in enumerate(targets):
+            nats[i // 16] -= float(probs[i, target])
+            n_tokens[i // 16] += 1
+    result = evaluate(store, params, eight_devices, cache=cache)
+    assert result.tokens == n_tokens.sum()
     assert result.documents == len(TEXTS)
-    assert result.loss == pytest.approx(nats / n_tokens, rel=1e-5)
-    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / sum(map(len, TEXTS)), rel=1e-5)
+    assert result.loss == pytest.approx(nats.sum() / n_tokens.sum(), rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(nats.sum() / math.log(2) / sum(map(len, TEXTS)), rel=1e-5)
+    np.testing.assert_array_equal(result.by_position.n_tokens, n_tokens)
+    np.testing.assert_allclose(result.by_position.nats, nats, rtol=1e-4)
+    everywhere = result.by_position.bits_per_byte()
+    assert everywhere == pytest.approx(result.bits_per_byte, rel=1e-5)
 
 
 @pytest.mark.parametrize(("n_devices", "batch_size"), [(1, 1), (1, 16), (8, 8)])
@@ -75,6 +88,7 @@ def test_the_result_depends_on_neither_rows_nor_mesh(store, params, eight_device
     result = evaluate(store, params, eight_devices, n_devices, batch_size=batch_size)
     assert (result.tokens, result.documents) == (expected.tokens, expected.documents)
     assert result.loss == pytest.approx(expected.loss, rel=1e-5)
+    np.testing.assert_allclose(result.by_position.nats, expected.by_position.nats, rtol=1e-5)
 
 
 def test_max_tokens_evaluates_fewer_documents(store, params, eight_devices):
@@ -87,3 +101,61 @@ def test_a_split_without_documents_is_named(store, eight_devices):
     mesh = make_mesh(MeshSettings(), eight_devices[:1])
     with pytest.raises(UserError, match="--split=test: no document"):
         Evaluator(SETTINGS, mesh, store, "test")
+
+
+def pg19_like(rng, n_books):
+    """Tokens of books as long as those of PG-19: 69,000 words in the mean, the longest several times that."""
+    return np.concatenate([[0], np.cumsum(np.exp(rng.normal(11.1, 0.75, n_books)).astype(int) + 1000)])
+
+
+@pytest.mark.parametrize(
+    ("n_books", "most", "multiple"), [(50, 128, 1), (100, 128, 4), (400, 128, 8), (50_000, 128, 64)]
+)
+def test_at_most_a_twentieth_of_the_positions_is_padding(n_books, most, multiple):
+    for seed in range(3):
+        starts = pg19_like(np.random.default_rng(seed), n_books)
+        plan = PackedDocuments.on_most_rows(starts, most, multiple, 2048)
+        segments = [segment for row in range(plan.n_rows) for segment in plan.segments(row, 0, plan.row_len)]
+        n_positions = plan.n_rows * -(-plan.row_len // 2048) * 2048
+        assert plan.padding(2048) == pytest.approx(1 - sum(s.length for s in segments) / n_positions)
+        assert sorted((s.start, s.length) for s in segments) == list(
+            zip(starts[:-1], np.diff(starts), strict=True)
+        )  # fmt: skip
+        assert plan.padding(2048) <= PADDING
+        assert plan.n_rows <= most
+        assert plan.n_rows % multiple == 0
+
+
+def test_one_document_that_is_longer_than_all_others_has_as_few_rows_as_the_mesh_can():
+    starts = np.array([0, 100_000, 101_000, 102_000])
+    assert PackedDocuments.on_most_rows(starts, 128, 1, 64).n_rows == 1
+    plan = PackedDocuments.on_most_rows(starts, 128, 8, 64)
+    assert plan.n_rows == 8
+    assert plan.padding(64) > 0.8
+
+
+def test_as_many_rows_are_taken_as_leave_little_padding(store, params, eight_devices):
+    result = evaluate(store, params, eight_devices, batch_size=0)
+    assert result.padding <= PADDING
+    assert result.loss == pytest.approx(evaluate(store, params, eight_devices).loss, rel=1e-5)
+
+
+def test_perplexity_of_words_is_over_all_words_of_the_split(store, params, eight_devices, monkeypatch):
+    monkeypatch.setattr(eval_module, "words_of", lambda store, split: 77)
+    result = evaluate(store, params, eight_devices)
+    assert result.word_perplexity == pytest.approx(math.exp(result.loss * result.tokens / 77))
+    assert evaluate(store, params, eight_devices, max_tokens=50).word_perplexity is None
+    assert set(result.numbers()) >= {"loss", "bits_per_byte", "word_perplexity", "padding"}
+
+
+def test_the_table_and_files_have_every_token(tmp_path):
+    n_tokens = np.array([50, 40, 30, 20, 10, 5, 5, 5, 1])
+    found = positions.Positions(n_tokens * 2.0, n_tokens, 1.0)
+    lines = list(found.table())[1:]
+    assert [line.split()[0] for line in lines] == ["0", "1,024", "2,048", "4,096", "8,192"]
+    assert sum(int(line.split()[3].replace(",", "")) for line in lines) == n_tokens.sum()
+    positions.write_positions(found, epath.Path(tmp_path), "step_1_test")
+    rows = [line.split("\t") for line in (tmp_path / "step_1_test.tsv").read_text().splitlines()[1:]]
+    assert [int(row[0]) for row in rows] == [1024 * k for k in range(9)]
+    assert [float(row[3]) for row in rows] == pytest.approx([2 / math.log(2)] * 9)
+    assert (tmp_path / "step_1_test.png").read_bytes().startswith(b"\x89PNG")

