@@ -222,6 +222,37 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_befo
     assert metrics_of(tmp_path / "copy", "train")[-1]["loss"] == metrics_of(workdir, "train")[-1]["loss"]
 
 
+def test_eval_shows_what_the_cache_is_worth_place_by_place(trained):
+    workdir, _, _ = trained
+    losses = []
+    for flags, name in (((), "step_40_test"), (("--config.eval.cache=off",), "step_40_test_cache_off")):
+        out, err = run(f"--workdir={workdir}", "--mode=eval", "--split=test", *flags)
+        assert "0 - 1,023" in err
+        result = json.loads(out)
+        header, row = (line.split("\t") for line in (workdir / f"eval/{name}.tsv").read_text().splitlines())
+        assert header == ["first_position", "tokens", "loss", "bits_per_byte"]
+        assert int(row[1]) == result["tokens"]
+        assert float(row[2]) == pytest.approx(result["loss"], abs=1e-5)
+        assert (workdir / f"eval/{name}.png").exists()
+        losses.append(result["loss"])
+    assert losses[0] != pytest.approx(losses[1], rel=1e-5)
+    assert metrics_of(workdir, "test_cache_off")[-1]["loss"] == losses[1]
+
+
+def test_a_run_on_several_stores(tmp_path, config_file, corpus):
+    for name, glob in (("a", "?.txt"), ("b", "??.txt")):
+        run(f"--config={config_file}", f"--workdir={tmp_path}", "--mode=prepare", f"--source={corpus}",
+            f"--config.data.glob={glob}", f"--config.data.store={tmp_path / name}")  # fmt: skip
+    flags = [f"--config.data.mixture={tmp_path}/a=0.7,{tmp_path}/b=0.3", "--config.train.num_steps=20"]
+    run(f"--config={config_file}", f"--workdir={tmp_path / 'run'}", *flags)
+    out, _ = run(f"--workdir={tmp_path / 'run'}", "--mode=eval")
+    assert json.loads(out)["loss"] == pytest.approx(metrics_of(tmp_path / "run", "validation")[0]["loss"], rel=1e-5)
+    other = f"--config.data.mixture={tmp_path}/a=0.6,{tmp_path}/b=0.4"
+    code, _, err = finish(start(f"--workdir={tmp_path / 'run'}", other, "--config.train.num_steps=25"))
+    assert code == 1
+    assert err.splitlines()[-1].startswith("error: ")
+
+
 def test_a_sentencepiece_model_on_json_lines(tmp_path, config_file):
     texts = [f"the quick brown fox number {i} jumps over the lazy dog" for i in range(60)]
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps(dict(body=text)) + "\n" for text in texts))
@@ -295,6 +326,11 @@ def test_each_mistake_is_one_line_and_costs_nothing(trained, tmp_path, config_fi
         (config, fresh, "--config.optimizer.learning_rate=nan"): ("config.optimizer.learning_rate=nan",),
         (f"--workdir={tmp_path / 'file'}", "--mode=eval"): ("--workdir=", "has no config.json"),
         (config, f"--workdir={workdir}", "--mode=sample", "--prompt_file=/nowhere"): ("--prompt_file=/nowhere",),
+        (config, fresh, "--config.data.mixture=x"): ("config.data.mixture=x", "is no STORE=WEIGHT"),
+        (config, fresh, "--config.eval.cache=maybe"): ("config.eval.cache=maybe", "on, off"),
+        (config, fresh, "--mode=train_vocab"): ("config.data.vocab=bytes", "must be sentencepiece"),
+        ("--config=configs/enwik8.py", fresh, f"--source={tmp_path / 'blank.txt'}"): ("has 2 bytes, and enwik8",),
+        ("--config=configs/imagenet64.py", fresh, "--config.sample.length=9"): ("sample.length=9", "12288, an image"),
         (config, f"--workdir={tmp_path / 'taken'}"): ("--workdir=", "in use by another process"),
     }  # fmt: skip
     # Runs on one folder would refuse each other: they come one by one, the others in fours.

@@ -31,6 +31,17 @@ def test_a_run_folder_gives_its_settings_back(tmp_path):
         read_run_config(tmp_path / "nowhere")
 
 
+def test_settings_that_an_older_version_did_not_write_have_their_defaults(tmp_path):
+    tree = json.loads(to_json(Settings()))
+    del tree["data"]["mixture"], tree["sanity"]
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    assert resolve(read_run_config(tmp_path)) == Settings()
+    tree["data"]["sauce"] = "unknown"
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"config.data.sauce: is not a setting"):
+        resolve(read_run_config(tmp_path))
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_file_sets_everything_and_is_valid(path):
     spec = importlib.util.spec_from_file_location(path.stem, path)

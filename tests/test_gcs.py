@@ -17,7 +17,9 @@ from gcsfs.core import GCSFileSystem
 
 from launch.local import free_port
 from tests.test_cli import config_file, corpus, fingerprint, finish, run, start
+from tests.test_prepare import assert_same, preparing, undisturbed
 from tvq_pod import workdir
+from tvq_pod.data.store import TokenStore
 
 __all__ = ["config_file", "corpus"]  # fixtures
 
@@ -167,3 +169,20 @@ def test_a_run_in_a_bucket_is_locked_and_goes_on_after_damage_and_a_kill(config_
     assert "goes on from step 10" in err
     found, _ = run("--mode=inspect", "--workdir=gs://bucket/other")
     assert fingerprint(found) == fingerprint(expected)
+
+
+def test_a_store_in_a_bucket_goes_on_where_it_was(corpus, tmp_path, server, monkeypatch):
+    files, progress = reached_at(monkeypatch, server), "bucket/prepared/progress.json"
+    process = preparing(corpus, "gs://bucket/prepared", seconds=0.05)
+    while not (files.exists(progress) and json.loads(files.cat(progress))["n_taken"] >= 5):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not files.exists("bucket/prepared/store.json")
+    again = preparing(corpus, "gs://bucket/prepared")
+    _, err = again.communicate()
+    assert again.returncode == 0, err
+    assert "goes on after" in err
+    assert_same(TokenStore("gs://bucket/prepared"), undisturbed(tmp_path, monkeypatch, corpus, None))
+    assert not files.exists(progress)

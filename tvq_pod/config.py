@@ -302,7 +302,18 @@ def read_run_config(workdir) -> ml_collections.ConfigDict:
         raise UserError(f"--workdir={workdir}: config.json is not JSON ({error}); give --config=FILE") from None
     if not isinstance(tree, dict):
         raise UserError(f"--workdir={workdir}: config.json is no config; give --config=FILE")
-    return ml_collections.ConfigDict(tree).lock()
+    return ml_collections.ConfigDict(_filled(tree, default_config().to_dict())).lock()
+
+
+def _filled(tree: dict, default: dict) -> dict:
+    """With the defaults of settings that the version that wrote it did not know."""
+    filled = default | tree
+    return {
+        name: _filled(value, default[name])
+        if isinstance(value, dict) and isinstance(default.get(name), dict)
+        else value
+        for name, value in filled.items()
+    }
 
 
 def _build(cls, tree: dict, path: str):
