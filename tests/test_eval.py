@@ -126,6 +126,11 @@ def test_at_most_a_twentieth_of_the_positions_is_padding(n_books, most, multiple
         assert plan.n_rows % multiple == 0
 
 
+def test_rows_that_can_not_be_equally_long_are_fewer():
+    """Three documents on two rows: one row has two of them."""
+    assert PackedDocuments.on_most_rows(np.array([0, 100, 200, 300]), 2, 1, 10).n_rows == 1
+
+
 def test_one_document_that_is_longer_than_all_others_has_as_few_rows_as_the_mesh_can():
     starts = np.array([0, 100_000, 101_000, 102_000])
     assert PackedDocuments.on_most_rows(starts, 128, 1, 64).n_rows == 1

@@ -40,9 +40,18 @@ def test_greedy_images_are_the_likeliest_bytes_one_after_the_other(monkeypatch):
     np.testing.assert_array_equal(bytes_ - N_SPECIAL, allowed.argmax(axis=1))
 
 
+def test_any_byte_may_be_drawn_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(images, "IMAGE_SHAPE", (8, 8, 3))
+    flat = jax.tree.map(jnp.zeros_like, params())  # all tokens equally likely
+    drawn = images.draw_images(flat, CONFIG, SampleSettings(count=16, nucleus_p=1.0))
+    counts = np.bincount(drawn.reshape(-1), minlength=256)
+    assert counts.min() >= 1  # of 12 in the mean
+    assert counts.max() < 40
+
+
 def test_images_are_written_one_by_one_and_together(monkeypatch, tmp_path):
     monkeypatch.setattr(images, "IMAGE_SHAPE", (2, 4, 3))
-    settings = Settings(model=CONFIG, data=DataSettings(format="imagenet64"), sample=SampleSettings(count=3))
+    settings = Settings(model=CONFIG, data=DataSettings(format="imagenet64"), sample=SampleSettings(count=3, seed=1))
     images.write_samples(settings, epath.Path(tmp_path), params(), step=7)
     names = ["step_7.png", "step_7_0.png", "step_7_1.png", "step_7_2.png"]
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == names

@@ -149,6 +149,7 @@ def test_a_prepare_that_is_killed_goes_on_where_it_was(corpus, tmp_path, monkeyp
     assert int(err.split("goes on after ")[1].split()[0]) >= 41
     assert_same(TokenStore(path), undisturbed(tmp_path, monkeypatch, corpus, vocab if name != "bytes" else None))
     assert not list(tmp_path.glob("s.*"))
+    assert not (path / "progress.json").exists()
 
 
 def test_a_corpus_that_changed_meanwhile_is_read_anew(corpus, tmp_path, monkeypatch):

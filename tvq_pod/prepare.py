@@ -219,7 +219,7 @@ def _not_utf8(text: bytes | memoryview) -> int | None:
         try:
             part.decode("utf-8")
         except UnicodeDecodeError as error:
-            is_cut = error.reason == "unexpected end of data" and error.start > 0 and at + len(part) < len(text)
+            is_cut = error.reason == "unexpected end of data" and error.start > 0
             if not is_cut:
                 return at + error.start
             part = part[: error.start]  # in the middle of a character

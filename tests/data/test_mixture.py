@@ -1,6 +1,7 @@
 """Mixtures: shares as asked for, every document as often as the others of its store, a function of the step alone."""
 
 import collections
+import itertools
 
 import numpy as np
 import pytest
@@ -66,6 +67,19 @@ def test_streams_of_a_mixture_are_a_function_of_the_step_and_read_what_is_in_the
             text = bytes((one["targets"][one["targets"] >= 3] - 3).astype(np.uint8))
             seen.update(word for word in text.split() if word in (b"big", b"small"))
     assert min(seen.values()) > 5
+
+
+@pytest.mark.parametrize("name", ["train", "validation"])
+def test_documents_of_a_mixture_are_those_of_its_stores(folder, name):
+    def texts(split):
+        tokens = split.tokens.read().result()
+        return [tokens[begin:end].tobytes() for begin, end in itertools.pairwise(split.starts)]
+
+    stores = [TokenStore(folder / "big"), TokenStore(folder / "small")]
+    there = [store.split(name) for store in stores if store.meta["splits"][name]["n_documents"]]
+    whole = mixture(folder).split(name)
+    assert texts(whole) == [text for split in there for text in texts(split)]
+    np.testing.assert_array_equal(whole.doc_bytes, np.concatenate([split.doc_bytes for split in there]))
 
 
 def test_one_store_alone_is_read_once_an_epoch(folder):
