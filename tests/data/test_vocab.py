@@ -92,8 +92,8 @@ def vocabs(folder):
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("at_most", [60, 100, 333, 1000])
 def test_a_text_in_pieces_has_the_tokens_of_the_whole(vocabs, name, at_most):
-    rng = random.Random(0)  # runs of spaces, of which none may be cut
-    text = "".join(word + rng.choice([" ", " ", "  ", "   "]) for word in WORDS * 30).encode() + b"end"
+    rng = random.Random(0)  # runs of spaces, too, which may not be cut just anywhere
+    text = "".join(word + rng.choice([" ", "  ", " \n", "\n "]) for word in WORDS * 30).encode() + b"end"
     vocab = vocabs[name]
     parts = list(pieces(text, vocab, at_most))
     assert len(parts) > 1

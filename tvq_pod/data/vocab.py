@@ -4,8 +4,8 @@ Ids are the same everywhere: 0 pad, 1 end-of-document, 2 unknown, and from 3 on 
 bytes, the pieces of a SentencePiece model, or the tokens of a Hugging Face tokenizer. A model or tokenizer with these
 three ids is taken as it is.
 
-A long text is encoded in pieces, cut before spaces that stand alone between words: no common tokenizer joins what is
-left and right of them, and memory stays small.
+A long text is encoded in pieces, cut before a space that a word follows: no common tokenizer joins what is left and
+right of there, and memory stays small.
 """
 
 import codecs
@@ -27,7 +27,7 @@ N_SPECIAL = 3
 PIECE_BYTES = 2**20  # of a text that are encoded at a time
 SPECIAL_NAMES = (("<pad>", "[PAD]"), ("</s>", "<eos>", "<|endoftext|>", "[SEP]"), ("<unk>", "[UNK]"))
 ESCAPE = "\u2581".encode()  # how SentencePiece writes a space
-LONE_SPACE = re.compile(rb"(?<=[^\s]) (?=[^\s])")
+SPACE_AND_WORD = re.compile(rb" (?=[^\s])")
 
 
 class Vocab(Protocol):
@@ -75,10 +75,10 @@ def pieces(text: bytes | memoryview, vocab: Vocab, at_most: int | None = None) -
 
 
 def _cut(text: bytes) -> int:
-    """Where to cut a text before its last byte: before a space between words, or else before a character."""
+    """Where to cut a text before its last byte: before a space and a word, or else before a character."""
     end = len(text)
     while (place := text.rfind(b" ", max(1, len(text) // 2), end)) > 0:
-        if LONE_SPACE.match(text, place):
+        if SPACE_AND_WORD.match(text, place):
             return place
         end = place
     place = len(text) - 1
