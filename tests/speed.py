@@ -48,7 +48,7 @@ def timed(function) -> float:
 
 def prepare(folder: pathlib.Path, n_bytes: int, vocab) -> None:
     """One preparation, in this process; says its speed, and the most memory it had, with its children's."""
-    data = DataSettings(source="stdlib")
+    data = DataSettings(source="stdlib", invalid_utf8="replace")
     seconds = timed(lambda: make_store(folder / "store", lambda: corpus(n_bytes), vocab, data))
     peak = [resource.getrusage(who).ru_maxrss / 1000 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     print(f"{n_bytes / MB / seconds:.1f} {seconds:.1f} {peak[0]:.0f} {peak[1]:.0f}", flush=True)

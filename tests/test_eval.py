@@ -164,3 +164,17 @@ def test_the_table_and_files_have_every_token(tmp_path):
     assert [int(row[0]) for row in rows] == [1024 * k for k in range(9)]
     assert [float(row[3]) for row in rows] == pytest.approx([2 / math.log(2)] * 9)
     assert (tmp_path / "step_1_test.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_many_small_losses_add_up(eight_devices, tmp_path):
+    """65,536 positions a step, all of the same loss: float32 would lose a thousandth."""
+    settings = dataclasses.replace(
+        SETTINGS, train=TrainSettings(batch_size=64, update_len=1024), eval=EvalSettings(batch_size=64),
+        model=SETTINGS.model.replace(block_len=64, n_layer=1),
+    )  # fmt: skip
+    store = store_of(tmp_path / "store", [b"x" * 1023] * 64)
+    mesh = make_mesh(MeshSettings(), eight_devices[:1])
+    params = jax.tree.map(jnp.zeros_like, create_train_state(settings, mesh).params)
+    result = Evaluator(settings, mesh, store, "train").evaluate(params)
+    assert result.tokens == 65_536
+    assert result.loss == pytest.approx(math.log(ByteVocab.n_vocab), rel=1e-6)

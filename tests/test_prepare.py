@@ -1,5 +1,6 @@
 """Making a store: on many cores, broken off and gone on with, by two at once; the result is always the same."""
 
+import concurrent.futures
 import dataclasses
 import itertools
 import json
@@ -12,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+import tokenizers
 from etils import epath
 
 from tests.common import small_config, store_of
@@ -20,10 +22,11 @@ from tvq_pod import prepare
 from tvq_pod.config import DataSettings, Settings
 from tvq_pod.data import encode as encode_module
 from tvq_pod.data import store as store_module
+from tvq_pod.data import writer as writer_module
 from tvq_pod.data.encode import encoded
 from tvq_pod.data.store import SPLITS, TokenStore
 from tvq_pod.data.train_vocab import train_sentencepiece
-from tvq_pod.data.vocab import ByteVocab, SentencePieceVocab, decoded
+from tvq_pod.data.vocab import ByteVocab, HuggingFaceVocab, SentencePieceVocab, decoded
 from tvq_pod.errors import UserError
 
 TEXTS = [f"the {n}th document says {n * n} and no more. " * (1 + n % 7) for n in range(60)]
@@ -45,7 +48,24 @@ def corpus(tmp_path):
 
 
 # ------------------------------------------------- many processes
-def test_other_processes_give_the_same_tokens_in_the_same_order(vocab, monkeypatch):
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
+    """Its special token is in the texts, too."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["says"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    path = tmp_path_factory.mktemp("vocab") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return HuggingFaceVocab(path)
+
+
+@pytest.mark.parametrize("kind", ["vocab", "hugging_face"])
+def test_other_processes_give_the_same_tokens_in_the_same_order(kind, request, monkeypatch):
+    vocab = request.getfixturevalue(kind)
     monkeypatch.setattr(encode_module, "ALONE_BYTES", 500)
     monkeypatch.setattr(encode_module, "BATCH_BYTES", 300)
     documents = [(n, text.encode()) for n, text in enumerate([*TEXTS, "a" * 2**20 + " b" * 2**19])]
@@ -193,6 +213,29 @@ def test_two_at_once_make_one_store(corpus, tmp_path, monkeypatch):
     assert_same(TokenStore(tmp_path / "s"), undisturbed(tmp_path, monkeypatch, corpus, None))
 
 
+def test_of_two_at_once_the_second_may_want_another_store(corpus, tmp_path):
+    settings, path = settings_for(corpus), tmp_path / "run/store"
+    with writer_module.only_one(path):
+        threads = concurrent.futures.ThreadPoolExecutor(1)
+        second = threads.submit(prepare.open_store, settings, epath.Path(tmp_path / "run"))
+        time.sleep(0.3)
+        store_of(path, [b"other"])
+    with pytest.raises(UserError, match=r"config.data.source=.*corpus: the store .* was prepared with stdlib"):
+        second.result()
+
+
+def test_a_store_that_only_lacks_its_name_is_not_made_again(tmp_path, monkeypatch):
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda *names: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(UserError, match=r"config.data.store: can't be written"):
+        store_of(tmp_path / "s", [b"one", b"two"])
+    monkeypatch.setattr(os, "rename", rename)
+    before = (tmp_path / "s.preparing/train/tokens/c/0").stat().st_mtime_ns
+    assert store_of(tmp_path / "s", [b"one", b"two"]).meta["splits"]["train"]["n_documents"] == 2
+    assert (tmp_path / "s/train/tokens/c/0").stat().st_mtime_ns == before
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
 def test_a_disk_that_is_full_is_named_and_what_was_written_is_not_lost(corpus, tmp_path, monkeypatch):
     path = tmp_path / "s"
     kill_after(preparing(corpus, path, seconds=0.03), path, 10)
@@ -247,7 +290,8 @@ def settings_for(corpus, **changes) -> Settings:
 def test_a_vocabulary_is_trained_where_there_is_none_and_kept_beside_the_store(corpus, tmp_path, capsys):
     settings = settings_for(corpus, vocab="sentencepiece", vocab_size=300)
     prepare.train_vocab(settings, epath.Path(tmp_path / "run"))
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["store.vocab.model"]
+    names = ["store.vocab.model", "store.vocab.model.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
     prepare.train_vocab(settings, epath.Path(tmp_path / "run"))
     assert "store.vocab.model is there already" in capsys.readouterr().err
     store = prepare.open_store(settings, epath.Path(tmp_path / "run"))
@@ -300,6 +344,57 @@ def test_documents_that_are_not_utf8(tmp_path, invalid_utf8, block_bytes, capsys
     else:
         kept = texts_in(store_of(tmp_path / "text", texts, TextOnlyVocab(), invalid_utf8=invalid_utf8))
         assert kept == texts[:1] + (["caf\ufffd".encode()] if invalid_utf8 == "replace" else [])
+
+
+def test_a_vocabulary_of_another_corpus_is_not_used_in_silence(corpus, tmp_path):
+    settings = settings_for(corpus, vocab="sentencepiece", vocab_size=300)
+    prepare.train_vocab(settings, epath.Path(tmp_path / "run"))
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else/text").write_text("other")
+    for name, value in (("source", str(tmp_path / "else")), ("validation_share", 0.3), ("glob", "**/*.txt")):
+        other = dataclasses.replace(settings, data=dataclasses.replace(settings.data, **{name: value}))
+        with pytest.raises(UserError, match=rf"config.data.{name}=.*: the vocabulary .* was trained with"):
+            prepare.open_store(other, epath.Path(tmp_path / "run"))
+
+
+def test_held_out_documents_train_no_vocabulary(tmp_path, monkeypatch):
+    """Nor do they where their odd bytes are replaced, so that another text is hashed."""
+    (tmp_path / "corpus").mkdir()
+    for n in range(60):
+        (tmp_path / f"corpus/{n}").write_bytes(f"document {n} ".encode() * 20 + b"\xff")
+    settings = settings_for(tmp_path / "corpus", vocab="sentencepiece", vocab_size=300, invalid_utf8="replace")
+    seen = []
+    monkeypatch.setattr(
+        prepare, "train_sentencepiece", lambda texts, size: train_sentencepiece(seen.extend(texts) or seen, size)
+    )
+    store = prepare.open_store(settings, epath.Path(tmp_path / "run"))
+    split = store.split("train")
+    tokens = split.tokens.read().result()
+    found = [decoded(tokens[a:b], store.vocab()).encode() for a, b in itertools.pairwise(split.starts)]
+    assert sorted(seen) == sorted(found)
+    assert 0 < len(found) < 60
+
+
+def test_a_vocabulary_that_changes_text_is_warned_of(tmp_path, capsys):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(TEXTS, tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, show_progress=False))  # fmt: skip
+    tokenizer.save(str(tmp_path / "lower.json"))
+    store_of(tmp_path / "a", [b"all small", b"and One not"], HuggingFaceVocab(tmp_path / "lower.json"))
+    said = capsys.readouterr().err
+    assert "this vocabulary changes text: 'One not' of 1 comes back as 'one not'" in said
+
+
+def test_an_error_while_a_vocabulary_is_trained_is_that_error(tmp_path):
+    (tmp_path / "docs.jsonl").write_text('{"text": "fine"}\n' * 3 + "{\n")
+    settings = settings_for(tmp_path / "docs.jsonl", vocab="sentencepiece", vocab_size=300)
+    with pytest.raises(UserError, match=r"docs.jsonl: line 4 is not JSON"):
+        prepare.train_vocab(settings, epath.Path(tmp_path / "run"))
+    assert not list((tmp_path / "run").glob("*model*"))
 
 
 def test_words_are_counted_for_pg19_only(corpus, tmp_path):

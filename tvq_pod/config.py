@@ -140,6 +140,7 @@ NOT_IN_CONFIG = ("is_train",)  # the mode decides
 IMAGE_SHAPE = (64, 64, 3)  # of imagenet64: rows, columns, colors
 IMAGE_BYTES = 64 * 64 * 3
 FORMATS = ("auto", "stdlib", "novels", "folder", "lines", "jsonl", "parquet", "enwik8", "pg19", "imagenet64")
+OWN_SPLITS = ("enwik8", "pg19", "imagenet64")  # corpora that say themselves what is held out
 CHOICES = {
     "model.attn_type": ("vq", "full"),
     "model.head_type": ("shga", "mqa", "mha"),
@@ -233,6 +234,10 @@ def _check_relations(settings: Settings) -> None:
                 f"config.sample.length={settings.sample.length}: must be {IMAGE_BYTES}, an image, with "
                 "config.data.format=imagenet64; or 0"
             )
+    if settings.eval.cache == "off" and model.attn_type != "vq":
+        raise UserError(
+            f"config.eval.cache=off: there is no cache with config.model.attn_type={model.attn_type}; give on"
+        )
     _check_mesh(settings)
     if settings.mesh.data == 0:
         raise UserError("config.mesh.data=0: must be a number of devices, or -1 for all")

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -72,11 +71,11 @@ def _state_shardings(config: TransformerConfig, mesh: jax.sharding.Mesh, n_rows:
     return shardings_of(Transformer.state_axes(config), shapes, mesh)
 
 
-def make_eval_step(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int, n_buckets: int):
-    """The compiled step: (params, state, batch) -> (state, sums); the state given is donated.
+def make_eval_step(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int):
+    """The compiled step: (params, state, batch) -> (state, losses, positions); the state given is donated.
 
-    batch: see `global_batches`, with positions. sums: float32 [n_buckets]: loss (nats) over positions that are no
-    padding, by place in the document, BUCKET places in each.
+    batch: see `global_batches`, with positions. losses: nats, float32 [B, T], 0 on padding; positions: int32 [B, T].
+    Both are whole on every process, to be added as doubles there: in float32 so many would not add up.
     """
     config = _eval_model(settings)
     shardings = _state_shardings(config, mesh, n_rows)
@@ -85,14 +84,12 @@ def make_eval_step(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int, n_b
         inputs = (batch["inputs"], batch["doc_ids"], None, batch["targets"])
         with placed_by(OnMesh(mesh, settings.mesh.fsdp)):
             state, out = Transformer(config).apply({"params": params}, state, *inputs)
-        losses = out["losses"] * batch["loss_mask"]
-        buckets = batch["positions"] // BUCKET
-        return state, jnp.zeros([n_buckets], jnp.float32).at[buckets].add(losses)
+        return state, out["losses"] * batch["loss_mask"], batch["positions"]
 
     return jax.jit(
         eval_step,
         in_shardings=(None, shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
+        out_shardings=(shardings, replicated(mesh), replicated(mesh)),
         donate_argnums=1,
         compiler_options=compiler_options(mesh),
     )
@@ -128,8 +125,7 @@ class Evaluator:
         is_whole = len(self._plan.documents) == len(self._split.doc_bytes)
         self._n_words = words_of(store, split) if is_whole else 0
         self._n_tokens = self._plan.tokens_by_position(BUCKET)
-        self._bytes_per_token = 1 / store.tokens_per_byte(split)
-        self._eval_step = make_eval_step(settings, mesh, self._plan.n_rows, len(self._n_tokens))
+        self._eval_step = make_eval_step(settings, mesh, self._plan.n_rows)
 
     def evaluate(self, params: dict, told_to_stop: Callable[[], bool] = lambda: False) -> Result | None:
         """Loss over the split's documents (or as many as config.eval.max_tokens takes).
@@ -138,7 +134,8 @@ class Evaluator:
         """
         began = time.monotonic()
         train, data = self._settings.train, self._settings.data
-        state, sums = make_eval_state(self._settings, self._mesh, self._plan.n_rows), []
+        state = make_eval_state(self._settings, self._mesh, self._plan.n_rows)
+        nats, done = np.zeros(len(self._n_tokens)), []
         for batch in global_batches(
             self._split,
             self._plan,
@@ -151,13 +148,13 @@ class Evaluator:
             ahead=data.prefetch_batches,
             with_positions=True,
         ):
-            state, sum_ = self._eval_step(params, state, batch)
-            jax.block_until_ready(sums[-1:])  # the host runs ahead by one step, no more: batches take memory
-            sums.append(sum_)
+            state, *losses = self._eval_step(params, state, batch)
+            done.append(losses)
+            if len(done) > 1:  # the host runs ahead by one step, no more: batches take memory
+                nats += self._by_bucket(*done.pop(0))
             if told_to_stop():
                 return None
-        # sums of float32 over one step each, added as doubles
-        nats = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+        nats += self._by_bucket(*done.pop())
         total, tokens = float(nats.sum()), self._plan.n_tokens
         return Result(
             loss=total / tokens,
@@ -167,8 +164,13 @@ class Evaluator:
             documents=len(self._plan.documents),
             padding=self._padding,
             seconds=time.monotonic() - began,
-            by_position=Positions(nats, self._n_tokens, self._bytes_per_token),
+            by_position=Positions(nats, self._n_tokens, self._n_bytes / tokens),
         )
+
+    def _by_bucket(self, losses: jax.Array, positions: jax.Array) -> np.ndarray:
+        """Waits for a step. float64 [n]: sums of losses by place in the document, BUCKET places in each."""
+        losses, positions = jax.device_get((losses, positions))
+        return np.bincount(positions.ravel() // BUCKET, losses.ravel(), len(self._n_tokens))
 
 
 def _exp(value: float) -> float:

@@ -4,7 +4,9 @@
 when there is none.
 """
 
+import contextlib
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -20,16 +22,18 @@ from tvq_pod.data.mixture import Mixture
 from tvq_pod.data.papers import pg19_words
 from tvq_pod.data.store import SPLITS, TokenStore, split_of
 from tvq_pod.data.train_vocab import train_sentencepiece
-from tvq_pod.data.vocab import ByteVocab, SentencePieceVocab, Vocab, load_vocab
-from tvq_pod.data.writer import StoreWriter, check_free, only_one
+from tvq_pod.data.vocab import ByteVocab, SentencePieceVocab, Vocab, decoded, load_vocab
+from tvq_pod.data.writer import StoreWriter, adopted, check_free, only_one
 from tvq_pod.errors import UserError
 from tvq_pod.parallel.processes import is_first, on_first
+from tvq_pod.paths import write_whole
 from tvq_pod.progress import say
 
 # What documents depend on, besides the vocabulary
 MADE_WITH = ("source", "format", "text_field", "glob", "invalid_utf8", "validation_share", "test_share")
 TRAINED = "sentencepiece"  # the vocabulary that is made here
 BLOCK_BYTES = 2**20  # of a document that are looked at at a time: it may be a file of any size
+PROBES, PROBE_BYTES = 3, 2**14  # documents, and how much of each, that must come back from their tokens
 SHOWN = 3  # names of odd documents that a message lists
 
 
@@ -53,7 +57,10 @@ def train_vocab(settings: Settings, workdir: epath.Path) -> None:
     path = trained_path(settings, workdir)
     if path.exists():
         say(f"{path} is there already")
-    _vocab(settings, workdir)
+    else:
+        check_source(settings, workdir)
+    with only_one(store_path(settings, workdir)):
+        _vocab(settings, workdir)
 
 
 def trained_path(settings: Settings, workdir: epath.Path) -> epath.Path:
@@ -102,6 +109,7 @@ def open_store(settings: Settings, workdir: epath.Path, may_make: bool = True) -
                 say(f"preparing {path} from {data.source}")
                 make_store(path, lambda: documents(data), vocab, data)
         store = TokenStore(path)
+        _check_same_corpus(data, store)  # it may be another process that made it
     check_vocab_fits(settings, store.n_vocab)
     return store
 
@@ -113,9 +121,12 @@ def make_store(path: epath.PathLike, corpus, vocab: Vocab, data: DataSettings) -
     """
     made_with = {name: getattr(data, name) for name in MADE_WITH}
     counts_words = data.source and not data.mixture and _format(data) == "pg19"
+    if store := adopted(path, vocab, made_with):
+        return store
     with StoreWriter(path, vocab, made_with) as writer:
         left = _Left(corpus(), vocab, data)
         if not left.pass_over(writer.n_taken, writer.crc_taken):
+            left.close()
             say(f"config.data.source={data.source}: is not what it was when {path} was begun: begins anew")
             writer.begin_anew()
             left = _Left(corpus(), vocab, data)
@@ -153,7 +164,8 @@ class _Left:
     def __init__(self, corpus: Documents, vocab: Vocab, data: DataSettings):
         self._corpus, self._vocab, self._data = iter(corpus), vocab, data
         self._number = self._crc = 0
-        self._empty, self._odd = [], []
+        self._empty, self._odd = _Names(), _Names()
+        self._probes = 0 if vocab.takes_any_bytes else PROBES
         self._bar = tqdm.tqdm(
             unit="B", unit_scale=True, file=sys.stderr, disable=not is_first(), delay=1,
             mininterval=0.5 if sys.stderr.isatty() else 30,
@@ -166,49 +178,90 @@ class _Left:
             if document is None:
                 return False
             self._count(document)
-        if n_taken:
+        if n_taken and self._crc == crc_taken:
             say(f"  goes on after {n_taken:,} documents")
         return self._crc == crc_taken
 
     def _count(self, document: Document) -> None:
         self._number += 1
-        self._crc = google_crc32c.extend(self._crc, document.name.encode("utf-8", errors="surrogateescape"))
+        head = f"{document.name}\0{document.split}\0{len(document.text)}\0"
+        self._crc = google_crc32c.extend(self._crc, head.encode("utf-8", errors="surrogateescape"))
         for begin in range(0, len(document.text), BLOCK_BYTES):
             self._crc = google_crc32c.extend(self._crc, bytes(document.text[begin : begin + BLOCK_BYTES]))
 
     def __iter__(self) -> Iterator[tuple[_Taken, bytes | memoryview]]:
-        data, any_bytes = self._data, self._vocab.takes_any_bytes
         for document in self._corpus:
             self._count(document)
             self._bar.update(len(document.text))
-            text = document.text
-            if not len(text):
-                self._empty.append(document.name)
+            if not len(document.text):
+                self._empty.add(document.name)
                 continue
-            if (place := _not_utf8(text)) is not None:
-                if not any_bytes and data.invalid_utf8 == "error":
-                    raise UserError(
-                        f"config.data.invalid_utf8=error: {document.name} is not UTF-8 at byte {place}, and this "
-                        "vocabulary needs text; mend the file, or give replace or skip"
-                    )
-                self._odd.append(document.name)
-                if not any_bytes and data.invalid_utf8 == "skip":
-                    continue
-                if not any_bytes:
-                    text = bytes(text).decode("utf-8", errors="replace").encode("utf-8")
-            split = document.split or split_of(text, data.validation_share, data.test_share)
+            text, is_odd = _usable(document, self._vocab.takes_any_bytes, self._data.invalid_utf8)
+            if is_odd:
+                self._odd.add(document.name)
+            if text is None:
+                continue
+            if self._probes:
+                self._probes -= 1
+                self._probe(document.name, bytes(text[:PROBE_BYTES]))
+            split = document.split or split_of(text, self._data.validation_share, self._data.test_share)
             yield _Taken(text, split, self._number, self._crc), text
+
+    def _probe(self, name: str, text: bytes) -> None:
+        """Warns of a vocabulary that changes text: bits per byte are of the text as it was."""
+        text = text.decode("utf-8", errors="ignore")
+        found = decoded(self._vocab.encode(text.encode()), self._vocab)
+        if found != text:
+            at = next((place for place, pair in enumerate(zip(found, text, strict=False)) if len(set(pair)) > 1), 0)
+            say(
+                f"  WARNING: this vocabulary changes text: {text[at : at + 20]!r} of {name} comes back as "
+                f"{found[at : at + 20]!r}"
+            )
+            self._probes = 0
+
+    def close(self) -> None:
+        """Ends the progress bar."""
+        self._bar.close()
 
     def report(self) -> None:
         """Says what was odd."""
-        self._bar.close()
-        if self._empty:
-            say(f"  {len(self._empty)} empty documents left out: {_some(self._empty)}")
-        if self._odd:
+        self.close()
+        if self._empty.count:
+            say(f"  {self._empty.count} empty documents left out: {self._empty}")
+        if self._odd.count:
             done = {"replace": "their odd bytes became U+FFFD", "skip": "they were left out"}
             done = done.get(self._data.invalid_utf8, "")
             done = "a byte model takes their bytes as they are" if self._vocab.takes_any_bytes else done
-            say(f"  {len(self._odd)} documents are not UTF-8, {done}: {_some(self._odd)}")
+            say(f"  {self._odd.count} documents are not UTF-8, {done}: {self._odd}")
+
+
+class _Names:
+    """How many names there were, and the first of them."""
+
+    def __init__(self):
+        self.count, self._first = 0, []
+
+    def add(self, name: str) -> None:
+        self.count += 1
+        self._first += [name] * (self.count <= SHOWN)
+
+    def __str__(self) -> str:
+        return ", ".join(self._first) + (", ..." if self.count > SHOWN else "")
+
+
+def _usable(document: Document, any_bytes: bool, invalid_utf8: str) -> tuple[bytes | memoryview | None, bool]:
+    """The text of a document as it is encoded, or None to leave it out; and whether it is not UTF-8."""
+    place = _not_utf8(document.text)
+    if place is None or any_bytes:
+        return document.text, place is not None
+    if invalid_utf8 == "error":
+        raise UserError(
+            f"config.data.invalid_utf8=error: {document.name} is not UTF-8 at byte {place}, and this "
+            "vocabulary needs text; mend the file, or give replace or skip"
+        )
+    if invalid_utf8 == "skip":
+        return None, True
+    return bytes(document.text).decode("utf-8", errors="replace").encode("utf-8"), True
 
 
 def _not_utf8(text: bytes | memoryview) -> int | None:
@@ -233,23 +286,46 @@ def _vocab(settings: Settings, workdir: epath.Path) -> Vocab:
     if data.vocab != TRAINED:
         return load_vocab(data.vocab)
     path = trained_path(settings, workdir)
+    beside = path.with_name(f"{path.name}.json")
+    made_with = {name: getattr(data, name) for name in (*MADE_WITH, "vocab_size")}
     if not path.exists() and is_first():
         check_vocab_fits(settings, data.vocab_size)
         say(f"training {path}: {data.vocab_size:,} pieces, from the training documents of {data.source}")
-        texts = (
-            document.text
-            for document in documents(data)
-            if (document.split or split_of(document.text, data.validation_share, data.test_share)) == "train"
-        )
-        model = train_sentencepiece(texts, data.vocab_size)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f"{path.name}.writing")
-        draft.write_bytes(model)
-        draft.rename(path)
-    vocab = SentencePieceVocab(path)
-    if vocab.n_vocab != data.vocab_size:
-        raise UserError(f"config.data.vocab_size={data.vocab_size}: {path} has {vocab.n_vocab} pieces; give that")
-    return vocab
+        model = train_sentencepiece(_training_texts(data), data.vocab_size)
+        with _disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(beside, json.dumps(made_with))
+            draft = path.with_name(f"{path.name}.writing")
+            draft.write_bytes(model)
+            draft.replace(path)
+    try:
+        there = json.loads(beside.read_text())
+    except (OSError, ValueError):
+        there = {}
+    for name, value in made_with.items():
+        if there.get(name) != value:
+            raise UserError(
+                f"config.data.{name}={value}: the vocabulary {path} was trained with {there.get(name)}; give that, or "
+                "another config.data.store, or remove the file"
+            )
+    return SentencePieceVocab(path)
+
+
+def _training_texts(data: DataSettings) -> Iterator[bytes | memoryview]:
+    for document in documents(data):
+        text, _ = _usable(document, any_bytes=False, invalid_utf8=data.invalid_utf8)
+        if text is not None and len(text):
+            split = document.split or split_of(text, data.validation_share, data.test_share)
+            if split == "train":
+                yield text
+
+
+@contextlib.contextmanager
+def _disk_errors(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"config.data.store: {path} can't be written ({error.strerror or error})") from None
 
 
 def describe(store: TokenStore | Mixture) -> None:
@@ -269,10 +345,6 @@ def words_of(store: TokenStore | Mixture, split: str) -> int:
     if not store.meta.get("counts_words") or not entry.get("n_words"):
         return 0
     return pg19_words(split, entry["n_documents"], entry["n_words"])
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 def _check_same_corpus(data: DataSettings, store: TokenStore) -> None:

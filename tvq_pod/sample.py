@@ -124,6 +124,7 @@ def sample(settings: Settings, workdir: epath.Path, prompts: list[bytes], step: 
 
     One device of process 0 does it: a stream's next token waits for the last one, and its state is small.
     """
+    images.check_packages(settings)
     checkpoints = Checkpoints(workdir)
     step = checkpoints.pick(step)
     vocab = run_vocab(settings, workdir)

@@ -68,6 +68,8 @@ def train(settings: Settings, workdir: epath.Path, preemption: Preemption) -> No
     check_rows(settings, mesh)
     check_packages(settings.metrics)
     images.check_packages(settings)
+    if settings.eval.cache == "off":
+        raise UserError("config.eval.cache=off: is for --mode=eval; training evaluates the model as it is")
     if settings.data.mixture:
         open_store(settings, workdir)
     elif not TokenStore.exists(store_path(settings, workdir)):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.common import store_of
+from tvq_pod.data import streams as streams_module
 from tvq_pod.data.mixture import Mixture
 from tvq_pod.data.store import Part, TokenStore
 from tvq_pod.data.streams import PackedDocuments, TrainStreams, mixed_order, read_row
@@ -23,7 +24,7 @@ SMALL = [f"small {n} ".encode() * 2 for n in range(5)]
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mixture")
     store_of(folder / "big", BIG, validation_share=0.1)
-    store_of(folder / "small", SMALL)
+    store_of(folder / "small", SMALL, validation_share=0.1)
     return folder
 
 
@@ -107,7 +108,8 @@ def test_what_is_left_of_an_epoch_can_be_cut_anew(folder):
 def test_evaluation_reads_every_held_out_document_once(folder):
     whole, big = mixture(folder), TokenStore(folder / "big")
     split = whole.split("validation")
-    assert len(split.doc_bytes) == big.meta["splits"]["validation"]["n_documents"] > 0
+    n_held_out = [store.meta["splits"]["validation"]["n_documents"] for store in (big, TokenStore(folder / "small"))]
+    assert len(split.doc_bytes) == sum(n_held_out) > 0
     assert sorted(PackedDocuments(split.starts, 2).documents) == list(range(len(split.doc_bytes)))
     with pytest.raises(UserError, match="--split=test: no document"):
         whole.split("test")
@@ -138,8 +140,28 @@ def test_a_mixture_has_the_tokens_a_byte_that_are_read(tmp_path):
 
 @pytest.mark.parametrize("text", ["{}/big", "{}/big=0", "{}/big=-1", "{}/big=x", "=1", "{}/big=1,,", "{}/big=inf"])
 def test_what_is_no_mixture_is_named(folder, text):
-    with pytest.raises(UserError, match=r"config.data.mixture=.*is no STORE=WEIGHT with a weight above 0"):
+    with pytest.raises(UserError, match=r"config.data.mixture=.*is no STORE=WEIGHT with a weight of 1e-6"):
         Mixture.open(text.format(folder))
+
+
+def test_an_epoch_of_a_tiny_store_with_a_large_weight_fits_in_memory(monkeypatch):
+    monkeypatch.setattr(streams_module, "MIXED_DOCUMENTS", 1000)
+    starts = np.concatenate([np.arange(10), 10 + 1000 * np.arange(101)])  # 10 documents of a token, 100 of a thousand
+    parts = [Part(0, 10, 0.99), Part(10, 100, 0.01)]
+    orders = [mixed_order(starts, parts, 0, epoch) for epoch in range(300)]
+    assert max(map(len, orders)) < 1100
+    read = np.bincount(np.concatenate(orders), minlength=110)
+    assert read[:10].max() - read[:10].min() <= 1
+    tokens = read[:10].sum(), 1000 * read[10:].sum()
+    assert tokens[1] / sum(tokens) == pytest.approx(0.01, rel=0.4)
+
+
+def test_stores_that_hold_out_other_documents_or_are_the_same_are_refused(folder, tmp_path):
+    store_of(tmp_path / "other", BIG[:5], validation_share=0.2)
+    with pytest.raises(UserError, match=r"big holds out \(0.1, 0.0\) for .*, and .*other \(0.2, 0.0\)"):
+        Mixture.open(f"{folder}/big=1,{tmp_path}/other=1")
+    with pytest.raises(UserError, match=r"the same documents are there twice"):
+        Mixture.open(f"{folder}/big=1,{folder}/small=1,{folder}/big=2")
 
 
 def test_stores_that_do_not_fit_each_other_or_are_not_there_are_named(folder, tmp_path):

@@ -33,7 +33,7 @@ def texts_of(path, **settings):
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-@pytest.mark.parametrize("block_bytes", [5, 2**18])
+@pytest.mark.parametrize("block_bytes", [5, 2**12])
 def test_json_lines_plain_and_compressed(tmp_path, monkeypatch, suffix, block_bytes):
     monkeypatch.setattr(records, "BLOCK_BYTES", block_bytes)
     path = tmp_path / f"docs{suffix}"

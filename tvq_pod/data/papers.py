@@ -26,6 +26,8 @@ TEST_FILE = "val_data.npz"  # the official validation images
 TRAIN_IMAGES = 1_200_000  # the rest of TRAIN_FILES is for validation
 IMAGES = {"train": 1_281_167, "test": 50_000}
 IMAGES_AT_ONCE = 1024
+# damaged, encrypted, compressed in an unknown way
+BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
 
 
 def enwik8(path: pathlib.Path) -> Documents:
@@ -38,7 +40,7 @@ def enwik8(path: pathlib.Path) -> Documents:
                 whole = archive.read("enwik8")
         except KeyError:
             raise UserError(f"{here}: the zip has no file enwik8 in it") from None
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        except BAD_ZIP as error:
             raise UserError(f"{here}: the zip is damaged ({error}); download it again") from None
     if len(whole) != sum(ENWIK8_BYTES.values()):
         raise UserError(
@@ -130,7 +132,7 @@ def _rows(path: pathlib.Path):
 def _damage_named(path: pathlib.Path):
     try:
         yield
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, *BAD_ZIP) as error:
         raise UserError(f"config.data.source: {path} is damaged, or no file of ImageNet64 ({error})") from None
 
 
@@ -149,7 +151,10 @@ class _Images:
             read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
             self.shape, is_fortran, dtype = read_header(self._file)
             if len(self.shape) != 2 or self.shape[1] != IMAGE_BYTES or dtype != np.uint8 or is_fortran:
-                raise ValueError(f"data is {dtype} {list(self.shape)}, and must be uint8 [images, {IMAGE_BYTES}]")
+                order = " in Fortran order" if is_fortran else ""
+                raise ValueError(
+                    f"data is {dtype} {list(self.shape)}{order}, and must be uint8 [images, {IMAGE_BYTES}]"
+                )
 
     def read(self, n: int) -> np.ndarray:
         """The next n images, uint8 [n, 12288]."""

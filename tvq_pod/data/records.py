@@ -15,7 +15,7 @@ from tvq_pod.data.corpora import Document, Documents, files_of
 from tvq_pod.errors import UserError
 
 SUFFIXES = {"jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"), "parquet": (".parquet",)}
-BLOCK_BYTES = 2**18
+BLOCK_BYTES = 2**12  # of a zstd file that are decompressed at a time: they may become 2**25
 ROWS = 64  # of a Parquet file that are read at a time
 
 
@@ -50,6 +50,8 @@ def _text_of(line: bytes, number: int, file: pathlib.Path, field: str) -> bytes:
         text = json.loads(line)[field]
     except ValueError as error:
         raise UserError(f"config.data.source={file}: line {number} is not JSON ({error})") from None
+    except RecursionError:
+        raise UserError(f"config.data.source={file}: line {number} is nested too deeply") from None
     except (KeyError, TypeError):
         raise UserError(f"config.data.text_field={field}: line {number} of {file} has no such field") from None
     if not isinstance(text, str):
@@ -110,6 +112,7 @@ def parquet(path: pathlib.Path, data: DataSettings) -> Documents:
     if not importlib.util.find_spec("pyarrow"):
         raise UserError(f"config.data.source={path}: Parquet needs pip install -e '.[data]'")
     import pyarrow
+    import pyarrow.types as types
     from pyarrow.parquet import ParquetFile
 
     column = data.text_field
@@ -121,11 +124,15 @@ def parquet(path: pathlib.Path, data: DataSettings) -> Documents:
                     there = ", ".join(table.schema_arrow.names)
                     raise UserError(f"config.data.text_field={column}: {file} has no such column, but {there}")
                 for batch in table.iter_batches(ROWS, columns=[column]):
-                    for text in batch.column(0).to_pylist():
+                    kind = batch.column(0).type
+                    if not any(check(kind) for check in (types.is_string, types.is_large_string, types.is_binary,
+                                                         types.is_large_binary)):  # fmt: skip
+                        raise UserError(f"config.data.text_field={column}: {file} has {kind} there, and no text")
+                    for text in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
                         row += 1
-                        if not isinstance(text, (str, bytes)):
+                        if text is None:
                             raise UserError(f"config.data.text_field={column}: row {row} of {file} has no text there")
-                        yield Document(f"{file.name}:{row}", text.encode() if isinstance(text, str) else text)
+                        yield Document(f"{file.name}:{row}", text)
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(
                 f"config.data.source={file}: can't be read, or is damaged ({str(error).splitlines()[0][:200]})"

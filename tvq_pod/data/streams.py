@@ -6,7 +6,8 @@ with nothing in between and nothing left over: in an epoch every token is read o
 [n * T, (n + 1) * T) of every stream. A document cut by the border of two rows is two pieces, each a document to its
 stream.
 
-A mixture of stores. An epoch is as long as it takes to read all documents of that store once of which least is read;
+A mixture of stores. An epoch is as long as it takes to read all documents of that store once of which least is read
+(or MIXED_DOCUMENTS, if that are more);
 of every other store, documents go into it in proportion to the weights, some more than once. Each store's documents
 follow each other in permutations drawn from (seed, store, time), without end; an epoch takes those that come next, and
 shuffles them with the others'.
@@ -35,6 +36,7 @@ from tvq_pod.data.store import Part
 from tvq_pod.data.vocab import END_OF_DOC, PAD
 from tvq_pod.errors import UserError
 
+MIXED_DOCUMENTS = 4_000_000  # of an epoch of a mixture, at most; four times its documents, where they are more
 PADDING = 0.05  # share of positions that evaluation may spend on it, where it may choose
 
 
@@ -203,6 +205,10 @@ def mixed_order(starts: np.ndarray, parts: Sequence[Part], seed: int, epoch: int
     """The documents of an epoch of a mixture, in order, some more than once: see the top of this file."""
     n_tokens = [int(starts[part.first_document + part.n_documents] - starts[part.first_document]) for part in parts]
     epoch_len = max(n / part.weight for n, part in zip(n_tokens, parts, strict=True))
+    # A store of few tokens and a large weight would be read so often that an epoch could not be held in memory.
+    n_most = max(MIXED_DOCUMENTS, 4 * sum(part.n_documents for part in parts))
+    per_token = sum(part.weight * part.n_documents / n for n, part in zip(n_tokens, parts, strict=True))
+    epoch_len = min(epoch_len, n_most / per_token)
     chosen = []
     for index, (part, n) in enumerate(zip(parts, n_tokens, strict=True)):
         share = round(part.weight * epoch_len)

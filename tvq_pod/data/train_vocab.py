@@ -11,7 +11,7 @@ import sentencepiece
 from tvq_pod.data.vocab import END_OF_DOC, PAD, UNKNOWN
 from tvq_pod.errors import UserError
 
-MAX_LINES = 4_000_000  # that pairs are counted in, drawn from all
+SAMPLE_BYTES = 200_000_000  # of lines that pairs are counted in; SentencePiece holds a few times that in memory
 MAX_LINE_BYTES = 4096
 
 
@@ -20,11 +20,12 @@ def train_sentencepiece(texts: Iterable[bytes | memoryview], vocab_size: int) ->
 
     Nothing is normalized. Raises UserError if the texts have not so many different pairs, or nothing to train on.
     """
-    model = io.BytesIO()
-    sentencepiece.set_random_generator_seed(0)
+    model, lines = io.BytesIO(), sample(_lines(texts), SAMPLE_BYTES)
+    if not lines:
+        raise UserError(f"config.data.vocab_size={vocab_size}: there is no text to train a vocabulary on")
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
+            sentence_iterator=iter(lines),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -38,18 +39,31 @@ def train_sentencepiece(texts: Iterable[bytes | memoryview], vocab_size: int) ->
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            input_sentence_size=MAX_LINES,
-            shuffle_input_sentence=True,
             max_sentence_length=MAX_LINE_BYTES,
             num_threads=min(len(os.sched_getaffinity(0)), 64),
             minloglevel=2,
         )
     except RuntimeError as error:
         text = " ".join(str(error).split())
-        limit = re.search(r"value <= (\d+)", text)
-        right = f"at most {limit[1]} here" if limit else f"one that SentencePiece can train ({text[-200:]})"
+        most, least = re.search(r"value <= (\d+)", text), re.search(r"required_chars. \d+ vs (\d+)", text)
+        right = f"at most {most[1]} here" if most else f"one that SentencePiece can train ({text[-200:]})"
+        right = f"at least {least[1]} here" if least else right
         raise UserError(f"config.data.vocab_size={vocab_size}: must be {right}") from None
     return model.getvalue()
+
+
+def sample(lines: Iterable[str], n_bytes: int) -> list[str]:
+    """Of all lines, every one, or every second, fourth, ...: as many as are at most about n_bytes."""
+    kept, size, stride = [], 0, 1
+    for number, line in enumerate(lines):
+        if number % stride:
+            continue
+        kept.append(line)
+        size += len(line)
+        if size > n_bytes:
+            kept, stride = kept[::2], stride * 2
+            size = sum(map(len, kept))
+    return kept
 
 
 def _lines(texts: Iterable[bytes | memoryview]) -> Iterator[str]:
@@ -64,5 +78,6 @@ def _lines(texts: Iterable[bytes | memoryview]) -> Iterator[str]:
             for line in block.split(b"\n"):
                 for begin in range(0, len(line), MAX_LINE_BYTES):
                     part = line[begin : begin + MAX_LINE_BYTES].decode("utf-8", errors="ignore")
+                    part = part.replace("\u2585", "")  # SentencePiece passes over lines with that
                     if part:
                         yield part

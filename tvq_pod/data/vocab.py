@@ -64,25 +64,34 @@ class Decoder(Protocol):
 
 def pieces(text: bytes | memoryview, vocab: Vocab, at_most: int | None = None) -> Iterator[bytes]:
     """Cuts a text of any length into pieces of at_most (PIECE_BYTES) bytes, to be encoded one by one; as nothing but
-    `text` decides where, the tokens are always the same."""
+    `text` decides where, the tokens are always the same.
+
+    Where there is no space to cut at, characters are cut apart; but for a vocabulary that would give the next
+    piece a space of its own: its pieces become longer.
+    """
     at_most, at = at_most or PIECE_BYTES, 0
     while vocab.can_be_cut and len(text) - at > at_most:
-        cut = at_most if vocab.takes_any_bytes else _cut(bytes(text[at : at + at_most + 1]))
+        cut = at_most if vocab.takes_any_bytes else _cut(text, at, at_most, only_at_spaces=vocab.drops_space)
         yield bytes(text[at : at + cut])
         at += cut
-        at += vocab.drops_space and text[at] == ord(" ")
-    yield bytes(text[at:])
+        at += vocab.drops_space and text[at : at + 1] == b" "
+    if at < len(text) or not at:
+        yield bytes(text[at:])
 
 
-def _cut(text: bytes) -> int:
-    """Where to cut a text before its last byte: before a space and a word, or else before a character."""
-    end = len(text)
-    while (place := text.rfind(b" ", max(1, len(text) // 2), end)) > 0:
-        if SPACE_AND_WORD.match(text, place):
+def _cut(text: bytes | memoryview, at: int, at_most: int, only_at_spaces: bool) -> int:
+    """Length of the piece that begins at `at`: it ends before a space and a word, or else before a character."""
+    window = bytes(text[at : at + at_most + 1])
+    end = len(window)
+    while (place := window.rfind(b" ", max(1, at_most // 2), end)) > 0:
+        if SPACE_AND_WORD.match(window, place):
             return place
         end = place
-    place = len(text) - 1
-    while place > 1 and text[place] & 0xC0 == 0x80:
+    if only_at_spaces:
+        found = SPACE_AND_WORD.search(text, at + at_most)
+        return (found.start() if found else len(text)) - at
+    place = at_most
+    while place > 1 and window[place] & 0xC0 == 0x80:
         place -= 1
     return place
 
@@ -130,6 +139,8 @@ class SentencePieceVocab:
     def __init__(self, path: epath.PathLike):
         self.file_bytes = _read(path)
         try:
+            if not self.file_bytes:
+                raise RuntimeError("empty")
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=self.file_bytes)
         except RuntimeError:
             raise UserError(f"config.data.vocab={path}: the file is not a SentencePiece model") from None
@@ -142,7 +153,7 @@ class SentencePieceVocab:
         self.drops_space = starts_with_space[0]  # it gives every text one of its own
         self.can_be_cut = starts_with_space[1]  # else it takes spaces away
         in_bytes = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in ESCAPE]
-        self._escape = None if pieces.unk_id() in in_bytes else in_bytes
+        self._escape = None if pieces.unk_id() in in_bytes or self.drops_space else in_bytes
 
     def encode(self, text: bytes) -> np.ndarray:
         """Token ids, uint32 [number of pieces], without an end-of-document. Raises UnicodeDecodeError."""
@@ -170,14 +181,16 @@ class HuggingFaceVocab:
     takes_any_bytes = False
     file_name = "vocab.json"
     drops_space = False
-    can_be_cut = True
 
     def __init__(self, path: epath.PathLike):
+        self.file_bytes = _read(path)
+        self._open(path)
+
+    def _open(self, path: epath.PathLike) -> None:
         if not importlib.util.find_spec("tokenizers"):
             raise UserError(f"config.data.vocab={path}: a Hugging Face tokenizer needs pip install -e '.[data]'")
         import tokenizers
 
-        self.file_bytes = _read(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(self.file_bytes)
         except Exception as error:  # the library raises nothing narrower
@@ -194,13 +207,36 @@ class HuggingFaceVocab:
         self._unknown = next((ids[name] for name in SPECIAL_NAMES[UNKNOWN] if name in ids), None)
         self.n_vocab = max(ids.values()) + 1 + self._offset
         self.name = f"tokenizers:{hashlib.sha256(self.file_bytes).hexdigest()[:16]}"
+        try:
+            parts = [self._ids(text) for text in ("the first word", " and", " two more")]
+            self.can_be_cut = self._ids("the first word and two more") == [id_ for part in parts for id_ in part]
+        except UserError:  # it does not know these words: then nobody knows how it treats others
+            self.can_be_cut = False
+
+    def __getstate__(self) -> bytes:
+        return self.file_bytes  # the library's own pickle forgets encode_special_tokens
+
+    def __setstate__(self, file_bytes: bytes) -> None:
+        self.file_bytes = file_bytes
+        self._open("the tokenizer")
+
+    def _ids(self, text: str) -> list[int]:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(
+                f"config.data.vocab: the tokenizer can't encode {text[:20]!r}... ({str(error)[:100]}); "
+                "give one that knows every text, as byte-level BPE does"
+            ) from None
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Token ids, uint32 [n], without an end-of-document. Raises UnicodeDecodeError."""
-        encoded = self._tokenizer.encode(text.decode("utf-8"), add_special_tokens=False)
-        ids = np.asarray(encoded.ids, np.uint32)
+        """Token ids, uint32 [n], without an end-of-document. Raises UnicodeDecodeError, or UserError if the tokenizer
+        does not know the text."""
+        ids = np.asarray(self._ids(text.decode("utf-8")), np.uint32)
+        unknown = np.zeros(ids.shape, bool) if self._unknown is None else ids == self._unknown
         shifted = ids + np.uint32(self._offset)
-        return shifted if self._unknown is None else np.where(ids == self._unknown, np.uint32(UNKNOWN), shifted)
+        # a text may have what a tokenizer takes for pad or end-of-document: these are ours to give
+        return np.where(unknown | (shifted < N_SPECIAL), np.uint32(UNKNOWN), shifted)
 
     def decoder(self) -> "PieceDecoder":
         """A decoder for one stream of tokens."""

@@ -150,7 +150,7 @@ class ArrayWriter:
 def _named_errors() -> Iterator[None]:
     try:
         yield
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"config.data.store: can't be written ({str(error)[-200:]}); make room, or give another"
         ) from error
@@ -271,7 +271,8 @@ class StoreWriter:
             crc_taken=crc_taken,
             splits={name: split.commit() for name, split in self.splits.items()},
         )
-        write_whole(self._progress, json.dumps(written | dict(crc32c=crc32c_of(written))), sync=True)
+        with _named_errors():
+            write_whole(self._progress, json.dumps(written | dict(crc32c=crc32c_of(written))), sync=True)
         self._committed = time.monotonic()
 
     def finish(self, **more) -> TokenStore:
@@ -300,20 +301,18 @@ class StoreWriter:
             },
             **more,
         )
-        keep_vocab(self._vocab, self._draft)
         meta["crc32c"] = crc32c_of(meta)
-        if self._draft != self._path:
-            self._progress.unlink(missing_ok=True)
-        (self._draft / "store.json").write_text(json.dumps(meta, indent=2) + "\n")
-        if self._draft == self._path:
-            self._progress.unlink(missing_ok=True)
-        else:
-            os.rename(self._draft, self._path)  # onto an empty folder, too
+        with _named_errors():
+            keep_vocab(self._vocab, self._draft)
+            write_whole(self._draft / "store.json", json.dumps(meta, indent=2) + "\n")
+            if self._draft != self._path:
+                os.rename(self._draft, self._path)  # onto an empty folder, too
+            (self._path / "progress.json").unlink(missing_ok=True)
         return TokenStore(self._path)
 
     def __exit__(self, *error) -> None:
         self._threads.shutdown(cancel_futures=True)
-        if self._draft != self._path and not self._progress.exists():
+        if self._draft != self._path and not self._progress.exists() and not TokenStore.exists(self._draft):
             self._draft.rmtree(missing_ok=True)  # nothing to go on from
 
 
@@ -326,15 +325,39 @@ def only_one(path: epath.PathLike) -> Iterator[None]:
         yield
         return
     lock = path.with_name(f"{path.name}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "w") as file:
+    with _named_errors():
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as opened:
+        while True:
+            with _named_errors():
+                file = opened.enter_context(open(lock, "w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                say(f"waits: another process prepares {path}")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if lock.exists() and os.fstat(file.fileno()).st_ino == os.stat(lock).st_ino:
+                break  # else the one before has removed it, and somebody may have the next
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            say(f"waits: another process prepares {path}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-        lock.unlink(missing_ok=True)  # the store is there: whoever waited for the lock sees that
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def adopted(path: epath.PathLike, vocab: Vocab, made_with: dict) -> TokenStore | None:
+    """A store that was whole when its writer was killed, and only lacked its name; None if there is none."""
+    path = epath.Path(path)
+    draft = path.with_name(f"{path.name}.preparing")
+    if is_bucket(path) or not TokenStore.exists(draft):
+        return None
+    meta = TokenStore(draft).meta
+    if (meta["vocab"], meta["made_with"]) != (vocab.name, made_with):
+        return None
+    check_free(path)
+    with _named_errors():
+        os.rename(draft, path)
+        (path / "progress.json").unlink(missing_ok=True)
+    return TokenStore(path)
 
 
 def check_free(path: epath.PathLike) -> None:
