@@ -16,6 +16,7 @@ import time
 import numpy as np
 
 from tvq_pod.config import DataSettings, resolve
+from tvq_pod.data import store as stores
 from tvq_pod.data.corpora import Document, stdlib
 from tvq_pod.data.loader import host_batches
 from tvq_pod.data.store import TokenStore
@@ -27,8 +28,13 @@ from tvq_pod.prepare import make_store
 MB, CORES = 10**6, len(os.sched_getaffinity(0))
 
 
-def corpus(n_bytes: int):
-    """Documents of n_bytes together."""
+def corpus(n_bytes: int, cut: int = 0):
+    """Documents of n_bytes together; cut: into as many bytes each."""
+    if cut:
+        for document in corpus(n_bytes):
+            for begin in range(0, len(document.text), cut):
+                yield Document(f"{document.name}:{begin}", document.text[begin : begin + cut])
+        return
     texts = [document.text for document in stdlib() if len(document.text) > 100]
     rng, n_given = random.Random(0), 0
     for number in itertools.count():
@@ -46,18 +52,19 @@ def timed(function) -> float:
     return time.monotonic() - began
 
 
-def prepare(folder: pathlib.Path, n_bytes: int, vocab) -> None:
+def prepare(folder: pathlib.Path, n_bytes: int, vocab, cut: int) -> None:
     """One preparation, in this process; says its speed, and the most memory it had, with its children's."""
     data = DataSettings(source="stdlib", invalid_utf8="replace")
-    seconds = timed(lambda: make_store(folder / "store", lambda: corpus(n_bytes), vocab, data))
+    seconds = timed(lambda: make_store(folder / "store", lambda: corpus(n_bytes, cut), vocab, data))
     peak = [resource.getrusage(who).ru_maxrss / 1000 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     print(f"{n_bytes / MB / seconds:.1f} {seconds:.1f} {peak[0]:.0f} {peak[1]:.0f}", flush=True)
 
 
-def prepare_alone(folder: pathlib.Path, n_bytes: int, vocab: str) -> list[float]:
+def prepare_alone(folder: pathlib.Path, n_bytes: int, vocab: str, cut: int = 0) -> list[float]:
     """The same in a process of its own: MB/s, seconds, peak MB of it and of the largest of its children."""
     folder.mkdir(parents=True)
-    command = [sys.executable, "-m", "tests.speed", f"--workdir={folder}", f"--prepare={n_bytes}", f"--vocab={vocab}"]
+    command = [sys.executable, "-m", "tests.speed", f"--workdir={folder}", f"--prepare={n_bytes}", f"--vocab={vocab}",
+               f"--cut={cut}"]  # fmt: skip
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return [float(number) for number in done.stdout.split()]
 
@@ -94,28 +101,44 @@ def random_rows(store: TokenStore, update_len: int, n_rows: int, seed: int) -> f
     return n_rows / timed(lambda: [source[place] for place in places])
 
 
+def rows_from_disk(path: pathlib.Path, update_len: int, seed: int) -> float:
+    """Rows a second of chunks that are in no cache but the system's; where each shard has its chunks is known."""
+    tokens = TokenStore(path).split("train").tokens
+    chunk_len, shard_len = (size // 2 for size in (stores.CHUNK_BYTES, stores.SHARD_BYTES))
+    for begin in range(0, tokens.shape[0], shard_len):
+        tokens[begin : begin + 1].read().result()
+    chunks = [n for n in range(tokens.shape[0] // chunk_len) if n * chunk_len % shard_len]
+    places = [chunk_len * n for n in random.Random(seed).sample(chunks, 250)]
+    return len(places) / timed(lambda: [tokens[place : place + update_len].read().result() for place in places])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workdir", required=True, help="folder for everything; must not exist")
     parser.add_argument("--megabytes", type=int, default=400, help="of the corpus of bytes")
     parser.add_argument("--gigabytes", type=float, default=10, help="of the large store; 0: without")
     parser.add_argument("--prepare", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--cut", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--vocab", default="bytes", help=argparse.SUPPRESS)
     given = parser.parse_args()
     folder = pathlib.Path(given.workdir)
     if given.prepare:
-        prepare(folder, given.prepare, ByteVocab() if given.vocab == "bytes" else SentencePieceVocab(given.vocab))
+        vocab = ByteVocab() if given.vocab == "bytes" else SentencePieceVocab(given.vocab)
+        prepare(folder, given.prepare, vocab, given.cut)
         return
     folder.mkdir(parents=True)
     print(f"{CORES} cores")
     speed, _, peak, _ = prepare_alone(folder / "bytes", given.megabytes * MB, "bytes")
     print(f"bytes: {speed:.0f} MB/s, {peak:.0f} MB of memory")
+    for cut in (2000, 100):
+        speed, *_ = prepare_alone(folder / f"bytes{cut}", 50 * MB if cut > 1000 else 20 * MB, "bytes", cut)
+        print(f"bytes, documents of {cut}: {speed:.1f} MB/s")
 
     model = folder / "own.model"
     model.write_bytes(train_sentencepiece((document.text for document in corpus(10 * MB)), 8000))
-    vocab, n_bytes = SentencePieceVocab(model), 60 * MB
+    vocab, n_bytes = SentencePieceVocab(model), 150 * MB
     for turn in range(2):
-        alone = pieces_alone(vocab, n_bytes // 4)
+        alone = pieces_alone(vocab, n_bytes // 5)
         speed, _, peak, child = prepare_alone(folder / f"pieces{turn}", n_bytes, str(model))
         print(
             f"SentencePiece: {speed:.1f} MB/s, {peak:.0f} + {CORES} x {child:.0f} MB of memory; the library alone "
@@ -138,7 +161,11 @@ def main() -> None:
             first = n_tokens // train.batch_size // train.update_len // 3 + 40 * turn
             tokens = feed(store, train.batch_size, train.update_len, 36, first)
             rows = random_rows(store, train.update_len, 2000, turn)
-            print(f"{name}: {tokens / 1e6:.2f} million tokens/s in order; {rows:,.0f} rows/s at random")
+            cold = rows_from_disk(store.path, train.update_len, turn)
+            print(
+                f"{name}: {tokens / 1e6:.2f} million tokens/s in order; at random {rows:,.0f} rows/s, {cold:,.0f} "
+                "where none is in memory"
+            )
 
 
 if __name__ == "__main__":
