@@ -328,6 +328,7 @@ def test_each_mistake_is_one_line_and_costs_nothing(trained, tmp_path, config_fi
         (config, f"--workdir={workdir}", "--mode=sample", "--prompt_file=/nowhere"): ("--prompt_file=/nowhere",),
         (config, fresh, "--config.data.mixture=x"): ("config.data.mixture=x", "is no STORE=WEIGHT"),
         (config, fresh, "--config.eval.cache=maybe"): ("config.eval.cache=maybe", "on, off"),
+        (config, fresh, "--config.eval.cache=off"): ("config.eval.cache=off", "is for --mode=eval"),
         (config, fresh, "--mode=train_vocab"): ("config.data.vocab=bytes", "must be sentencepiece"),
         ("--config=configs/enwik8.py", fresh, f"--source={tmp_path / 'blank.txt'}"): ("has 2 bytes, and enwik8",),
         ("--config=configs/imagenet64.py", fresh, "--config.sample.length=9"): ("sample.length=9", "12288, an image"),

@@ -31,7 +31,17 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
     assert texts(source=str(tmp_path), glob="**/*.md") == [b"c"]
 
 
+def test_what_is_compressed_is_no_text(tmp_path):
+    (tmp_path / "texts.zip").write_bytes(b"PK...")
+    with pytest.raises(UserError, match=r"config.data.format=auto: .*texts.zip is compressed, and no text"):
+        texts(source=str(tmp_path / "texts.zip"))
+    with pytest.raises(UserError, match=r"is not there"):
+        texts(source="x" * 5000)
+
+
 def test_each_line_is_a_document(tmp_path):
+    (tmp_path / "ends.txt").write_bytes(b"one\r\r\n\r")
+    assert texts(source=str(tmp_path / "ends.txt")) == [b"one\r", b""]
     (tmp_path / "lines.txt").write_bytes("one\r\n\ntwo é\nthree".encode())
     assert texts(source=str(tmp_path / "lines.txt")) == [b"one", b"", "two é".encode(), b"three"]
 
