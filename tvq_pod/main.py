@@ -12,6 +12,7 @@ import gc
 import importlib.util
 import os
 import pathlib
+import signal
 import sys
 import traceback
 
@@ -207,6 +208,9 @@ def run() -> None:
     except Preempted as preempted:
         _tell(" ".join(str(preempted).split()))
         _exit_alone(PREEMPTED)
+    except KeyboardInterrupt:
+        _tell("interrupted")
+        _exit_alone(128 + signal.SIGINT)
     except UserError as error:
         _tell("error: " + " ".join(str(error).split()))
         _exit_alone(1)

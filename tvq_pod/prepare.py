@@ -26,7 +26,7 @@ from tvq_pod.data.vocab import ByteVocab, SentencePieceVocab, Vocab, decoded, lo
 from tvq_pod.data.writer import StoreWriter, adopted, check_free, only_one
 from tvq_pod.errors import UserError
 from tvq_pod.parallel.processes import is_first, on_first
-from tvq_pod.paths import write_whole
+from tvq_pod.paths import is_bucket, write_whole
 from tvq_pod.progress import say
 
 # What documents depend on, besides the vocabulary
@@ -81,11 +81,15 @@ def check_source(settings: Settings, workdir: epath.Path) -> None:
     check_vocab_fits(settings, n_vocab)
     if not any(len(document.text) for document in documents(settings.data)):
         raise UserError(f"config.data.source={source}: is empty; give a corpus with text in it")
-    if os.path.isdir(source) and os.path.abspath(path).startswith(f"{os.path.abspath(source)}/"):
+    if os.path.isdir(source) and not is_bucket(path) and _is_below(os.path.realpath(path), os.path.realpath(source)):
         raise UserError(
             f"config.data.source={source}: holds the token store {path}, which would be read as text; "
             "give another --workdir or config.data.store"
         )
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
 
 
 def open_store(settings: Settings, workdir: epath.Path, may_make: bool = True) -> TokenStore | Mixture:

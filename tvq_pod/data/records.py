@@ -74,7 +74,11 @@ def _opened(path: pathlib.Path) -> Iterator[Iterable[bytes]]:
             if path.suffix == ".gz":
                 yield opened.enter_context(gzip.open(path))
             elif path.suffix == ".zst":
-                yield _lines_of(_decompressed(opened.enter_context(path.open("rb")), zstandard.ZstdDecompressor()))
+                yield _lines_of(
+                    _decompressed(
+                        opened.enter_context(path.open("rb")), zstandard.ZstdDecompressor(max_window_size=2**31)
+                    )
+                )
             else:
                 yield opened.enter_context(path.open("rb"))
         except damage as error:
