@@ -90,7 +90,7 @@ install() {
     rm -rf "$root/installed" "$root/venv" "$root/source"
     step unpacking unpack "$root/$source.tar.gz" "$root/source"
     step "virtual environment" new_environment "$root/venv"
-    step "pip install" "$root/venv/bin/python" -m pip install --quiet --disable-pip-version-check "$root/source[tpu,gcs]"
+    step "pip install" "$root/venv/bin/python" -m pip install --quiet --disable-pip-version-check "$root/source[tpu,gcs,data]"
     echo "$source" > "$root/installed.writing"
     mv "$root/installed.writing" "$root/installed"
   fi

@@ -72,10 +72,10 @@ def _state_shardings(config: TransformerConfig, mesh: jax.sharding.Mesh, n_rows:
 
 
 def make_eval_step(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int):
-    """The compiled step: (params, state, batch) -> (state, losses, positions); the state given is donated.
+    """The compiled step: (params, state, batch) -> (state, losses); the state given is donated.
 
-    batch: see `global_batches`, with positions. losses: nats, float32 [B, T], 0 on padding; positions: int32 [B, T].
-    Both are whole on every process, to be added as doubles there: in float32 so many would not add up.
+    batch: see `global_batches`. losses: nats, float32 [B, T], 0 on padding; whole on every process, to be added as
+    doubles there: in float32 so many would not add up.
     """
     config = _eval_model(settings)
     shardings = _state_shardings(config, mesh, n_rows)
@@ -84,12 +84,12 @@ def make_eval_step(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int):
         inputs = (batch["inputs"], batch["doc_ids"], None, batch["targets"])
         with placed_by(OnMesh(mesh, settings.mesh.fsdp)):
             state, out = Transformer(config).apply({"params": params}, state, *inputs)
-        return state, out["losses"] * batch["loss_mask"], batch["positions"]
+        return state, out["losses"] * batch["loss_mask"]
 
     return jax.jit(
         eval_step,
         in_shardings=(None, shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, replicated(mesh), replicated(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
         donate_argnums=1,
         compiler_options=compiler_options(mesh),
     )
@@ -135,7 +135,7 @@ class Evaluator:
         began = time.monotonic()
         train, data = self._settings.train, self._settings.data
         state = make_eval_state(self._settings, self._mesh, self._plan.n_rows)
-        nats, done = np.zeros(len(self._n_tokens)), []
+        nats, waiting, n_done = np.zeros(len(self._n_tokens)), [], 0
         for batch in global_batches(
             self._split,
             self._plan,
@@ -146,15 +146,15 @@ class Evaluator:
             last_step=math.ceil(self._plan.row_len / train.update_len),
             threads=data.num_threads,
             ahead=data.prefetch_batches,
-            with_positions=True,
         ):
-            state, *losses = self._eval_step(params, state, batch)
-            done.append(losses)
-            if len(done) > 1:  # the host runs ahead by one step, no more: batches take memory
-                nats += self._by_bucket(*done.pop(0))
+            state, losses = self._eval_step(params, state, batch)
+            waiting.append(losses)
+            if len(waiting) > 1:  # the host runs ahead by one step, no more: batches take memory
+                nats += self._by_bucket(n_done, waiting.pop(0))
+                n_done += 1
             if told_to_stop():
                 return None
-        nats += self._by_bucket(*done.pop())
+        nats += self._by_bucket(n_done, waiting.pop())
         total, tokens = float(nats.sum()), self._plan.n_tokens
         return Result(
             loss=total / tokens,
@@ -167,10 +167,11 @@ class Evaluator:
             by_position=Positions(nats, self._n_tokens, self._n_bytes / tokens),
         )
 
-    def _by_bucket(self, losses: jax.Array, positions: jax.Array) -> np.ndarray:
+    def _by_bucket(self, step: int, losses: jax.Array) -> np.ndarray:
         """Waits for a step. float64 [n]: sums of losses by place in the document, BUCKET places in each."""
-        losses, positions = jax.device_get((losses, positions))
-        return np.bincount(positions.ravel() // BUCKET, losses.ravel(), len(self._n_tokens))
+        update_len = self._settings.train.update_len
+        positions = self._plan.positions(step * update_len, (step + 1) * update_len)
+        return np.bincount(positions.ravel() // BUCKET, jax.device_get(losses).ravel(), len(self._n_tokens))
 
 
 def _exp(value: float) -> float:

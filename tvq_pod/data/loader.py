@@ -53,15 +53,13 @@ def host_batches(
     ahead: int,
     tokens: Sequence[range] | None = None,
     update_of: Callable[[int], int] | None = None,
-    with_positions: bool = False,
 ) -> Iterator[dict]:
     """Batches of the given rows, as NumPy arrays [len(rows), T], for steps first_step .. last_step - 1.
 
     threads read them; up to `ahead` batches wait to be used. tokens: ranges of the T that are read; None reads all.
     update_of: which update of the streams a step reads (see Lap); None: step n reads update n.
-    with_positions: see `read_row`.
     """
-    source = RowSource(split.tokens, plan, rows, update_len, first_step, last_step, tokens, update_of, with_positions)
+    source = RowSource(split.tokens, plan, rows, update_len, first_step, last_step, tokens, update_of)
     dataset = grain.MapDataset.source(source).batch(len(rows))
     iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)))
     try:
@@ -82,7 +80,6 @@ def global_batches(
     threads: int,
     ahead: int,
     update_of: Callable[[int], int] | None = None,
-    with_positions: bool = False,
 ) -> Iterator[dict]:
     """Batches of all rows as global arrays [B, T], spread over the mesh: inputs, targets, doc_ids int32, loss_mask
     float32. See `read_row` for their meaning."""
@@ -99,7 +96,6 @@ def global_batches(
         ahead=ahead,
         tokens=tokens,
         update_of=update_of,
-        with_positions=with_positions,
     )
     with contextlib.closing(batches):
         for batch in batches:

@@ -278,6 +278,16 @@ class PackedDocuments:
                 return plan
         return PackedDocuments(starts, multiple, max_tokens)
 
+    def positions(self, begin: int, end: int) -> np.ndarray:
+        """Places in their documents of tokens [begin, end) of every row: int32 [n_rows, end - begin]; 0 on padding."""
+        places = np.zeros([self.n_rows, end - begin], np.int32)
+        for row in range(self.n_rows):
+            at = 0
+            for segment in self.segments(row, begin, end):
+                places[row, at : at + segment.length] = np.arange(segment.position, segment.position + segment.length)
+                at += segment.length
+        return places
+
     def padding(self, update_len: int) -> float:
         """The share of positions that is padding, where rows are read in updates."""
         return _padding(self.n_tokens, self.n_rows, self.row_len, update_len)
@@ -299,14 +309,11 @@ class PackedDocuments:
             place += 1
 
 
-def read_row(
-    tokens: tensorstore.TensorStore, plan: Plan, row: int, begin: int, end: int, with_positions: bool = False
-) -> dict:
+def read_row(tokens: tensorstore.TensorStore, plan: Plan, row: int, begin: int, end: int) -> dict:
     """The arrays of tokens [begin, end) of one row's stream, each [end - begin]:
 
     inputs int32: the token before each target in its document; end-of-document at a document's first position.
-    targets int32. doc_ids int32. loss_mask float32: 0 on padding, which has a document id of its own. positions int32,
-    if with_positions: places in the document, for plans that know them.
+    targets int32. doc_ids int32. loss_mask float32: 0 on padding, which has a document id of its own.
     Raises UserError if the store is damaged there.
     """
     length = end - begin
@@ -314,7 +321,6 @@ def read_row(
     targets = np.full(length, PAD, np.int32)
     doc_ids = np.zeros(length, np.int32)
     loss_mask = np.zeros(length, np.float32)
-    positions = np.zeros(length, np.int32)
     segments = list(plan.segments(row, begin, end))
     # One token more at the front, where the document began earlier: it is the first input.
     reads = [tokens[s.start - (not s.begins) : s.start + s.length].read() for s in segments]
@@ -329,13 +335,11 @@ def read_row(
         inputs[at:stop] = np.concatenate([[END_OF_DOC], values[:-1]]) if segment.begins else values[:-1]
         doc_ids[at:stop] = segment.doc_id
         loss_mask[at:stop] = 1.0
-        positions[at:stop] = np.arange(segment.position, segment.position + segment.length)
         at = stop
     if at < length:
         # All padding of a row has one id, above every document's.
         doc_ids[at:] = np.iinfo(np.int32).max
-    arrays = dict(inputs=inputs, targets=targets, doc_ids=doc_ids, loss_mask=loss_mask)
-    return arrays | dict(positions=positions) if with_positions else arrays
+    return dict(inputs=inputs, targets=targets, doc_ids=doc_ids, loss_mask=loss_mask)
 
 
 class RowSource:
@@ -351,12 +355,10 @@ class RowSource:
         last_step: int,
         parts: Sequence[range] | None = None,
         update_of: Callable[[int], int] | None = None,
-        with_positions: bool = False,
     ):
         """rows: the global rows that this process reads. Steps first_step .. last_step - 1 are served. parts: ranges
         of an update's tokens that are read; None reads all. update_of: which update of the streams a step
-        reads; None: step n reads update n. with_positions: see `read_row`."""
-        self._with_positions = with_positions
+        reads; None: step n reads update n."""
         self._tokens, self._plan = tokens, plan
         self._rows, self._update_len = rows, update_len
         self._parts = parts or [range(update_len)]
@@ -370,9 +372,7 @@ class RowSource:
         step, row = divmod(int(index), len(self._rows))
         first = self._update_of(self._first_step + step) * self._update_len
         reads = [
-            read_row(
-                self._tokens, self._plan, self._rows[row], first + part.start, first + part.stop, self._with_positions
-            )
+            read_row(self._tokens, self._plan, self._rows[row], first + part.start, first + part.stop)
             for part in self._parts
         ]
         return (
