@@ -16,14 +16,14 @@ BUCKET = 1024  # tokens of context that are taken together
 @dataclasses.dataclass(frozen=True)
 class Positions:
     """nats: float64 [n], the loss of tokens at places [k * BUCKET, (k + 1) * BUCKET) of their documents, summed.
-    n_tokens: int64 [n], how many they are. bytes_per_token: of the whole split."""
+    n_tokens: int64 [n], how many they are. bytes_per_token: of all of them."""
 
     nats: np.ndarray
     n_tokens: np.ndarray
     bytes_per_token: float
 
     def bits_per_byte(self, begin: int = 0, end: int | None = None) -> float:
-        """Of buckets begin .. end - 1, as if each token were as many bytes as the split's mean."""
+        """Of buckets begin .. end - 1, as if each token were as many bytes as their mean."""
         return float(
             self.nats[begin:end].sum() / self.n_tokens[begin:end].sum() / LOG_2 / self.bytes_per_token
         )  # fmt: skip

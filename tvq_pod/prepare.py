@@ -16,7 +16,7 @@ import tqdm
 from etils import epath
 
 from tvq_pod.config import DataSettings, Settings, check_vocab_fits
-from tvq_pod.data.corpora import Document, Documents, documents, guess_format
+from tvq_pod.data.corpora import Document, Documents, documents
 from tvq_pod.data.encode import encoded
 from tvq_pod.data.mixture import Mixture
 from tvq_pod.data.papers import pg19_words
@@ -71,10 +71,10 @@ def trained_path(settings: Settings, workdir: epath.Path) -> epath.Path:
 
 def check_source(settings: Settings, workdir: epath.Path) -> None:
     """Raises UserError if a store can't be made: no corpus, no text in it, no place for it. Writes nothing."""
-    path = store_path(settings, workdir)
-    source = settings.data.source
     if settings.data.mixture:
         return
+    path = store_path(settings, workdir)
+    source = settings.data.source
     check_free(path)
     is_trained = settings.data.vocab == TRAINED
     n_vocab = settings.data.vocab_size if is_trained else load_vocab(settings.data.vocab).n_vocab
@@ -124,7 +124,7 @@ def make_store(path: epath.PathLike, corpus, vocab: Vocab, data: DataSettings) -
     Raises UserError if there is something else at `path`, or no document is left to train on.
     """
     made_with = {name: getattr(data, name) for name in MADE_WITH}
-    counts_words = data.source and not data.mixture and _format(data) == "pg19"
+    counts_words = data.format == "pg19"
     if store := adopted(path, vocab, made_with):
         return store
     with StoreWriter(path, vocab, made_with) as writer:
@@ -143,11 +143,7 @@ def make_store(path: epath.PathLike, corpus, vocab: Vocab, data: DataSettings) -
                 split.end(len(taken.text), n_words)
                 writer.may_commit(taken.number, taken.crc)
         left.report()
-        return writer.finish(counts_words=bool(counts_words))
-
-
-def _format(data: DataSettings) -> str:
-    return data.format if data.format != "auto" else guess_format(data)
+        return writer.finish(counts_words=counts_words)
 
 
 @dataclasses.dataclass(frozen=True)

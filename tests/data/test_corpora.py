@@ -1,6 +1,7 @@
 """Corpora in their formats, and what is said of bad ones."""
 
 import json
+import os
 
 import pytest
 
@@ -37,6 +38,21 @@ def test_what_is_compressed_is_no_text(tmp_path):
         texts(source=str(tmp_path / "texts.zip"))
     with pytest.raises(UserError, match=r"is not there"):
         texts(source="x" * 5000)
+
+
+def test_a_folder_that_can_not_be_read_is_not_left_out(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)  # as for a user that is not root
+    with pytest.raises(UserError, match=r"config.data.source: .*closed can't be read \(Permission denied\)"):
+        texts(source=str(tmp_path))
 
 
 def test_each_line_is_a_document(tmp_path):

@@ -1,6 +1,7 @@
 """The paper's three data sets, in small, of exactly the form in which they are given out."""
 
 import io
+import os
 import zipfile
 
 import numpy as np
@@ -34,8 +35,23 @@ def test_enwik8_is_cut_as_in_the_literature(enwik8, tmp_path, name):
     ]  # fmt: skip
 
 
-def test_the_real_enwik8_has_a_hundred_million_bytes():
-    assert dict(train=90_000_000, validation=5_000_000, test=5_000_000) == papers.ENWIK8_BYTES
+def test_a_file_of_the_real_size_is_cut_in_90_5_and_5_million(tmp_path):
+    (tmp_path / "enwik8").touch()
+    os.truncate(tmp_path / "enwik8", 100_000_000)  # takes no room
+    cut = [(d.split, len(d.text)) for d in documents(DataSettings(str(tmp_path / "enwik8"), "enwik8"))]
+    assert cut == [("train", 90_000_000), ("validation", 5_000_000), ("test", 5_000_000)]
+
+
+@pytest.mark.parametrize(("offset", "value", "message"), [
+    (0, 1, "is encrypted; give one that is not"), (2, 99, "is compressed by method 99"),
+])  # fmt: skip
+def test_a_zip_that_can_not_be_read_is_not_called_damaged(enwik8, tmp_path, offset, value, message):
+    content = bytearray((tmp_path / "enwik8.zip").read_bytes())
+    for signature, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):  # of the file's own header, and of the directory's
+        content[content.index(signature) + flags + offset] = value
+    (tmp_path / "other.zip").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        found(tmp_path / "other.zip", "enwik8")
 
 
 def test_an_enwik8_that_is_none_is_named(enwik8, tmp_path):
@@ -52,7 +68,7 @@ def test_an_enwik8_that_is_none_is_named(enwik8, tmp_path):
         found(tmp_path / "cut.zip", "enwik8")
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("enwik9", b"")
-    with pytest.raises(UserError, match=r"other.zip: the zip has no file enwik8 in it"):
+    with pytest.raises(UserError, match=r"other.zip has no enwik8 in it"):
         found(tmp_path / "other.zip", "enwik8")
     with pytest.raises(UserError, match=r"must be a file, as config.data.format=enwik8 says"):
         found(tmp_path, "enwik8")
@@ -136,8 +152,10 @@ def test_an_image_is_its_pixels_one_after_the_other(imagenet64, tmp_path):
         assert len(text) == 12_288
 
 
-def test_the_real_imagenet64_has_so_many_images():
-    assert (1_200_000, dict(train=1_281_167, test=50_000)) == (papers.TRAIN_IMAGES, papers.IMAGES)
+def test_as_many_images_must_be_there_as_were_published(imagenet64, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"have 30 images, and ImageNet64 1,281,167"):
+        found(tmp_path, "imagenet64")
 
 
 def test_an_imagenet64_that_is_not_whole_is_named(imagenet64, tmp_path):
@@ -155,7 +173,7 @@ def test_an_imagenet64_that_is_not_whole_is_named(imagenet64, tmp_path):
         with pytest.raises(UserError, match=message):
             found(tmp_path, "imagenet64")
     np.savez_compressed(path, labels=np.arange(3))
-    with pytest.raises(UserError, match=r"train_data_batch_2.npz is damaged, or no file of ImageNet64"):
+    with pytest.raises(UserError, match=r"train_data_batch_2.npz has no data.npy in it"):
         found(tmp_path, "imagenet64")
     path.write_bytes(b"no zip")
     with pytest.raises(UserError, match=r"train_data_batch_2.npz is damaged"):

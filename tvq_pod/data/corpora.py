@@ -96,11 +96,21 @@ def guess_format(data: DataSettings) -> str:
 
 
 def files_of(root: pathlib.Path, glob: str) -> list[pathlib.Path]:
-    """The files below a folder that match, in the order of their paths. Raises UserError if glob is no pattern."""
+    """The files below a folder that match, in the order of their paths. Raises UserError if glob is no pattern, or a
+    folder can't be read: pathlib would leave out in silence what is in it."""
+    for _ in os.walk(root, onerror=_unreadable):
+        pass
     try:
-        return sorted(path for path in root.glob(glob) if path.is_file())
-    except (NotImplementedError, ValueError) as error:
+        paths = root.glob(glob)
+    except (NotImplementedError, ValueError) as error:  # what pathlib raises for "/x" and ""
         raise UserError(f"config.data.glob={glob}: is no pattern ({error}); '**/*' takes all files") from None
+    return sorted(path for path in paths if path.is_file())
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(
+        f"config.data.source: {error.filename} can't be read ({error.strerror}); its files would be missing"
+    )
 
 
 def content(path: pathlib.Path) -> bytes | memoryview:

@@ -26,8 +26,8 @@ TEST_FILE = "val_data.npz"  # the official validation images
 TRAIN_IMAGES = 1_200_000  # the rest of TRAIN_FILES is for validation
 IMAGES = {"train": 1_281_167, "test": 50_000}
 IMAGES_AT_ONCE = 1024
-# damaged, encrypted, compressed in an unknown way
-BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)
+ENCRYPTED = 1  # bit of a zip's entry
+BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError)
 
 
 def enwik8(path: pathlib.Path) -> Documents:
@@ -36,10 +36,8 @@ def enwik8(path: pathlib.Path) -> Documents:
     whole = content(path)
     if zipfile.is_zipfile(path):
         try:
-            with zipfile.ZipFile(path) as archive:
-                whole = archive.read("enwik8")
-        except KeyError:
-            raise UserError(f"{here}: the zip has no file enwik8 in it") from None
+            with zipfile.ZipFile(path) as archive, _member(archive, "enwik8", path) as member:
+                whole = member.read()
         except BAD_ZIP as error:
             raise UserError(f"{here}: the zip is damaged ({error}); download it again") from None
     if len(whole) != sum(ENWIK8_BYTES.values()):
@@ -51,6 +49,21 @@ def enwik8(path: pathlib.Path) -> Documents:
     for split, n_bytes in ENWIK8_BYTES.items():
         yield Document(f"{path.name}, {split}", whole[at : at + n_bytes], split)
         at += n_bytes
+
+
+def _member(archive: zipfile.ZipFile, name: str, path: pathlib.Path) -> zipfile.ZipExtFile:
+    """A file in a zip, open. Raises UserError if it is not there, or can't be read without a password or at all."""
+    try:
+        info = archive.getinfo(name)
+    except KeyError:
+        raise UserError(f"config.data.source: {path} has no {name} in it") from None
+    if info.flag_bits & ENCRYPTED:
+        raise UserError(f"config.data.source: {path} is encrypted; give one that is not")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise UserError(
+            f"config.data.source: {path} is compressed by method {info.compress_type}; pack it with deflate"
+        )
+    return archive.open(info)
 
 
 def pg19(root: pathlib.Path) -> Documents:
@@ -143,10 +156,7 @@ class _Images:
         self._path = path
         with _damage_named(self._path):
             self._archive = zipfile.ZipFile(path)
-            try:
-                self._file = self._archive.open("data.npy")
-            except KeyError:
-                raise ValueError("it has no array named data") from None
+            self._file = _member(self._archive, "data.npy", path)
             major, _ = np.lib.format.read_magic(self._file)
             read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
             self.shape, is_fortran, dtype = read_header(self._file)

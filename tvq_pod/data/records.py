@@ -139,5 +139,5 @@ def parquet(path: pathlib.Path, data: DataSettings) -> Documents:
                         yield Document(f"{file.name}:{row}", text)
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(
-                f"config.data.source={file}: can't be read, or is damaged ({str(error).splitlines()[0][:200]})"
+                f"config.data.source={file}: can't be read, or is damaged ({' '.join(str(error).split())[:200]})"
             ) from None

@@ -6,11 +6,10 @@ with nothing in between and nothing left over: in an epoch every token is read o
 [n * T, (n + 1) * T) of every stream. A document cut by the border of two rows is two pieces, each a document to its
 stream.
 
-A mixture of stores. An epoch is as long as it takes to read all documents of that store once of which least is read
-(or MIXED_DOCUMENTS, if that are more);
-of every other store, documents go into it in proportion to the weights, some more than once. Each store's documents
-follow each other in permutations drawn from (seed, store, time), without end; an epoch takes those that come next, and
-shuffles them with the others'.
+A mixture of stores. An epoch is as long as it takes to read all documents of that store once of which least is read,
+or ends after MIXED_DOCUMENTS; of every other store, documents go into it in proportion to the weights, some more than
+once. Each store's documents follow each other in permutations drawn from (seed, store, time), without end; an epoch
+takes those that come next, and shuffles them with the others'.
 
 Evaluation. Whole documents are spread over rows, each row's end to end, so that all rows are about equally long; what a
 row lacks to the longest is padding.
@@ -229,6 +228,12 @@ def streams_of(course: Course, starts: np.ndarray, seed: int, parts: Sequence[Pa
     return streams
 
 
+def _taken(lengths: np.ndarray, max_tokens: int) -> np.ndarray:
+    """Documents in an order drawn once and for all, until they have max_tokens together; 0 takes all."""
+    order = _draw(0, 0).permutation(len(lengths))
+    return order[: int(np.searchsorted(np.cumsum(lengths[order]), max_tokens)) + 1] if max_tokens else order
+
+
 def _padding(n_tokens: int, n_rows: int, row_len: float, update_len: int) -> float:
     return 1 - n_tokens / (n_rows * math.ceil(row_len / update_len) * update_len)
 
@@ -245,10 +250,7 @@ class PackedDocuments:
         many tokens together; 0 takes all."""
         self._starts = starts
         lengths = np.diff(starts)
-        order = np.random.Generator(np.random.Philox(key=[0, 0])).permutation(len(lengths))
-        if max_tokens:
-            order = order[: int(np.searchsorted(np.cumsum(lengths[order]), max_tokens)) + 1]
-        self.documents = order
+        self.documents = order = _taken(lengths, max_tokens)
         # The longest first, each to the row that is shortest so far.
         rows: list[list[int]] = [[] for _ in range(n_rows)]
         loads = [(0, row) for row in range(n_rows)]
@@ -268,10 +270,12 @@ class PackedDocuments:
     ) -> "PackedDocuments":
         """On as many rows as leave at most PADDING of the positions to padding, no more than `most`; on `multiple`, of
         which the number of rows must be one, if there is no such number."""
+        lengths = np.diff(starts)
+        lengths = lengths[_taken(lengths, max_tokens)]
+        longest, n_tokens = int(lengths.max()), int(lengths.sum())
         for n_rows in range(most - most % multiple, multiple, -multiple):
             # Whatever the order, a row is as long as the longest document, and not all are shorter than their mean.
-            row_len = max(int(np.diff(starts).max()), int(starts[-1]) / n_rows)
-            if not max_tokens and _padding(int(starts[-1]), n_rows, row_len, update_len) > PADDING:
+            if _padding(n_tokens, n_rows, max(longest, n_tokens / n_rows), update_len) > PADDING:
                 continue
             plan = PackedDocuments(starts, n_rows, max_tokens)
             if plan.padding(update_len) <= PADDING:

@@ -224,17 +224,17 @@ class StoreWriter:
 
     def __enter__(self) -> "StoreWriter":
         written = self._read_progress()
-        token_dtype = np.dtype(np.uint16 if self._vocab.n_vocab <= 2**16 else np.uint32)
         try:
-            self._open(token_dtype, written)
-        except (ValueError, KeyError, OSError) as error:
+            self._open(written)
+        except (ValueError, KeyError) as error:
             if not written:
                 raise
             say(f"WARNING: {self._draft} is damaged ({str(error)[:200]}): begins anew")
-            self._open(token_dtype, None)
+            self._open(None)
         return self
 
-    def _open(self, token_dtype: np.dtype, written: dict | None) -> None:
+    def _open(self, written: dict | None) -> None:
+        token_dtype = np.dtype(np.uint16 if self._vocab.n_vocab <= 2**16 else np.uint32)
         if not written and self._draft.exists() and self._draft != self._path:
             self._draft.rmtree()
         self.n_taken = written["n_taken"] if written else 0
@@ -247,7 +247,7 @@ class StoreWriter:
     def begin_anew(self) -> None:
         """Forgets what was there: the corpus is not what it was."""
         self._progress.unlink(missing_ok=True)
-        self.__enter__()
+        self._open(None)
 
     def _read_progress(self) -> dict | None:
         try:
@@ -257,7 +257,9 @@ class StoreWriter:
             say(f"{self._draft} was begun with other settings, or is damaged: begins anew")
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except OSError as error:  # it may be there, and be of use, another time
+            raise UserError(f"config.data.store: {self._progress} can't be read ({error.strerror or error})") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
             say(f"WARNING: {self._progress} is damaged: begins anew")
         return None
 

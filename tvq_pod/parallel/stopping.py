@@ -5,6 +5,7 @@ once the steps in their queue are done.
 """
 
 import contextlib
+import sys
 import threading
 
 import jax
@@ -13,6 +14,7 @@ from jax._src import distributed  # what multihost_utils is built on; jax has no
 from tvq_pod.preemption import Preemption
 
 ASKED, PASSED, MET = "tvq_pod/stop/asked", "tvq_pod/stop/passed", "tvq_pod/stop/met"
+STOP, NO_MORE = "stop", "no more"
 HOUR_MS = 3_600_000
 
 
@@ -49,30 +51,40 @@ class StopTogether:
         """Once the last place is passed. A process that ends otherwise must end by os._exit: python can't end a thread
         that waits inside jax without aborting."""
         if self._client:
-            self._tell("no more")
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is done, and gone: nobody is to be told
+                self._client.key_value_set(ASKED, NO_MORE, allow_overwrite=True)
             self._listener.join(timeout=10)
 
     def _ask(self) -> None:
         self._preemption.wait()
-        self._tell("stop")
-
-    def _tell(self, what: str) -> None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone: then so are we, soon
-            self._client.key_value_set(ASKED, what, allow_overwrite=True)
+        try:
+            self._client.key_value_set(ASKED, STOP, allow_overwrite=True)
+        except jax.errors.JaxRuntimeError as error:
+            _say_no_agreement(error)
 
     def _agree(self) -> None:
         while (asked := self._asked()) is None:
             pass
-        if asked == "no more":
+        if asked == NO_MORE:
             return  # one has passed the last place, and so must all
-        with self._lock, contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._client.key_value_set(f"{PASSED}/{jax.process_index()}", str(self._passed))
-            self._client.wait_at_barrier(MET, self._timeout_ms)
-            self._last = max(int(passed) for _, passed in self._client.key_value_dir_get(PASSED))
+        with self._lock:
+            try:
+                self._client.key_value_set(f"{PASSED}/{jax.process_index()}", str(self._passed))
+                self._client.wait_at_barrier(MET, self._timeout_ms)
+                self._last = max(int(passed) for _, passed in self._client.key_value_dir_get(PASSED))
+            except jax.errors.JaxRuntimeError as error:
+                _say_no_agreement(error)
 
     def _asked(self) -> str | None:
         """Waits for what the others say, for an hour at most."""
         try:
             return self._client.blocking_key_value_get(ASKED, HOUR_MS)
         except jax.errors.JaxRuntimeError as error:
-            return None if "DEADLINE_EXCEEDED" in str(error) else "no more"  # the coordinator is gone, or the job over
+            return None if "DEADLINE_EXCEEDED" in str(error) else NO_MORE  # process 0 is gone, or the job over
+
+
+def _say_no_agreement(error: Exception) -> None:
+    """The run goes on; who was asked to end does so when its grace is over."""
+    why = " ".join(str(error).split())[:200]
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+        print(f"WARNING: the processes could not agree where to stop ({why})", file=sys.stderr, flush=True)
