@@ -188,3 +188,8 @@ def store_of(path, texts, vocab=None, **settings) -> TokenStore:
     data = DataSettings(**(dict(validation_share=0.0, test_share=0.0, source="stdlib") | settings))
     corpus = [Document(str(index), text) for index, text in enumerate(texts)]
     return make_store(path, lambda: iter(corpus), vocab or ByteVocab(), data)
+
+
+def pg19_like(rng: np.random.Generator, n_books: int) -> np.ndarray:
+    """Where books about as long as those of PG-19 begin, and the last ends: log-normal, 87,000 tokens in the mean."""
+    return np.concatenate([[0], np.cumsum(np.exp(rng.normal(11.1, 0.75, n_books)).astype(int) + 1000)])

@@ -15,12 +15,13 @@ import time
 
 import numpy as np
 
+from tests.common import pg19_like
 from tvq_pod.config import DataSettings, resolve
 from tvq_pod.data import store as stores
 from tvq_pod.data.corpora import Document, stdlib
 from tvq_pod.data.loader import host_batches
 from tvq_pod.data.store import TokenStore
-from tvq_pod.data.streams import RowSource, TrainStreams
+from tvq_pod.data.streams import PADDING, PackedDocuments, RowSource, TrainStreams
 from tvq_pod.data.train_vocab import train_sentencepiece
 from tvq_pod.data.vocab import ByteVocab, SentencePieceVocab
 from tvq_pod.prepare import make_store
@@ -112,9 +113,26 @@ def rows_from_disk(path: pathlib.Path, update_len: int, seed: int) -> float:
     return len(places) / timed(lambda: [tokens[place : place + update_len].read().result() for place in places])
 
 
+def padding() -> None:
+    """What evaluation spends on padding."""
+    for n_books in (50, 100, 28_602):
+        for multiple in (1, 8, 16, 64):
+            plans = [
+                PackedDocuments.on_most_rows(pg19_like(np.random.default_rng(seed), n_books), 128, multiple, 2048)
+                for seed in range(20 if n_books < 1000 else 2)
+            ]
+            shares, rows = [plan.padding(2048) for plan in plans], [plan.n_rows for plan in plans]
+            print(
+                f"{n_books} books, rows a multiple of {multiple}: {min(rows)} to {max(rows)} rows, padding "
+                f"{np.mean(shares):.1%} in the mean, over {PADDING:.0%} in {sum(s > PADDING for s in shares)} of "
+                f"{len(plans)}"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workdir", required=True, help="folder for everything; must not exist")
+    parser.add_argument("--padding", action="store_true", help="only what evaluation spends on padding")
     parser.add_argument("--megabytes", type=int, default=400, help="of the corpus of bytes")
     parser.add_argument("--gigabytes", type=float, default=10, help="of the large store; 0: without")
     parser.add_argument("--prepare", type=int, help=argparse.SUPPRESS)
@@ -122,6 +140,9 @@ def main() -> None:
     parser.add_argument("--vocab", default="bytes", help=argparse.SUPPRESS)
     given = parser.parse_args()
     folder = pathlib.Path(given.workdir)
+    if given.padding:
+        padding()
+        return
     if given.prepare:
         vocab = ByteVocab() if given.vocab == "bytes" else SentencePieceVocab(given.vocab)
         prepare(folder, given.prepare, vocab, given.cut)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from tests.common import small_config, store_of
+from tests.common import pg19_like, small_config, store_of
 from tvq_pod import eval as eval_module
 from tvq_pod import positions
 from tvq_pod.config import EvalSettings, MeshSettings, Settings, TrainSettings
@@ -101,11 +101,6 @@ def test_a_split_without_documents_is_named(store, eight_devices):
     mesh = make_mesh(MeshSettings(), eight_devices[:1])
     with pytest.raises(UserError, match="--split=test: no document"):
         Evaluator(SETTINGS, mesh, store, "test")
-
-
-def pg19_like(rng, n_books):
-    """Tokens of books as long as those of PG-19: 69,000 words in the mean, the longest several times that."""
-    return np.concatenate([[0], np.cumsum(np.exp(rng.normal(11.1, 0.75, n_books)).astype(int) + 1000)])
 
 
 @pytest.mark.parametrize(

@@ -202,12 +202,19 @@ def test_stop_is_stronger_than_a_watch_that_is_at_work(started):
     assert (stale.phase, records.get("run").phase, records.get("run").saved_step) == ("stopped", "stopped", 7)
 
 
-def test_stop_before_there_is_a_slice(started):
+def waiting_for_a_slice(started):
+    """A watch whose slice is gone, in a zone that has no other."""
     started.cloud.preempt("run", grace=0.0)
     started.set(zone_full_until=time.time() + 1000)
     watch = started.start("watch", *WATCH)
-    while "WAITING" not in watch.stdout.readline():
-        pass
+    for line in watch.stdout:
+        if "WAITING" in line:
+            return watch
+    pytest.fail(f"it ended: {watch.stderr.read()}")
+
+
+def test_stop_before_there_is_a_slice(started):
+    watch = waiting_for_a_slice(started)
     assert "does not run, its slice is WAITING_FOR_RESOURCES; watch will not start it" in started.must(
         "stop", "--name=run"
     )
@@ -220,11 +227,7 @@ def test_stop_before_there_is_a_slice(started):
 
 
 def test_down_ends_a_watch_that_asks(started):
-    started.cloud.preempt("run", grace=0.0)
-    started.set(zone_full_until=time.time() + 1000)
-    watch = started.start("watch", *WATCH)
-    while "WAITING" not in watch.stdout.readline():
-        pass
+    watch = waiting_for_a_slice(started)
     started.must("down", "--name=run", "--yes")
     out, err = watch.communicate(timeout=60)
     assert watch.returncode == 0, err

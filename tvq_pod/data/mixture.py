@@ -17,17 +17,6 @@ from tvq_pod.data.vocab import Vocab
 from tvq_pod.errors import UserError
 
 
-def _check_splits(one: TokenStore, other: TokenStore) -> None:
-    """Documents that are in both must be in the same split of both."""
-    made = [store.meta | store.meta["made_with"] for store in (one, other)]
-    shares = [(with_["validation_share"], with_["test_share"]) for with_ in made if with_["format"] not in OWN_SPLITS]
-    if len(shares) == 2 and shares[0] != shares[1]:
-        raise UserError(
-            f"config.data.mixture: {one.path} holds out {shares[0]} for validation and test, and {other.path} "
-            f"{shares[1]}; documents of both would be in training and held out"
-        )
-
-
 class Mixture:
     """Stores of one vocabulary, open for reading; to whoever reads, it is a TokenStore.
 
@@ -114,4 +103,15 @@ class Mixture:
             starts=np.concatenate([*starts, [n_tokens]]),
             doc_bytes=np.concatenate([split.doc_bytes for split in splits]),
             parts=tuple(parts),
+        )
+
+
+def _check_splits(one: TokenStore, other: TokenStore) -> None:
+    """Documents that are in both must be in the same split of both."""
+    made = [store.meta | store.meta["made_with"] for store in (one, other)]
+    shares = [(with_["validation_share"], with_["test_share"]) for with_ in made if with_["format"] not in OWN_SPLITS]
+    if len(shares) == 2 and shares[0] != shares[1]:
+        raise UserError(
+            f"config.data.mixture: {one.path} holds out {shares[0]} for validation and test, and {other.path} "
+            f"{shares[1]}; documents of both would be in training and held out"
         )
