@@ -130,7 +130,7 @@ def stdlib() -> Documents:
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         if not {"site-packages", "dist-packages", "__pycache__"} & set(name.parts):
-            yield Document(str(name), path.read_bytes())
+            yield Document(str(name), content(path))
 
 
 def folder(root: pathlib.Path, glob: str) -> Documents:
