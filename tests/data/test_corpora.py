@@ -32,6 +32,12 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
     assert texts(source=str(tmp_path), glob="**/*.md") == [b"c"]
 
 
+@pytest.mark.parametrize("glob", ["", "/x"])
+def test_a_glob_that_is_no_pattern_is_named(tmp_path, glob):
+    with pytest.raises(UserError, match=rf"^config.data.glob={glob}: is no pattern"):
+        texts(source=str(tmp_path), format="folder", glob=glob)
+
+
 def test_what_is_compressed_is_no_text(tmp_path):
     (tmp_path / "texts.zip").write_bytes(b"PK...")
     with pytest.raises(UserError, match=r"config.data.format=auto: .*texts.zip is compressed, and no text"):

@@ -101,7 +101,7 @@ def files_of(root: pathlib.Path, glob: str) -> list[pathlib.Path]:
     for _ in os.walk(root, onerror=_unreadable):
         pass
     try:
-        paths = root.glob(glob)
+        paths = list(root.glob(glob))  # before Python 3.13 a wrong pattern is found only when files are asked for
     except (NotImplementedError, ValueError) as error:  # what pathlib raises for "/x" and ""
         raise UserError(f"config.data.glob={glob}: is no pattern ({error}); '**/*' takes all files") from None
     return sorted(path for path in paths if path.is_file())
