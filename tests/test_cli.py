@@ -12,6 +12,8 @@ import sys
 import pytest
 import sentencepiece
 
+from tests import forked
+
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = """
 from tvq_pod.config import default_config
@@ -278,7 +280,6 @@ def test_a_sentencepiece_model_on_json_lines(tmp_path, config_file):
 
 
 def test_each_mistake_is_one_line_and_costs_nothing(trained, tmp_path, config_file):
-    """All at once, for time: start-up is what costs."""
     workdir, _, _ = trained
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank.txt").write_text("\n\n")
@@ -334,20 +335,15 @@ def test_each_mistake_is_one_line_and_costs_nothing(trained, tmp_path, config_fi
         ("--config=configs/imagenet64.py", fresh, "--config.sample.length=9"): ("sample.length=9", "12288, an image"),
         (config, f"--workdir={tmp_path / 'taken'}"): ("--workdir=", "in use by another process"),
     }  # fmt: skip
-    # Runs on one folder would refuse each other: they come one by one, the others in fours.
-    one_by_one = [case for case in cases.items() if f"--workdir={workdir}" in case[0]]
-    together = [case for case in cases.items() if case not in one_by_one]
-    batches = [together[i : i + 4] for i in range(0, len(together), 4)] + [[case] for case in one_by_one]
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.name != "lock"}
     with (tmp_path / "taken/lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for batch in batches:
-            for (flags, words), process in [(case, start(*case[0])) for case in batch]:
-                code, out, err = finish(process)
-                assert code == 1, (flags, out, err)
-                assert "Traceback" not in err, (flags, err)
-                last = err.strip().splitlines()[-1] if "Pass --help" not in err else err
-                assert all(word in last for word in words), (flags, err)
+        results = forked.run_all(list(cases), env=environment(), cwd=ROOT)
+    for (flags, words), (code, out, err) in zip(cases.items(), results, strict=True):
+        assert code == 1, (flags, out, err)
+        assert "Traceback" not in err, (flags, err)
+        last = err.strip().splitlines()[-1] if "Pass --help" not in err else err
+        assert all(word in last for word in words), (flags, err)
     assert not (tmp_path / "fresh").exists()
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["lock"]
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.name != "lock"} == before
