@@ -3,10 +3,12 @@
 import dataclasses
 import resource
 import shutil
+import time
 import types
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from tests.common import small_config
@@ -236,9 +238,17 @@ def test_orbax_needs_nothing_that_the_manifest_leaves_out(workdir, mesh):
     checkpoints.close()
 
 
-def test_a_save_that_fails_is_told_and_the_next_one_works(workdir, mesh):
-    """On a full disk, or what is the same to it: no file may grow."""
+def test_a_save_that_fails_is_told_and_the_next_one_works(workdir, mesh, monkeypatch):
+    """On a full disk, or what is the same to it: no file may grow. One of the threads that write comes last."""
     checkpoints = Checkpoints(workdir, CheckpointSettings(keep=1))
+    write_json, ended = ocp.JsonCheckpointHandler._save_fn, []
+
+    async def late(*arguments):
+        time.sleep(2)
+        ended.append("late")
+        await write_json(*arguments)
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", late)
     state = create_train_state(SETTINGS, mesh)
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50, most))
@@ -246,6 +256,8 @@ def test_a_save_that_fails_is_told_and_the_next_one_works(workdir, mesh):
     saved = checkpoints.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     assert not saved
+    assert ended == ["late"]
+    assert not list((workdir / "checkpoints").glob("*tmp*"))
     assert "File too large" in checkpoints.error
     assert checkpoints.failing
     assert checkpoints.steps() == [1, 2, 3]  # older ones stay until a newer one is good

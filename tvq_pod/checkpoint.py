@@ -19,8 +19,10 @@ import math
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -37,6 +39,7 @@ from tvq_pod.train_state import TrainState
 
 FORMAT = 2
 RETRY_SECONDS = 10.0  # after a save that failed
+WRITERS_SECONDS = 10.0  # for threads of a save that failed to end
 FINGERPRINT = "config.data.store, fingerprint"
 # Settings that make another model of the same parameters, or parameters and state of another shape. The others
 # (dropout, block_len, remat, the codebook's decay) may change from one session to the next.
@@ -44,6 +47,16 @@ MODEL_IDENTITY = (
     *("d_model", "d_k", "d_v", "n_head", "n_code", "n_layer", "n_vocab", "mem_len", "agg_cache", "attn_type"),
     *("head_type", "dtype", "param_dtype", "pe_abs", "e_tie", "e_norm", "e_scale"),
 )
+
+
+def _wait_for_writers() -> None:
+    """Until orbax's threads have ended: when one fails, the others still write, and would make folders anew that
+    were removed. (To join one raises its error.)"""
+    deadline = time.monotonic() + WRITERS_SECONDS
+    while time.monotonic() < deadline:
+        if not any(type(thread).__module__.startswith("orbax.") for thread in threading.enumerate()):
+            return
+        time.sleep(0.05)
 
 
 def model_record(settings: Settings, vocab_name: str) -> dict:
@@ -215,7 +228,8 @@ class Checkpoints:
         try:
             self._checkpointer.save(self.path / str(step), args=items)
         except Exception as error:  # each store has its own
-            self._failed(error)
+            self._failed_at = time.monotonic()
+            self._saved = self._pool.submit(self._clear, error)
             return
         self._saved = self._pool.submit(self._finish, step, retain_all)
 
@@ -276,14 +290,9 @@ class Checkpoints:
         """In the background: raises if the save fails; afterwards process 0 deletes what need not stay."""
         try:
             self._checkpointer.wait_until_finished()
-        except BaseException:
+        except BaseException as error:
             self._failed_at = time.monotonic()
-            for _ in range(2):  # orbax keeps errors of two kinds, and would raise the other one at the next save
-                with contextlib.suppress(Exception):
-                    self._checkpointer.wait_until_finished()
-            if is_first():  # what was written of it is in the way, and takes room
-                self._tidy()
-            raise
+            self._clear(error)
         if not is_first():
             return
         found = manifest.problems(self.path / str(step))
@@ -297,6 +306,16 @@ class Checkpoints:
                 for stale in stale_steps(self.steps(), self._settings, self._losses):
                     self._delete(stale)
             self._tidy()
+
+    def _clear(self, error: BaseException) -> NoReturn:
+        """After a save that failed, so that the next one can succeed; raises what it failed with."""
+        for _ in range(2):  # orbax keeps errors of two kinds, and would raise the other one at the next save
+            with contextlib.suppress(Exception):
+                self._checkpointer.wait_until_finished()
+        _wait_for_writers()
+        if is_first():  # what was written of it is in the way, and takes room
+            self._tidy()
+        raise error
 
     def know_losses(self, losses: dict[int, float | None]) -> None:
         """Validation losses, by step: the best are kept. One that is None or not finite is no good one."""
