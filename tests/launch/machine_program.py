@@ -158,10 +158,10 @@ def pretend_training(arguments: list[str]) -> None:
             path.with_suffix(".w").write_text(json.dumps(values))
             path.with_suffix(".w").replace(path)
 
-    step = saved
+    ended = saved  # steps that have
 
     def preempted(*_):
-        write("preempted", step, step)
+        write("preempted", ended, ended)
         os._exit(75)
 
     signal.signal(signal.SIGTERM, preempted)
@@ -170,6 +170,7 @@ def pretend_training(arguments: list[str]) -> None:
         pause(cloud, step)
         saved = step if step % 5 == 0 else saved
         write("training", step, saved)
+        ended = step
         if step - plan.get("steps", goal + 1) >= 0:
             write("failed", step, saved)
             print("error: as planned", flush=True)
