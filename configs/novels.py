@@ -26,11 +26,12 @@ def get_config():
     config.model.n_code = 128
     config.model.block_len = 64
     config.model.mem_len = 64
+    config.model.window_bias = 8.0
     config.model.remat = "none"
 
     config.train.batch_size = 16
-    config.train.update_len = 128
-    config.train.num_steps = 2000
+    config.train.update_len = 256  # blocks that gradients reach through the cache need more than two of them
+    config.train.num_steps = 1300
     config.train.log_every_steps = 50
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 100

@@ -175,7 +175,7 @@ def quadratic_attention(config: TransformerConfig, params: dict, q, k, v, doc_id
             code = codebook[h, np.argmin(np.sum((k[b, h, j] - codebook[h]) ** 2, axis=-1))]
             score = (q[b, query_head, i] + u[query_head]) @ code
             if i - j <= config.mem_len:
-                score += (q[b, query_head, i] + pos_v[query_head]) @ r[h, i - j]
+                score += (q[b, query_head, i] + pos_v[query_head]) @ r[h, i - j] + config.window_bias
             scores.append(score)
             values.append(v[b, h, j])
         weights = np.exp(np.array(scores) - np.max(scores))

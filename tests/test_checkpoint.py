@@ -135,6 +135,13 @@ def test_another_runs_checkpoint_is_refused_by_name(tmp_path, mesh):
     ):
         with pytest.raises(UserError, match=message):
             checkpoints.check(7, run_record(other, "bytes", fingerprint))
+    older = {name: value for name, value in RECORD.items() if name != "config.model.window_bias"}
+    checkpoints.save(create_train_state(SETTINGS, mesh), 8, older, COURSE)
+    checkpoints.wait()
+    checkpoints.check(8, RECORD)
+    for step in (7, 8):
+        with pytest.raises(UserError, match=r"config.model.window_bias=8.0: .* was made with 0.0"):
+            checkpoints.check(step, model_record(changed("model", window_bias=8.0), "bytes"))
     with pytest.raises(UserError, match=r"config.data.vocab=pieces: .* was made with bytes"):
         checkpoints.check(7, model_record(SETTINGS, "pieces"))
     # what has no part in shapes or data may change

@@ -44,9 +44,10 @@ FINGERPRINT = "config.data.store, fingerprint"
 # Settings that make another model of the same parameters, or parameters and state of another shape. The others
 # (dropout, block_len, remat, the codebook's decay) may change from one session to the next.
 MODEL_IDENTITY = (
-    *("d_model", "d_k", "d_v", "n_head", "n_code", "n_layer", "n_vocab", "mem_len", "agg_cache", "attn_type"),
-    *("head_type", "dtype", "param_dtype", "pe_abs", "e_tie", "e_norm", "e_scale"),
+    *("d_model", "d_k", "d_v", "n_head", "n_code", "n_layer", "n_vocab", "mem_len", "agg_cache"),
+    *("window_bias", "attn_type", "head_type", "dtype", "param_dtype", "pe_abs", "e_tie", "e_norm", "e_scale"),
 )
+LATER = {"config.model.window_bias": "0.0"}  # settings that the first checkpoints do not name, as they were then
 
 
 def _wait_for_writers() -> None:
@@ -358,9 +359,10 @@ class Checkpoints:
         (see run_record; entries that `record` lacks are not looked at)."""
         saved = self.record(step)
         for name, value in record.items():
-            if saved.get(name) != value:
+            made_with = saved.get(name, LATER.get(name))
+            if made_with != value:
                 raise UserError(
-                    f"{name}={value}: the checkpoint {self.path}/{step} was made with {saved.get(name)}; "
+                    f"{name}={value}: the checkpoint {self.path}/{step} was made with {made_with}; "
                     "give that, or another --workdir"
                 )
 

@@ -111,7 +111,7 @@ def test_mem_len_need_not_fit_the_blocks(mem_len):
     arrays = random_qkv(small_config(), 2, T, seed=5)
     doc_ids = jnp.array([[0] * 5 + [1] * 7, [0] * 11 + [1]], jnp.int32)
     for block_len in (1, 2, 6, 12):
-        config = small_config(block_len=block_len, mem_len=mem_len)
+        config = small_config(block_len=block_len, mem_len=mem_len, window_bias=1.5)
         _, params = attn_fixture(config)
         _, out = compiled_attention(config)(**arrays, doc_ids=doc_ids)
         expected = quadratic_attention(config, params, **arrays, doc_ids=doc_ids)

@@ -25,7 +25,8 @@ def oracle(config, biases, q, recent):
         at = config.mem_len + i
         seen = [j for j in range(at + 1) if ids[b, j] == ids[b, at]]
         scores = np.array([(q[b, h, i] + u[h]) @ k[b, h, j] for j in seen])
-        scores += [(q[b, h, i] + pos_v[h]) @ r[h, at - j] if at - j <= config.mem_len else 0.0 for j in seen]
+        near = {d: (q[b, h, i] + pos_v[h]) @ r[h, d] + config.window_bias for d in range(config.mem_len + 1)}
+        scores += [near.get(at - j, 0.0) for j in seen]
         weights = np.exp(scores - scores.max())
         out[b, h, i] = weights @ v[b, h, seen] / weights.sum()
     return out
@@ -33,7 +34,7 @@ def oracle(config, biases, q, recent):
 
 @pytest.mark.parametrize(("block_len", "mem_len"), [(1, 3), (2, 6), (4, 4), (8, 2), (24, 5)])
 def test_it_is_the_softmax_over_all_that_came_before(block_len, mem_len):
-    config = small_config(attn_type="full", block_len=block_len, mem_len=mem_len)
+    config = small_config(attn_type="full", block_len=block_len, mem_len=mem_len, window_bias=1.5)
     arrays = random_qkv(config, 2, mem_len + T)
     rng = np.random.default_rng(0)
     ids = np.sort(rng.integers(0, 3, size=[2, mem_len + T]), axis=1).astype(np.int32)
@@ -46,7 +47,7 @@ def test_it_is_the_softmax_over_all_that_came_before(block_len, mem_len):
     def attention(q, recent, biases):
         blocks = jnp.moveaxis(q.reshape(2, 2, 1, -1, block_len, config.d_k), 3, 0)  # [R, B, H, 1, L, K]
         with_u, with_v = (blocks + biases[name][None, None, :, None, None] for name in "uv")
-        out = full_attention(with_u, with_v, biases["r"], recent, mem_len)
+        out = full_attention(with_u, with_v, biases["r"], recent, config)
         return jnp.moveaxis(out[:, :, :, 0], 0, 2).reshape(2, 2, T, -1)
 
     out = attention(q, recent, biases)

@@ -23,7 +23,9 @@ MODEL = dict(
 )  # fmt: skip
 # Of mqa, the vocabulary is wider than the model: its losses go block by block.
 HEADS = dict(
-    shga={}, mqa=dict(head_type="mqa", n_head=8, d_ff=16, n_vocab=24), mha=dict(head_type="mha", n_head=8, d_ff=16)
+    shga={},
+    mqa=dict(head_type="mqa", n_head=8, d_ff=16, n_vocab=24),
+    mha=dict(head_type="mha", n_head=8, d_ff=16, window_bias=2.0),
 )
 ALONE = MeshSettings(data=1)
 MESHES = [(1, 8, 1, 1), (1, 4, 1, 2), (1, 2, 2, 2), (1, 1, 8, 1), (1, 1, 1, 8), (1, 2, 4, 1), (2, 2, 1, 2)]

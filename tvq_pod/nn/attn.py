@@ -3,12 +3,13 @@
 Keys are quantized, so all keys that have left the window are described by a count and a mean value per code. For a
 query q_i and the keys j <= i of its document, with d = i - j,
 
-    score_ij = (q_i + u) . c_{z_j}  +  [d <= M] (q_i + v) . r_d
+    score_ij = (q_i + u) . c_{z_j}  +  [d <= M] ((q_i + v) . r_d + window_bias)
     out_i    = sum_j softmax_j(score_ij) v_j
              = ( sum_{window} e^{score_ij} v_j + sum_s n_s e^{(q_i + u) . c_s} mean_s ) / (the same without v and mean)
 
 since a key farther than M contributes only through its code. So the answer does not depend on how tokens are cut into
-blocks, only on M, the reach of the relative bias. With `agg_cache` off, attention itself ends at d = M.
+blocks, only on M, the reach of the relative bias. With `agg_cache` off, attention itself ends at d = M. In the paper
+`window_bias` is 0.
 
 Here are the unit's projections and the state that goes from update to update. All blocks of an update are attended to
 at once: attend.py has the softmax, cache.py the caches of all blocks, scores.py the relative biases, vq.py the
@@ -181,7 +182,7 @@ class VQAttention(nn.Module):
             grouped = self._grouped(q)
             position_q = grouped + _per_query_head(biases["v"], c)
             grouped += _per_query_head(biases["u"], c)
-            out = full_attention(grouped, position_q, biases["r"], recent, c.mem_len).reshape(*q.shape[:-1], c.d_v)
+            out = full_attention(grouped, position_q, biases["r"], recent, c).reshape(*q.shape[:-1], c.d_v)
             losses = dict(l_commit=jnp.zeros([]), l_codebook=jnp.zeros([]), metrics={})
             new_state = next_state(present, state)
         else:
@@ -205,7 +206,7 @@ class VQAttention(nn.Module):
         out = attend(
             c.mem_len,
             q + _per_query_head(biases["u"], c),
-            relative_bias(q + _per_query_head(biases["v"], c), biases["r"]),
+            relative_bias(q + _per_query_head(biases["v"], c), biases["r"], c.window_bias),
             Sources(past["k_hat"], present["k_hat"], biases["codes"] if of_cache else None),
             Sources(past["v"], present["v"], before["upper_div_lower"] if of_cache else None),
             Places(

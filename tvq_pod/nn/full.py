@@ -16,17 +16,19 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from tvq_pod.nn.scores import NEVER, as_last_axes, relative_bias
+from tvq_pod.nn.types import TransformerConfig
 
 PARTS = 8
 
 
-def full_attention(q, position_q, r, recent: dict, mem_len: int) -> jax.Array:
+def full_attention(q, position_q, r, recent: dict, config: TransformerConfig) -> jax.Array:
     """q: [R, B, H, G, L, K], queries of R blocks of L. position_q [R, B, H, G, L, K] and r [H, M + 1, K]: what
     `relative_bias` is made of. recent: k_hat [B, H, M + R L, K] (exact keys), v [B, H, M + R L, V], doc_ids
     [B, M + R L]: the window and the blocks.
     Returns [R, B, H, G, L, V] in the dtype of q; softmax is float32.
     """
     n_blocks, *_, block_len, _ = q.shape
+    mem_len = config.mem_len
     n_parts = min(PARTS, n_blocks)
     borders = [part * n_blocks // n_parts for part in range(n_parts + 1)]
     outs = []
@@ -37,7 +39,7 @@ def full_attention(q, position_q, r, recent: dict, mem_len: int) -> jax.Array:
         @jax.checkpoint
         def attend(place, q, position_q, keys=keys, values=values, ids=ids):
             scores = jnp.einsum("bhglk,bhnk->bhgln", q, keys, preferred_element_type=jnp.float32)
-            near = relative_bias(position_q, r)
+            near = relative_bias(position_q, r, config.window_bias)
             near = jnp.concatenate([near.past(mem_len), near.present()], axis=-1)  # of columns place .. place + M + L
             near += jax.lax.dynamic_slice_in_dim(scores, place, mem_len + block_len, axis=4)
             scores = jax.lax.dynamic_update_slice_in_dim(scores, near, place, axis=4)

@@ -50,8 +50,8 @@ class RelativeBias(NamedTuple):
         return self.turned[..., : self.turned.shape[-2]]
 
 
-def relative_bias(q: jax.Array, r: jax.Array) -> RelativeBias:
-    """q: [..., H, G, L, K], queries of blocks; r: [H, M + 1, K], by distance 0 .. M. The biases q . r_d.
+def relative_bias(q: jax.Array, r: jax.Array, near: float = 0.0) -> RelativeBias:
+    """q: [..., H, G, L, K], queries of blocks; r: [H, M + 1, K], by distance 0 .. M. The biases q . r_d + near.
 
     A few queries are moved row by row, which is cheaper there; the answer is the same up to rounding.
     """
@@ -68,7 +68,17 @@ def relative_bias(q: jax.Array, r: jax.Array) -> RelativeBias:
         turned = turn_rows(dot("...hglk,hdk->...hgld", q, table))
     else:
         turned = _turned_by_frequency(q, table)
+    if near:
+        at_reach += near
+        turned += near if period == mem_len else jnp.where(_turned_distances(turned.shape) <= mem_len, near, 0.0)
     return RelativeBias(turned, at_reach)
+
+
+def _turned_distances(shape: tuple[int, ...]) -> jax.Array:
+    """(a - j) mod N of queries and columns, int32 [1, ..., L, N]."""
+    shape = (1,) * (len(shape) - 2) + shape[-2:]
+    a, j = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (len(shape) - 2, len(shape) - 1))
+    return (a - j) % shape[-1]
 
 
 def _turned_by_frequency(q: jax.Array, table: jax.Array) -> jax.Array:

@@ -25,6 +25,9 @@ class TransformerConfig:
     n_vocab: int = 259  # 256 bytes + pad, end-of-document, unknown
     block_len: int = 128  # L: tokens that are attended to at once
     mem_len: int = 128  # M: keys kept exact before they go to the cache
+    # Added to the scores of keys up to M back; 0: as in the paper. To a new model all keys are alike, so of a long
+    # document it sees next to nothing of what is near, and learns it late; with 8, soon
+    window_bias: float = 0.0
     agg_cache: bool = True  # False: attention ends with the window
     grad_thru_cache: bool = True  # False: gradients stay inside a block
     attn_type: str = "vq"  # full: quadratic attention over exact keys, for comparison; no codes, no cache
