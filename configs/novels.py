@@ -2,7 +2,7 @@
 
     python -m tvq_pod.main --config=configs/novels.py --workdir=runs/novels
 
-592,000 parameters; about 13 minutes on two CPU cores, to 2.02 bits per byte on books it has not seen. A book has
+592,000 parameters; about 14 minutes on two CPU cores, to 2.02 bits per byte on books it has not seen. A book has
 92,000 bytes in the mean, and attention sees 64 exactly: the rest is the cache's. What that is worth (the README has the
 answer):
 
