@@ -30,7 +30,7 @@ def get_config():
     config.model.remat = "none"
 
     config.train.batch_size = 16
-    config.train.update_len = 256  # blocks that gradients reach through the cache need more than two of them
+    config.train.update_len = 256  # four blocks: from the third on, gradients reach values in the cache
     config.train.num_steps = 1300
     config.train.log_every_steps = 50
     config.optimizer.learning_rate = 3e-3

@@ -338,7 +338,7 @@ def test_each_mistake_is_one_line_and_costs_nothing(trained, tmp_path, config_fi
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.name != "lock"}
     with (tmp_path / "taken/lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        results = forked.run_all(list(cases), env=environment(), cwd=ROOT)
+        results = forked.run_all(list(cases), env=environment(), cwd=ROOT, timeout=300)
     for (flags, words), (code, out, err) in zip(cases.items(), results, strict=True):
         assert code == 1, (flags, out, err)
         assert "Traceback" not in err, (flags, err)

@@ -50,16 +50,6 @@ MODEL_IDENTITY = (
 LATER = {"config.model.window_bias": "0.0"}  # settings that the first checkpoints do not name, as they were then
 
 
-def _wait_for_writers() -> None:
-    """Until orbax's threads have ended: when one fails, the others still write, and would make folders anew that
-    were removed. (To join one raises its error.)"""
-    deadline = time.monotonic() + WRITERS_SECONDS
-    while time.monotonic() < deadline:
-        if not any(type(thread).__module__.startswith("orbax.") for thread in threading.enumerate()):
-            return
-        time.sleep(0.05)
-
-
 def model_record(settings: Settings, vocab_name: str) -> dict:
     """What parameters belong to, as {setting's name: value}."""
     record = {f"config.model.{name}": str(getattr(settings.model, name)) for name in MODEL_IDENTITY}
@@ -85,6 +75,16 @@ def stale_steps(steps: list[int], settings: CheckpointSettings, losses: dict[int
     evaluated = sorted((step for step in steps if step in losses), key=lambda step: losses[step])
     kept |= set(evaluated[: settings.keep_best])
     return [step for step in sorted(steps) if step not in kept]
+
+
+def _wait_for_writers() -> None:
+    """Until orbax's threads have ended: when one fails, the others still write, and would make folders anew that
+    were removed. (To join one raises its error.)"""
+    deadline = time.monotonic() + WRITERS_SECONDS
+    while time.monotonic() < deadline:
+        if not any(type(thread).__module__.startswith("orbax.") for thread in threading.enumerate()):
+            return
+        time.sleep(0.05)
 
 
 class Checkpoints:
@@ -229,7 +229,6 @@ class Checkpoints:
         try:
             self._checkpointer.save(self.path / str(step), args=items)
         except Exception as error:  # each store has its own
-            self._failed_at = time.monotonic()
             self._saved = self._pool.submit(self._clear, error)
             return
         self._saved = self._pool.submit(self._finish, step, retain_all)
@@ -292,7 +291,6 @@ class Checkpoints:
         try:
             self._checkpointer.wait_until_finished()
         except BaseException as error:
-            self._failed_at = time.monotonic()
             self._clear(error)
         if not is_first():
             return
@@ -310,6 +308,7 @@ class Checkpoints:
 
     def _clear(self, error: BaseException) -> NoReturn:
         """After a save that failed, so that the next one can succeed; raises what it failed with."""
+        self._failed_at = time.monotonic()
         for _ in range(2):  # orbax keeps errors of two kinds, and would raise the other one at the next save
             with contextlib.suppress(Exception):
                 self._checkpointer.wait_until_finished()

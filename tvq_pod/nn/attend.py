@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from tvq_pod.nn.scores import NEVER, RelativeBias
+from tvq_pod.nn.scores import NEVER, RelativeBias, rows_and_columns
 
 
 class Sources(NamedTuple):
@@ -80,9 +80,8 @@ def _scores(mem_len, q, bias, keys, places) -> Sources:
 
 def _distances(q, width: int, first: int):
     """Of each query to each of `width` keys, the first of which is `first` tokens before the block; and the keys'
-    columns. Int32 [1, 1, 1, 1, L, width]; made where they are used, not read from memory."""
-    shape = (1,) * (q.ndim - 2) + (q.shape[-2], width)
-    row, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (len(shape) - 2, len(shape) - 1))
+    columns. Int32 [1, 1, 1, 1, L, width]."""
+    row, column = rows_and_columns(q.ndim, q.shape[-2], width)
     return first + row - column, column
 
 

@@ -24,7 +24,7 @@ PARTS = 8
 def full_attention(q, position_q, r, recent: dict, config: TransformerConfig) -> jax.Array:
     """q: [R, B, H, G, L, K], queries of R blocks of L. position_q [R, B, H, G, L, K] and r [H, M + 1, K]: what
     `relative_bias` is made of. recent: k_hat [B, H, M + R L, K] (exact keys), v [B, H, M + R L, V], doc_ids
-    [B, M + R L]: the window and the blocks.
+    [B, M + R L]: the window and the blocks. config: mem_len and window_bias are used.
     Returns [R, B, H, G, L, V] in the dtype of q; softmax is float32.
     """
     n_blocks, *_, block_len, _ = q.shape

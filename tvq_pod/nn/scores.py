@@ -20,6 +20,13 @@ import numpy as np
 NEVER = -1e30  # score of what must not be attended to; finite, so that no difference of two is NaN
 
 
+def rows_and_columns(n_axes: int, n_rows: int, n_columns: int) -> tuple[jax.Array, jax.Array]:
+    """Their numbers, int32 [1, ..., n_rows, n_columns] each; made where they are used, not read from memory."""
+    shape = (1,) * (n_axes - 2) + (n_rows, n_columns)
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (n_axes - 2, n_axes - 1))
+    return row, column
+
+
 def as_last_axes(x, of):
     """x, of fewer axes than `of`, as its last ones."""
     return x.reshape((1,) * (of.ndim - x.ndim) + x.shape)
@@ -37,9 +44,7 @@ class RelativeBias(NamedTuple):
 
     def past(self, mem_len: int) -> jax.Array:
         """For the window, [..., L, M]: 0 where the distance exceeds M."""
-        block_len = self.turned.shape[-2]
-        shape = (1,) * (self.turned.ndim - 2) + (block_len, mem_len)
-        a, c = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (len(shape) - 2, len(shape) - 1))
+        a, c = rows_and_columns(self.turned.ndim, self.turned.shape[-2], mem_len)
         near = jnp.where(c >= a, self.turned[..., -mem_len:], 0.0)
         if self.turned.shape[-1] == mem_len:  # there distance M has the place of distance 0
             near = jnp.where(c == a, self.at_reach[..., None], near)
@@ -70,15 +75,9 @@ def relative_bias(q: jax.Array, r: jax.Array, near: float = 0.0) -> RelativeBias
         turned = _turned_by_frequency(q, table)
     if near:
         at_reach += near
-        turned += near if period == mem_len else jnp.where(_turned_distances(turned.shape) <= mem_len, near, 0.0)
+        a, j = rows_and_columns(turned.ndim, block_len, period)
+        turned += jnp.where((a - j) % period <= mem_len, near, 0.0)
     return RelativeBias(turned, at_reach)
-
-
-def _turned_distances(shape: tuple[int, ...]) -> jax.Array:
-    """(a - j) mod N of queries and columns, int32 [1, ..., L, N]."""
-    shape = (1,) * (len(shape) - 2) + shape[-2:]
-    a, j = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (len(shape) - 2, len(shape) - 1))
-    return (a - j) % shape[-1]
 
 
 def _turned_by_frequency(q: jax.Array, table: jax.Array) -> jax.Array:
