@@ -5,7 +5,6 @@ The functions named *_fixture are plain functions; conftest.py offers each as a 
 
 import functools
 import itertools
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,12 +20,8 @@ from tvq_pod.nn.types import TransformerConfig, VQSpec
 from tvq_pod.prepare import make_store
 
 
-class Dtypes(NamedTuple):
-    param_dtype: jnp.dtype
-    dtype: jnp.dtype
-
-
-DTYPES = [Dtypes(param_dtype=jnp.float32, dtype=jnp.float32)]
+DTYPES = [jnp.float32]  # of parameters and of compute alike
+FAST = ["xla"]  # implementations of attention with hand-written gradients; the oracle beside them is "plain"
 WIDENINGS = [1, 2]  # d_v over d_model
 
 
@@ -48,7 +43,10 @@ def gen_len_tuples(order: str, t: int = 12) -> list[tuple[int, ...]]:
 def transformer_config_fixture(
     *, block_len, mem_len, agg_cache, widening, dtypes, is_train, **changes
 ) -> TransformerConfig:
-    """A config small enough to test every combination: two heads, no dropout."""
+    """A config small enough to test every combination: two heads, no dropout, the plain implementation of attention.
+
+    dtypes: one dtype, of parameters and of compute. changes: any other field of TransformerConfig.
+    """
     d_model = 8
     config = TransformerConfig(
         d_model=d_model,
@@ -61,8 +59,9 @@ def transformer_config_fixture(
         block_len=block_len,
         mem_len=mem_len,
         agg_cache=agg_cache,
-        dtype=dtypes.dtype,
-        param_dtype=dtypes.param_dtype,
+        attention="plain",
+        dtype=dtypes,
+        param_dtype=dtypes,
         is_train=is_train,
         remat="none",
     )
@@ -70,8 +69,8 @@ def transformer_config_fixture(
 
 
 def small_config(**changes) -> TransformerConfig:
-    """`transformer_config_fixture` with defaults for everything."""
-    defaults = dict(block_len=4, mem_len=4, agg_cache=True, widening=1, dtypes=DTYPES[0], is_train=False)
+    """`transformer_config_fixture` with defaults for everything, and the implementation of attention that users get."""
+    defaults = dict(attention="auto", block_len=4, mem_len=4, agg_cache=True, widening=1, dtypes=DTYPES[0], is_train=False)
     return transformer_config_fixture(**(defaults | changes))
 
 
@@ -83,23 +82,30 @@ def rngs_fixture(seed: int = 0) -> dict:
 
 @functools.cache
 def _attn_params(sizes: TransformerConfig) -> dict:
-    cls = VQAttention(sizes)
     inputs = dict(
-        input_features=jnp.zeros([1, sizes.block_len, sizes.d_model]),
+        input_features=jnp.zeros([1, sizes.block_len, sizes.d_model], sizes.dtype),
         doc_ids=jnp.zeros([1, sizes.block_len], jnp.int32),
         vq_spec=None,
     )
-    init = jax.jit(cls.init)
+    init = jax.jit(VQAttention(sizes).init)
     params = nn.meta.unbox(init(rng_fixture(1), VQAttention.initial_state(sizes, 1), inputs)["params"])
     # A layer starts with u = v = 0; tests want to see them matter.
     keys = jax.random.split(rng_fixture(2), 2)
-    return params | {name: jax.random.normal(key, params[name].shape) for name, key in zip("uv", keys, strict=True)}
+    return params | {
+        name: jax.random.normal(key, params[name].shape, params[name].dtype)
+        for name, key in zip("uv", keys, strict=True)
+    }
 
 
-def attn_fixture(config: TransformerConfig) -> tuple[VQAttention, dict]:
-    """An attention layer and parameters for it. They are the same for every block_len, mem_len and cache setting."""
-    sizes = config.replace(block_len=4, mem_len=4, agg_cache=True, grad_thru_cache=True, is_train=False)
-    return VQAttention(config), _attn_params(sizes)
+def attn_fixture(config: TransformerConfig) -> tuple[type[VQAttention], dict]:
+    """The class VQAttention, and parameters for a layer of `config`.
+
+    Parameters are the same for every block_len, mem_len, cache setting and implementation of attention.
+    """
+    sizes = config.replace(
+        block_len=4, mem_len=4, agg_cache=True, grad_thru_cache=True, attention="plain", is_train=False
+    )
+    return VQAttention, _attn_params(sizes)
 
 
 def basic_vq_spec_fixture(batch_size: int, block_len: int) -> VQSpec:

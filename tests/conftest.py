@@ -41,7 +41,13 @@ def _offer(function):
     return pytest.fixture(name=function.__name__)(lambda: function)
 
 
-rng_fixture = _offer(common.rng_fixture)
+@pytest.fixture
+def rng_fixture():
+    """Tests that request the contract's fixtures run with 64-bit types on, as those of the paper's own code do."""
+    with jax.enable_x64(True):
+        yield common.rng_fixture
+
+
 transformer_config_fixture = _offer(common.transformer_config_fixture)
 attn_fixture = _offer(common.attn_fixture)
 basic_vq_spec_fixture = _offer(common.basic_vq_spec_fixture)

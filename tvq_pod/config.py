@@ -143,6 +143,7 @@ FORMATS = ("auto", "stdlib", "novels", "folder", "lines", "jsonl", "parquet", "e
 OWN_SPLITS = ("enwik8", "pg19", "imagenet64")  # corpora that say themselves what is held out
 CHOICES = {
     "model.attn_type": ("vq", "full"),
+    "model.attention": ("auto", "plain", "xla"),
     "model.head_type": ("shga", "mqa", "mha"),
     "model.reduction": ("cumulative", "serial"),
     "model.remat": ("projections", "dots", "full", "none"),

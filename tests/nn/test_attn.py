@@ -1,4 +1,5 @@
-"""The VQAttention contract: causal, invariant to blocks, exact for documents, equal to the quadratic softmax."""
+"""What every implementation of attention must hold, fast ones with their hand-written gradients above all: causal,
+invariant to blocks, exact for documents, equal to the plain implementation and to the quadratic softmax."""
 
 import functools
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.common import (
     DTYPES,
+    FAST,
     WIDENINGS,
     attend_in_blocks,
     attn_fixture,
@@ -31,9 +33,15 @@ REDUCTIONS = ("cumulative", "serial")
 one_doc = functools.partial(jnp.zeros, dtype=jnp.int32)
 
 
-def layer_config(block_len, mem_len, agg_cache, widening=1):
+def layer_config(block_len, mem_len, agg_cache, widening=1, attention="auto"):
     return transformer_config_fixture(
-        block_len=block_len, mem_len=mem_len, agg_cache=agg_cache, widening=widening, dtypes=DTYPES[0], is_train=True
+        block_len=block_len,
+        mem_len=mem_len,
+        agg_cache=agg_cache,
+        widening=widening,
+        dtypes=DTYPES[0],
+        is_train=True,
+        attention=attention,
     )
 
 
@@ -45,10 +53,10 @@ def compiled_attention(config):
 
 
 @functools.cache
-def outputs_and_jacobians(block_len, mem_len, agg_cache):
+def outputs_and_jacobians(attention, block_len, mem_len, agg_cache):
     """For one document of T tokens: the outputs [1, T, H * V]; the Jacobians of each position's summed output by the
     values [T, H, T, V] and of the second half's by the queries [T / 2, H, T, K]."""
-    config = layer_config(block_len, mem_len, agg_cache)
+    config = layer_config(block_len, mem_len, agg_cache, attention=attention)
     _, params = attn_fixture(config)
 
     def outputs(v, q, k):
@@ -64,10 +72,11 @@ def outputs_and_jacobians(block_len, mem_len, agg_cache):
     return [np.asarray(array) for array in jax.jit(everything)(**arrays)]
 
 
+@pytest.mark.parametrize("attention", FAST)
 @pytest.mark.parametrize("agg_cache", [True, False])
 @pytest.mark.parametrize(("t", "block_len", "mem_len"), gen_len_tuples("tlm"))
-def test_a_token_sees_nothing_that_comes_after_it(t, block_len, mem_len, agg_cache):
-    _, by_v, _ = outputs_and_jacobians(block_len, mem_len, agg_cache)
+def test_a_token_sees_nothing_that_comes_after_it(t, block_len, mem_len, agg_cache, attention):
+    _, by_v, _ = outputs_and_jacobians(attention, block_len, mem_len, agg_cache)
     jacobian = by_v[:, 0, :, 0]  # [T, T], of the first head and value
     np.testing.assert_allclose(np.triu(jacobian, 1), 0.0, atol=1e-9)
     reach = t if agg_cache else mem_len
@@ -76,23 +85,25 @@ def test_a_token_sees_nothing_that_comes_after_it(t, block_len, mem_len, agg_cac
     np.testing.assert_allclose(jacobian[~seen], 0.0, atol=1e-9)
 
 
+@pytest.mark.parametrize("attention", FAST)
 @pytest.mark.parametrize("agg_cache", [True, False])
 @pytest.mark.parametrize(("t", "block_len", "mem_len"), gen_len_tuples("tlm"))
-def test_outputs_are_the_quadratic_softmax_for_every_block_len(t, block_len, mem_len, agg_cache):
-    out, _, _ = outputs_and_jacobians(block_len, mem_len, agg_cache)
+def test_outputs_are_the_quadratic_softmax_for_every_block_len(t, block_len, mem_len, agg_cache, attention):
+    out, _, _ = outputs_and_jacobians(attention, block_len, mem_len, agg_cache)
     config = layer_config(t, mem_len, agg_cache)
     _, params = attn_fixture(config)
     expected = quadratic_attention(config, params, **random_qkv(config, 1, t), doc_ids=one_doc([1, t]))
     np.testing.assert_allclose(out, expected, atol=2e-5)
-    one_block, _, _ = outputs_and_jacobians(t, mem_len, agg_cache)
+    one_block, _, _ = outputs_and_jacobians(attention, t, mem_len, agg_cache)
     np.testing.assert_allclose(out, one_block, atol=2e-5)
 
 
+@pytest.mark.parametrize("attention", FAST)
 @pytest.mark.parametrize("agg_cache", [True, False])
 @pytest.mark.parametrize(("t", "block_len", "mem_len"), gen_len_tuples("tlm"))
-def test_gradients_by_queries_do_not_depend_on_block_len(t, block_len, mem_len, agg_cache):
-    _, _, by_q = outputs_and_jacobians(block_len, mem_len, agg_cache)
-    _, _, one_block = outputs_and_jacobians(t, mem_len, agg_cache)
+def test_gradients_by_queries_do_not_depend_on_block_len(t, block_len, mem_len, agg_cache, attention):
+    _, _, by_q = outputs_and_jacobians(attention, block_len, mem_len, agg_cache)
+    _, _, one_block = outputs_and_jacobians(attention, t, mem_len, agg_cache)
     assert np.abs(one_block).max() > 1e-3
     np.testing.assert_allclose(by_q, one_block, atol=1e-5, rtol=1e-4)
 
@@ -125,7 +136,7 @@ def compiled_layer(config):
 
     def apply(state, x, doc_ids):
         inputs = dict(input_features=x, doc_ids=doc_ids, vq_spec=None)
-        state, out = cls.apply({"params": params}, state=state, input_dict=inputs, rngs=rngs_fixture())
+        state, out = cls(config).apply({"params": params}, state=state, input_dict=inputs, rngs=rngs_fixture())
         return state, out["res"]
 
     return jax.jit(apply)
@@ -142,7 +153,7 @@ def layer_and_gradients(config):
         for begin in range(0, x.shape[1], step):
             part = slice(begin, begin + step)
             inputs = dict(input_features=x[:, part], doc_ids=doc_ids[:, part], vq_spec=None)
-            state, out = cls.apply({"params": params}, state=state, input_dict=inputs)
+            state, out = cls(config).apply({"params": params}, state=state, input_dict=inputs)
             parts.append(out["res"])
             l_codebook += out["l_codebook"]
         res = jnp.concatenate(parts, axis=1).astype(jnp.float32)
@@ -164,6 +175,7 @@ def layer_and_gradients(config):
         dict(head_type="mqa"),
         dict(head_type="mha", n_head=3),
         dict(agg_cache=False, mem_len=5),
+        dict(grad_thru_cache=False, window_bias=1.5),
         dict(mem_len=5),
         dict(mem_len=1, n_head=1),
         dict(block_len=2, mem_len=6),
@@ -172,14 +184,16 @@ def layer_and_gradients(config):
 )
 @settings(max_examples=8, deadline=None)
 @given(borders=st.lists(st.integers(1, 11), max_size=3), seed=st.integers(0, 9))
-def test_an_update_is_its_blocks_one_by_one_gradients_too(changes, borders, seed):
+def test_an_update_is_its_blocks_one_by_one_and_the_plain_implementation_gradients_too(changes, borders, seed):
     config = small_config(**(dict(block_len=4, mem_len=4) | changes))
     x = np.random.default_rng(seed).normal(size=[1, T, config.d_model]).astype(np.float32)
     doc_ids = np.searchsorted(np.unique(borders), np.arange(T), side="right").astype(np.int32)[None]
     at_once = layer_and_gradients(config)(x, doc_ids, T)
     one_by_one = layer_and_gradients(config)(x, doc_ids, config.block_len)
+    plain = layer_and_gradients(config.replace(attention="plain"))(x, doc_ids, T)
     assert np.abs(at_once[2][1]).max() > 1e-3
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), at_once, one_by_one)
+    for other in (one_by_one, plain):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), at_once, other)
 
 
 def test_an_update_is_its_blocks_one_by_one_in_bfloat16():
@@ -302,7 +316,7 @@ def test_grad_thru_cache_decides_whether_gradients_cross_blocks(grad_thru_cache)
 
     def second_block(x):
         inputs = dict(input_features=x, doc_ids=one_doc([1, T]), vq_spec=None)
-        _, out = cls.apply({"params": params}, cls.initial_state(config, 1), inputs)
+        _, out = cls(config).apply({"params": params}, cls.initial_state(config, 1), inputs)
         return jnp.sum(jnp.square(out["res"][:, 8:]))
 
     x = jax.random.normal(jax.random.key(0), [1, T, config.d_model])
@@ -383,4 +397,4 @@ def test_block_len_must_divide_the_tokens_given():
     cls, params = attn_fixture(config)
     inputs = dict(input_features=jnp.zeros([1, 12, config.d_model]), doc_ids=one_doc([1, 12]), vq_spec=None)
     with pytest.raises(ValueError, match="block_len=5 does not divide the 12"):
-        cls.apply({"params": params}, cls.initial_state(config, 1), inputs)
+        cls(config).apply({"params": params}, cls.initial_state(config, 1), inputs)

@@ -30,6 +30,7 @@ from tvq_pod.nn.axes import constrain, placement
 from tvq_pod.nn.cache import NO_DOC, caches, initial_cache
 from tvq_pod.nn.full import full_attention
 from tvq_pod.nn.layers import Dropout, HeadProjection, OutputProjection, RMSNorm, sinusoids
+from tvq_pod.nn.plain import plain_attention
 from tvq_pod.nn.scores import NEVER, relative_bias
 from tvq_pod.nn.sequence import at_shard
 from tvq_pod.nn.types import TransformerConfig, VQSpec
@@ -39,6 +40,14 @@ from tvq_pod.nn.vq import VectorQuantizer
 class VQAttention(nn.Module):
     """Attention over quantized keys. With head_type shga it is a gated attention unit (GAU, Hua et al., arXiv
     2202.10447); with mqa and mha there is no gate, and an MLP follows (mlp.py).
+
+    The contract. `initial_state`, `apply` with `state` and `input_dict`, `method=VQAttention.attn`,
+    `method=VQAttention.update_state` and `get_agg_biases` have the names, arguments and results that the tests of the
+    paper's own implementation use (github.com/transformer-vq/transformer_vq, tests/nn/test_attn.py), so that module
+    runs against this class. It requires four properties: outputs are causal; they do not depend on how tokens are cut
+    into blocks; neither do gradients by queries; and documents do not see each other. tests/nn/test_contract.py makes
+    the same calls. With `config.attention="plain"` any transformation goes through the module, forward-mode
+    differentiation included; "xla" has a hand-written gradient and is reverse-mode only.
 
     Parameters: norm, w_q, w_k, w_v, w_g (shga), w_o, w_r, u, v and quantizer; all but the quantizer's have
     `param_dtype`.
@@ -198,6 +207,11 @@ class VQAttention(nn.Module):
         [R, B, Q, L, V], and the state after the last of them."""
         c = self.config
         shape = (*q.shape[:-1], c.d_v)
+        if c.attention == "plain":
+            biases = self._biases()
+            biases |= {name: biases[name].reshape(c.n_key_head, -1, c.d_k) for name in ("u", "v")}
+            out, new_state = plain_attention(c, biases, self._grouped(q), present, state)
+            return out.reshape(shape), new_state
         past, before, positions, new_state = surroundings(c, present, state)
         if not c.grad_thru_cache:
             past, before = jax.lax.stop_gradient((past, before))

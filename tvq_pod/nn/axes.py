@@ -62,14 +62,19 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return placement().constrain(x, names)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(kernel: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     """A parameter as the layers use it. Its gradient goes back to where it lies part by part: so devices' sums are one
-    reduce-scatter, where the transpose of a mere constraint would be an all-reduce."""
+    reduce-scatter, where the transpose of a mere constraint would be an all-reduce. On one device it is the parameter
+    itself, and any transformation goes through."""
+    return kernel if placement() is _HERE else _gathered(kernel, names)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(kernel, names):
     return placement().gather(kernel, names)
 
 
-gathered.defvjp(
-    lambda kernel, names: (gathered(kernel, names), None),
+_gathered.defvjp(
+    lambda kernel, names: (_gathered(kernel, names), None),
     lambda names, _, cotangent: (placement().scatter(cotangent, names),),
 )

@@ -31,6 +31,9 @@ class TransformerConfig:
     agg_cache: bool = True  # False: attention ends with the window
     grad_thru_cache: bool = True  # False: gradients stay inside a block
     attn_type: str = "vq"  # full: quadratic attention over exact keys, for comparison; no codes, no cache
+    # How attention of attn_type vq is computed. plain: readable and slow, any JAX transformation goes through it, the
+    # oracle of the others; xla: all blocks at once, with a hand-written gradient (reverse mode only); auto: xla
+    attention: str = "auto"
     # shga: layers of two gated units, of n_head heads each. mha: attention of n_head heads, then an MLP. mqa: the same,
     # with one key head, value head and codebook for all n_head query heads
     head_type: str = "shga"

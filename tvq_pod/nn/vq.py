@@ -94,6 +94,7 @@ class VectorQuantizer(nn.Module):
         mask = jnp.ones_like(z[..., 0, :]) if vq_spec is None else vq_spec.loss_mask
         mask = mask.astype(jnp.float32)[..., None, :]  # [..., 1, T]
 
+        carry_sums = _carry_sums_plainly if self.config.attention == "plain" else _carry_sums
         n_positions = jnp.sum(mask) if vq_spec is None or vq_spec.n_positions is None else vq_spec.n_positions
         n_terms = jnp.maximum(n_positions, 1.0) * self.config.n_key_head
         sq_errors = jnp.sum(jnp.square(keys.astype(jnp.float32) - chosen.astype(jnp.float32)), axis=-1)  # [..., H, T]
@@ -101,7 +102,7 @@ class VectorQuantizer(nn.Module):
             shortcodes=z,
             quantized=_straight_through(keys, chosen),
             l_commit=jnp.sum(mask * sq_errors) / n_terms,
-            l_codebook=_carry_sums(self.codebook, self.count, keys, z, mask),
+            l_codebook=carry_sums(self.codebook, self.count, keys, z, mask),
             metrics=code_metrics(code_sums(keys, z, mask, self.config.n_code)[1]),
         )
 
@@ -123,13 +124,22 @@ def code_metrics(counts: jax.Array) -> dict:
     return dict(code_perplexity=jnp.mean(jnp.exp(entropy), axis=-1), code_usage=jnp.mean(share, axis=-1))
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _straight_through(keys, codes):
     """The codes; their gradient goes to the keys."""
     return codes
 
 
-_straight_through.defvjp(lambda keys, codes: (codes, None), lambda _, cotangent: (cotangent, None))
+@_straight_through.defjvp
+def _straight_through_jvp(primals, tangents):
+    return primals[1], tangents[0]
+
+
+def _carry_sums_plainly(codebook, count, keys, shortcodes, mask):
+    """`_carry_sums` without a hand-written gradient: the sums are made in the forward pass."""
+    key_sums, counts = jax.lax.stop_gradient(code_sums(keys, shortcodes, mask, count.shape[-1]))
+    carried = jnp.sum(codebook * key_sums) + jnp.sum(count * counts)
+    return carried - jax.lax.stop_gradient(carried)
 
 
 @jax.custom_vjp
