@@ -133,11 +133,12 @@ class VQAttention(nn.Module):
         [B, H, M + L, V], recent_doc_ids [B, M + L], which are the window followed by the block; and the quantizer's
         l_commit, l_codebook, metrics.
         """
+        present_q, present_k, present_v = (x.astype(self.config.dtype) for x in (present_q, present_k, present_v))
         quantized = self.quantizer(present_k[None], None if vq_spec is None else VQSpec(vq_spec.loss_mask[None]))
         present = dict(
             z=quantized["shortcodes"],
             k_hat=quantized["quantized"],
-            v=present_v[None].astype(self.config.dtype),
+            v=present_v[None],
             doc_ids=present_doc_ids[None],
         )
         out, _ = self._attend(present_q[None], present, state)
