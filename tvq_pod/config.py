@@ -13,7 +13,7 @@ import ml_collections
 from etils import epath
 
 from tvq_pod.errors import UserError
-from tvq_pod.nn.types import TransformerConfig
+from tvq_pod.model_config import TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True)
