@@ -12,6 +12,7 @@ import gc
 import importlib.util
 import os
 import pathlib
+import re
 import signal
 import sys
 import traceback
@@ -20,7 +21,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from tvq_pod.config import Settings, resolve
+from tvq_pod.config import GROUPS, Settings, check_name, default_config, resolve
 from tvq_pod.errors import Preempted, UserError
 from tvq_pod.paths import is_bucket
 from tvq_pod.preemption import PREEMPTED, Preemption
@@ -152,22 +153,64 @@ def _prompts() -> list[bytes]:
 
 
 def _settings() -> Settings:
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
     try:
+        if not hasattr(_CONFIG.value, "to_dict"):
+            given = type(_CONFIG.value).__name__
+            raise UserError(f"--config={name}: get_config returns {given}; must be what default_config() gives, changed")
         if _SOURCE.value is not None:
             _CONFIG.value.data.source = _SOURCE.value
         return resolve(_CONFIG.value)
     except OSError as error:  # config_flags keeps it until the config is used
-        name = config_flags.get_config_filename(flags.FLAGS["config"])
         raise UserError(f"--config={name}: can't be read; must be the path of a config file") from error
 
 
 def _parse(argv: list[str]) -> list[str]:
     """absl has its own errors; config_flags raises many things for a wrong config file or override."""
+    overrides = _overrides(argv)
+    for name, value in overrides.items():
+        check_name(name, value)
+        if name in GROUPS:
+            raise UserError(f"{name}={value}: is a group of settings; give one of them, as {name}.{GROUPS[name][0]}")
     try:
         return flags.FLAGS(_with_config(argv))
-    except (flags.Error, ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        text = str(error)  # for an error inside the file, with a traceback: its last line says what
-        raise UserError("flags: " + (text.strip().splitlines()[-1] if "Traceback" in text else text)) from error
+    except flags.IllegalFlagValueError as error:
+        name = str(error).removeprefix("flag --").partition("=")[0]
+        raise UserError(_wrong_type(name, overrides[name]) if name in overrides else f"flags: {error}") from error
+    except flags.Error as error:
+        raise UserError(f"flags: {error}") from error
+    except Exception as error:  # of the config file, which may do anything
+        raise UserError(_in_config_file(error, _given(argv, "config"))) from error
+
+
+def _overrides(argv: list[str]) -> dict[str, str | None]:
+    """Settings that are given as flags, config.NAME: value; None where the value is the next argument, or none."""
+    given = {}
+    for argument in argv[1:]:
+        name, equals, value = argument.partition("=")
+        if argument == "--":
+            break
+        if match := re.fullmatch(r"--?(?:no)?(config\..*)", name, re.DOTALL):
+            given[match[1]] = value if equals else None
+    return given
+
+
+def _wrong_type(name: str, value: str | None) -> str:
+    kind = type(default_config()[name.removeprefix("config.")]).__name__
+    return f"{name}={'' if value is None else value}: must be {kind}"
+
+
+def _in_config_file(error: Exception, config: str | None) -> str:
+    """What is wrong with a config file: our own words, if it is a setting's name or value, and the line."""
+    path = (config or "").partition(":")[0]
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    where = f" ({path}, line {lines[-1]})" if lines else ""
+    cause = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        return f"{cause}{where}"
+    return f"--config={config}: {type(error).__name__}: {error}{where}; mend the file"
 
 
 def _with_config(argv: list[str]) -> list[str]:

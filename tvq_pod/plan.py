@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import topologies
 
-from tvq_pod.config import Settings
+from tvq_pod.config import Settings, check_name
 from tvq_pod.errors import UserError
 from tvq_pod.flops import train_flops
 from tvq_pod.hlo import Program
@@ -247,11 +247,13 @@ def sweep(flags: list[str], workdir: epath.Path, grid: str) -> None:
 
 
 def parse_grid(grid: str) -> tuple[list[str], list[tuple[str, ...]]]:
-    """Names, and all combinations of their values. Raises UserError if the text is no grid."""
+    """Names, and all combinations of their values. Raises UserError if the text is no grid, or of no settings."""
     axes = [axis.partition("=") for axis in grid.split(";") if axis.strip()]
     good = all(name.strip().startswith("config.") and all(values.split(",")) for name, _, values in axes)
     if not (axes and good):
         raise UserError(f'--sweep={grid}: must be like "config.model.block_len=256,512;config.train.update_len=2048"')
+    for name, _, _ in axes:
+        check_name(name.strip())
     return [name.strip() for name, _, _ in axes], list(itertools.product(*(values.split(",") for _, _, values in axes)))
 
 
