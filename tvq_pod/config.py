@@ -15,6 +15,7 @@ from etils import epath
 
 from tvq_pod.errors import UserError
 from tvq_pod.model_config import TransformerConfig
+from tvq_pod.paths import check_path, check_reached
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,6 +352,8 @@ def to_json(settings: Settings) -> str:
 
 def read_run_config(workdir) -> ml_collections.ConfigDict:
     """The config of the run in `workdir`. Raises UserError if there is none, or it has names or types of its own."""
+    check_path("--workdir", str(workdir))
+    check_reached("--workdir", str(workdir))
     path = epath.Path(workdir) / "config.json"
     try:
         tree = json.loads(path.read_text())
@@ -358,6 +361,8 @@ def read_run_config(workdir) -> ml_collections.ConfigDict:
         raise UserError(
             f"--workdir={workdir}: has no config.json; give the folder of a run, or --config=FILE"
         ) from None
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: config.json can't be read ({error.strerror or error})") from None
     except ValueError as error:
         raise UserError(f"--workdir={workdir}: config.json is not JSON ({error}); give --config=FILE") from None
     if not isinstance(tree, dict):

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 import tensorstore
 from etils import epath
 
+from tvq_pod.data.store import kvstore
 from tvq_pod.errors import UserError
 from tvq_pod.paths import is_bucket
 from tvq_pod.progress import say
@@ -138,7 +139,7 @@ class _BucketLock:
 
     def __init__(self, workdir: epath.Path):
         self.path = workdir / LOCK_NAME
-        self._store = tensorstore.KvStore.open(f"{workdir}/").result()
+        self._store = tensorstore.KvStore.open(kvstore(workdir)).result()
         self._version = None
 
     def is_free_of(self, holder: dict) -> bool:
