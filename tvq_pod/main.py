@@ -182,9 +182,7 @@ def _settings() -> Settings:
     try:
         if not hasattr(_CONFIG.value, "to_dict"):
             given = type(_CONFIG.value).__name__
-            raise UserError(
-                f"--config={name}: get_config returns {given}; must be what default_config() gives, changed"
-            )
+            raise UserError(f"--config={name}: get_config returns {given}; must be a changed default_config()")
         if _SOURCE.value is not None:
             _CONFIG.value.data.source = _SOURCE.value
         return resolve(_CONFIG.value)

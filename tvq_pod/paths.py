@@ -5,6 +5,7 @@ What is refused here is refused before anything is read or written.
 
 import glob
 import importlib.util
+import logging
 import os
 import re
 
@@ -30,25 +31,31 @@ def check_path(setting: str, path: str, local_only: bool = False) -> None:
     setting: the flag or setting that it was given by. local_only: a bucket is refused, too.
     """
     here = f"{setting}={path}"
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        if not local_only:
+            raise UserError(f"{setting}={os.fsencode(path)!r}: must be UTF-8; rename it") from None
     if path.startswith(BUCKET) and not local_only:
         if not re.match(r"[^/]", path.removeprefix(BUCKET)):
             raise UserError(f"{here}: has no bucket; must be gs://BUCKET/FOLDER")
-        if bad := sorted(set(re.findall(r"[*?\[\]#\r\n]", path))):
-            raise UserError(f"{here}: has {' '.join(map(repr, bad))}, which no name in a bucket may have")
+        if bad := sorted(set(path) & set("*?[]#\\\r\n")):  # of a#b, orbax writes a
+            raise UserError(f"{here}: has {' '.join(map(repr, bad))}, which no name in a bucket may have; rename it")
         if not importlib.util.find_spec("gcsfs"):
             raise UserError(f"{here}: a bucket needs pip install -e '.[gcs]'")
-        return
-    if SCHEME.match(path) or "://" in path:
+    elif SCHEME.match(path) or "://" in path:
         raise UserError(f"{here}: {_remedy(path, local_only)}")
-    if local_only:
-        return
-    full = os.path.abspath(path)
+    elif not local_only:
+        _check_local(here, os.path.abspath(path))
+
+
+def _check_local(here: str, full: str) -> None:
+    """As check_path, of an absolute path on this machine that is written to."""
     if full.startswith(tuple(f"{root}/" for root in ROOTS)):
         raise UserError(f"{here}: must not be below {', '.join(ROOTS)}, which are read as buckets; give another path")
-    try:
-        names = full.encode().split(b"/")
-    except UnicodeEncodeError:
-        raise UserError(f"{setting}={os.fsencode(path)!r}: must be UTF-8; rename it") from None
+    if "\\" in full:
+        raise UserError(f"{here}: has a backslash in its full path, which TensorStore takes for a slash; rename it")
+    names = os.fsencode(full).split(b"/")
     if (size := len(b"/".join(names))) > PATH_BYTES:
         raise UserError(f"{here}: has {size} bytes with the folders above it; must have at most {PATH_BYTES}")
     if (size := max(map(len, names))) > NAME_BYTES:
@@ -82,6 +89,7 @@ def check_reached(setting: str, path: str) -> None:
         return
     import fsspec
 
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # a page for each try; what it raises says as much
     bucket, _, folder = path.removeprefix(BUCKET).partition("/")
     here = f"{setting}={path}"
     try:

@@ -243,7 +243,6 @@ def _in_use(workdir: epath.Path, holder: dict) -> UserError:
 def _usable(workdir: epath.Path):
     try:
         yield
-    except OSError as error:
-        raise UserError(
-            f"--workdir={workdir}: can't be used ({error.strerror}); give a folder that can be written"
-        ) from None
+    except (OSError, ValueError) as error:  # tensorstore's, of a bucket, are ValueErrors
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
+        raise UserError(f"--workdir={workdir}: can't be used ({why}); give a folder that can be written") from None
