@@ -24,7 +24,7 @@ def test_no_file_below_the_top_is_a_program():
     """So there a module may have such a name, as nn/types.py has."""
     below = list(PACKAGE.glob("*/**/*.py"))
     assert len(below) > 20
-    assert not [path for path in below if "__main__" in path.read_text() or path.stem == "__main__"]
+    assert not [path for path in below if '__name__ == "__main__"' in path.read_text() or path.stem == "__main__"]
 
 
 def test_main_runs_as_a_file(tmp_path):

@@ -75,12 +75,14 @@ def _remedy(path: str, local_only: bool) -> str:
 
 
 def check_saving(setting: str, path: str) -> None:
-    """Raises UserError if orbax could not save below this folder: it takes its path for a pattern of glob."""
+    """Raises UserError if what orbax saves in this folder could not be read back: it takes the full path for a pattern of
+    glob, and leaves out the index of what it wrote."""
     full = path if is_bucket(path) else os.path.abspath(path)
     if full != glob.escape(full):
         odd = " ".join(sorted(set(full) & set("*?[")))
-        raise UserError(f"{setting}={path}: the full path {full} has {odd}, with which no checkpoint can be saved; "
-                        "give a folder without")  # fmt: skip
+        raise UserError(
+            f"{setting}={path}: the full path {full} has {odd}, with which no checkpoint can be read back; give another"
+        )
 
 
 def check_reached(setting: str, path: str) -> None:
