@@ -79,3 +79,14 @@ def test_lengths_that_make_no_sense_are_one_line(tmp_path, config_file):
         assert code == 1
         assert err.splitlines()[-1].startswith(f"error: {message}")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_that_cannot_be_written_costs_the_files_and_not_the_figures(tmp_path, config_file):
+    (tmp_path / "file").write_text("")
+    workdir = tmp_path / "file/run"
+    flags = ["--mode=bench", f"--config={config_file}", f"--workdir={workdir}", "--rounds=1", "--lengths=16,32"]
+    _, err = run(*flags, *QUICK)
+    assert err.count("train step") == 2
+    assert (
+        err.splitlines()[-1] == f"WARNING: {workdir}/bench.json, {workdir}/bench.png can't be written (Not a directory)"
+    )

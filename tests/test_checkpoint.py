@@ -18,6 +18,7 @@ from tvq_pod.config import CheckpointSettings, MeshSettings, OptimizerSettings, 
 from tvq_pod.data.course import Course
 from tvq_pod.errors import UserError
 from tvq_pod.parallel.mesh import make_mesh
+from tvq_pod.paths import NAME_BYTES, check_saving
 from tvq_pod.train_state import abstract_train_state, create_train_state, make_train_step
 
 SETTINGS = Settings(
@@ -100,6 +101,50 @@ def test_losses_that_are_none_are_no_best(tmp_path, mesh):
         checkpoints.save(state, step, RECORD, COURSE)
         assert checkpoints.wait(), checkpoints.error
     assert checkpoints.steps() == [3, 4]
+
+
+def test_what_a_killed_save_left_is_removed_from_this_runs_folder_alone(tmp_path, monkeypatch):
+    """As patterns, a[1] and a? would find a1, too."""
+    left = [
+        f"{run}/checkpoints/7.{rest}" for run in ("a1", "a[1]", "a?") for rest in ("deleting", "orbax-checkpoint-tmp-3")
+    ]
+    for name in left:
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for run in ("a[1]", "a?"):
+        Checkpoints(run, CheckpointSettings()).close()
+        assert not list((tmp_path / run / "checkpoints").iterdir())
+    assert len(list((tmp_path / "a1/checkpoints").iterdir())) == 2
+    (tmp_path / "a[1]/checkpoints/7.damaged").mkdir()
+    with pytest.raises(UserError, match=r"has no good checkpoint left \(7.damaged in "):
+        Checkpoints("a[1]", CheckpointSettings()).newest_good()
+    assert Checkpoints("a1", CheckpointSettings()).newest_good() is None
+
+
+@pytest.mark.parametrize("name", ["with space 50% %41 a#b", 'a] {b,c} it\'s "q" ünï 日本.', "n" * NAME_BYTES])
+def test_odd_names_of_folders_are_no_hindrance(name, tmp_path, mesh):
+    check_saving("--workdir", f"{tmp_path}/{name}")
+    checkpoints = Checkpoints(tmp_path / name, CheckpointSettings())
+    state = create_train_state(SETTINGS, mesh)
+    checkpoints.save(state, 5, RECORD, COURSE)
+    assert checkpoints.wait(), checkpoints.error
+    assert checkpoints.newest_good() == 5
+    restored = checkpoints.restore(5, abstract_train_state(SETTINGS, mesh))
+    assert sha256_of(restored) == sha256_of(state)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    checkpoints.close()
+
+
+def test_what_is_saved_in_a_folder_that_is_refused_could_indeed_not_be_read(tmp_path, mesh):
+    """Should orbax learn to quote, nothing needs to be refused any more."""
+    checkpoints = Checkpoints(tmp_path / "lr[1e-3]", CheckpointSettings())
+    checkpoints.save(create_train_state(SETTINGS, mesh), 5, RECORD, COURSE)
+    checkpoints.wait()
+    with pytest.raises(UserError, match="can't be read"):
+        checkpoints.restore(5, abstract_train_state(SETTINGS, mesh))
+    with pytest.raises(UserError, match=r"the full path .* has \[, with which no checkpoint can be read back"):
+        check_saving("--workdir", f"{tmp_path}/lr[1e-3]")
+    checkpoints.close()
 
 
 def test_the_newest_steps_are_kept(tmp_path, mesh):

@@ -137,9 +137,10 @@ def test_eval_gives_what_training_gave_on_another_mesh(trained):
 
 def test_sample_goes_on_from_each_prompt(trained, tmp_path):
     workdir, _, _ = trained
-    (tmp_path / "prompt.txt").write_text("from a file: é")
+    odd = tmp_path / "a [p]rompt? 100% #*é.txt"
+    odd.write_text("from a file: é")
     flags = ["--mode=sample", f"--workdir={workdir}", "--config.sample.length=15"]  # on the run's own config
-    out, _ = run(*flags, "--prompt=the quick", "--prompt=lazy", f"--prompt_file={tmp_path / 'prompt.txt'}")
+    out, _ = run(*flags, "--prompt=the quick", "--prompt=lazy", f"--prompt_file={odd}")
     first, second, third = out.split("\n" + "-" * 80 + "\n")
     assert first.startswith("the quick")
     assert second.startswith("lazy")
@@ -159,6 +160,42 @@ def test_inspect_shows_the_run_and_a_fingerprint(trained):
     assert f"parameters: {count}\n" in out
     older, _ = run(f"--workdir={workdir}", "--mode=inspect", "--step=20")
     assert fingerprint(older) != fingerprint(out)
+
+
+READ_ONLY = ["setpriv", "--bounding-set=-dac_override"] if os.getuid() == 0 else []  # root, too, asks for permission
+
+
+def test_a_run_that_can_only_be_read_is_evaluated_all_the_same(trained, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(trained[0], workdir)
+    (workdir / "metrics.jsonl").chmod(0o444)
+    for path in [workdir, *workdir.rglob("*")]:
+        if path.is_dir():
+            path.chmod(0o555)
+    before = contents(workdir)
+    code, out, err = finish(start(f"--workdir={workdir}", "--mode=eval", "--split=test", prefix=READ_ONLY))
+    assert code == 0, err
+    assert json.loads(out)["tokens"] > 0
+    warnings = [line for line in err.splitlines() if "WARNING" in line or "Traceback" in line or "Warning" in line]
+    files = f"{workdir}/metrics.jsonl, {workdir}/eval/step_40_test.tsv"
+    assert warnings == [f"WARNING: {files} can't be written (Permission denied)"]
+    assert contents(workdir) == before
+    workdir.chmod(0o755)
+
+
+@pytest.mark.parametrize("mode", ["sample", "inspect", "eval"])
+def test_output_that_nobody_reads_ends_a_mode_quietly(mode, trained, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(trained[0], workdir)
+    process = start(f"--workdir={workdir}", f"--mode={mode}", "--split=test")
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=300) == 141, err
+    assert "rror" not in err
+    if mode == "eval":
+        assert len(metrics_of(workdir, "test")) == len(metrics_of(trained[0], "test")) + 1
+    else:
+        assert not err
 
 
 def fingerprint(inspected: str) -> list[str]:

@@ -1,15 +1,19 @@
 """Settings: one definition, checked before anything else happens."""
 
+import copy
 import dataclasses
 import importlib.util
 import json
 import pathlib
+import pickle
 
 import ml_collections
 import pytest
 
-from tvq_pod.config import Settings, default_config, read_run_config, resolve, to_json
+from tvq_pod import model_config
+from tvq_pod.config import GROUPS, Settings, check_name, default_config, read_run_config, resolve, to_json
 from tvq_pod.errors import UserError
+from tvq_pod.nn import types
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -105,7 +109,9 @@ def test_what_does_not_divide_over_the_mesh_is_named(changes, message):
 def test_an_unknown_or_missing_name_is_an_error():
     tree = json.loads(to_json(Settings()))
     tree["model"]["d_modell"] = 3
-    with pytest.raises(UserError, match=r"config.model.d_modell: is not a setting; did you mean d_model\?"):
+    with pytest.raises(
+        UserError, match=r"config.model.d_modell: is not a setting; did you mean config.model.d_model\?"
+    ):
         resolve(ml_collections.ConfigDict(tree))
     del tree["model"]["d_modell"]
     for name, value, message in (
@@ -122,3 +128,103 @@ def test_an_unknown_or_missing_name_is_an_error():
 def test_settings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Settings().train.num_steps = 3
+
+
+SETTINGS = [f"{group}.{name}" for group, names in GROUPS.items() for name in names if f"{group}.{name}" not in GROUPS]
+
+
+def misspelled(name):
+    """Without a letter, with two swapped, with one twice, in capitals."""
+    middle = len(name) // 2
+    yield name[:middle] + name[middle + 1 :]
+    yield name[: middle - 1] + name[middle] + name[middle - 1] + name[middle + 1 :]
+    yield name[:middle] + name[middle] + name[middle:]
+    yield name.upper()
+
+
+def suggested(path):
+    with pytest.raises(UserError) as error:
+        check_name(path)
+    assert str(error.value).startswith(f"{path}: is not a setting; ")
+    return str(error.value).partition("did you mean ")[2].rstrip("?").split(" or ")
+
+
+@pytest.mark.parametrize("path", SETTINGS)
+def test_a_misspelled_setting_or_group_finds_its_own_name_back(path):
+    check_name(path)
+    root, *groups, name = path.split(".")
+    if len(name) > 3:  # b1 and b2 are as near to 1b
+        for wrong in misspelled(name):
+            if ".".join([root, *groups, wrong]) not in SETTINGS:
+                assert path in suggested(".".join([root, *groups, wrong]))
+    for group in groups:
+        check_name(f"{root}.{group}")
+        for wrong in misspelled(group):
+            assert path in suggested(f"{root}.{wrong}.{name}")
+            assert f"{root}.{group}" in suggested(f"{root}.{wrong}")
+    if groups and f"{root}.{name}" not in GROUPS and sum(known.endswith(f".{name}") for known in SETTINGS) == 1:
+        assert path in suggested(f"{root}.{name}")  # no group at all
+        other = "sample" if groups != ["sample"] else "metrics"
+        assert path in suggested(f"{root}.{other}.{name}")
+    assert suggested(f"{path}.more") == [path]
+
+
+def test_a_name_that_is_near_to_nothing_gets_the_list():
+    with pytest.raises(
+        UserError, match=r"config.train.zzz: is not a setting; config.train has batch_size, update_len,"
+    ):
+        check_name("config.train.zzz")
+    with pytest.raises(UserError, match=r"config.zzz.y=3: is not a setting; config has seed, .*, model, data, "):
+        check_name("config.zzz.y", "3")
+    with pytest.raises(UserError, match=r"config.model.is_train: is not a setting"):  # the mode decides
+        check_name("config.model.is_train")
+
+
+def test_groups_are_told_apart_by_their_names():
+    """Config._path relies on it."""
+    assert len({frozenset(names) for names in GROUPS.values()}) == len(GROUPS)
+
+
+@pytest.mark.parametrize("copied", [lambda config: config, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: setattr(c.optim, "learning_rate", 4), "config.optim: is not a setting; did you mean config.opt"),
+        (lambda c: setattr(c, "optim", 4), "config.optim: is not a setting; did you mean config.optimizer?"),
+        (lambda c: setattr(c.model, "d_modle", 4), "config.model.d_modle: is not a setting; did you mean config."),
+        (lambda c: c.model.d_modle + 1, "config.model.d_modle: is not a setting; did you mean config.model.d_model?"),
+        (lambda c: c.update({"modle": {"d_model": 3}}), "config.modle: is not a setting; did you mean config.model?"),
+        (lambda c: c.update({"model": {"d_modle": 3}}), "config.model.d_modle: is not a setting; did you mean config"),
+        (lambda c: setattr(c.train, "num_steps", 2.5), "config.train.num_steps=2.5: must be int"),
+        (lambda c: setattr(c, "train", 3), "config.train=3: must be a group of settings"),
+    ],
+)  # fmt: skip
+def test_a_config_file_that_sets_what_is_not_there_is_told_the_full_name(change, message, copied):
+    with pytest.raises((UserError, AttributeError)) as error:
+        change(copied(default_config()))
+    assert str(error.value).startswith(message)
+    assert not hasattr(default_config(), "optim")
+    assert default_config().get("optim", 7) == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optim": {"learning_rate": 4}}, "config.optim: is not a setting; did you mean config.optimizer? (in "),
+        ({"model": {"d_modle": 4}}, "config.model.d_modle: is not a setting; did you mean config.model.d_model? (in "),
+        ({"train": 4}, "config.train=4: must be a group of settings (in "),
+        ({"train": {"num_steps": "many"}}, "config.train.num_steps='many': must be int (in "),
+    ],
+)
+def test_a_runs_own_config_is_looked_at_as_a_whole(tmp_path, change, message):
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(to_json(Settings())) | change))
+    with pytest.raises(UserError) as error:
+        read_run_config(tmp_path)
+    assert str(error.value) == f"{message}{tmp_path}/config.json)"
+
+
+def test_the_model_s_settings_are_the_same_from_both_places():
+    assert types.TransformerConfig is model_config.TransformerConfig
+    config = Settings().model
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert hash(config) == hash(config.replace()) != hash(config.replace(d_model=64))

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
+from tests import common
 from tests.test_cli import ROOT, finish, run, start
 from tvq_pod.config import Settings, TrainSettings
 from tvq_pod.errors import UserError
@@ -17,7 +19,7 @@ from tvq_pod.flops import forward_flops_per_token, train_flops
 from tvq_pod.hlo import Program
 from tvq_pod.nn.types import TransformerConfig
 from tvq_pod.parallel.chips import CHIPS, GIB
-from tvq_pod.plan import parse_grid, shortage, topology_devices
+from tvq_pod.plan import parse_grid, plan, shortage, topology_devices
 
 SMALL = [
     f"--config={ROOT}/configs/throughput.py",
@@ -193,10 +195,23 @@ def test_a_device_is_what_the_table_says():
 
 
 def test_a_grid_must_be_one():
-    assert parse_grid("config.a=1,2; config.b=x") == (["config.a", "config.b"], [("1", "x"), ("2", "x")])
-    for bad in ("", "model.a=1", "config.a", "config.a=1,,2"):
+    names = ["config.model.d_k", "config.seed"]
+    assert parse_grid("config.model.d_k=1,2; config.seed=x") == (names, [("1", "x"), ("2", "x")])
+    for bad in ("", "model.d_k=1", "config.seed", "config.seed=1,,2"):
         with pytest.raises(UserError, match="--sweep="):
             parse_grid(bad)
+    with pytest.raises(UserError, match=r"^config.modle.d_k: is not a setting; did you mean config.model.d_k\?$"):
+        parse_grid("config.seed=1;config.modle.d_k=1,2")
+
+
+def test_a_folder_that_cannot_be_written_costs_the_file_and_not_the_plan(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    settings = Settings(model=common.small_config(), train=TrainSettings(batch_size=8, update_len=12))
+    result = plan(settings, epath.Path(tmp_path / "file/run"), "cpu:8", 1, None)
+    assert result["parameter_count"] > 0
+    out, err = capsys.readouterr()
+    assert f"{result['parameter_count']:,} parameters" in out
+    assert err.splitlines() == [f"WARNING: {tmp_path}/file/run/plan.json can't be written (Not a directory)"]
 
 
 def test_the_cost_of_a_token_does_not_grow_with_the_update():

@@ -21,10 +21,9 @@ from tvq_pod.flops import train_flops
 from tvq_pod.parallel.mesh import check_rows, make_mesh
 from tvq_pod.parallel.sharding import batch_sharding
 from tvq_pod.paths import write_whole
-from tvq_pod.progress import say
+from tvq_pod.progress import Unwritten, say
 from tvq_pod.sample import Sampler
 from tvq_pod.train_state import create_train_state, make_train_step
-from tvq_pod.workdir import make_workdir
 
 SAMPLED = 64  # tokens a turn
 
@@ -46,7 +45,7 @@ def bench(settings: Settings, workdir: epath.Path, against: str | None, lengths:
         raise UserError(f"--lengths={','.join(map(str, lengths))}: the picture needs pip install -e '.[bench]'")
     mesh = make_mesh(settings.mesh)
     check_rows(settings, mesh)
-    make_workdir(workdir)
+    unwritten = Unwritten()
     result = dict(
         device=jax.devices()[0].device_kind,
         devices=mesh.size,
@@ -65,11 +64,15 @@ def bench(settings: Settings, workdir: epath.Path, against: str | None, lengths:
         if len(rows) == 2 and not any("error" in row for row in rows):
             ours, other = (row["train_step_seconds"]["median"] for row in rows)
             result["ratios"][length] = other / ours
-        write_whole(workdir / "bench.json", json.dumps(result, indent=2) + "\n")  # what is measured is not lost again
+        with unwritten.unless(workdir / "bench.json"):
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_whole(workdir / "bench.json", json.dumps(result, indent=2) + "\n")  # what is measured is not lost
         if len(lengths) > 1:
-            draw(result, workdir / "bench.png")
+            with unwritten.unless(workdir / "bench.png"):
+                draw(result, workdir / "bench.png")
     for length, ratio in result["ratios"].items():
         say(f"T = {length}: {kinds[1]} takes {ratio:.2f} times as long as {kinds[0]}")
+    unwritten.tell()
     return result
 
 

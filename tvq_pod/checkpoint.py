@@ -14,6 +14,7 @@ record that differs from the run's is refused before any array is read.
 
 import concurrent.futures
 import contextlib
+import fnmatch
 import hashlib
 import math
 import re
@@ -21,7 +22,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import jax
@@ -132,6 +133,11 @@ class Checkpoints:
         named = [path for path in self.path.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", path.name)]
         return sorted(int(path.name) for path in named if not is_bucket(path) or (path / "commit_success.txt").exists())
 
+    def _entries(self, pattern: str) -> Iterator[epath.Path]:
+        """What is in the folder, by name. (epath's glob would take `[` in the folder's own path for a pattern.)"""
+        names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
+        return (self.path / name for name in names if fnmatch.fnmatchcase(name, pattern))
+
     def pick(self, step: int | None) -> int:
         """`step`, or for None the newest that is as it was written. For those that only read: nothing is set aside.
 
@@ -158,7 +164,7 @@ class Checkpoints:
             if self._is_good(step):
                 return step
             on_first(lambda step=step: self._set_aside(step, "damaged"))
-        set_aside = self.path.is_dir() and sorted(path.name for path in self.path.glob("*.damaged*"))
+        set_aside = sorted(path.name for path in self._entries("*.damaged*"))
         if set_aside:
             raise UserError(
                 f"--workdir={self.path.parent}: has no good checkpoint left ({', '.join(set_aside)} in {self.path}); "
@@ -283,7 +289,7 @@ class Checkpoints:
     def _add_manifest(self) -> None:
         """Called by orbax on process 0, when all of a step is written and before it gets its name."""
         final = self.path / str(self._saving)
-        draft = next(iter(self.path.glob(f"{self._saving}.orbax-checkpoint-tmp*")), final)
+        draft = next(self._entries(f"{self._saving}.orbax-checkpoint-tmp*"), final)
         manifest.write_manifest(draft)
 
     def _finish(self, step: int, retain_all: bool) -> None:
@@ -333,11 +339,10 @@ class Checkpoints:
 
     def _tidy(self) -> None:
         """Removes what a killed or failed save, or deletion, left behind."""
-        if self.path.is_dir():
-            for pattern in ("*.orbax-checkpoint-tmp*", "*.deleting"):
-                for path in self.path.glob(pattern):
-                    with contextlib.suppress(OSError):  # a thread of the failed save may still write there
-                        path.rmtree(missing_ok=True)
+        for pattern in ("*.orbax-checkpoint-tmp*", "*.deleting"):
+            for path in self._entries(pattern):
+                with contextlib.suppress(OSError):  # a thread of the failed save may still write there
+                    path.rmtree(missing_ok=True)
 
     def _set_aside(self, step: int, why: str) -> None:
         target = free_name(self.path / f"{step}.{why}")

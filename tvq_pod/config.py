@@ -8,12 +8,14 @@ back into them, checked.
 import dataclasses
 import difflib
 import json
+from collections.abc import Iterable
 
 import ml_collections
 from etils import epath
 
 from tvq_pod.errors import UserError
-from tvq_pod.nn.types import TransformerConfig
+from tvq_pod.model_config import TransformerConfig
+from tvq_pod.paths import check_path, check_reached
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,12 +185,65 @@ BELOW_ONE = ("model.p_dropemb", "model.p_dropsin", "model.p_dropres", "model.p_d
              "data.validation_share", "data.test_share", "optimizer.b1", "optimizer.b2")  # fmt: skip
 
 
+def _groups(cls, path: str) -> dict[str, tuple[str, ...]]:
+    fields = {field.name: field.default for field in dataclasses.fields(cls) if field.name not in NOT_IN_CONFIG}
+    groups = {path: tuple(fields)}
+    for name, default in fields.items():
+        if dataclasses.is_dataclass(default):
+            groups |= _groups(type(default), f"{path}.{name}")
+    return groups
+
+
+GROUPS = _groups(Settings, "config")  # names of settings and groups, by the path of the group that they are in
+
+
+class UnknownSettingError(UserError, KeyError):
+    """A name that is not a setting. It is a KeyError, too, since ml_collections expects one."""
+
+    __str__ = UserError.__str__
+
+
+class Config(ml_collections.ConfigDict):
+    """The ConfigDict of a config file. A name that it does not have is refused by its full path, with the nearest
+    setting that there is; so is a value of another type."""
+
+    def __getitem__(self, key):
+        try:
+            return super().__getitem__(key)
+        except UnknownSettingError:
+            raise
+        except KeyError:
+            raise self._unknown(key) from None
+
+    def __setitem__(self, key, value):
+        if self.is_locked and key not in self:
+            raise self._unknown(key)
+        try:
+            super().__setitem__(key, value)
+        except TypeError:
+            kind = _kind_name(type(self[key]))
+            raise UserError(f"{self._path()}.{key}={value!r}: must be {kind}") from None
+
+    def _unknown(self, key) -> UnknownSettingError:
+        return UnknownSettingError(_unknown(f"{self._path()}.{key}"))
+
+    def _path(self) -> str:
+        """Where this group is. Each group has names of its own, so they say which it is, of a copy too."""
+        own = set(self.keys())
+        return next((path for path, names in GROUPS.items() if own == set(names)), "config")
+
+
 def default_config() -> ml_collections.ConfigDict:
     """A locked ConfigDict with every setting at its default. Files in configs/ change values, never add names."""
     tree = dataclasses.asdict(Settings())
     for name in NOT_IN_CONFIG:
         del tree["model"][name]
-    return ml_collections.ConfigDict(tree, type_safe=True).lock()
+    return _config_of(tree)
+
+
+def _config_of(tree: dict) -> Config:
+    groups = {name: Config(value) if isinstance(value, dict) else value for name, value in tree.items()}
+    return Config(groups).lock()
 
 
 def resolve(config: ml_collections.ConfigDict) -> Settings:
@@ -296,7 +351,9 @@ def to_json(settings: Settings) -> str:
 
 
 def read_run_config(workdir) -> ml_collections.ConfigDict:
-    """The config of the run in `workdir`. Raises UserError if there is none."""
+    """The config of the run in `workdir`. Raises UserError if there is none, or it has names or types of its own."""
+    check_path("--workdir", str(workdir))
+    check_reached("--workdir", str(workdir))
     path = epath.Path(workdir) / "config.json"
     try:
         tree = json.loads(path.read_text())
@@ -304,11 +361,18 @@ def read_run_config(workdir) -> ml_collections.ConfigDict:
         raise UserError(
             f"--workdir={workdir}: has no config.json; give the folder of a run, or --config=FILE"
         ) from None
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: config.json can't be read ({error.strerror or error})") from None
     except ValueError as error:
         raise UserError(f"--workdir={workdir}: config.json is not JSON ({error}); give --config=FILE") from None
     if not isinstance(tree, dict):
         raise UserError(f"--workdir={workdir}: config.json is no config; give --config=FILE")
-    return ml_collections.ConfigDict(_filled(tree, default_config().to_dict())).lock()
+    filled = _filled(tree, default_config().to_dict())
+    try:
+        _build(Settings, filled, "config")
+    except UserError as error:
+        raise UserError(f"{error} (in {path})") from None
+    return _config_of(filled)
 
 
 def _filled(tree: dict, default: dict) -> dict:
@@ -327,7 +391,7 @@ def _build(cls, tree: dict, path: str):
     fields = {field.name: field for field in dataclasses.fields(cls) if field.name not in NOT_IN_CONFIG}
     for name in tree:
         if name not in fields:
-            raise UserError(f"{path}.{name}: is not a setting{_did_you_mean(name, fields)}")
+            raise UserError(_unknown(f"{path}.{name}"))
     for name in fields:
         if name not in tree:
             raise UserError(f"{path}.{name}: is missing; start the config from tvq_pod.config.default_config()")
@@ -338,8 +402,7 @@ def _build(cls, tree: dict, path: str):
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            kind_name = "a group of settings" if kind is dict else kind.__name__
-            raise UserError(f"{path}.{name}={value!r}: must be {kind_name}")
+            raise UserError(f"{path}.{name}={value!r}: must be {_kind_name(kind)}")
         values[name] = _build(type(default), value, f"{path}.{name}") if kind is dict else value
     return cls(**values)
 
@@ -358,6 +421,53 @@ def _get(tree: dict, path: str):
     return tree
 
 
-def _did_you_mean(name, known) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+def check_name(path: str, value: str | None = None) -> None:
+    """Raises UserError if there is no such setting or group of settings. path: as config.model.d_model."""
+    group, _, name = path.rpartition(".")
+    if path not in GROUPS and name not in GROUPS.get(group, ()):
+        raise UserError(_unknown(path, value))
+
+
+def _unknown(path: str, value: str | None = None) -> str:
+    """What to say of a name that is not a setting: the nearest names that there are."""
+    here = path if value is None else f"{path}={value}"
+    *parts, last = path.split(".")
+    group, rest = parts[0], [*parts[1:], last]
+    while f"{group}.{rest[0]}" in GROUPS:
+        group = f"{group}.{rest.pop(0)}"
+    if rest[0] in GROUPS[group]:  # a setting, with something behind it
+        return f"{here}: is not a setting; did you mean {group}.{rest[0]}?"
+    near = [*_elsewhere(".".join(parts), last), *_within(group, rest)]
+    if not near:
+        return f"{here}: is not a setting; {group} has {', '.join(GROUPS[group])}"
+    near = [name for name in dict.fromkeys(near) if not any(other.startswith(f"{name}.") for other in near)]
+    return f"{here}: is not a setting; did you mean {' or '.join(near)}?"
+
+
+def _within(group: str, names: list[str]) -> list[str]:
+    """The setting or group of a group that is nearest to a path in it; none if none is near."""
+    close = _closest(names[0], GROUPS[group])
+    if close is None:
+        return []
+    path = f"{group}.{close}"
+    return (len(names) > 1 and path in GROUPS and _within(path, names[1:])) or [path]
+
+
+def _elsewhere(group: str, name: str) -> list[str]:
+    """The setting of that very name in the group of the nearest name; none if no group has one."""
+    groups = [path for path, names in GROUPS.items() if name in names and f"{path}.{name}" not in GROUPS]
+    return [f"{path}.{name}" for path in sorted(groups, key=lambda path: -_likeness(path, group))[:1]]
+
+
+def _closest(name: str, known: Iterable[str]) -> str | None:
+    best = max(known, key=lambda other: _likeness(name, other))
+    return best if _likeness(name, best) >= 0.5 else None
+
+
+def _likeness(one: str, other: str) -> float:
+    one, other = (name.lower().replace("-", "_") for name in (one, other))
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def _kind_name(kind: type) -> str:
+    return "a group of settings" if issubclass(kind, dict | ml_collections.ConfigDict) else kind.__name__

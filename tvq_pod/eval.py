@@ -36,7 +36,7 @@ from tvq_pod.parallel.sharding import (
 )
 from tvq_pod.positions import BUCKET, Positions, write_positions
 from tvq_pod.prepare import open_store, store_path, words_of
-from tvq_pod.progress import say
+from tvq_pod.progress import Unwritten, say
 from tvq_pod.train_state import abstract_train_state
 
 
@@ -202,13 +202,23 @@ def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | No
     if is_first():
         for line in result.by_position.table():
             say(line)
-        write_positions(result.by_position, workdir / "eval", f"step_{step}_{name}")
-        print(json.dumps(dict(step=step, split=name, **result.numbers())))
-    writer = MetricsWriter(workdir, dataclasses.replace(settings.metrics, wandb_project=""), enabled=is_first())
-    writer.write(step, name, result.numbers())
-    writer.close()
+        _write(settings, workdir, result, step, name)
+        print(json.dumps(dict(step=step, split=name, **result.numbers())), flush=True)
     checkpoints.close()
     return result
+
+
+def _write(settings: Settings, workdir: epath.Path, result: Result, step: int, name: str) -> None:
+    """Adds a line to metrics.jsonl, and writes the table by place. Says what could not be written: the folder may be
+    one that is only there to be read."""
+    unwritten = Unwritten()
+    with unwritten.unless(workdir / "metrics.jsonl"):
+        writer = MetricsWriter(workdir, dataclasses.replace(settings.metrics, wandb_project=""))
+        writer.write(step, name, result.numbers())
+        writer.close()
+    with unwritten.unless(workdir / "eval" / f"step_{step}_{name}.tsv"):
+        write_positions(result.by_position, workdir / "eval", f"step_{step}_{name}")
+    unwritten.tell()
 
 
 def report(result: Result, step: int, split: str) -> None:

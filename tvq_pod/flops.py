@@ -1,6 +1,6 @@
 """How much arithmetic a model needs, counted from its settings: the measure that MFU is taken by."""
 
-from tvq_pod.nn.types import TransformerConfig
+from tvq_pod.model_config import TransformerConfig
 
 
 def forward_flops_per_token(config: TransformerConfig, update_len: int) -> int:

@@ -3,15 +3,15 @@
     python -m tvq_pod.main --config=configs/stdlib.py --workdir=runs/stdlib [--config.model.d_model=256 ...]
         [--mode=train|eval|sample|prepare|train_vocab|inspect|plan|bench]
 
-Exit code 0: done. 75: asked to end by SIGTERM, and saved: run me again. 1: an error; where it is the user's to mend,
-one line says how.
+Exit code 0: done. 75: asked to end by SIGTERM, and saved: run me again. 141: nobody reads the output any more. 1: an
+error; where it is the user's to mend, one line says how.
 """
 
 import contextlib
 import gc
-import importlib.util
 import os
 import pathlib
+import re
 import signal
 import sys
 import traceback
@@ -20,13 +20,16 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from tvq_pod.config import Settings, resolve
+from tvq_pod import terminal
+from tvq_pod.config import GROUPS, Settings, check_name, default_config, resolve
 from tvq_pod.errors import Preempted, UserError
-from tvq_pod.paths import is_bucket
+from tvq_pod.paths import check_path, check_reached, check_saving, is_bucket, may_write
 from tvq_pod.preemption import PREEMPTED, Preemption
 
 TOGETHER = ("train", "eval", "sample", "prepare")  # modes for any number of processes
 MODES = ("train", "eval", "sample", "prepare", "train_vocab", "inspect", "plan", "bench")
+
+NAMED_VOCABS = ("bytes", "sentencepiece")
 
 # What jax says when a process of the job is gone.
 LOST_PEER = ("Gloo", "heartbeat", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination service")
@@ -70,12 +73,10 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{argv[1]}: is no flag; flags are --name=value")
     if not _WORKDIR.value:
         raise UserError("--workdir=: must be given: the run's folder")
+    check_path("--workdir", _WORKDIR.value)
     workdir, mode = epath.Path(_WORKDIR.value), _MODE.value
-    sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character must not end a run
     settings = _settings()
-    for name, path in (("--workdir", workdir), ("config.data.store", settings.data.store)):
-        if is_bucket(path) and not importlib.util.find_spec("gcsfs"):
-            raise UserError(f"{name}={path}: a bucket needs pip install -e '.[gcs]'")
+    _check_paths(settings, mode)
 
     # Modes are imported here: a wrong flag should not wait for jax.
     if mode in TOGETHER:
@@ -109,7 +110,7 @@ def main(argv: list[str]) -> None:
 
         train_vocab(settings, workdir)
     elif mode == "inspect":
-        from tvq_pod.inspect import inspect
+        from tvq_pod.inspect_run import inspect
 
         inspect(settings, workdir, _STEP.value)
     elif mode == "bench":
@@ -127,12 +128,37 @@ def main(argv: list[str]) -> None:
             plan(settings, workdir, _TOPOLOGY.value, _SLICES.value, _TOKENS.value)
 
 
+def _check_paths(settings: Settings, mode: str) -> None:
+    """Raises UserError if a path can't be used, or a bucket not reached."""
+    data = settings.data
+    remote = [("--workdir", _WORKDIR.value), ("config.data.store", data.store)]
+    remote += [("config.data.mixture", part.strip().rpartition("=")[0]) for part in data.mixture.split(",")]
+    if data.vocab not in NAMED_VOCABS:
+        remote.append(("config.data.vocab", data.vocab))
+    if settings.compile_cache != "auto":
+        remote.append(("config.compile_cache", settings.compile_cache))
+    for name, path in (("config.data.source", data.source), ("--prompt_file", _PROMPT_FILE.value)):
+        if path:
+            check_path(name, path, local_only=True)
+    for name, path in remote:
+        if path:
+            check_path(name, path)
+    if mode == "train":
+        check_saving("--workdir", _WORKDIR.value)
+    buckets = {path.split("/")[2]: (name, path) for name, path in reversed(remote) if is_bucket(path)}
+    for name, path in reversed(buckets.values()):
+        check_reached(name, path)
+
+
 def _cache_compiled(folder: str, workdir: epath.Path) -> None:
-    """Compiled programs are kept for the next start, unless jax was told already where."""
+    """Compiled programs are kept for the next start, unless jax was told already where, or the run's folder is one that
+    can't be written (of which jax would warn for each program)."""
     import jax
 
+    if folder == "auto":
+        folder = str(workdir / "compile_cache") if is_bucket(workdir) or may_write(workdir) else ""
     if folder and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache" if folder == "auto" else folder))
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def _lengths() -> list[int]:
@@ -152,22 +178,66 @@ def _prompts() -> list[bytes]:
 
 
 def _settings() -> Settings:
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
     try:
+        if not hasattr(_CONFIG.value, "to_dict"):
+            given = type(_CONFIG.value).__name__
+            raise UserError(f"--config={name}: get_config returns {given}; must be a changed default_config()")
         if _SOURCE.value is not None:
             _CONFIG.value.data.source = _SOURCE.value
         return resolve(_CONFIG.value)
     except OSError as error:  # config_flags keeps it until the config is used
-        name = config_flags.get_config_filename(flags.FLAGS["config"])
         raise UserError(f"--config={name}: can't be read; must be the path of a config file") from error
 
 
 def _parse(argv: list[str]) -> list[str]:
     """absl has its own errors; config_flags raises many things for a wrong config file or override."""
+    overrides = _overrides(argv)
+    for name, value in overrides.items():
+        check_name(name, value)
+        if name in GROUPS:
+            raise UserError(f"{name}={value}: is a group of settings; give one of them, as {name}.{GROUPS[name][0]}")
     try:
         return flags.FLAGS(_with_config(argv))
-    except (flags.Error, ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        text = str(error)  # for an error inside the file, with a traceback: its last line says what
-        raise UserError("flags: " + (text.strip().splitlines()[-1] if "Traceback" in text else text)) from error
+    except flags.IllegalFlagValueError as error:
+        name = str(error).removeprefix("flag --").partition("=")[0]
+        raise UserError(_wrong_type(name, overrides[name]) if name in overrides else f"flags: {error}") from error
+    except terminal.OutputError:  # of --help
+        raise
+    except flags.Error as error:
+        raise UserError(f"flags: {error}") from error
+    except Exception as error:  # of the config file, which may do anything
+        raise UserError(_in_config_file(error, _given(argv, "config"))) from error
+
+
+def _overrides(argv: list[str]) -> dict[str, str | None]:
+    """Settings that are given as flags, config.NAME: value; None where the value is the next argument, or none."""
+    given = {}
+    for argument in argv[1:]:
+        name, equals, value = argument.partition("=")
+        if argument == "--":
+            break
+        if match := re.fullmatch(r"--?(?:no)?(config\..*)", name, re.DOTALL):
+            given[match[1]] = value if equals else None
+    return given
+
+
+def _wrong_type(name: str, value: str | None) -> str:
+    kind = type(default_config()[name.removeprefix("config.")]).__name__
+    return f"{name}={'' if value is None else value}: must be {kind}"
+
+
+def _in_config_file(error: Exception, config: str | None) -> str:
+    """What is wrong with a config file: our own words, if it is a setting's name or value, and the line."""
+    path = (config or "").partition(":")[0]
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    where = f" ({path}, line {lines[-1]})" if lines else ""
+    cause = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        return f"{cause}{where}"
+    return f"--config={config}: {type(error).__name__}: {error}{where}; mend the file"
 
 
 def _with_config(argv: list[str]) -> list[str]:
@@ -192,19 +262,25 @@ def _without(names: tuple[str, ...], argv: list[str]) -> list[str]:
 
 def _given(argv: list[str], name: str) -> str | None:
     """The value of a flag, before absl has read it."""
+    found = None  # of several, absl takes the last
     for place, argument in enumerate(argv):
         flag, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("-") and flag == name:
-            return value if equals else [*argv, ""][place + 1]
-    return None
+            found = value if equals else [*argv, ""][place + 1]
+    return found
 
 
 def run() -> None:
     """What `python -m tvq_pod.main` and the command `tvq_pod` call."""
+    terminal.prepare()
     # Tracing makes many objects that stay: looking through them as often as Python does is a sixth of a start.
     gc.set_threshold(20_000)
     try:
-        app.run(main, flags_parser=_parse)
+        try:
+            app.run(main, flags_parser=_parse)
+        except SystemExit:
+            sys.stdout.flush()
+            raise
     except Preempted as preempted:
         _tell(" ".join(str(preempted).split()))
         _exit_alone(PREEMPTED)
@@ -213,6 +289,11 @@ def run() -> None:
         _exit_alone(128 + signal.SIGINT)
     except UserError as error:
         _tell("error: " + " ".join(str(error).split()))
+        _exit_alone(1)
+    except terminal.OutputError as error:
+        if isinstance(error.__cause__, BrokenPipeError):
+            _exit_alone(terminal.PIPE_CLOSED)
+        _tell(f"error: stdout can't be written ({error})")
         _exit_alone(1)
     except Exception as error:
         if not _is_one_of_many():
@@ -239,7 +320,7 @@ def _exit_alone(code: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # python would end with another code than ours
+        except (OSError, terminal.OutputError):  # python would end with another code than ours
             os._exit(code)
     if _is_one_of_many():
         os._exit(code)

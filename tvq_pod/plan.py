@@ -9,9 +9,11 @@ import importlib.util
 import itertools
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from importlib import metadata
 
@@ -20,7 +22,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import topologies
 
-from tvq_pod.config import Settings
+from tvq_pod.config import Settings, check_name
 from tvq_pod.errors import UserError
 from tvq_pod.flops import train_flops
 from tvq_pod.hlo import Program
@@ -28,8 +30,8 @@ from tvq_pod.parallel.chips import CHIPS, Chip
 from tvq_pod.parallel.mesh import AXES_MEAN, check_rows, make_mesh, n_row_shards, named_axes, sizes
 from tvq_pod.parallel.sharding import batch_sharding
 from tvq_pod.paths import write_whole
+from tvq_pod.progress import Unwritten
 from tvq_pod.train_state import abstract_train_state, make_train_step
-from tvq_pod.workdir import make_workdir
 
 _UNITS = dict(K=2**10, M=2**20, G=2**30, T=2**40)
 _TRAVELS = {"all-reduce": 2}  # times that each byte of a collective crosses a chip's links, at most
@@ -47,13 +49,16 @@ LIBTPU_ENVIRONMENT = dict(
 def plan(settings: Settings, workdir: epath.Path, topology: str, slices: int, tokens: float | None) -> dict:
     """Plans one config: prints the result, writes it to plan.json in `workdir`, and returns it."""
     jax.config.update("jax_platforms", "cpu")  # never a real accelerator
-    make_workdir(workdir)
     settings = dataclasses.replace(settings, mesh=dataclasses.replace(settings.mesh, slices=slices))
     chip, devices = topology_devices(topology, slices)
     result = dict(topology=topology, slices=slices) | plan_step(settings, chip, devices)
     if tokens and result.get("predicted_tokens_per_second"):
         result["days"] = tokens / result["predicted_tokens_per_second"] / 86400
-    write_whole(workdir / "plan.json", json.dumps(result, indent=2) + "\n")
+    unwritten = Unwritten()
+    with unwritten.unless(workdir / "plan.json"):
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_whole(workdir / "plan.json", json.dumps(result, indent=2) + "\n")
+    unwritten.tell()
     print(_text(result, tokens))
     return result
 
@@ -219,17 +224,23 @@ def sweep(flags: list[str], workdir: epath.Path, grid: str) -> None:
     flags: the command line without --sweep and --workdir.
     """
     names, points = parse_grid(grid)
-    rows = []
+    rows, unwritten = [], Unwritten()
     for point in points:
-        folder = workdir / "sweep" / "_".join(point)
         overrides = [f"--{name}={value}" for name, value in zip(names, point, strict=True)]
-        command = [sys.executable, "-m", "tvq_pod.main", *flags, *overrides, f"--workdir={folder}"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            rows.append((point, None, last))
-        else:
-            rows.append((point, json.loads((folder / "plan.json").read_text()), ""))
+        with tempfile.TemporaryDirectory() as draft:  # the workdir may be one that can't be written
+            command = [sys.executable, "-m", "tvq_pod.main", *flags, *overrides, f"--workdir={draft}"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                rows.append((point, None, last))
+                continue
+            text = pathlib.Path(draft, "plan.json").read_text()
+        rows.append((point, json.loads(text), ""))
+        folder = workdir / "sweep" / "_".join(point)
+        with unwritten.unless(workdir / "sweep"):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / "plan.json", text)
+    unwritten.tell()
     rows.sort(key=lambda row: -((row[1] or {}).get("predicted_tokens_per_second") or 0))
     heads = [f"{name.removeprefix('config.'):>18}" for name in names]
     print("  ".join([*heads, "tokens/s", "    MFU", "peak GiB", "fits"]))
@@ -247,11 +258,13 @@ def sweep(flags: list[str], workdir: epath.Path, grid: str) -> None:
 
 
 def parse_grid(grid: str) -> tuple[list[str], list[tuple[str, ...]]]:
-    """Names, and all combinations of their values. Raises UserError if the text is no grid."""
+    """Names, and all combinations of their values. Raises UserError if the text is no grid, or of no settings."""
     axes = [axis.partition("=") for axis in grid.split(";") if axis.strip()]
     good = all(name.strip().startswith("config.") and all(values.split(",")) for name, _, values in axes)
     if not (axes and good):
         raise UserError(f'--sweep={grid}: must be like "config.model.block_len=256,512;config.train.update_len=2048"')
+    for name, _, _ in axes:
+        check_name(name.strip())
     return [name.strip() for name, _, _ in axes], list(itertools.product(*(values.split(",") for _, _, values in axes)))
 
 

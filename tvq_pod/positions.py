@@ -41,21 +41,19 @@ class Positions:
 
 
 def write_positions(positions: Positions, folder: epath.Path, name: str) -> None:
-    """Writes FOLDER/NAME.tsv, a line a bucket, and, with matplotlib, FOLDER/NAME.png."""
+    """Writes FOLDER/NAME.tsv, a line a bucket, and, with matplotlib, FOLDER/NAME.png. Raises what the disk or
+    the bucket does."""
     rows = [
         f"{index * BUCKET}\t{n}\t{nats / n:.6f}\t{positions.bits_per_byte(index, index + 1):.6f}"
         for index, (nats, n) in enumerate(zip(positions.nats, positions.n_tokens, strict=True))
     ]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.tsv").write_text("\n".join(["first_position\ttokens\tloss\tbits_per_byte", *rows]) + "\n")
-        if importlib.util.find_spec("matplotlib"):
-            _plot(positions, folder / f"{name}.png")
-            say(f"loss by place in the document: {folder / name}.tsv, .png")
-        else:
-            say(f"loss by place in the document: {folder / name}.tsv; a plot needs pip install -e '.[data]'")
-    except OSError as error:
-        say(f"WARNING: {folder} can't be written ({error.strerror})")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.tsv").write_text("\n".join(["first_position\ttokens\tloss\tbits_per_byte", *rows]) + "\n")
+    if importlib.util.find_spec("matplotlib"):
+        _plot(positions, folder / f"{name}.png")
+        say(f"loss by place in the document: {folder / name}.tsv, .png")
+    else:
+        say(f"loss by place in the document: {folder / name}.tsv; a plot needs pip install -e '.[data]'")
 
 
 def _plot(positions: Positions, path: epath.Path) -> None:

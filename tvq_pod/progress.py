@@ -3,9 +3,10 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
+from etils import epath
 
 
 def say(line: str) -> None:
@@ -13,6 +14,27 @@ def say(line: str) -> None:
     if jax.process_index() == 0:
         with contextlib.suppress(OSError):  # a full disk, a terminal that is gone: no reason to end
             print(line, file=sys.stderr, flush=True)
+
+
+class Unwritten:
+    """Files that could not be written, to be told in one line; no reason to end."""
+
+    def __init__(self):
+        self._failed: dict[str, str] = {}  # by path: why
+
+    @contextlib.contextmanager
+    def unless(self, path: epath.Path) -> Iterator[None]:
+        """Writes a file, or keeps its path and what went wrong."""
+        try:
+            yield
+        except Exception as error:  # each store has its own
+            self._failed[str(path)] = getattr(error, "strerror", None) or str(error)
+
+    def tell(self) -> None:
+        """One line, if there is anything to tell."""
+        if self._failed:
+            why = " ".join(", ".join(dict.fromkeys(self._failed.values())).split())[:300]
+            say(f"WARNING: {', '.join(self._failed)} can't be written ({why})")
 
 
 def hours(seconds: float) -> str:

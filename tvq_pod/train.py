@@ -37,6 +37,7 @@ from tvq_pod.progress import Speed, hours, say
 from tvq_pod.sample import continuations, run_vocab
 from tvq_pod.skipped import Skip, Skipped
 from tvq_pod.status import Status
+from tvq_pod.terminal import OutputError
 from tvq_pod.train_state import (
     TrainState,
     abstract_train_state,
@@ -412,7 +413,8 @@ def _sample(settings: Settings, workdir: epath.Path, params: dict, step: int) ->
         say(f"a sample, kept in {path}:")
     except OSError as error:
         say(f"WARNING: {path} can't be written ({error.strerror}); the sample:")
-    print(text, flush=True)
+    with contextlib.suppress(OutputError):  # nobody reads it: all is saved
+        print(text, flush=True)
 
 
 def _due(step: int, every: int) -> bool:

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 import tensorstore
 from etils import epath
 
+from tvq_pod.data.store import kvstore
 from tvq_pod.errors import UserError
 from tvq_pod.paths import is_bucket
 from tvq_pod.progress import say
@@ -138,7 +139,7 @@ class _BucketLock:
 
     def __init__(self, workdir: epath.Path):
         self.path = workdir / LOCK_NAME
-        self._store = tensorstore.KvStore.open(f"{workdir}/").result()
+        self._store = tensorstore.KvStore.open(kvstore(workdir)).result()
         self._version = None
 
     def is_free_of(self, holder: dict) -> bool:
@@ -242,7 +243,6 @@ def _in_use(workdir: epath.Path, holder: dict) -> UserError:
 def _usable(workdir: epath.Path):
     try:
         yield
-    except OSError as error:
-        raise UserError(
-            f"--workdir={workdir}: can't be used ({error.strerror}); give a folder that can be written"
-        ) from None
+    except (OSError, ValueError) as error:  # tensorstore's, of a bucket, are ValueErrors
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
+        raise UserError(f"--workdir={workdir}: can't be used ({why}); give a folder that can be written") from None

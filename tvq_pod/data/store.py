@@ -22,7 +22,7 @@ from etils import epath
 
 from tvq_pod.data.vocab import Vocab, kept_vocab
 from tvq_pod.errors import UserError
-from tvq_pod.paths import is_bucket
+from tvq_pod.paths import BUCKET, is_bucket
 
 SPLITS = ("train", "validation", "test")
 FORMAT = 2
@@ -33,10 +33,13 @@ CACHE_BYTES = 256 * 1024 * 1024
 ARRAYS = ("tokens", "starts", "doc_bytes")
 
 
-def kvstore(path: epath.PathLike) -> str | dict:
-    """What TensorStore calls a path: gs:// stays, anything else is a local folder."""
+def kvstore(path: epath.PathLike) -> dict:
+    """What TensorStore calls a folder. (As a URL, a name with % or ? would be another.)"""
     path = str(path)
-    return f"{path}/" if is_bucket(path) else {"driver": "file", "path": f"{os.path.abspath(path)}/"}
+    if is_bucket(path):
+        bucket, _, folder = path.removeprefix(BUCKET).partition("/")
+        return {"driver": "gcs", "bucket": bucket, "path": f"{folder}/" if folder else ""}
+    return {"driver": "file", "path": f"{os.path.abspath(path)}/"}
 
 
 def split_of(text: bytes | memoryview, validation_share: float, test_share: float) -> str:
