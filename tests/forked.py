@@ -18,7 +18,7 @@ def run_all(commands: list[tuple[str, ...]], **settings) -> list[tuple[int, str,
 
 
 def main() -> None:
-    from tvq_pod import eval, inspect, sample, train  # noqa: F401
+    from tvq_pod import eval, inspect_run, sample, train  # noqa: F401
     from tvq_pod.main import run
 
     for line in sys.stdin:

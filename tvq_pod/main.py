@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
 
         train_vocab(settings, workdir)
     elif mode == "inspect":
-        from tvq_pod.inspect import inspect
+        from tvq_pod.inspect_run import inspect
 
         inspect(settings, workdir, _STEP.value)
     elif mode == "bench":
