@@ -22,6 +22,7 @@ from ml_collections import config_flags
 
 from tvq_pod.config import Settings, resolve
 from tvq_pod.errors import Preempted, UserError
+from tvq_pod.mode_flags import check_flags
 from tvq_pod.paths import is_bucket
 from tvq_pod.preemption import PREEMPTED, Preemption
 
@@ -71,6 +72,7 @@ def main(argv: list[str]) -> None:
     if not _WORKDIR.value:
         raise UserError("--workdir=: must be given: the run's folder")
     workdir, mode = epath.Path(_WORKDIR.value), _MODE.value
+    check_flags(mode, [name for name in flags.FLAGS if flags.FLAGS[name].present], workdir, _STEP.value)
     sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character must not end a run
     settings = _settings()
     for name, path in (("--workdir", workdir), ("config.data.store", settings.data.store)):
