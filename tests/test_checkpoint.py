@@ -290,6 +290,40 @@ def test_orbax_needs_nothing_that_the_manifest_leaves_out(workdir, mesh):
     checkpoints.close()
 
 
+def test_a_whole_checkpoint_of_other_shapes_is_not_called_damaged(workdir, mesh):
+    """As one whose record does not name the setting that makes the difference."""
+    wider = dataclasses.replace(SETTINGS, model=SETTINGS.model.replace(n_code=6))
+    lion = dataclasses.replace(SETTINGS, optimizer=OptimizerSettings(name="lion"))
+    checkpoints = Checkpoints(workdir)
+    with pytest.raises(
+        UserError, match=r"the array params/layers/unit0/quantizer/codebook has the shape \(1, 2, 5, 6\) in"
+    ) as e:
+        checkpoints.restore_params(3, abstract_train_state(wider, mesh).params)
+    assert "not damaged" in str(e.value)
+    assert "move it away" not in str(e.value)
+    with pytest.raises(
+        UserError, match=r"the array train/opt_state/.* has the shape .* in checkpoint 3, and none by this"
+    ):
+        checkpoints.restore(3, abstract_train_state(lion, mesh))
+    checkpoints.close()
+
+
+def test_parameters_are_read_in_another_dtype_but_training_keeps_its_own(workdir, mesh):
+    """Rounded as numpy rounds; the codebook stays float32."""
+    coarse = dataclasses.replace(SETTINGS, model=SETTINGS.model.replace(param_dtype="bfloat16", dtype="bfloat16"))
+    checkpoints = Checkpoints(workdir)
+    checkpoints.check(3, model_record(coarse, "bytes"))
+    with pytest.raises(UserError, match=r"config.model.dtype=bfloat16: .* was made with"):
+        checkpoints.check(3, run_record(coarse, "bytes", "corpus-a"))
+    fine = checkpoints.restore_params(3, abstract_train_state(SETTINGS, mesh).params)
+    found = checkpoints.restore_params(3, abstract_train_state(coarse, mesh).params)
+    assert found["embedding"].dtype == "bfloat16"
+    assert found["layers"]["unit0"]["quantizer"]["codebook"].dtype == "float32"
+    for coarse_leaf, fine_leaf in zip(jax.tree.leaves(found), jax.tree.leaves(fine), strict=True):
+        np.testing.assert_array_equal(np.asarray(coarse_leaf), np.asarray(fine_leaf).astype(coarse_leaf.dtype))
+    checkpoints.close()
+
+
 def test_a_save_that_fails_is_told_and_the_next_one_works(workdir, mesh, monkeypatch):
     """On a full disk, or what is the same to it: no file may grow. One of the threads that write comes last."""
     checkpoints = Checkpoints(workdir, CheckpointSettings(keep=1))

@@ -135,6 +135,20 @@ def test_eval_gives_what_training_gave_on_another_mesh(trained):
     assert metrics_of(workdir, "test")[0]["loss"] == test_result["loss"]
 
 
+def test_eval_and_sample_in_another_dtype_than_the_run_trained_in(trained):
+    workdir, _, _ = trained
+    (during,) = metrics_of(workdir, "validation")[:1]
+    given = (f"--workdir={workdir}", "--config.model.dtype=bfloat16")
+    flags = (*given, "--mode=eval"), (*given, "--mode=sample", "--prompt=the quick", "--config.sample.length=5")
+    evaluated, sampled = forked.run_all(flags, env=environment(), cwd=ROOT, timeout=300)
+    result = json.loads(evaluated[1])
+    assert (result["split"], result["step"], result["tokens"]) == ("validation_dtype_bfloat16", 40, during["tokens"])
+    assert result["loss"] == pytest.approx(during["loss"], rel=0.02)
+    assert result["loss"] != during["loss"]
+    assert sampled[:1] == (0,)
+    assert sampled[1].startswith("the quick")
+
+
 def test_sample_goes_on_from_each_prompt(trained, tmp_path):
     workdir, _, _ = trained
     odd = tmp_path / "a [p]rompt? 100% #*é.txt"
@@ -237,6 +251,13 @@ def test_settings_that_are_no_part_of_a_checkpoint_may_change_on_the_way(trained
     _, err = run(f"--workdir={tmp_path / 'copy'}", *flags, "--config.model.remat=none")
     assert "goes on from step 40" in err
     assert json.loads((tmp_path / "copy/config.json").read_text())["optimizer"]["clip_norm"] == 0.0
+    (line,) = [json.loads(line) for line in (tmp_path / "copy/config_history.jsonl").read_text().splitlines()]
+    changes = [("model.block_len", 8, 16), ("model.remat", "projections", "none"), ("optimizer.clip_norm", 1.0, 0.0),
+               ("train.num_steps", 40, 45)]  # fmt: skip
+    assert line["step"] == 40
+    assert line["changed"] == {f"config.{name}": [old, new] for name, old, new in changes}
+    told = [line for line in err.splitlines() if line.endswith("at the last start")]
+    assert sorted(told) == [f"config.{name}={new}: was {old} at the last start" for name, old, new in changes]
     assert metrics_of(tmp_path / "copy", "validation")[-1]["step"] == 45
 
 
@@ -323,6 +344,8 @@ def test_each_mistake_is_one_line_and_costs_nothing(trained, tmp_path, config_fi
     (tmp_path / "broken.py").write_text("def get_config():\n    return 1 / 0\n")
     (tmp_path / "taken").mkdir()
     (tmp_path / "file").write_text("")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/store").symlink_to(tmp_path / "nowhere")
     config, fresh, folder = f"--config={config_file}", f"--workdir={tmp_path / 'fresh'}", config_file.parent
     cases = {
         (config, fresh, "--config.model.d_modle=3"): ("d_modle", "d_model"),
@@ -370,6 +393,13 @@ def test_each_mistake_is_one_line_and_costs_nothing(trained, tmp_path, config_fi
         (config, fresh, "--mode=train_vocab"): ("config.data.vocab=bytes", "must be sentencepiece"),
         ("--config=configs/enwik8.py", fresh, f"--source={tmp_path / 'blank.txt'}"): ("has 2 bytes, and enwik8",),
         ("--config=configs/imagenet64.py", fresh, "--config.sample.length=9"): ("sample.length=9", "12288, an image"),
+        (f"--workdir={workdir}", "--step=20"): ("--step=20", "to go back to step 20, rename every later step"),
+        (config, fresh, "--split=test"): ("--split", "is for --mode=eval"),
+        (f"--workdir={workdir}", f"--source={tmp_path / 'blank.txt'}", f"--config.data.store={tmp_path / 'new'}"): (
+            f"config.data.source={tmp_path / 'blank.txt'}", "checkpoints/40 was trained on a corpus with"),
+        (f"--workdir={workdir}", "--config.seed=1", f"--config.data.store={tmp_path / 'new'}"): ("seed=1", "with 0"),
+        (f"--workdir={workdir}", "--config.model.dtype=bfloat16"): ("config.model.dtype=bfloat16", "with float32"),
+        (config, f"--workdir={tmp_path / 'linked'}"): ("config.data.store=", "is a symbolic link to", "not exist"),
         (config, f"--workdir={tmp_path / 'taken'}"): ("--workdir=", "in use by another process"),
     }  # fmt: skip
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.name != "lock"}
@@ -381,7 +411,7 @@ def test_each_mistake_is_one_line_and_costs_nothing(trained, tmp_path, config_fi
         assert "Traceback" not in err, (flags, err)
         last = err.strip().splitlines()[-1] if "Pass --help" not in err else err
         assert all(word in last for word in words), (flags, err)
-    assert not (tmp_path / "fresh").exists()
+    assert not any((tmp_path / name).exists() for name in ("fresh", "new", "nowhere"))
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["lock"]
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.name != "lock"} == before
 

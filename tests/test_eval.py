@@ -17,6 +17,7 @@ from tvq_pod.data.streams import PADDING, PackedDocuments
 from tvq_pod.data.vocab import END_OF_DOC, ByteVocab
 from tvq_pod.errors import UserError
 from tvq_pod.eval import Evaluator
+from tvq_pod.identity import run_record
 from tvq_pod.nn.model import Transformer
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.train_state import create_train_state
@@ -89,6 +90,17 @@ def test_the_result_depends_on_neither_rows_nor_mesh(store, params, eight_device
     assert (result.tokens, result.documents) == (expected.tokens, expected.documents)
     assert result.loss == pytest.approx(expected.loss, rel=1e-5)
     np.testing.assert_allclose(result.by_position.nats, expected.by_position.nats, rtol=1e-5)
+
+
+def test_lines_of_an_evaluation_unlike_that_of_training_have_another_name():
+    def name(cache="on", **model):
+        settings = dataclasses.replace(SETTINGS, eval=EvalSettings(cache=cache), model=SETTINGS.model.replace(**model))
+        return eval_module._name(settings, "test", run_record(SETTINGS, "bytes", "corpus"))
+
+    assert name() == name(block_len=2) == "test"
+    assert name(cache="off") == "test_cache_off"
+    assert name(dtype="bfloat16") == "test_dtype_bfloat16"
+    assert name("off", dtype="bfloat16", param_dtype="half") == "test_cache_off_dtype_bfloat16_param_dtype_half"
 
 
 def test_max_tokens_evaluates_fewer_documents(store, params, eight_devices):

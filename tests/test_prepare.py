@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
+import pathlib
 import resource
 import signal
 import subprocess
@@ -247,6 +248,48 @@ def test_a_disk_that_is_full_is_named_and_what_was_written_is_not_lost(corpus, t
     assert n_taken(path) >= 10
     assert preparing(corpus, path).wait() == 0
     assert_same(TokenStore(path), undisturbed(tmp_path, monkeypatch, corpus, None))
+
+
+@pytest.mark.parametrize("target", ["an empty folder", "a mounted disk"])
+def test_a_store_that_is_a_link_grows_where_the_link_leads_to(corpus, tmp_path, monkeypatch, target):
+    """A disk with its file system's own folder; nothing can be renamed onto it."""
+    expected = undisturbed(tmp_path, monkeypatch, corpus, None)
+    disk, run = tmp_path / "disk/store", tmp_path / "run"
+    disk.mkdir(parents=True)
+    run.mkdir()
+    (run / "store").symlink_to(disk)
+    folder = disk.stat().st_ino
+    rename, moved = os.rename, []
+    monkeypatch.setattr(os, "rename", lambda *names: (moved.append(names), rename(*names)))
+    if target == "a mounted disk":
+        (disk / "lost+found").mkdir()
+        monkeypatch.setattr(os.path, "ismount", lambda path: os.fspath(path) == str(disk))
+    assert_same(prepare.open_store(settings_for(corpus), epath.Path(run)), expected)
+    assert (run / "store").is_symlink()
+    assert [path.name for path in run.iterdir()] == ["store"]  # not here, which may be a small disk
+    assert [path.name for path in disk.parent.iterdir()] == ["store"]
+    assert (disk.stat().st_ino == folder) == (target == "a mounted disk")
+    assert all(disk.parent in pathlib.Path(name).parents for names in moved[:1] for name in names)
+
+
+def test_a_store_on_a_mounted_disk_is_gone_on_with_however_early_it_was_killed(corpus, tmp_path, monkeypatch):
+    expected = undisturbed(tmp_path, monkeypatch, corpus, None)
+    monkeypatch.setattr(os.path, "ismount", lambda path: os.fspath(path) == str(tmp_path / "disk"))
+    (tmp_path / "disk").mkdir()
+    with writer_module.StoreWriter(tmp_path / "disk", ByteVocab(), {}) as writer:
+        writer.splits["train"].append(np.arange(9))
+    settings = settings_for(corpus, store=str(tmp_path / "disk"))
+    assert_same(prepare.open_store(settings, epath.Path(tmp_path)), expected)
+
+
+def test_a_store_that_is_a_link_to_nothing_is_refused_in_one_line(corpus, tmp_path):
+    (tmp_path / "store").symlink_to(tmp_path / "unmounted/store")
+    for check in (prepare.check_source, prepare.open_store):
+        with pytest.raises(
+            UserError, match=r"config.data.store=.*/store: is a symbolic link to .*unmounted/store, which"
+        ):
+            check(settings_for(corpus), epath.Path(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "store"]
 
 
 def test_an_error_before_anything_is_kept_leaves_nothing(tmp_path):

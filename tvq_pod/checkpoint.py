@@ -16,13 +16,14 @@ import concurrent.futures
 import contextlib
 import fnmatch
 import hashlib
+import json
 import math
 import re
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
 import jax
@@ -31,9 +32,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from tvq_pod import manifest
-from tvq_pod.config import CheckpointSettings, Settings, TrainSettings
+from tvq_pod.config import CheckpointSettings, TrainSettings
 from tvq_pod.data.course import Course
 from tvq_pod.errors import UserError
+from tvq_pod.identity import FINGERPRINT, differing, model_record, run_record  # noqa: F401 (some import them from here)
 from tvq_pod.parallel.processes import all_agree, decided_by_first, from_first, is_first, on_first
 from tvq_pod.paths import free_name, is_bucket
 from tvq_pod.train_state import TrainState
@@ -41,29 +43,24 @@ from tvq_pod.train_state import TrainState
 FORMAT = 2
 RETRY_SECONDS = 10.0  # after a save that failed
 WRITERS_SECONDS = 10.0  # for threads of a save that failed to end
-FINGERPRINT = "config.data.store, fingerprint"
-# Settings that make another model of the same parameters, or parameters and state of another shape. The others
-# (dropout, block_len, remat, the codebook's decay) may change from one session to the next.
-MODEL_IDENTITY = (
-    *("d_model", "d_k", "d_v", "n_head", "n_code", "n_layer", "n_vocab", "mem_len", "agg_cache"),
-    *("window_bias", "attn_type", "head_type", "dtype", "param_dtype", "pe_abs", "e_tie", "e_norm", "e_scale"),
-)
-LATER = {"config.model.window_bias": "0.0"}  # settings that the first checkpoints do not name, as they were then
 
 
-def model_record(settings: Settings, vocab_name: str) -> dict:
-    """What parameters belong to, as {setting's name: value}."""
-    record = {f"config.model.{name}": str(getattr(settings.model, name)) for name in MODEL_IDENTITY}
-    return record | {"config.data.vocab": vocab_name}
+def newest_record(workdir: epath.Path) -> tuple[epath.Path, dict] | None:
+    """The newest step's folder and its record, for what can be refused early: only the record's file is read, and it is
+    not verified. None if there is no step, or its record can't be read."""
+    path = epath.Path(workdir) / "checkpoints"
+    with contextlib.suppress(OSError, ValueError):
+        newest = path / str(max(_steps_in(path)))
+        return newest, json.loads((newest / "record" / "metadata").read_text())
+    return None
 
 
-def run_record(settings: Settings, vocab_name: str, fingerprint: str) -> dict:
-    """What a whole checkpoint belongs to: the model, and all that the data function depends on but its course."""
-    return model_record(settings, vocab_name) | {
-        "config.optimizer.name": settings.optimizer.name,
-        "config.seed": str(settings.seed),
-        FINGERPRINT: fingerprint,
-    }
+def _steps_in(path: epath.Path) -> list[int]:
+    """Steps in a folder of checkpoints that are there and whole, in order."""
+    if not path.is_dir():
+        return []
+    named = [step for step in path.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", step.name)]
+    return sorted(int(step.name) for step in named if not is_bucket(step) or (step / "commit_success.txt").exists())
 
 
 def stale_steps(steps: list[int], settings: CheckpointSettings, losses: dict[int, float]) -> list[int]:
@@ -128,10 +125,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that are there and whole, in order."""
-        if not self.path.is_dir():
-            return []
-        named = [path for path in self.path.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", path.name)]
-        return sorted(int(path.name) for path in named if not is_bucket(path) or (path / "commit_success.txt").exists())
+        return _steps_in(self.path)
 
     def _entries(self, pattern: str) -> Iterator[epath.Path]:
         """What is in the folder, by name. (epath's glob would take `[` in the folder's own path for a pattern.)"""
@@ -361,14 +355,12 @@ class Checkpoints:
     def check(self, step: int, record: dict) -> None:
         """Raises UserError naming the first setting in which the checkpoint's record differs from `record`
         (see run_record; entries that `record` lacks are not looked at)."""
-        saved = self.record(step)
-        for name, value in record.items():
-            made_with = saved.get(name, LATER.get(name))
-            if made_with != value:
-                raise UserError(
-                    f"{name}={value}: the checkpoint {self.path}/{step} was made with {made_with}; "
-                    "give that, or another --workdir"
-                )
+        if found := differing(record, self.record(step)):
+            name, value, made_with = found
+            raise UserError(
+                f"{name}={value}: the checkpoint {self.path}/{step} was made with {made_with}; "
+                "give that, or another --workdir"
+            )
 
     def check_streams(self, step: int, settings: TrainSettings) -> None:
         """Raises UserError if the checkpoint's recurrent state is of other streams than the settings say."""
@@ -406,18 +398,55 @@ class Checkpoints:
         try:
             return self._checkpointer.restore(self.path / str(step), args=ocp.args.Composite(**items))
         except (KeyError, OSError, TypeError, ValueError) as error:
+            if found := self._other_arrays(step, items):
+                raise UserError(
+                    f"--workdir={self.path.parent}: {found}; the checkpoint is not damaged: "
+                    "give the config that it was made with, or another --workdir"
+                ) from error
             raise UserError(
                 f"{self.path}/{step}: can't be read ({str(error)[:200]}); "
                 "if it is damaged, move it away, and the step before it is used"
             ) from error
 
+    def _other_arrays(self, step: int, items: dict) -> str:
+        """The first array in which what is saved differs in shape from what was asked for; "" if none does."""
+        for item, asked in items.items():
+            if not isinstance(asked, ocp.args.StandardRestore):
+                continue
+            try:
+                with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+                    saved = _shapes(handler.metadata(self.path / str(step) / item).tree)
+            except (KeyError, OSError, TypeError, ValueError):
+                continue
+            wanted = _shapes(asked.item)
+            for name in sorted(saved.keys() | wanted.keys()):
+                if saved.get(name) != wanted.get(name):
+                    then, now = (shapes.get(name, "none") for shapes in (saved, wanted))
+                    return (
+                        f"the array {item}/{name} has the shape {then} in checkpoint {step}, and {now} by this config"
+                    )
+        return ""
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+    """The shape of every array of a tree of arrays, or of descriptions of them, by its path."""
+    flat = ocp.tree.to_flat_dict(tree)
+    return {"/".join(map(str, path)): tuple(x.shape) for path, x in flat.items() if hasattr(x, "shape")}
+
 
 def sha256_of(tree) -> str:
     """SHA-256 over the paths, dtypes, shapes and bytes of a tree's arrays, in the order of their paths."""
-    digest = hashlib.sha256()
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    for path in sorted(leaves):
-        array = np.ascontiguousarray(np.asarray(leaves[path]))
+    return sha256_of_arrays((path, np.asarray(leaves[path])) for path in sorted(leaves))
+
+
+def sha256_of_arrays(named: Iterable[tuple[str, np.ndarray]]) -> str:
+    """`sha256_of` the arrays that are given one after the other with their paths, in the paths' order. None is held
+    longer than it takes to hash it."""
+    digest = hashlib.sha256()
+    for path, array in named:
+        array = np.ascontiguousarray(array)
         digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.tobytes())
+        digest.update(array.reshape(-1).view(np.uint8))
+        del array  # before the next one is read
     return digest.hexdigest()

@@ -22,6 +22,7 @@ from tvq_pod.data.mixture import Mixture
 from tvq_pod.data.store import TokenStore
 from tvq_pod.data.streams import PADDING, PackedDocuments
 from tvq_pod.errors import UserError
+from tvq_pod.identity import RUN_IDENTITY
 from tvq_pod.metrics import LOG_2, MetricsWriter
 from tvq_pod.nn.axes import placed_by
 from tvq_pod.nn.model import Transformer
@@ -192,12 +193,13 @@ def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | No
         raise UserError(f"config.data.store={path}: is no token store; --mode=prepare makes one")
     store = open_store(settings, workdir)
     checkpoints.check(step, model_record(settings, store.vocab_name))
-    if checkpoints.record(step)[FINGERPRINT] != store.fingerprint:
+    record = checkpoints.record(step)
+    if record[FINGERPRINT] != store.fingerprint:
         say(f"{store.path} is not the corpus that the model was trained on")
     evaluator = Evaluator(settings, mesh, store, split)
     params = checkpoints.restore_params(step, abstract_train_state(settings, mesh).params)
     result = evaluator.evaluate(params)
-    name = split if settings.eval.cache == "on" else f"{split}_cache_off"
+    name = _name(settings, split, record)
     report(result, step, name)
     if is_first():
         for line in result.by_position.table():
@@ -219,6 +221,16 @@ def _write(settings: Settings, workdir: epath.Path, result: Result, step: int, n
     with unwritten.unless(workdir / "eval" / f"step_{step}_{name}.tsv"):
         write_positions(result.by_position, workdir / "eval", f"step_{step}_{name}")
     unwritten.tell()
+
+
+def _name(settings: Settings, split: str, record: dict) -> str:
+    """What an evaluation's lines and files are called: the split, and what differs from how training evaluates it."""
+    parts = [split, *(["cache_off"] if settings.eval.cache == "off" else [])]
+    for field in RUN_IDENTITY:
+        value = str(getattr(settings.model, field))
+        if record.get(f"config.model.{field}") != value:
+            parts.append(f"{field}_{value}")
+    return "_".join(parts)
 
 
 def report(result: Result, step: int, split: str) -> None:

@@ -1,13 +1,21 @@
-"""--mode=inspect: what is in a run's folder, and a fingerprint to compare two runs by."""
+"""--mode=inspect: what is in a run's folder, and a fingerprint to compare two runs by.
+
+Arrays are read, hashed and printed one after the other on the host, so any machine can look that holds the largest.
+"""
+
+from collections.abc import Callable, Iterator
 
 import jax
+import numpy as np
+import orbax.checkpoint as ocp
 from etils import epath
 
-from tvq_pod.checkpoint import FINGERPRINT, Checkpoints, run_record, sha256_of
+from tvq_pod.checkpoint import FINGERPRINT, Checkpoints, run_record, sha256_of_arrays
 from tvq_pod.config import MeshSettings, Settings, to_json
+from tvq_pod.errors import UserError
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.sample import run_vocab
-from tvq_pod.train_state import abstract_train_state
+from tvq_pod.train_state import TrainState, abstract_train_state
 
 
 def inspect(settings: Settings, workdir: epath.Path, step: int | None) -> None:
@@ -18,18 +26,70 @@ def inspect(settings: Settings, workdir: epath.Path, step: int | None) -> None:
     record = run_record(settings, run_vocab(settings, workdir).name, fingerprint="")
     checkpoints.check(step, {name: value for name, value in record.items() if name != FINGERPRINT})
     checkpoints.check_streams(step, settings.train)
-    # One device, so that any machine can look; a sharding's names are those of the run's mesh.
+    # The mesh only gives shardings their names, which are those of the run's: no array is put on it.
     mesh = make_mesh(MeshSettings(), jax.local_devices()[:1])
-    state = checkpoints.restore(step, abstract_train_state(settings, mesh))
+    abstract = abstract_train_state(settings, mesh)
     print(to_json(settings), end="")
     print(f"steps: {' '.join(map(str, steps))}")
     print(f"step: {step}")
-    leaves = jax.tree_util.tree_leaves_with_path(state.params)
-    for path, leaf in leaves:
-        name = "/".join(key.key for key in path)
-        shape = "x".join(map(str, leaf.shape)) or "scalar"
-        print(f"{name:<44} {shape:>16} {leaf.dtype} {leaf.sharding.spec}")
-    print(f"parameters: {sum(leaf.size for _, leaf in leaves)}")
-    print(f"parameters_sha256: {sha256_of(state.params)}")
-    print(f"train_state_sha256: {sha256_of(state.replace(params=None))}")
+    parameters = _printed(abstract.params, _reader(checkpoints.path / str(step) / "params", abstract.params))
+    parameters_sha256 = sha256_of_arrays(parameters)
+    print(f"parameters: {sum(leaf.size for leaf in jax.tree.leaves(abstract.params))}")
+    print(f"parameters_sha256: {parameters_sha256}", flush=True)
+    print(f"train_state_sha256: {sha256_of_arrays(_rest(checkpoints.path / str(step), abstract))}")
     checkpoints.close()
+
+
+def _printed(abstract: dict, read: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """Reads the parameters in the order of their paths, with a line for each."""
+    leaves = {jax.tree_util.keystr(path): (path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+    for name in sorted(leaves):
+        path, leaf = leaves[name]
+        shape = "x".join(map(str, leaf.shape)) or "scalar"
+        print(f"{'/'.join(key.key for key in path):<44} {shape:>16} {leaf.dtype} {leaf.sharding.spec}", flush=True)
+        yield name, read(name)
+
+
+def _rest(folder: epath.Path, abstract: TrainState) -> Iterator[tuple[str, np.ndarray]]:
+    """Reads the rest of the train state in the order of its paths."""
+    train = dict(step=abstract.step, opt_state=abstract.opt_state, sanity=abstract.sanity, digest=abstract.digest)
+    readers = {
+        "train": _reader(folder / "train", train),
+        "recurrent": _reader(folder / "recurrent", abstract.recurrent),
+    }
+    leaves = jax.tree_util.tree_leaves_with_path(abstract.replace(params=None))
+    for path in sorted((path for path, _ in leaves), key=jax.tree_util.keystr):
+        field, below = path[0].name, jax.tree_util.keystr(path[1:])
+        if field == "recurrent":
+            yield jax.tree_util.keystr(path), readers["recurrent"](below)
+        else:
+            yield jax.tree_util.keystr(path), readers["train"](f"[{field!r}]{below}")
+
+
+def _reader(folder: epath.Path, abstract) -> Callable[[str], np.ndarray]:
+    """A function that reads one array of a checkpoint's item to the host, by its path (jax.tree_util.keystr).
+
+    folder: the item's; abstract: its tree, whose leaves have the shapes that are expected. Nothing is read but that
+    array, in the dtype that it was saved in. The function raises UserError if it can't, or the shape is another one.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+    places = {jax.tree_util.keystr(path): place for place, (path, _) in enumerate(leaves)}
+    on_host = structure.unflatten([ocp.RestoreArgs(restore_type=np.ndarray)] * len(leaves))
+
+    def read(name: str) -> np.ndarray:
+        place, leaf = places[name], leaves[places[name]][1]
+        only_this = structure.unflatten([leaf if n == place else ocp.PLACEHOLDER for n in range(len(leaves))])
+        arguments = ocp.args.PyTreeRestore(item=only_this, restore_args=on_host)
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                array = structure.flatten_up_to(checkpointer.restore(folder, args=arguments))[place]
+            if array.shape != leaf.shape:
+                raise ValueError(f"it has the shape {array.shape}, and {leaf.shape} by this config")
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{folder}: the array {name} can't be read ({str(error)[:200]}); "
+                "give the config that the checkpoint was made with"
+            ) from error
+        return array
+
+    return read

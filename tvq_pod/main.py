@@ -23,6 +23,7 @@ from ml_collections import config_flags
 from tvq_pod import terminal
 from tvq_pod.config import GROUPS, Settings, check_name, default_config, resolve
 from tvq_pod.errors import Preempted, UserError
+from tvq_pod.mode_flags import check_flags
 from tvq_pod.paths import check_path, check_reached, check_saving, is_bucket, may_write
 from tvq_pod.preemption import PREEMPTED, Preemption
 
@@ -75,6 +76,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--workdir=: must be given: the run's folder")
     check_path("--workdir", _WORKDIR.value)
     workdir, mode = epath.Path(_WORKDIR.value), _MODE.value
+    check_flags(mode, [name for name in flags.FLAGS if flags.FLAGS[name].present], workdir, _STEP.value)
     settings = _settings()
     _check_paths(settings, mode)
 

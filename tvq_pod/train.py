@@ -15,9 +15,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from tvq_pod import digest, images
+from tvq_pod import config_history, digest, images
 from tvq_pod.checkpoint import RETRY_SECONDS, Checkpoints, run_record
-from tvq_pod.config import Settings, to_json
+from tvq_pod.config import Settings
+from tvq_pod.continued import check_continues
 from tvq_pod.data.course import Course
 from tvq_pod.data.loader import global_batches
 from tvq_pod.data.store import TokenStore
@@ -30,7 +31,6 @@ from tvq_pod.parallel.mesh import check_rows, make_mesh, sizes
 from tvq_pod.parallel.processes import Ballot, all_agree, decided_by_first, is_first, on_first
 from tvq_pod.parallel.sharding import on_one_device
 from tvq_pod.parallel.stopping import StopTogether
-from tvq_pod.paths import write_whole
 from tvq_pod.preemption import Preemption
 from tvq_pod.prepare import check_source, describe, open_store, store_path
 from tvq_pod.progress import Speed, hours, say
@@ -74,6 +74,7 @@ def train(settings: Settings, workdir: epath.Path, preemption: Preemption) -> No
     if settings.data.mixture:
         open_store(settings, workdir)
     elif not TokenStore.exists(store_path(settings, workdir)):
+        check_continues(settings, workdir)
         check_source(settings, workdir)
     with contextlib.ExitStack() as opened:
         on_first(lambda: opened.enter_context(locked(workdir)))
@@ -125,9 +126,11 @@ class _Session:
         self._streams(self._course_at(first_step))  # enough tokens for all rows?
         state, first_step = self._state_at(first_step)
         # ------------------------------------------------- nothing can be refused any more
+        if is_first():
+            config_history.tell(self.workdir, self.settings, first_step)
         if is_first() and (first_step < config.num_steps or not (self.workdir / "config.json").exists()):
             keep_vocab(self.store.vocab(), self.workdir)
-            write_whole(self.workdir / "config.json", to_json(self.settings))
+            config_history.keep(self.workdir, self.settings, first_step)
         self.writer = MetricsWriter(
             self.workdir, self.settings.metrics, dataclasses.asdict(self.settings), enabled=is_first()
         )

@@ -9,6 +9,7 @@ in its place, and is whole when it has its store.json.
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -151,9 +152,9 @@ def _named_errors() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"config.data.store: can't be written ({str(error)[-200:]}); make room, or give another"
-        ) from error
+        is_full = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+        remedy = "make room, or give another" if is_full else "give a folder that can be written"
+        raise UserError(f"config.data.store: can't be written ({str(error)[-200:]}); {remedy}") from error
 
 
 class SplitWriter:
@@ -214,9 +215,10 @@ class StoreWriter:
 
     def __init__(self, path: epath.PathLike, vocab: Vocab, made_with: dict):
         """made_with: all that the documents depend on, besides the vocabulary; kept in store.json."""
-        self._path, self._vocab, self._made_with = epath.Path(path), vocab, made_with
-        check_free(self._path)
-        self._draft = self._path if is_bucket(path) else self._path.with_name(f"{self._path.name}.preparing")
+        check_free(path)
+        self._path, self._vocab, self._made_with = followed(path), vocab, made_with
+        in_place = is_bucket(path) or os.path.ismount(self._path)
+        self._draft = self._path if in_place else self._path.with_name(f"{self._path.name}.preparing")
         self._progress = self._draft / "progress.json"
         self._threads = concurrent.futures.ThreadPoolExecutor(len(ARRAYS))
         self._identity = dict(vocab=vocab.name, n_vocab=vocab.n_vocab, **made_with)
@@ -231,6 +233,8 @@ class StoreWriter:
                 raise
             say(f"WARNING: {self._draft} is damaged ({str(error)[:200]}): begins anew")
             self._open(None)
+        if self._draft == self._path and not written:  # so that a folder with a beginning in it is known as ours
+            self._commit(0, 0)
         return self
 
     def _open(self, written: dict | None) -> None:
@@ -265,8 +269,10 @@ class StoreWriter:
 
     def may_commit(self, n_taken: int, crc_taken: int) -> None:
         """Call between documents: writes down now and then how far it came: see the attributes."""
-        if time.monotonic() - self._committed < COMMIT_SECONDS:
-            return
+        if time.monotonic() - self._committed >= COMMIT_SECONDS:
+            self._commit(n_taken, crc_taken)
+
+    def _commit(self, n_taken: int, crc_taken: int) -> None:
         written = dict(
             identity=self._identity,
             n_taken=n_taken,
@@ -326,6 +332,7 @@ def only_one(path: epath.PathLike) -> Iterator[None]:
     if is_bucket(path):
         yield
         return
+    path = followed(path)
     lock = path.with_name(f"{path.name}.lock")
     with _named_errors():
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -348,7 +355,7 @@ def only_one(path: epath.PathLike) -> Iterator[None]:
 
 def adopted(path: epath.PathLike, vocab: Vocab, made_with: dict) -> TokenStore | None:
     """A store that was whole when its writer was killed, and only lacked its name; None if there is none."""
-    path = epath.Path(path)
+    path = followed(path)
     draft = path.with_name(f"{path.name}.preparing")
     if is_bucket(path) or not TokenStore.exists(draft):
         return None
@@ -362,12 +369,25 @@ def adopted(path: epath.PathLike, vocab: Vocab, made_with: dict) -> TokenStore |
     return TokenStore(path)
 
 
+def followed(path: epath.PathLike) -> epath.Path:
+    """Where a symbolic link leads to, or the path itself if it is none. Raises UserError if that is nothing."""
+    if is_bucket(path) or not os.path.islink(path):
+        return epath.Path(path)
+    target = os.path.realpath(path)
+    if not os.path.exists(target):
+        raise UserError(
+            f"config.data.store={path}: is a symbolic link to {target}, which does not exist; "
+            "make that folder (or mount its disk), or remove the link"
+        )
+    return epath.Path(target)
+
+
 def check_free(path: epath.PathLike) -> None:
     """Raises UserError if there is something at `path`: a store is made only where nothing is."""
-    path = epath.Path(path)
+    path = followed(path)
     if not path.exists() or (path / "progress.json").exists():
         return
-    if not path.is_dir() or any(path.iterdir()):
+    if not path.is_dir() or any(entry.name != "lost+found" for entry in path.iterdir()):
         raise UserError(
             f"config.data.store={path}: holds something that is no whole token store; remove it, or give another folder"
         )

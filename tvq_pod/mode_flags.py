@@ -1,0 +1,33 @@
+"""Which flags belong to which modes: a flag that a mode would not look at is refused, so that nobody relies on it."""
+
+from collections.abc import Iterable
+
+from tvq_pod.errors import UserError
+
+MODES_OF = {
+    "split": ("eval",),
+    "step": ("eval", "sample", "inspect"),
+    "prompt": ("sample",),
+    "prompt_file": ("sample",),
+    "topology": ("plan",),
+    "slices": ("plan",),
+    "tokens": ("plan",),
+    "sweep": ("plan",),
+    "against": ("bench",),
+    "lengths": ("bench",),
+    "rounds": ("bench",),
+}
+
+
+def check_flags(mode: str, given: Iterable[str], workdir: str, step: int | None) -> None:
+    """Raises UserError if a flag was given that is for other modes. given: names of flags on the command line."""
+    for name in given:
+        if mode in MODES_OF.get(name, (mode,)):
+            continue
+        if (name, mode) == ("step", "train"):
+            raise UserError(
+                f"--step={step}: training resumes from the newest checkpoint; to go back to step {step}, rename every "
+                f"later step in {workdir}/checkpoints, as NUMBER to NUMBER.undone, and start again without --step"
+            )
+        modes = " or ".join(f"--mode={mode}" for mode in MODES_OF[name])
+        raise UserError(f"--{name}: is for {modes}; leave it out with --mode={mode}")
