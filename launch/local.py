@@ -4,7 +4,7 @@
 
 What is after -- goes to `python -m tvq_pod.main`, once for each process. Process 0's output is shown as it is, the
 others' behind their number. When one process fails the others are ended, and its exit code is the launcher's; a signal
-counts as 128 + its number. SIGTERM and SIGINT are passed on.
+counts as 128 + its number. Signals that ask a run to save or to end are passed on.
 """
 
 import functools
@@ -46,6 +46,7 @@ def start(n_processes: int, devices_per_process: int, arguments: list[str]) -> l
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            process_group=0,  # a terminal's Ctrl-C reaches the launcher only, and each process once
         )
         for index in range(n_processes)
     ]
@@ -98,8 +99,9 @@ def main(argv: list[str]) -> None:
             if process.poll() is None:
                 process.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it ignored, here and there
+            signal.signal(number, pass_on)
     readers = []
     for index, process in enumerate(processes):
         prefix = f"[{index}] ".encode() if index else b""

@@ -6,11 +6,12 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 
 import numpy as np
 
@@ -59,7 +60,7 @@ def encoded(documents: Iterable[tuple[object, bytes | memoryview]], vocab: Vocab
     with concurrent.futures.ProcessPoolExecutor(n_processes, context, _begin, (vocab, dtype)) as pool:
         try:
             for batch in _batches(cut):
-                with _main_left_alone():
+                with _main_left_alone(), _signals_kept():
                     waiting.append((batch, pool.submit(_encode, [piece for _, piece, _ in batch])))
                 if len(waiting) > AHEAD * n_processes:
                     yield from _result(*waiting.popleft())
@@ -85,6 +86,20 @@ def _main_left_alone() -> Iterator[None]:
     finally:
         del main.__spec__
         main.__dict__.update(hidden)
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Processes that are started in here do not get what a terminal or Slurm sends to all at once: the main process
+    decides, and they end with it."""
+    kept = {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, kept)
+    try:
+        resource_tracker.ensure_running()  # it unblocks SIGINT when it starts
+        signal.pthread_sigmask(signal.SIG_BLOCK, kept)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _with_end(parts: Iterator[bytes]) -> Iterator[tuple[bytes, bool]]:
