@@ -66,9 +66,8 @@ class Preemption:
             if number == signal.SIGUSR1:
                 self._save.set()
                 self._requests.put(SAVE)
-                _tell(
-                    f"SIGUSR1: the run saves and goes on{'' if self.can_save else ', once there is something to save'}"
-                )
+                when = "now" if self.can_save else "as soon as there is something to save"
+                _tell(f"SIGUSR1: the run saves {when}, and goes on")
             elif number in STOPPING:
                 self._asked_to_stop(signal.Signals(number))
 

@@ -36,13 +36,6 @@ def hang(*_args) -> None:
     lock.acquire()
 
 
-def agree() -> None:
-    """One process comes late, for ever."""
-    if index == 1:
-        hang()
-    processes.all_agree(True)
-
-
 def frozen() -> None:
     """One process is stopped by the test, in the agreement."""
     if index == 1:

@@ -16,7 +16,7 @@ from tests.common import store_of
 from tests.test_cli import ROOT, environment
 from tvq_pod import manifest
 
-SCENARIOS = ("agree", "frozen", "restore", "save", "first", "gather", "evaluation")
+SCENARIOS = ("frozen", "restore", "save", "first", "gather", "evaluation")
 
 
 class Ended(NamedTuple):
@@ -26,6 +26,7 @@ class Ended(NamedTuple):
 
 
 def started(scenario: str, folder, index: int = 0, port: int = 0) -> subprocess.Popen:
+    """Should a test fail, its processes end by their deadlines."""
     command = [sys.executable, "-m", "tests.parallel.deadline_program", port, index, scenario, folder]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     return subprocess.Popen(list(map(str, command)), env=environment(), cwd=ROOT, text=True, **pipes)
@@ -66,7 +67,6 @@ def jobs(tmp_path_factory) -> dict[str, list[Ended]]:
 
 
 LINES = dict(
-    agree="error: --wait_timeout_seconds=4: an agreement of all processes has not ended within 4 s",
     frozen="error: --wait_timeout_seconds=4: an agreement of all processes has not ended within 4 s",
     restore="error: config.checkpoint.restore_timeout_seconds=4: verifying the checkpoints in",
     save="error: config.checkpoint.timeout_seconds=2: a save of",

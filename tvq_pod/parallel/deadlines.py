@@ -17,7 +17,7 @@ from jax._src import distributed  # what multihost_utils is built on; jax has no
 
 SIGNS = "tvq_pod/signs_of_life/"
 SIGN_SECONDS = 5.0  # between two signs of life
-LINGER_SECONDS = 3.0  # process 0 outlives its deadline: with it the others lose what they could say themselves
+LINGER_SECONDS = 3.0  # when one process is gone jax ends the others, before they say what they waited for
 
 _here = threading.local()  # .running: whether this thread has a deadline
 _signs_given, _last_sign = 0, 0.0
@@ -82,7 +82,7 @@ class Deadline(contextlib.AbstractContextManager):
                 file=sys.stderr,
                 flush=True,
             )
-        if distributed.global_state.client and distributed.global_state.process_id == 0:
+        if distributed.global_state.client:
             time.sleep(LINGER_SECONDS)
         os._exit(1)
 
