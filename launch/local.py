@@ -33,8 +33,8 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start(n_processes: int, devices_per_process: int, arguments: list[str]) -> list[subprocess.Popen]:
-    """Starts the processes of one job; their output is piped."""
+def start(n_processes: int, devices_per_process: int, arguments: list[str], **settings) -> list[subprocess.Popen]:
+    """Starts the processes of one job; their output is piped. settings: of Popen."""
     address = f"127.0.0.1:{free_port()}"
     given = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
     given.append(f"--xla_force_host_platform_device_count={devices_per_process}")
@@ -46,7 +46,7 @@ def start(n_processes: int, devices_per_process: int, arguments: list[str]) -> l
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            process_group=0,  # a terminal's Ctrl-C reaches the launcher only, and each process once
+            **settings,
         )
         for index in range(n_processes)
     ]
@@ -92,7 +92,8 @@ def _copy(source: BinaryIO, target: BinaryIO, prefix: bytes) -> None:
 
 def main(argv: list[str]) -> None:
     """argv: the program, then the flags of tvq_pod.main."""
-    processes = start(_PROCESSES.value, _DEVICES.value, argv[1:])
+    # In a group of their own: a terminal's Ctrl-C reaches the launcher only, which passes it on, so each gets it once.
+    processes = start(_PROCESSES.value, _DEVICES.value, argv[1:], process_group=0)
 
     def pass_on(number, _frame):
         for process in processes:

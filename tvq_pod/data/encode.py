@@ -57,7 +57,9 @@ def encoded(documents: Iterable[tuple[object, bytes | memoryview]], vocab: Vocab
         return
     waiting: collections.deque = collections.deque()
     context = multiprocessing.get_context("spawn")  # jax has threads: a fork could hang
-    with concurrent.futures.ProcessPoolExecutor(n_processes, context, _begin, (vocab, dtype)) as pool:
+    with _signals_kept():
+        pool = concurrent.futures.ProcessPoolExecutor(n_processes, context, _begin, (vocab, dtype))
+    with pool:
         try:
             for batch in _batches(cut):
                 with _main_left_alone(), _signals_kept():
@@ -91,12 +93,15 @@ def _main_left_alone() -> Iterator[None]:
 @contextlib.contextmanager
 def _signals_kept() -> Iterator[None]:
     """Processes that are started in here do not get what a terminal or Slurm sends to all at once: the main process
-    decides, and they end with it."""
+    decides, and they end with it, without a word."""
     kept = {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, kept)
+    quiet = "ignore:resource_tracker"  # what the main process leaves behind is cleaned up, and no news
+    sys.warnoptions.append(quiet)
     try:
         resource_tracker.ensure_running()  # it unblocks SIGINT when it starts
         signal.pthread_sigmask(signal.SIG_BLOCK, kept)
+        sys.warnoptions.remove(quiet)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
