@@ -26,14 +26,13 @@ class Ended(NamedTuple):
 
 
 def started(scenario: str, folder, index: int = 0, port: int = 0) -> subprocess.Popen:
-    """Should a test fail, its processes end by their deadlines."""
     command = [sys.executable, "-m", "tests.parallel.deadline_program", port, index, scenario, folder]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     return subprocess.Popen(list(map(str, command)), env=environment(), cwd=ROOT, text=True, **pipes)
 
 
 def ended(process: subprocess.Popen) -> Ended:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=90)
     return Ended(process.returncode, out, err)
 
 
@@ -50,20 +49,26 @@ def jobs(tmp_path_factory) -> dict[str, list[Ended]]:
     for name in "bd":  # every second file is for process 1 to verify
         (unreadable / name).unlink()
         os.mkfifo(unreadable / name)  # to open it waits for a writer
-    running = {}
-    for scenario in SCENARIOS:
-        port = local.free_port()
-        place = folder if scenario in ("restore", "evaluation") else folder / scenario
-        running[scenario] = [started(scenario, place, index, port) for index in range(2)]
-    frozen = running["frozen"][1]
-    while frozen.stdout.readline() not in ("hangs\n", ""):
-        pass
-    frozen.send_signal(signal.SIGSTOP)
-    results = {scenario: [ended(job) for job in pair] for scenario, pair in running.items() if scenario != "frozen"}
-    other = ended(running["frozen"][0])
-    assert frozen.poll() is None
-    frozen.send_signal(signal.SIGCONT)
-    return results | dict(frozen=[other, ended(frozen)])
+    running, every = {}, []
+    try:
+        for scenario in SCENARIOS:
+            port = local.free_port()
+            place = folder if scenario in ("restore", "evaluation") else folder / scenario
+            running[scenario] = [started(scenario, place, index, port) for index in range(2)]
+            every += running[scenario]
+        waiting, frozen = running.pop("frozen")
+        while frozen.stdout.readline() not in ("hangs\n", ""):
+            pass
+        frozen.send_signal(signal.SIGSTOP)
+        results = {scenario: [ended(job) for job in pair] for scenario, pair in running.items()}
+        results["frozen"] = [ended(waiting)]
+        assert frozen.poll() is None
+        frozen.send_signal(signal.SIGCONT)
+        results["frozen"].append(ended(frozen))
+        return results
+    finally:  # where a deadline fails to end them
+        for job in every:
+            job.kill()
 
 
 LINES = dict(
@@ -72,7 +77,7 @@ LINES = dict(
     save="error: config.checkpoint.timeout_seconds=2: a save of",
     first="error: --wait_timeout_seconds=4: what process 0 does for all has not ended within 4 s",
     gather="error: --wait_timeout_seconds=4: gathering the parameters has not ended",
-    evaluation="error: --wait_timeout_seconds=12: a step of the evaluation has not ended",
+    evaluation="error: --wait_timeout_seconds=4: a step of the evaluation has not ended",
 )
 
 
@@ -91,6 +96,10 @@ def test_the_process_that_hangs_ends_by_the_same_deadline(jobs, scenario):
     for job in jobs[scenario]:
         assert LINES[scenario] in job.err
         assert job.code == 1
+
+
+def test_who_waits_for_process_0_goes_on_waiting_while_it_is_seen_to_work(jobs):
+    assert all("worked" in job.out for job in jobs["first"])
 
 
 def test_one_process_that_reads_or_writes_alone_has_a_deadline_too(tmp_path):
