@@ -4,7 +4,7 @@
 
 What is after -- goes to `python -m tvq_pod.main`, once for each process. Process 0's output is shown as it is, the
 others' behind their number. When one process fails the others are ended, and its exit code is the launcher's; a signal
-counts as 128 + its number. SIGTERM and SIGINT are passed on.
+counts as 128 + its number. Signals that ask a run to save or to end are passed on.
 """
 
 import functools
@@ -33,8 +33,8 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start(n_processes: int, devices_per_process: int, arguments: list[str]) -> list[subprocess.Popen]:
-    """Starts the processes of one job; their output is piped."""
+def start(n_processes: int, devices_per_process: int, arguments: list[str], **settings) -> list[subprocess.Popen]:
+    """Starts the processes of one job; their output is piped. settings: of Popen."""
     address = f"127.0.0.1:{free_port()}"
     given = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
     given.append(f"--xla_force_host_platform_device_count={devices_per_process}")
@@ -46,6 +46,7 @@ def start(n_processes: int, devices_per_process: int, arguments: list[str]) -> l
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            **settings,
         )
         for index in range(n_processes)
     ]
@@ -91,15 +92,17 @@ def _copy(source: BinaryIO, target: BinaryIO, prefix: bytes) -> None:
 
 def main(argv: list[str]) -> None:
     """argv: the program, then the flags of tvq_pod.main."""
-    processes = start(_PROCESSES.value, _DEVICES.value, argv[1:])
+    # In a group of their own: a terminal's Ctrl-C reaches the launcher only, which passes it on, so each gets it once.
+    processes = start(_PROCESSES.value, _DEVICES.value, argv[1:], process_group=0)
 
     def pass_on(number, _frame):
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it ignored, here and there
+            signal.signal(number, pass_on)
     readers = []
     for index, process in enumerate(processes):
         prefix = f"[{index}] ".encode() if index else b""

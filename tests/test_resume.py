@@ -1,11 +1,18 @@
 """A killed run goes on as if nothing had happened: real processes, real kills, equal bits."""
 
+import dataclasses
 import random
 import signal
 import time
 
+from etils import epath
+
 from tests import chaos
 from tests.test_cli import config_file, corpus, finish, metrics_of, run, start
+from tests.test_sanity import settings_for
+from tvq_pod.checkpoint import Checkpoints
+from tvq_pod.config import EvalSettings
+from tvq_pod.train import train
 
 __all__ = ["config_file", "corpus"]  # fixtures
 
@@ -47,16 +54,27 @@ def test_a_run_that_goes_on_with_other_streams_says_so_and_reads_on(tmp_path, co
     assert "anew" not in err
 
 
-def test_sigterm_ends_one_process_too_with_75_and_the_next_start_goes_on(tmp_path, config_file):
+def test_signals_save_and_end_one_process_too_and_the_next_start_goes_on(tmp_path, config_file):
+    """SIGUSR1 twice, while it starts and in a step; then Ctrl-C; and SIGTERM to the next start."""
     flags = [f"--config={config_file}", *FLAGS, f"--workdir={tmp_path / 'run'}"]
-    process = start(*flags)
+    process, lines = start(*flags), []
     for line in process.stderr:
+        lines.append(line)
+        if line.startswith("store "):  # restore and compilation are still to come
+            process.send_signal(signal.SIGUSR1)
         if line.startswith("step  5/"):
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGUSR1)
+        if line.startswith("step  9/"):
+            process.send_signal(signal.SIGINT)
         if line.startswith("saved step"):
             saved = int(line.split()[2])
-    assert process.wait() == 75
-    assert 5 < saved <= 9  # at most three steps were on their way
+    assert process.wait() == 75, lines
+    assert any(line.startswith("SIGUSR1: the run saves as soon as") for line in lines)
+    assert 9 < saved <= 13  # at most three steps were on their way
+    first, second, last = sorted(int(path.name) for path in (tmp_path / "run/checkpoints").iterdir())
+    assert first == 1
+    assert 5 < second <= 9
+    assert last == saved
     assert (tmp_path / f"run/checkpoints/{saved}/manifest.json").exists()
     early = start(*flags)
     time.sleep(1.5)  # while it starts: there is nothing to save
@@ -65,6 +83,41 @@ def test_sigterm_ends_one_process_too_with_75_and_the_next_start_goes_on(tmp_pat
     assert early.returncode in (75, -signal.SIGTERM), err
     _, err = run(*flags)
     assert f"goes on from step {saved}" in err
+
+
+class AskedToSaveAt:
+    """SIGUSR1 before the run asks for the n-th time, for each of these n."""
+
+    requested = can_save = False
+
+    def __init__(self, *times):
+        self._asked, self._times = 0, times
+
+    def take_save(self):
+        self._asked += 1
+        return self._asked in self._times
+
+
+def test_sigusr1_in_an_evaluation_saves_at_once(tmp_path, corpus, monkeypatch):
+    """The run asks after each of 6 steps, and after each step of the evaluation that follows the 4th."""
+    settings = settings_for(corpus)
+    settings = dataclasses.replace(
+        settings,
+        data=dataclasses.replace(settings.data, validation_share=0.3),
+        train=dataclasses.replace(settings.train, num_steps=6),
+        checkpoint=dataclasses.replace(settings.checkpoint, every_steps=0),
+        eval=EvalSettings(every_steps=4, at_end=False),
+    )
+    saved, save = [], Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda self, state, step, *rest, **more: (
+        saved.append(step), save(self, state, step, *rest, **more)))  # fmt: skip
+    evaluated, know = [], Checkpoints.know_losses
+    monkeypatch.setattr(Checkpoints, "know_losses", lambda self, losses: (
+        evaluated.append((list(losses), list(saved))), know(self, losses)))  # fmt: skip
+    train(settings, epath.Path(tmp_path), AskedToSaveAt(2, 6))
+    assert saved == [2, 4, 6]
+    assert evaluated[-1] == ([4], [2, 4])  # the evaluation came to its end
+    assert Checkpoints(epath.Path(tmp_path)).steps() == [2, 4, 6]
 
 
 def test_two_runs_in_one_folder_the_second_is_refused_and_the_first_goes_on(tmp_path, config_file):

@@ -143,7 +143,9 @@ def poison(monkeypatch):
 
 
 def run(settings, workdir):
-    train(settings, epath.Path(workdir), types.SimpleNamespace(requested=False, can_save=False))
+    train(
+        settings, epath.Path(workdir), types.SimpleNamespace(requested=False, can_save=False, take_save=lambda: False)
+    )
     return state_of(settings, workdir, STEPS)
 
 
@@ -240,7 +242,9 @@ def test_going_back_holds_one_state_and_not_two(corpus, tmp_path, poison, monkey
     monkeypatch.setattr(Checkpoints, "restore", restored)
     poison |= {12, 13, 14}
     before = sum(array.nbytes for array in jax.live_arrays())
-    train(settings, epath.Path(tmp_path), types.SimpleNamespace(requested=False, can_save=False))
+    train(
+        settings, epath.Path(tmp_path), types.SimpleNamespace(requested=False, can_save=False, take_save=lambda: False)
+    )
     state = create_train_state(settings, make_mesh(settings.mesh))
     assert live[0] - before < sum(array.nbytes for array in jax.tree.leaves(state)) / 2
 
@@ -298,6 +302,9 @@ class AskedAt:
     def requested(self):
         self._left -= 1
         return self._left <= 0
+
+    def take_save(self):
+        return False
 
 
 def test_a_run_that_is_preempted_between_bad_steps_can_still_go_back(corpus, tmp_path, poison):

@@ -36,6 +36,7 @@ from tvq_pod.config import CheckpointSettings, TrainSettings
 from tvq_pod.data.course import Course
 from tvq_pod.errors import UserError
 from tvq_pod.identity import FINGERPRINT, differing, model_record, run_record  # noqa: F401 (some import them from here)
+from tvq_pod.parallel.deadlines import Deadline
 from tvq_pod.parallel.processes import all_agree, decided_by_first, from_first, is_first, on_first
 from tvq_pod.paths import free_name, is_bucket
 from tvq_pod.train_state import TrainState
@@ -93,12 +94,15 @@ class Checkpoints:
         workdir: epath.Path,
         settings: CheckpointSettings | None = None,
         on_saved: Callable[[int], None] = lambda step: None,
+        restore_timeout_seconds: int = CheckpointSettings.restore_timeout_seconds,
     ):
         """settings: of a run that writes; None for one that only reads, and makes no folder. on_saved: is called with
-        every step that is on disk and good, on process 0, in a thread."""
+        every step that is on disk and good, on process 0, in a thread. restore_timeout_seconds: the setting, for one
+        that only reads."""
         workdir = epath.Path(workdir)
         self.path = (workdir if is_bucket(workdir) else workdir.absolute()) / "checkpoints"
         self._settings, self._on_saved = settings, on_saved
+        self._restore_timeout = settings.restore_timeout_seconds if settings else restore_timeout_seconds
         if settings is None and not self.path.is_dir():
             raise UserError(f"--workdir={workdir}: has no checkpoint; train there first")
         self._saving: int | None = None
@@ -121,6 +125,16 @@ class Checkpoints:
         if settings is not None:
             on_first(self._tidy)
 
+    def _reading(self, what: str) -> Deadline:
+        seconds = self._restore_timeout
+        return Deadline(what, seconds, f"config.checkpoint.restore_timeout_seconds={seconds}")
+
+    def _writing(self) -> Deadline:
+        """Orbax gives a save up by itself once its time is over, and it is tried again. Twice that time, and what waits
+        for it never ends."""
+        seconds = (self._settings or CheckpointSettings()).timeout_seconds
+        return Deadline(f"a save of {self.path}", 2 * seconds, f"config.checkpoint.timeout_seconds={seconds}")
+
     # ------------------------------------------------------------------ which there are
 
     def steps(self) -> list[int]:
@@ -142,9 +156,10 @@ class Checkpoints:
             raise UserError(f"--workdir={self.path.parent}: has no checkpoint; train there first")
         if step is not None and step not in steps:
             raise UserError(f"--step={step}: there are {', '.join(map(str, steps))}")
-        for candidate in reversed(steps) if step is None else [step]:
-            if self._is_good(candidate):
-                return candidate
+        with self._reading(f"verifying the checkpoints in {self.path}"):
+            for candidate in reversed(steps) if step is None else [step]:
+                if self._is_good(candidate):
+                    return candidate
         which = "every checkpoint" if step is None else f"--step={step}"
         raise UserError(f"--workdir={self.path.parent}: {which} is damaged; there are {', '.join(map(str, steps))}")
 
@@ -154,10 +169,11 @@ class Checkpoints:
 
         Raises UserError if there were checkpoints, and none is good: a run must not start over without being told.
         """
-        while (step := from_first(max(self.steps(), default=-1))) != -1:
-            if self._is_good(step):
-                return step
-            on_first(lambda step=step: self._set_aside(step, "damaged"))
+        with self._reading(f"verifying the checkpoints in {self.path}"):
+            while (step := from_first(max(self.steps(), default=-1))) != -1:
+                if self._is_good(step):
+                    return step
+                on_first(lambda step=step: self._set_aside(step, "damaged"))
         set_aside = sorted(path.name for path in self._entries("*.damaged*"))
         if set_aside:
             raise UserError(
@@ -211,6 +227,10 @@ class Checkpoints:
         The save before this one must be done. Does nothing if the step is there. retain_all: deletes no older step, not
         even one that need not stay.
         """
+        with self._writing():
+            self._begin_save(state, step, record, course, retain_all)
+
+    def _begin_save(self, state: TrainState, step: int, record: dict, course: Course, retain_all: bool) -> None:
         there, room = 1, 2
         verdict = from_first(there if step in self.steps() else 0 if self._has_room(state) else room)
         if verdict == there:
@@ -264,9 +284,15 @@ class Checkpoints:
 
     def wait(self) -> bool:
         """Until the last save is on disk. Whether it is."""
-        if self._saved is not None:
-            concurrent.futures.wait([self._saved])
+        if self.busy:
+            with self._writing():
+                concurrent.futures.wait([self._saved])
         return not self.error
+
+    def wait_for_all(self) -> bool:
+        """Until the last save is on disk, of all processes. Whether it is."""
+        with self._writing():
+            return all_agree(self.wait())
 
     @property
     def failing(self) -> bool:
@@ -275,10 +301,11 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits as `wait` does, and ends orbax's threads."""
-        self.wait()
-        self._pool.shutdown()
-        with contextlib.suppress(OSError, ValueError, TimeoutError):
-            self._checkpointer.close()
+        with self._writing():
+            self.wait()
+            self._pool.shutdown()
+            with contextlib.suppress(OSError, ValueError, TimeoutError):
+                self._checkpointer.close()
 
     def _add_manifest(self) -> None:
         """Called by orbax on process 0, when all of a step is written and before it gets its name."""
@@ -396,7 +423,8 @@ class Checkpoints:
     def _restore(self, step: int, **items):
         """Raises UserError if the files can't be read; orbax's own errors then are of many kinds."""
         try:
-            return self._checkpointer.restore(self.path / str(step), args=ocp.args.Composite(**items))
+            with self._reading(f"reading the checkpoint {self.path}/{step}"):
+                return self._checkpointer.restore(self.path / str(step), args=ocp.args.Composite(**items))
         except (KeyError, OSError, TypeError, ValueError) as error:
             if found := self._other_arrays(step, items):
                 raise UserError(

@@ -78,7 +78,8 @@ class CheckpointSettings:
     keep_every_steps: int = 0  # one every so many steps stays for ever; 0: none
     keep_best: int = 1  # steps of the lowest validation loss that stay; 0: none
     timeout_seconds: int = 600  # that a save may take in the background
-    grace_seconds: float = 120.0  # from SIGTERM until the process ends, saved or not
+    restore_timeout_seconds: int = 1800  # that verifying or reading a checkpoint may take; then the job ends
+    grace_seconds: float = 120.0  # from SIGTERM, SIGINT or SIGHUP until the process ends, saved or not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +179,7 @@ AT_LEAST = {  # everything else that is a number must be at least 0
     "mesh.model": 1,
     "mesh.slices": 1,
     "checkpoint.timeout_seconds": 1,
+    "checkpoint.restore_timeout_seconds": 1,
     "sanity.bad_steps": 1,
     "sanity.spike_after_steps": 2,
 }

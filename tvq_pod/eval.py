@@ -27,6 +27,7 @@ from tvq_pod.metrics import LOG_2, MetricsWriter
 from tvq_pod.nn.axes import placed_by
 from tvq_pod.nn.model import Transformer
 from tvq_pod.nn.types import TransformerConfig
+from tvq_pod.parallel.deadlines import waiting
 from tvq_pod.parallel.mesh import check_divides, compiler_options, make_mesh, n_row_shards
 from tvq_pod.parallel.processes import is_first
 from tvq_pod.parallel.sharding import (
@@ -133,10 +134,19 @@ class Evaluator:
 
         told_to_stop is asked after each step; None is returned as soon as it says so.
         """
+        with waiting("a step of the evaluation") as deadline:
+
+            def after_step() -> bool:
+                deadline.renew()
+                return told_to_stop()
+
+            return self._evaluate(params, after_step)
+
+    def _evaluate(self, params: dict, told_to_stop: Callable[[], bool]) -> Result | None:
         began = time.monotonic()
         train, data = self._settings.train, self._settings.data
         state = make_eval_state(self._settings, self._mesh, self._plan.n_rows)
-        nats, waiting, n_done = np.zeros(len(self._n_tokens)), [], 0
+        nats, ahead, n_done = np.zeros(len(self._n_tokens)), [], 0
         for batch in global_batches(
             self._split,
             self._plan,
@@ -149,13 +159,13 @@ class Evaluator:
             ahead=data.prefetch_batches,
         ):
             state, losses = self._eval_step(params, state, batch)
-            waiting.append(losses)
-            if len(waiting) > 1:  # the host runs ahead by one step, no more: batches take memory
-                nats += self._by_bucket(n_done, waiting.pop(0))
+            ahead.append(losses)
+            if len(ahead) > 1:  # the host runs ahead by one step, no more: batches take memory
+                nats += self._by_bucket(n_done, ahead.pop(0))
                 n_done += 1
             if told_to_stop():
                 return None
-        nats += self._by_bucket(n_done, waiting.pop())
+        nats += self._by_bucket(n_done, ahead.pop())
         total, tokens = float(nats.sum()), self._plan.n_tokens
         return Result(
             loss=total / tokens,
@@ -186,7 +196,7 @@ def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | No
     """
     mesh = make_mesh(settings.mesh)
     check_divides("config.eval.batch_size", settings.eval.batch_size, mesh)
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpoints(workdir, restore_timeout_seconds=settings.checkpoint.restore_timeout_seconds)
     step = checkpoints.pick(step)
     path = store_path(settings, workdir)
     if not settings.data.mixture and not TokenStore.exists(path):

@@ -15,6 +15,7 @@ from tvq_pod.errors import UserError
 from tvq_pod.nn.model import Transformer
 from tvq_pod.nn.scores import NEVER
 from tvq_pod.nn.types import TransformerConfig
+from tvq_pod.parallel.deadlines import still_working
 from tvq_pod.progress import say
 
 GAP = 2  # pixels between images of a sheet
@@ -62,6 +63,7 @@ def draw_images(params: dict, config: TransformerConfig, settings: SampleSetting
         key = jax.random.fold_in(jax.random.key(settings.seed), index)
         state, tokens, drawn = row(params, state, tokens, key)
         rows.append(np.asarray(drawn))
+        still_working()
     return np.concatenate(rows).T.reshape(count, *IMAGE_SHAPE)
 
 

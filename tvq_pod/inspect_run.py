@@ -21,7 +21,7 @@ from tvq_pod.train_state import TrainState, abstract_train_state
 def inspect(settings: Settings, workdir: epath.Path, step: int | None) -> None:
     """Prints the config, the steps kept, each parameter's shape, dtype and sharding, their count, and two SHA-256: of
     all parameters, and of the rest of the train state (step, optimizer, recurrent state)."""
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpoints(workdir, restore_timeout_seconds=settings.checkpoint.restore_timeout_seconds)
     steps, step = checkpoints.steps(), checkpoints.pick(step)
     record = run_record(settings, run_vocab(settings, workdir).name, fingerprint="")
     checkpoints.check(step, {name: value for name, value in record.items() if name != FINGERPRINT})

@@ -3,16 +3,16 @@
     python -m tvq_pod.main --config=configs/stdlib.py --workdir=runs/stdlib [--config.model.d_model=256 ...]
         [--mode=train|eval|sample|prepare|train_vocab|inspect|plan|bench]
 
-Exit code 0: done. 75: asked to end by SIGTERM, and saved: run me again. 141: nobody reads the output any more. 1: an
-error; where it is the user's to mend, one line says how.
+Exit code 0: done. 75: asked to end by a signal, and saved: run me again. 141: nobody reads the output any more. 1: an
+error; where it is the user's to mend, one line says how. 128 + N: ended at once by signal N, see preemption.py.
 """
 
 import contextlib
+import functools
 import gc
 import os
 import pathlib
 import re
-import signal
 import sys
 import traceback
 
@@ -63,10 +63,13 @@ _PEER_TIMEOUT = flags.DEFINE_integer(
 _JOIN_TIMEOUT = flags.DEFINE_integer(
     "join_timeout_seconds", 300, "How long the job's processes wait for each other to start.", lower_bound=5
 )
+_WAIT_TIMEOUT = flags.DEFINE_integer(
+    "wait_timeout_seconds", 1800, "How long they may wait for each other later, but for training steps.", lower_bound=1
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "bench: turns after the warm-up.", lower_bound=1)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], preemption: Preemption) -> None:
     """Calls the mode. Raises UserError for what the user can mend."""
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.FATAL)  # orbax writes a page per save, and ten if it fails: that is raised anyway
@@ -79,15 +82,15 @@ def main(argv: list[str]) -> None:
     check_flags(mode, [name for name in flags.FLAGS if flags.FLAGS[name].present], workdir, _STEP.value)
     settings = _settings()
     _check_paths(settings, mode)
+    preemption.grace_seconds = settings.checkpoint.grace_seconds
 
     # Modes are imported here: a wrong flag should not wait for jax.
     if mode in TOGETHER:
         from tvq_pod.parallel import processes
 
-        preemption = Preemption(settings.checkpoint.grace_seconds) if mode == "train" else None
         processes.check_slices(settings.mesh.slices)
         job = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _MULTIHOST.value
-        processes.join(*job, _PEER_TIMEOUT.value, _JOIN_TIMEOUT.value)
+        processes.join(*job, _PEER_TIMEOUT.value, _JOIN_TIMEOUT.value, _WAIT_TIMEOUT.value)
         _cache_compiled(settings.compile_cache, workdir)
     elif _is_one_of_many() or _NUM_PROCESSES.value or _PROCESS_ID.value is not None:
         raise UserError(f"--mode={mode}: is for one process; leave --multihost, --coordinator_address and others out")
@@ -274,21 +277,19 @@ def _given(argv: list[str], name: str) -> str | None:
 
 def run() -> None:
     """What `python -m tvq_pod.main` and the command `tvq_pod` call."""
+    preemption = Preemption()  # at once: a signal that asks to save must never end a process that is starting
     terminal.prepare()
     # Tracing makes many objects that stay: looking through them as often as Python does is a sixth of a start.
     gc.set_threshold(20_000)
     try:
         try:
-            app.run(main, flags_parser=_parse)
+            app.run(functools.partial(main, preemption=preemption), flags_parser=_parse)
         except SystemExit:
             sys.stdout.flush()
             raise
     except Preempted as preempted:
         _tell(" ".join(str(preempted).split()))
         _exit_alone(PREEMPTED)
-    except KeyboardInterrupt:
-        _tell("interrupted")
-        _exit_alone(128 + signal.SIGINT)
     except UserError as error:
         _tell("error: " + " ".join(str(error).split()))
         _exit_alone(1)

@@ -25,6 +25,7 @@ from tvq_pod.data.train_vocab import train_sentencepiece
 from tvq_pod.data.vocab import ByteVocab, SentencePieceVocab, Vocab, decoded, load_vocab
 from tvq_pod.data.writer import StoreWriter, adopted, check_free, only_one
 from tvq_pod.errors import UserError
+from tvq_pod.parallel.deadlines import still_working
 from tvq_pod.parallel.processes import is_first, on_first
 from tvq_pod.paths import is_bucket, write_whole
 from tvq_pod.progress import say
@@ -183,6 +184,7 @@ class _Left:
         return self._crc == crc_taken
 
     def _count(self, document: Document) -> None:
+        still_working()
         self._number += 1
         head = f"{document.name}\0{document.split}\0{len(document.text)}\0"
         self._crc = google_crc32c.extend(self._crc, head.encode("utf-8", errors="surrogateescape"))
@@ -313,6 +315,7 @@ def _vocab(settings: Settings, workdir: epath.Path) -> Vocab:
 
 def _training_texts(data: DataSettings) -> Iterator[bytes | memoryview]:
     for document in documents(data):
+        still_working()
         text, _ = _usable(document, any_bytes=False, invalid_utf8=data.invalid_utf8)
         if text is not None and len(text):
             split = document.split or split_of(text, data.validation_share, data.test_share)

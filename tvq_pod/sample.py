@@ -22,6 +22,7 @@ from tvq_pod.errors import UserError
 from tvq_pod.nn.model import Transformer
 from tvq_pod.nn.scores import NEVER
 from tvq_pod.nn.types import TransformerConfig
+from tvq_pod.parallel.deadlines import still_working
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.parallel.processes import on_first
 from tvq_pod.parallel.sharding import on_one_device
@@ -84,6 +85,7 @@ def text_of(tokens: Iterator[int], vocab: Vocab) -> Iterator[str]:
     """The text of tokens, piece by piece, as soon as each is known."""
     decoder = vocab.decoder()
     for token in tokens:
+        still_working()
         yield decoder.decode(token)
     yield decoder.decode(PAD, final=True)
 
@@ -125,7 +127,7 @@ def sample(settings: Settings, workdir: epath.Path, prompts: list[bytes], step: 
     One device of process 0 does it: a stream's next token waits for the last one, and its state is small.
     """
     images.check_packages(settings)
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpoints(workdir, restore_timeout_seconds=settings.checkpoint.restore_timeout_seconds)
     step = checkpoints.pick(step)
     vocab = run_vocab(settings, workdir)
     checkpoints.check(step, model_record(settings, vocab.name))

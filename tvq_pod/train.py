@@ -1,8 +1,8 @@
 """--mode=train: from a config to a trained model. Reads from top to bottom: check, prepare, restore, loop, finish.
 
-What happens to one process and must be known to all is agreed on: where to stop after SIGTERM (parallel/stopping.py);
-that a save failed, by a vote before every step. What follows from numbers (a bad step) every process computes alike. So
-all save, stop and go back at the same step.
+What happens to one process and must be known to all is agreed on: where to save or stop after a signal
+(parallel/stopping.py); that a save failed, by a vote before every step. What follows from numbers (a bad step) every
+process computes alike. So all save, stop and go back at the same step.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ from tvq_pod.errors import Preempted, UserError
 from tvq_pod.eval import Evaluator, report
 from tvq_pod.metrics import MetricsWriter, bits_per_byte, check_packages, lines_of
 from tvq_pod.parallel.mesh import check_rows, make_mesh, sizes
-from tvq_pod.parallel.processes import Ballot, all_agree, decided_by_first, is_first, on_first
+from tvq_pod.parallel.processes import Ballot, decided_by_first, is_first, on_first
 from tvq_pod.parallel.sharding import on_one_device
 from tvq_pod.parallel.stopping import StopTogether
-from tvq_pod.preemption import Preemption
+from tvq_pod.preemption import SAVE, STOP, Preemption
 from tvq_pod.prepare import check_source, describe, open_store, store_path
 from tvq_pod.progress import Speed, hours, say
 from tvq_pod.sample import continuations, run_vocab
@@ -62,7 +62,7 @@ class BadStretch(Exception):
 def train(settings: Settings, workdir: epath.Path, preemption: Preemption) -> None:
     """Trains to config.train.num_steps, from the newest good checkpoint in `workdir` if there is one.
 
-    Raises Preempted after SIGTERM to any process, once all is saved.
+    Raises Preempted after SIGTERM, SIGINT or SIGHUP to any process, once all is saved.
     """
     # ------------------------------------------------- what can be refused before anything is written
     mesh = make_mesh(settings.mesh)
@@ -84,7 +84,7 @@ def train(settings: Settings, workdir: epath.Path, preemption: Preemption) -> No
 
 
 class _Session:
-    """One run of the command: from what is in the folder to the last step, or to SIGTERM."""
+    """One run of the command: from what is in the folder to the last step, or to a signal."""
 
     def __init__(
         self,
@@ -277,7 +277,8 @@ class _Session:
                 if behind is not None:
                     self._check_bad(behind, step - 1)
                 behind = metrics
-                told, stop = self.ballot.result(), self.stop.now()
+                told, asked = self.ballot.result(), self.stop.now()
+                stop = asked == STOP
                 log()  # fetched only now that the device has its next step to do
                 if told["save_failed"] and not failing:
                     say(
@@ -285,7 +286,7 @@ class _Session:
                         "tries again; those before it are whole"
                     )
                 failing = told["save_failed"] or (failing and told["save_busy"])
-                owed |= failing or _due(step, every)
+                owed |= failing or _due(step, every) or asked == SAVE
                 last = step == config.num_steps
                 # Between bad steps nothing is saved: what a run can go back to must be from before them.
                 save = last or (owed and not failing and not int(metrics["n_bad"]))
@@ -349,7 +350,7 @@ class _Session:
 
     def _evaluate(self, state: TrainState, step: int) -> None:
         """Raises Preempted if the run is asked to end meanwhile."""
-        result = self.evaluator.evaluate(state.params, self.stop.now)
+        result = self.evaluator.evaluate(state.params, lambda: self._told_to_stop(state, step))
         if result is None:
             self._leave(state, step)
         report(result, step, "validation")
@@ -358,6 +359,14 @@ class _Session:
         if self.step_fn:
             self.speed.skip()
 
+    def _told_to_stop(self, state: TrainState, step: int) -> bool:
+        """In an evaluation: saves if the run is asked to; returns whether it is asked to end."""
+        asked = self.stop.now()
+        if asked == SAVE:
+            self.checkpoints.wait()
+            self.checkpoints.save(state, step, self.record, self.course, retain_all=True)  # as in _leave
+        return asked == STOP
+
     # ------------------------------------------------------------------ how it ends
 
     def _leave(self, state: TrainState, step: int) -> None:
@@ -365,12 +374,12 @@ class _Session:
         self.checkpoints.wait()
         # It may be between bad steps: those of before, which the run may have to go back to, stay.
         self.checkpoints.save(state, step, self.record, self.course, retain_all=True)
-        if not all_agree(self.checkpoints.wait()):
+        if not self.checkpoints.wait_for_all():
             raise UserError(
                 f"--workdir={self.workdir}: asked to end, and step {step} could not be saved "
                 f"({self.checkpoints.error}); the checkpoints before it are whole"
             )
-        raise Preempted(f"saved step {step} and ends, as SIGTERM asked; start again to go on")
+        raise Preempted(f"saved step {step} and ends, as a signal asked; start again to go on")
 
     def _save_surely(self, state: TrainState, step: int, retain_all: bool) -> None:
         """Until the checkpoint is on disk. Raises UserError if it can't be written for minutes.
@@ -380,7 +389,7 @@ class _Session:
         for attempt in itertools.count(1):
             self.checkpoints.wait()
             self.checkpoints.save(state, step, self.record, self.course, retain_all)
-            if all_agree(self.checkpoints.wait()):
+            if self.checkpoints.wait_for_all():
                 return
             why = self.checkpoints.error or "another process says why"
             if attempt == RETRIES:

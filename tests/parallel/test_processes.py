@@ -1,5 +1,6 @@
 """Jobs of several real processes: they train as one does, end together, and refuse what would split them."""
 
+import fcntl
 import json
 import os
 import signal
@@ -28,9 +29,10 @@ FLAGS = [
 ]  # fmt: skip
 
 
-def launched(*arguments: str) -> subprocess.Popen:
+def launched(*arguments: str, **settings) -> subprocess.Popen:
+    """settings: of Popen."""
     command = [sys.executable, "-m", "launch.local", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,28 @@ def test_a_mistake_ends_all_processes_with_one_line_each(corpus, tmp_path):
     assert "error: config.data.source=" in output
     assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_while_a_corpus_is_prepared_ends_all_processes_with_one_line_each(tmp_path):
+    """The terminal sends it to the launcher's process group; SIGUSR1, which all get before, ends none."""
+    (tmp_path / "run").mkdir()
+    flags = ["--config=configs/stdlib.py", "--mode=prepare", f"--workdir={tmp_path / 'run'}"]
+    with (tmp_path / "run/store.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        job = launched("--processes=2", "--devices_per_process=1", "--", *flags, start_new_session=True)
+        while not (line := job.stdout.readline()).startswith("waits: another process prepares"):
+            assert line
+        os.killpg(job.pid, signal.SIGUSR1)
+        told = {job.stdout.readline() for _ in range(2)}
+        os.killpg(job.pid, signal.SIGINT)
+        lines = job.stdout.readlines()
+        assert job.wait(timeout=60) == 128 + signal.SIGINT
+    noted = "SIGUSR1: the run saves as soon as there is something to save, and goes on\n"
+    assert told == {noted, f"[1] {noted}"}
+    ends = "SIGINT: the process ends; there is nothing to save\n"
+    assert lines.count(ends) == 1  # each process got it once
+    assert lines.count(f"[1] {ends}") <= 1  # or jax was quicker to end it, when process 0 was gone
+    assert not any("Traceback" in line for line in lines)
 
 
 def sleepers(*codes) -> list[subprocess.Popen]:

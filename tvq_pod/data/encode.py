@@ -6,11 +6,12 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 
 import numpy as np
 
@@ -56,10 +57,12 @@ def encoded(documents: Iterable[tuple[object, bytes | memoryview]], vocab: Vocab
         return
     waiting: collections.deque = collections.deque()
     context = multiprocessing.get_context("spawn")  # jax has threads: a fork could hang
-    with concurrent.futures.ProcessPoolExecutor(n_processes, context, _begin, (vocab, dtype)) as pool:
+    with _signals_kept():
+        pool = concurrent.futures.ProcessPoolExecutor(n_processes, context, _begin, (vocab, dtype))
+    with pool:
         try:
             for batch in _batches(cut):
-                with _main_left_alone():
+                with _main_left_alone(), _signals_kept():
                     waiting.append((batch, pool.submit(_encode, [piece for _, piece, _ in batch])))
                 if len(waiting) > AHEAD * n_processes:
                     yield from _result(*waiting.popleft())
@@ -85,6 +88,23 @@ def _main_left_alone() -> Iterator[None]:
     finally:
         del main.__spec__
         main.__dict__.update(hidden)
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Processes that are started in here do not get what a terminal or Slurm sends to all at once: the main process
+    decides, and they end with it, without a word."""
+    kept = {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, kept)
+    quiet = "ignore:resource_tracker"  # what the main process leaves behind is cleaned up, and no news
+    sys.warnoptions.append(quiet)
+    try:
+        resource_tracker.ensure_running()  # it unblocks SIGINT when it starts
+        signal.pthread_sigmask(signal.SIG_BLOCK, kept)
+        sys.warnoptions.remove(quiet)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _with_end(parts: Iterator[bytes]) -> Iterator[tuple[bytes, bool]]:

@@ -16,6 +16,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tvq_pod.errors import UserError
+from tvq_pod.parallel import deadlines
+from tvq_pod.parallel.deadlines import waiting
 from tvq_pod.parallel.sharding import replicated
 
 
@@ -26,14 +28,16 @@ def join(
     multihost: bool,
     peer_timeout_seconds: int = 100,
     join_timeout_seconds: int = 300,
+    wait_timeout_seconds: int = 1800,
 ) -> None:
     """Joins the other processes of the job, before anything else is asked of jax; alone, if nothing is given.
 
     multihost: Cloud TPU, Slurm or Open MPI say who the others are. peer_timeout_seconds: a process that was not heard
     of for so long is dead, and jax ends all others, with a message and SIGABRT. Raises UserError if the job can't be
     joined, and after join_timeout_seconds ends the process: one that went on by itself would be one of many, each
-    training and writing alone.
+    training and writing alone. wait_timeout_seconds: how long a process then waits for the others (see `waiting`).
     """
+    deadlines.set_wait_timeout(wait_timeout_seconds)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from preemption.py
     given = dict(coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id)
     missing = [f"--{name}" for name, value in given.items() if value is None]
@@ -99,7 +103,8 @@ def from_first(value: int) -> int:
     """Process 0's value, on all of them: files may look different from host to host."""
     if jax.process_count() == 1:
         return value
-    return int(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int64)))
+    with waiting("a decision of process 0"):
+        return int(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int64)))
 
 
 def decided_by_first(value: bool) -> bool:
@@ -111,26 +116,34 @@ def text_from_first(text: str) -> str:
     """Process 0's text, on all of them."""
     if jax.process_count() == 1:
         return text
-    encoded = np.frombuffer(text.encode(), np.uint8)
-    length = from_first(len(encoded))
-    own = encoded if is_first() else np.zeros(length, np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(own)).astype(np.uint8).tobytes().decode()
+    with waiting("a message of process 0"):
+        encoded = np.frombuffer(text.encode(), np.uint8)
+        length = from_first(len(encoded))
+        own = encoded if is_first() else np.zeros(length, np.uint8)
+        return np.asarray(multihost_utils.broadcast_one_to_all(own)).astype(np.uint8).tobytes().decode()
 
 
 def all_agree(value: bool) -> bool:
     """Whether it is True on all processes."""
-    return value if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(value)).all())
+    if jax.process_count() == 1:
+        return value
+    with waiting("an agreement of all processes"):
+        return bool(multihost_utils.process_allgather(np.asarray(value)).all())
 
 
 def on_first(function: Callable[[], None]) -> None:
-    """Calls function on process 0, while the others wait. Raises what it raised there, and UserError on the others."""
+    """Calls function on process 0, while the others wait. Raises what it raised there, and UserError on the others.
+
+    What may take longer than --wait_timeout_seconds calls `still_working` as it gets on.
+    """
     error = None
-    if is_first():
-        try:
-            function()
-        except Exception as raised:
-            error = raised
-    succeeded = decided_by_first(error is None)
+    with waiting("what process 0 does for all", of_first=True):
+        if is_first():
+            try:
+                function()
+            except Exception as raised:
+                error = raised
+        succeeded = decided_by_first(error is None)
     if error is not None:
         raise error
     if not succeeded:

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tvq_pod.nn.axes import Placement
+from tvq_pod.parallel.deadlines import waiting
 
 # A name that maps to () is not split. An axis whose size doesn't divide, and one that meets a mesh axis taken by an
 # axis before it, is not split either: with several heads the heads are, with one head the width of its values.
@@ -108,7 +109,8 @@ def on_one_device(params, mesh: Mesh):
     """Parameters, whole, on this process's first device: the processes gather them together."""
     if jax.process_count() == 1:
         return jax.device_put(params, jax.local_devices()[0])
-    whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(params)
+    with waiting("gathering the parameters"):
+        whole = jax.block_until_ready(jax.jit(lambda x: x, out_shardings=replicated(mesh))(params))
     return jax.tree.map(lambda x: x.addressable_data(0), whole)
 
 
