@@ -125,6 +125,24 @@ def test_a_wandb_run_of_a_bucket_is_the_same_from_every_host(tmp_path, monkeypat
     assert not list(tmp_path.glob("*/gs:*"))  # where files were written as if a bucket was a folder
 
 
+def test_a_wandb_that_can_not_be_reached_does_not_end_the_training(tmp_path, monkeypatch, capfd):
+    import wandb
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    init = wandb.init
+
+    def unreachable(mode="online", **settings):
+        if mode == "online":
+            raise wandb.errors.CommError("no route to host")
+        return init(mode=mode, **settings)
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    (tmp_path / "run").mkdir()
+    _, rows = wandb_session(tmp_path / "run", tmp_path / "here", monkeypatch, [1, 2])
+    assert [row[1:] for row in rows] == [(1, 1.0), (2, 0.5)]
+    assert f"W&B can't be reached (no route to host): its run is kept in {tmp_path}/run/wandb" in capfd.readouterr().err
+
+
 def test_a_wandb_that_refuses_the_run_is_one_line(tmp_path, monkeypatch):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)

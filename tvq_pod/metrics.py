@@ -227,6 +227,7 @@ class Wandb:
         except wandb.errors.CommError as error:
             why = " ".join(str(error).split())[:200]
             say(f"WARNING: W&B can't be reached ({why}): its run is kept in {settings['dir']}/wandb for `wandb sync`")
+            wandb.teardown()  # which takes the run's id for one that is in use
             self._run = wandb.init(**settings, mode="offline")
         except wandb.errors.Error as error:
             raise _refused(project, error) from None
