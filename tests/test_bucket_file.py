@@ -173,7 +173,6 @@ def test_tensorboard_reads_the_events_of_a_run_in_a_bucket(bucket, quick, tmp_pa
         for step in session:
             writer.write(step, "train", dict(loss=step / 4, by_unit=[1.0, step], digest="ab"))
         writer.close()
-        time.sleep(1.0)  # names of event files have the second in which a session began
     bucket.files.get("bucket/events/tensorboard/", str(tmp_path), recursive=True)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert events.Tags()["scalars"] == ["train/loss", "train/by_unit/0", "train/by_unit/1"]

@@ -17,7 +17,7 @@ from tvq_pod.paths import is_bucket, write_whole
 from tvq_pod.progress import say
 
 LOG_2 = math.log(2.0)
-FLUSH_SECONDS = 30.0
+FLUSH_SECONDS = 10.0  # that a checkpoint waits for a bucket to have the lines before it
 
 
 def bits_per_byte(nats_per_token: float, tokens_per_byte: float) -> float:
