@@ -147,6 +147,61 @@ def test_what_is_saved_in_a_folder_that_is_refused_could_indeed_not_be_read(tmp_
     checkpoints.close()
 
 
+def test_a_checkpoint_is_told_from_others_of_its_step(tmp_path, mesh):
+    """Of a run that was resumed from an older step, or started over."""
+    state = create_train_state(SETTINGS, mesh)
+
+    def session(begin, saved):
+        checkpoints = Checkpoints(tmp_path, CheckpointSettings(keep=0))
+        checkpoints.begin(begin)
+        for step in saved:
+            shutil.rmtree(tmp_path / f"checkpoints/{step}", ignore_errors=True)
+            checkpoints.save(state, step, RECORD, COURSE)
+            assert checkpoints.wait(), checkpoints.error
+        names = {step: checkpoints.identity(step) for step in (1, 2, 3)}
+        checkpoints.close()
+        reader = Checkpoints(tmp_path)  # as an evaluation does
+        assert all(reader.identity(step) == names[step] for step in saved)
+        reader.close()
+        return names
+
+    first = session(None, [1, 2])
+    again = session(1, [2, 3])
+    assert again[1] == first[1]
+    assert again[2] != first[2]
+    assert session(3, []) == again
+    over = session(None, [1])
+    assert {name.split("-")[0] for name in over.values()} == {"1", "2", "3"}
+    assert not set(over.values()) & {*first.values(), *again.values()}
+
+
+def test_losses_after_the_step_that_a_run_went_back_to_are_forgotten(tmp_path, mesh):
+    checkpoints = Checkpoints(tmp_path, CheckpointSettings(keep=1, keep_best=1))
+    checkpoints.begin(None)
+    state = create_train_state(SETTINGS, mesh)
+    checkpoints.save(state, 1, RECORD, COURSE)
+    checkpoints.wait()
+    checkpoints.know_losses({1: 3.0, 2: 1.0})
+    checkpoints.begin(1)
+    for step in (2, 3):
+        checkpoints.save(state, step, RECORD, COURSE)
+        assert checkpoints.wait(), checkpoints.error
+    assert checkpoints.steps() == [1, 3]
+    checkpoints.close()
+
+
+def test_what_must_be_written_before_a_step_has_its_name_is(tmp_path, mesh):
+    seen = []
+    checkpoints = Checkpoints(
+        tmp_path, CheckpointSettings(), before_named=lambda: seen.append((tmp_path / "checkpoints/1").exists())
+    )
+    checkpoints.save(create_train_state(SETTINGS, mesh), 1, RECORD, COURSE)
+    assert checkpoints.wait(), checkpoints.error
+    assert seen == [False]
+    assert checkpoints.steps() == [1]
+    checkpoints.close()
+
+
 def test_the_newest_steps_are_kept(tmp_path, mesh):
     checkpoints = Checkpoints(tmp_path, CheckpointSettings(keep=2))
     state = create_train_state(SETTINGS, mesh)

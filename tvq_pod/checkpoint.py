@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import re
+import secrets
 import shutil
 import sys
 import threading
@@ -37,7 +38,7 @@ from tvq_pod.data.course import Course
 from tvq_pod.errors import UserError
 from tvq_pod.identity import FINGERPRINT, differing, model_record, run_record  # noqa: F401 (some import them from here)
 from tvq_pod.parallel.deadlines import Deadline
-from tvq_pod.parallel.processes import all_agree, decided_by_first, from_first, is_first, on_first
+from tvq_pod.parallel.processes import all_agree, decided_by_first, from_first, is_first, on_first, text_from_first
 from tvq_pod.paths import free_name, is_bucket
 from tvq_pod.train_state import TrainState
 
@@ -94,14 +95,16 @@ class Checkpoints:
         workdir: epath.Path,
         settings: CheckpointSettings | None = None,
         on_saved: Callable[[int], None] = lambda step: None,
+        before_named: Callable[[], object] = lambda: None,
         restore_timeout_seconds: int = CheckpointSettings.restore_timeout_seconds,
     ):
         """settings: of a run that writes; None for one that only reads, and makes no folder. on_saved: is called with
-        every step that is on disk and good, on process 0, in a thread. restore_timeout_seconds: the setting, for one
-        that only reads."""
+        every step that is on disk and good, on process 0, in a thread. before_named: is called there too, before a step
+        gets its name. restore_timeout_seconds: the setting, for one that only reads."""
         workdir = epath.Path(workdir)
         self.path = (workdir if is_bucket(workdir) else workdir.absolute()) / "checkpoints"
-        self._settings, self._on_saved = settings, on_saved
+        self._settings, self._on_saved, self._before_named = settings, on_saved, before_named
+        self._branches: list[list] | None = None  # see `begin`
         self._restore_timeout = settings.restore_timeout_seconds if settings else restore_timeout_seconds
         if settings is None and not self.path.is_dir():
             raise UserError(f"--workdir={workdir}: has no checkpoint; train there first")
@@ -219,6 +222,28 @@ class Checkpoints:
 
         on_first(set_aside)
 
+    # ------------------------------------------------------------------ what tells them apart
+
+    def begin(self, step: int | None) -> None:
+        """Training begins, from the state of `step`, or for None from the seed: a branch with a name of its own.
+
+        Every checkpoint's record has the branches that led to it, as [first step, name]. So what was evaluated on
+        another branch is not taken for this one's, though its step is the same: of a run that was started over, that
+        went back, or that was resumed from an older checkpoint. All losses after `step` are forgotten.
+        """
+        first = step or 0
+        before = [] if step is None else self.record(step).get("branches", [])
+        self._branches = [branch for branch in before if branch[0] < first]
+        self._branches.append([first, text_from_first(secrets.token_hex(4))])
+        self._losses = {step: loss for step, loss in self._losses.items() if step <= first}
+
+    def identity(self, step: int) -> str:
+        """What no other checkpoint is called: `step` and its branch, as "20-1f0c33a7". Of the training that began, or
+        else of the checkpoint on disk; "" for those of older versions."""
+        branches = self.record(step).get("branches", []) if self._branches is None else self._branches
+        names = [name for first, name in branches if first < step]
+        return f"{step}-{names[-1]}" if names else ""
+
     # ------------------------------------------------------------------ writing
 
     def save(self, state: TrainState, step: int, record: dict, course: Course, retain_all: bool = False) -> None:
@@ -244,7 +269,9 @@ class Checkpoints:
             params=ocp.args.StandardSave(state.params),
             train=ocp.args.StandardSave(train),
             recurrent=ocp.args.StandardSave(state.recurrent),
-            record=ocp.args.JsonSave(dict(record, format=FORMAT, course=course.to_json())),
+            record=ocp.args.JsonSave(
+                dict(record, format=FORMAT, course=course.to_json(), branches=self._branches or [])
+            ),
         )
         try:
             self._checkpointer.save(self.path / str(step), args=items)
@@ -309,6 +336,7 @@ class Checkpoints:
 
     def _add_manifest(self) -> None:
         """Called by orbax on process 0, when all of a step is written and before it gets its name."""
+        self._before_named()
         final = self.path / str(self._saving)
         draft = next(self._entries(f"{self._saving}.orbax-checkpoint-tmp*"), final)
         manifest.write_manifest(draft)

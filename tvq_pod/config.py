@@ -76,7 +76,7 @@ class CheckpointSettings:
     every_steps: int = 500  # and at the end; 0: only at the end
     keep: int = 3  # newest steps that stay; 0: all
     keep_every_steps: int = 0  # one every so many steps stays for ever; 0: none
-    keep_best: int = 1  # steps of the lowest validation loss that stay; 0: none
+    keep_best: int = 1  # steps of the lowest validation loss that stay, by the run's own evaluations; 0: none
     timeout_seconds: int = 600  # that a save may take in the background
     restore_timeout_seconds: int = 1800  # that verifying or reading a checkpoint may take; then the job ends
     grace_seconds: float = 120.0  # from SIGTERM, SIGINT or SIGHUP until the process ends, saved or not

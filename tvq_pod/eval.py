@@ -23,7 +23,7 @@ from tvq_pod.data.store import TokenStore
 from tvq_pod.data.streams import PADDING, PackedDocuments
 from tvq_pod.errors import UserError
 from tvq_pod.identity import RUN_IDENTITY
-from tvq_pod.metrics import LOG_2, MetricsWriter
+from tvq_pod.metrics import LOG_2, MetricsWriter, all_lines
 from tvq_pod.nn.axes import placed_by
 from tvq_pod.nn.model import Transformer
 from tvq_pod.nn.types import TransformerConfig
@@ -129,6 +129,11 @@ class Evaluator:
         self._n_tokens = self._plan.tokens_by_position(BUCKET)
         self._eval_step = make_eval_step(settings, mesh, self._plan.n_rows)
 
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens are predicted."""
+        return self._plan.n_tokens
+
     def evaluate(self, params: dict, told_to_stop: Callable[[], bool] = lambda: False) -> Result | None:
         """Loss over the split's documents (or as many as config.eval.max_tokens takes).
 
@@ -189,6 +194,32 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
 
 
+def subject(settings: Settings, store: TokenStore | Mixture, checkpoint: str) -> dict:
+    """What an evaluation is about, for its line in metrics.jsonl. checkpoint: see Checkpoints.identity."""
+    return dict(checkpoint=checkpoint, fingerprint=store.fingerprint, dtype=str(settings.model.dtype))
+
+
+def own_losses(
+    workdir: epath.Path, settings: Settings, store: TokenStore | Mixture, identity: Callable[[int], str]
+) -> dict[int, float | None]:
+    """Validation losses of a run by step, None where one was not finite: of those lines in metrics.jsonl that are
+    about the tokens that the run itself evaluates, and about its own states.
+
+    Left out are evaluations of another corpus or split, of more or fewer documents, in another dtype, without the
+    cache, and of checkpoints of another branch. identity: of the run's state at a step, see Checkpoints.identity.
+    """
+    if not store.meta["splits"]["validation"]["n_documents"]:
+        return {}
+    n_tokens = PackedDocuments(store.split("validation").starts, 1, settings.eval.max_tokens).n_tokens
+    losses = {}
+    for line in all_lines(workdir):
+        step = line["step"]
+        expected = subject(settings, store, identity(step)) | dict(split="validation", tokens=n_tokens)
+        if expected["checkpoint"] and line.items() >= expected.items():
+            losses[step] = line.get("loss")
+    return losses
+
+
 def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | None) -> Result:
     """Evaluates a checkpoint of the run in `workdir`, prints the result, and adds it to metrics.jsonl.
 
@@ -211,25 +242,28 @@ def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | No
     result = evaluator.evaluate(params)
     name = _name(settings, split, record)
     report(result, step, name)
+    numbers = result.numbers() | subject(settings, store, checkpoints.identity(step))
     if is_first():
         for line in result.by_position.table():
             say(line)
-        _write(settings, workdir, result, step, name)
-        print(json.dumps(dict(step=step, split=name, **result.numbers())), flush=True)
+        _write(settings, workdir, numbers, result.by_position, step, name)
+        print(json.dumps(dict(step=step, split=name, **numbers)), flush=True)
     checkpoints.close()
     return result
 
 
-def _write(settings: Settings, workdir: epath.Path, result: Result, step: int, name: str) -> None:
+def _write(
+    settings: Settings, workdir: epath.Path, numbers: dict, by_position: Positions, step: int, name: str
+) -> None:
     """Adds a line to metrics.jsonl, and writes the table by place. Says what could not be written: the folder may be
     one that is only there to be read."""
     unwritten = Unwritten()
     with unwritten.unless(workdir / "metrics.jsonl"):
         writer = MetricsWriter(workdir, dataclasses.replace(settings.metrics, wandb_project=""))
-        writer.write(step, name, result.numbers())
+        writer.write(step, name, numbers)
         writer.close()
     with unwritten.unless(workdir / "eval" / f"step_{step}_{name}.tsv"):
-        write_positions(result.by_position, workdir / "eval", f"step_{step}_{name}")
+        write_positions(by_position, workdir / "eval", f"step_{step}_{name}")
     unwritten.tell()
 
 

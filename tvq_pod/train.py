@@ -25,7 +25,7 @@ from tvq_pod.data.store import TokenStore
 from tvq_pod.data.streams import TrainStreams, streams_of
 from tvq_pod.data.vocab import keep_vocab
 from tvq_pod.errors import Preempted, UserError
-from tvq_pod.eval import Evaluator, report
+from tvq_pod.eval import Evaluator, own_losses, report, subject
 from tvq_pod.metrics import MetricsWriter, bits_per_byte, check_packages, lines_of
 from tvq_pod.parallel.mesh import check_rows, make_mesh, sizes
 from tvq_pod.parallel.processes import Ballot, decided_by_first, is_first, on_first
@@ -103,8 +103,11 @@ class _Session:
         self.evaluator = _make_evaluator(settings, mesh, self.store)
         self.record = run_record(settings, self.store.vocab_name, self.store.fingerprint)
         self.checkpoints = opened.enter_context(
-            contextlib.closing(Checkpoints(workdir, settings.checkpoint, on_saved=status.saved))
+            contextlib.closing(
+                Checkpoints(workdir, settings.checkpoint, status.saved, before_named=lambda: self.writer.flush())
+            )
         )
+        self.evaluated: dict[int, float | None] = {}  # losses on the way to the state, by step
         self.skipped = Skipped(workdir)
         self.ballot = Ballot(mesh, ("save_failed", "save_busy"))
         self.stop = StopTogether(preemption, settings.checkpoint.grace_seconds)
@@ -117,7 +120,6 @@ class _Session:
         # ------------------------------------------------- checkpoint
         first_step = self.checkpoints.newest_good()
         self.status.saved(first_step)
-        evaluated = lines_of(self.workdir, "validation")
         if first_step is not None:
             self._check_belongs(first_step)
         elif logged := lines_of(self.workdir, "train"):
@@ -135,14 +137,15 @@ class _Session:
             self.workdir, self.settings.metrics, dataclasses.asdict(self.settings), enabled=is_first()
         )
         self.opened.enter_context(contextlib.closing(self.writer))
-        self.checkpoints.know_losses({step: line.get("loss") for step, line in evaluated.items()})
+        self.evaluated = own_losses(self.workdir, self.settings, self.store, self.checkpoints.identity)
+        self.checkpoints.know_losses(self.evaluated)
         n_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         kind = jax.devices()[0].device_kind
         say(f"{n_params:,} parameters on {self.mesh.size} {kind} device(s), mesh {sizes(self.mesh)}")
         # ------------------------------------------------- steps, and back where they went wrong
         if first_step >= config.num_steps:
             say(f"nothing to train: step {first_step} of config.train.num_steps={config.num_steps} is there")
-        elif self._evaluates_at(first_step) and not decided_by_first(first_step in evaluated):
+        elif self._evaluates_at(first_step) and not decided_by_first(first_step in self.evaluated):
             self._evaluate(state, first_step)  # what was broken off when the session before was asked to end
         if first_step < config.num_steps:
             self.status.begin()
@@ -157,7 +160,7 @@ class _Session:
         # ------------------------------------------------- the end
         last_step = max(first_step, config.num_steps)
         evaluate = self.settings.eval.at_end or _due(last_step, self.settings.eval.every_steps)
-        if self.evaluator and evaluate and not decided_by_first(last_step in lines_of(self.workdir, "validation")):
+        if self.evaluator and evaluate and not decided_by_first(last_step in self.evaluated):
             self._evaluate(state, last_step)
         self.preemption.can_save = False  # all is saved
         self.stop.close()
@@ -189,6 +192,8 @@ class _Session:
     def _state_at(self, step: int | None) -> tuple[TrainState, int]:
         """The state of a checkpoint, or for None that of the seed, and its step. Sets the course."""
         self.course = self._course_at(step)
+        self.checkpoints.begin(step)
+        self.evaluated = {at: loss for at, loss in self.evaluated.items() if at <= (step or 0)}
         if step is None:
             return create_train_state(self.settings, self.mesh), 0
         abstract = abstract_train_state(self.settings, self.mesh)
@@ -354,7 +359,9 @@ class _Session:
         if result is None:
             self._leave(state, step)
         report(result, step, "validation")
-        self.writer.write(step, "validation", result.numbers())
+        about = subject(self.settings, self.store, self.checkpoints.identity(step))
+        self.writer.write(step, "validation", result.numbers() | about)
+        self.evaluated[step] = result.loss
         self.checkpoints.know_losses({step: result.loss})
         if self.step_fn:
             self.speed.skip()
