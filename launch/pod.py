@@ -10,12 +10,17 @@ given again at any time: what is there already stays, and what would disturb a t
 commands, and does none of them.
 """
 
+import difflib
 import pathlib
+import posixpath
 import secrets
 import shlex
 import subprocess
 import sys
 import time
+
+if not __package__:  # python launch/pod.py: modules are found from the project's folder, not from launch
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
 
 from absl import app, flags
 
@@ -24,9 +29,9 @@ from launch.clock import ago
 from launch.gcloud import Gcloud, GcloudError
 from launch.machines import MISSING, Machines, settings_of
 from launch.record import ASKED, DONE, PREPARED, STARTED, STARTING, STOPPED, Gone, Record, Records
-from launch.request import asked_for
+from launch.request import asked_for, planned
 from launch.show import HEADS, progress, row
-from launch.source import pack
+from launch.source import ROOT, files, pack
 from launch.watch import Watch
 from tvq_pod.errors import UserError
 
@@ -58,7 +63,12 @@ def _machines(record: Record, records: Records) -> Machines:
 
 
 def _own(records: Records) -> Machines:
-    return _machines(records.get(slices.check_name(_NAME.value)), records)
+    """Of --name. A dry run may come before `up`: then it shows what would follow `up` with the same flags."""
+    name = slices.check_name(_NAME.value)
+    if _DRY_RUN.value and records.load(name) is None:
+        _say(f"# {name} does not exist yet: `up` comes first")
+        return _machines(planned(name, pack(records.folder / "sources", allow_dirty=True, write=False)), records)
+    return _machines(records.get(name), records)
 
 
 # ---------------------------------------------------------------------- up
@@ -80,7 +90,6 @@ def up(records: Records) -> None:
     if trains and not _DRY_RUN.value:
         raise UserError(f"--name={record.name}: has been started; to install another commit, `stop` first")
     machines.note(source=source)
-    record.source = source
     if state in ("SUSPENDED", "FAILED"):
         _say(f"{record.name}: {state}{f' ({why})' if why else ''}; deletes the request, and asks again")
         machines.gcloud.delete(record.name)
@@ -103,11 +112,13 @@ def run(records: Records, arguments: list[str]) -> None:
     own = [a for a in arguments if a.lstrip("-").partition("=")[0] in joining]
     if own:
         raise UserError(f"{own[0]}: must be left out; the machines find each other by Cloud TPU's metadata")
+    _check_files(machines, arguments)
     environment = str(pathlib.Path(_ENV_FILE.value).expanduser().resolve()) if _ENV_FILE.value else ""
     if environment:
         settings_of(environment)
     if not machines.gcloud.dry_run:
         _check_idle(machines)
+        _check_elsewhere(machines, arguments, workdir)
     extra = ["--multihost"]
     if record.slices > 1 and not any(a.startswith("--config.mesh.slices") for a in arguments):
         extra.append(f"--config.mesh.slices={record.slices}")
@@ -144,11 +155,67 @@ def _check_idle(machines: Machines) -> None:
         raise UserError(f"--name={record.name}: {answered}; try again")
 
 
+def _given(arguments: list[str], name: str) -> str | None:
+    """The value of a flag for the training, as --name=value or --name value; the last one counts, as absl has it."""
+    found = None
+    for place, argument in enumerate(arguments):
+        flag, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and flag == name:
+            found = value if equals else [*arguments, ""][place + 1]
+    return found
+
+
+def _file_flags(arguments: list[str]) -> dict[str, str]:
+    """The flags that name files which the machines must have, and their paths."""
+    given = {flag: _given(arguments, flag) for flag in ("config", "prompt_file")}
+    if given["config"] and "://" not in given["config"]:
+        given["config"] = given["config"].partition(":")[0]  # what is behind it, the file's get_config takes
+    return {flag: path for flag, path in given.items() if path is not None}
+
+
+def _on_mount(path: str) -> bool:
+    return _SHARED.value and path.startswith("/")
+
+
+def _check_files(machines: Machines, arguments: list[str]) -> None:
+    """Raises UserError if a flag names a file that is not part of what is installed on the machines."""
+    source = machines.record.source
+    if not source:
+        raise UserError(f"--name={machines.record.name}: its machines are not prepared; `up` first")
+    for flag, path in _file_flags(arguments).items():
+        if _on_mount(path):
+            continue
+        known = files(machines.tarball, may_lack=machines.gcloud.dry_run)
+        inside = posixpath.normpath(path)
+        if inside in known:
+            if (ROOT / inside).exists() and known[inside] not in (None, (ROOT / inside).read_bytes()):
+                _say(f"WARNING: --{flag}={path}: differs here from {source}, which is installed; `up` installs it anew")
+            continue
+        here = pathlib.Path(path).resolve()
+        if here.is_relative_to(ROOT) and (name := here.relative_to(ROOT).as_posix()) in known:
+            raise UserError(f"--{flag}={path}: is a path of this machine; give --{flag}={name}")
+        what = f"is not part of {source}, which is installed on the machines; commit it, and `up` again"
+        if not here.is_file():
+            near = difflib.get_close_matches(inside, known, n=1) or ["configs/stdlib.py"]
+            what = f"does not exist in {source}, which is installed on the machines; did you mean {near[0]}?"
+        raise UserError(f"--{flag}={path}: {what}")
+
+
+def _check_elsewhere(machines: Machines, arguments: list[str], workdir: str) -> None:
+    """Raises UserError if a file that must be on the shared mount or in the bucket certainly does not exist."""
+    named = _file_flags(arguments)
+    for flag, path in named.items():
+        if _on_mount(path) and machines.lacks(path):
+            raise UserError(f"--{flag}={path}: does not exist on the machines; give a file of the mount")
+    if "config" not in named and machines.lacks(f"{workdir}/config.json"):
+        raise UserError(f"-- --config=: must be given; there is no {workdir}/config.json of an earlier run")
+
+
 def _workdir(arguments: list[str]) -> str:
-    given = [a.partition("=")[2] for a in arguments if a.lstrip("-").startswith("workdir=")]
-    if not given or not given[-1]:
+    given = _given(arguments, "workdir")
+    if not given:
         raise UserError("-- --workdir=: must be given behind --, as --workdir=gs://BUCKET/RUN")
-    workdir = given[-1].rstrip("/")
+    workdir = given.rstrip("/")
     if not workdir.startswith("gs://") and not (_SHARED.value and workdir.startswith("/")):
         raise UserError(
             f"--workdir={workdir}: is on the machines' own disks, which go with them; give gs://BUCKET/RUN, or the "
@@ -164,12 +231,18 @@ def watch(records: Records) -> None:
     """Until the run is done."""
     machines = _own(records)
     name = machines.record.name
-    if not machines.record.run_id:
+    if not machines.record.run_id and not machines.gcloud.dry_run:
         raise UserError(f"--name={name}: there is nothing to watch; `run` first")
+    if machines.gcloud.dry_run:
+        if not machines.record.run_id:
+            _say("# nothing runs yet: `run` comes first, and says what RUN_ID and gs://BUCKET/RUN are")
+            machines.note(run_id="RUN_ID", workdir="gs://BUCKET/RUN")
+        Watch(machines, _RESTARTS.value).run()
+        return
     said = False
     while True:
         with records.held(name) as alone:
-            if alone or machines.gcloud.dry_run:
+            if alone:
                 try:
                     Watch(machines, _RESTARTS.value).run()
                 except Gone:
@@ -181,8 +254,6 @@ def watch(records: Records) -> None:
         said = True
         time.sleep(min(_POLL.value, 5.0) or 0.1)
     record = machines.record
-    if machines.gcloud.dry_run:
-        return
     if record.phase == STOPPED:
         _say(f"{name}: was stopped by hand; `run` starts it again")
     elif _DOWN.value:
@@ -201,7 +272,7 @@ def status(records: Records) -> None:
     rows = [HEADS]
     for name in names:
         try:
-            rows.append(row(_machines(records.get(name), records)))
+            rows.append(row(_own(records) if _NAME.value else _machines(records.get(name), records)))
         except UserError as error:
             if _NAME.value:
                 raise
@@ -263,7 +334,7 @@ def stop(records: Records) -> None:
     """The training saves and ends; the slice stays, and watch does not start it again."""
     machines = _own(records)
     name = machines.record.name
-    if not machines.record.run_id:
+    if not machines.record.run_id and not machines.gcloud.dry_run:
         raise UserError(f"--name={name}: there is nothing to stop; `run` first")
     machines.note(phase=STOPPED)  # first: watch must not take what follows for a preemption
     state = machines.queue().state

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from tvq_pod import digest, images
+from tvq_pod import digest, images, packages
 from tvq_pod.checkpoint import RETRY_SECONDS, Checkpoints, run_record
 from tvq_pod.config import Settings, to_json
 from tvq_pod.data.course import Course
@@ -127,6 +127,7 @@ class _Session:
         if is_first() and (first_step < config.num_steps or not (self.workdir / "config.json").exists()):
             keep_vocab(self.store.vocab(), self.workdir)
             write_whole(self.workdir / "config.json", to_json(self.settings))
+            packages.record(self.workdir, first_step)
         self.writer = MetricsWriter(
             self.workdir, self.settings.metrics, dataclasses.asdict(self.settings), enabled=is_first()
         )

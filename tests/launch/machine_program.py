@@ -123,7 +123,7 @@ def python(arguments: list[str]) -> None:
             broken = os.environ["STANDIN_NAME"] in state["broken"]
         if broken:
             fail("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device")
-    elif arguments[:2] == ["-m", "launch.copy"]:
+    elif arguments[:2] == ["-m", "launch.upload"]:
         cloud = Cloud(os.environ["STANDIN"])
         target = cloud.folder / "buckets" / arguments[3].removeprefix("gs://")
         target.parent.mkdir(parents=True, exist_ok=True)
