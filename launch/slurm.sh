@@ -21,7 +21,8 @@ srun='' timer=''
 # srun passes SIGUSR1 on to its tasks, but kills them when it gets SIGTERM itself. scancel sends SIGTERM to them alone.
 # shellcheck disable=SC2329 # the trap calls it
 near_the_limit() {
-  [[ -z $srun ]] || kill -USR1 "$srun" || true
+  local started=${srun:-${!:-}}
+  [[ -z $started ]] || kill -USR1 "$started" || true
   if [[ -z $timer ]]; then
     {
       trap 'kill $!' TERM # of the sleep, if this is no longer needed

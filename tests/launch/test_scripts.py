@@ -101,7 +101,7 @@ class Slurm:
         )
         write_program(folder / "task_program", task)
         srun = (
-            f'echo "srun $*" {log}; {folder}/task_program & trap "kill -USR1 $!" USR1; trap "kill -KILL $!" TERM; '
+            f"trap 'kill -USR1 $!' USR1; trap 'kill -KILL $!' TERM; echo \"srun $*\" {log}; {folder}/task_program & "
             "while kill -0 $! 2> /dev/null; do wait $!; code=$?; done; exit $code"
         )
         write_program(folder / "srun", srun)
