@@ -24,8 +24,9 @@ class Cloud:
     waits: seconds from the request to the slice; zone_full_until: time before which there are none; create_errors:
     [[STATUS, message], ...] for the next requests; fails: [code, message] of the next request that is accepted;
     logged_in; ssh_failures: how many of the next ssh calls drop; broken: machines (NODE/WORKER) whose installation
-    fails; versions: the packages that a machine (NODE/WORKER) says it has; environment: of all machines; wait_at and training: what the pretended training does (see there); kill_at:
-    the number of the call whose caller is killed when it is done, or, negative, before.
+    fails; versions: the packages that a machine (NODE/WORKER) says it has; environment: of all machines; wait_at and
+    training: what the pretended training does (see there); kill_at: the number of the call whose caller is killed when
+    it is done, or, negative, before.
     """
 
     def __init__(self, folder):
