@@ -10,9 +10,7 @@ given again at any time: what is there already stays, and what would disturb a t
 commands, and does none of them.
 """
 
-import difflib
 import pathlib
-import posixpath
 import secrets
 import shlex
 import subprocess
@@ -24,6 +22,7 @@ if not __package__:  # python launch/pod.py: modules are found from the project'
 
 from absl import app, flags
 
+from launch import arguments as training
 from launch import slices
 from launch.clock import ago
 from launch.gcloud import Gcloud, GcloudError
@@ -31,14 +30,13 @@ from launch.machines import MISSING, Machines, settings_of
 from launch.record import ASKED, DONE, PREPARED, STARTED, STARTING, STOPPED, Gone, Record, Records
 from launch.request import asked_for, planned
 from launch.show import HEADS, progress, row
-from launch.source import ROOT, files, pack
+from launch.source import pack
 from launch.watch import Watch
 from tvq_pod.errors import UserError
 
 _NAME = flags.DEFINE_string("name", None, "The run's name, and that of its slice.")
 _DIRTY = flags.DEFINE_bool("allow_dirty", False, "up: install files that differ from the commit, under another name.")
 _ENV_FILE = flags.DEFINE_string("env_file", None, "run: a file of NAME=VALUE for the training, such as keys; mode 600.")
-_SHARED = flags.DEFINE_bool("shared_workdir", False, "run: the workdir is a mount that all machines share.")
 _POLL = flags.DEFINE_float("poll_seconds", 30.0, "up, watch: how often to look.", lower_bound=0.0)
 _RESTARTS = flags.DEFINE_integer("max_restarts", 3, "watch: after failures with no newer checkpoint.", lower_bound=0)
 _DOWN = flags.DEFINE_bool("then_down", False, "watch: give the slice back when the run is done.")
@@ -107,18 +105,14 @@ def run(records: Records, arguments: list[str]) -> None:
     """Starts the training on all machines."""
     machines = _own(records)
     record = machines.record
-    workdir = _workdir(arguments)
-    joining = ("multihost", "coordinator_address", "num_processes", "process_id")
-    own = [a for a in arguments if a.lstrip("-").partition("=")[0] in joining]
-    if own:
-        raise UserError(f"{own[0]}: must be left out; the machines find each other by Cloud TPU's metadata")
-    _check_files(machines, arguments)
+    workdir = training.workdir_of(arguments)
+    training.check_files(machines, arguments)
     environment = str(pathlib.Path(_ENV_FILE.value).expanduser().resolve()) if _ENV_FILE.value else ""
     if environment:
         settings_of(environment)
     if not machines.gcloud.dry_run:
         _check_idle(machines)
-        _check_elsewhere(machines, arguments, workdir)
+        training.check_elsewhere(machines, arguments, workdir)
     extra = ["--multihost"]
     if record.slices > 1 and not any(a.startswith("--config.mesh.slices") for a in arguments):
         extra.append(f"--config.mesh.slices={record.slices}")
@@ -153,75 +147,6 @@ def _check_idle(machines: Machines) -> None:
     if len(states) < machines.expected:
         answered = f"only {len(states)} of {machines.expected} machine(s) answered"
         raise UserError(f"--name={record.name}: {answered}; try again")
-
-
-def _given(arguments: list[str], name: str) -> str | None:
-    """The value of a flag for the training, as --name=value or --name value; the last one counts, as absl has it."""
-    found = None
-    for place, argument in enumerate(arguments):
-        flag, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and flag == name:
-            found = value if equals else [*arguments, ""][place + 1]
-    return found
-
-
-def _file_flags(arguments: list[str]) -> dict[str, str]:
-    """The flags that name files which the machines must have, and their paths."""
-    given = {flag: _given(arguments, flag) for flag in ("config", "prompt_file")}
-    if given["config"] and "://" not in given["config"]:
-        given["config"] = given["config"].partition(":")[0]  # what is behind it, the file's get_config takes
-    return {flag: path for flag, path in given.items() if path is not None}
-
-
-def _on_mount(path: str) -> bool:
-    return _SHARED.value and path.startswith("/")
-
-
-def _check_files(machines: Machines, arguments: list[str]) -> None:
-    """Raises UserError if a flag names a file that is not part of what is installed on the machines."""
-    source = machines.record.source
-    if not source:
-        raise UserError(f"--name={machines.record.name}: its machines are not prepared; `up` first")
-    for flag, path in _file_flags(arguments).items():
-        if _on_mount(path):
-            continue
-        known = files(machines.tarball, may_lack=machines.gcloud.dry_run)
-        inside = posixpath.normpath(path)
-        if inside in known:
-            if (ROOT / inside).exists() and known[inside] not in (None, (ROOT / inside).read_bytes()):
-                _say(f"WARNING: --{flag}={path}: differs here from {source}, which is installed; `up` installs it anew")
-            continue
-        here = pathlib.Path(path).resolve()
-        if here.is_relative_to(ROOT) and (name := here.relative_to(ROOT).as_posix()) in known:
-            raise UserError(f"--{flag}={path}: is a path of this machine; give --{flag}={name}")
-        what = f"is not part of {source}, which is installed on the machines; commit it, and `up` again"
-        if not here.is_file():
-            near = difflib.get_close_matches(inside, known, n=1) or ["configs/stdlib.py"]
-            what = f"does not exist in {source}, which is installed on the machines; did you mean {near[0]}?"
-        raise UserError(f"--{flag}={path}: {what}")
-
-
-def _check_elsewhere(machines: Machines, arguments: list[str], workdir: str) -> None:
-    """Raises UserError if a file that must be on the shared mount or in the bucket certainly does not exist."""
-    named = _file_flags(arguments)
-    for flag, path in named.items():
-        if _on_mount(path) and machines.lacks(path):
-            raise UserError(f"--{flag}={path}: does not exist on the machines; give a file of the mount")
-    if "config" not in named and machines.lacks(f"{workdir}/config.json"):
-        raise UserError(f"-- --config=: must be given; there is no {workdir}/config.json of an earlier run")
-
-
-def _workdir(arguments: list[str]) -> str:
-    given = _given(arguments, "workdir")
-    if not given:
-        raise UserError("-- --workdir=: must be given behind --, as --workdir=gs://BUCKET/RUN")
-    workdir = given.rstrip("/")
-    if not workdir.startswith("gs://") and not (_SHARED.value and workdir.startswith("/")):
-        raise UserError(
-            f"--workdir={workdir}: is on the machines' own disks, which go with them; give gs://BUCKET/RUN, or the "
-            "absolute path of a mount that all share, with --shared_workdir"
-        )
-    return workdir
 
 
 # ---------------------------------------------------------------------- watch
