@@ -73,7 +73,8 @@ def check_elsewhere(machines: Machines, arguments: list[str], workdir: str) -> N
 
 
 def workdir_of(arguments: list[str]) -> str:
-    """The run's folder. Raises UserError if it is not given, if it goes with the machines, or if a flag is given that `run` adds."""
+    """The run's folder. Raises UserError if it is not given or goes with the machines, or if a flag is given that `run`
+    adds itself."""
     given = _given(arguments, "workdir")
     if not given:
         raise UserError("-- --workdir=: must be given behind --, as --workdir=gs://BUCKET/RUN")
