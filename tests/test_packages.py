@@ -12,7 +12,10 @@ import pytest
 from etils import epath
 
 from tests.test_cli import ROOT
+from tests.test_gcs import reached_at, server
 from tvq_pod import packages
+
+__all__ = ["server"]  # a fixture
 
 OLD = {"python": "3.11.7", "jax": "0.10.1", "libtpu": "0.0.41", "numpy": "2.4.6", "tqdm": "4.67.0"}
 NEW = {"python": "3.11.7", "jax": "0.10.2", "jaxlib": "0.10.2", "numpy": "2.4.6", "tqdm": "4.67.0"}
@@ -71,6 +74,20 @@ def test_a_file_that_cannot_be_written_ends_no_run(tmp_path, capfd):
     assert re.fullmatch(
         r"WARNING: .*/packages.jsonl cannot be updated \(.*Is a directory.*\); training continues", line
     )
+
+
+def test_a_bucket_has_the_same_lines(server, monkeypatch):
+    """In a process of its own: gcsfs keeps the address it began with."""
+    files = reached_at(monkeypatch, server)
+    code = (
+        "from etils import epath; from tvq_pod import packages; "
+        f"folder = epath.Path('gs://bucket/run'); packages.record(folder, 0, {OLD}); packages.record(folder, 9, {NEW})"
+    )
+    environment = os.environ | dict(PYTHONPATH=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "differ from the start at step 0: jax 0.10.1 -> 0.10.2" in done.stderr
+    lines = files.cat("bucket/run/packages.jsonl").decode().splitlines()
+    assert [json.loads(line)["packages"] for line in lines] == [OLD, NEW]
 
 
 def test_what_is_installed_is_what_pip_says():
