@@ -70,7 +70,7 @@ def record(workdir: epath.Path, step: int, versions: dict[str, str] | None = Non
             )
         if text and not text.endswith("\n"):  # a line that was cut off
             text += "\n"
-        line = json.dumps(dict(step=step, time=time.time(), packages=versions))
+        line = json.dumps(dict(step=step, time=time.time(), packages=dict(sorted(versions.items()))))
         write_whole(path, text + line + "\n")
     except Exception as error:  # also what a bucket's client raises
         why = " ".join(str(error).split()) or type(error).__name__
