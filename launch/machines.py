@@ -65,9 +65,12 @@ class Machines:
         return sum(self.record.machines)
 
     def note(self, again: bool = False, **changes) -> None:
-        """Changes the record, here and on disk (see Records.change), unless nothing is to be done."""
+        """Changes the record, here and on disk (see Records.change); in a dry run only here."""
         if not self.gcloud.dry_run:
             self.records.change(self.record, changes, again)
+            return
+        for name, value in changes.items():  # so that what is printed next is what would be done next
+            setattr(self.record, name, value)
 
     # ------------------------------------------------------------------ the slices
 
@@ -149,9 +152,10 @@ class Machines:
 
     def prepare(self) -> None:
         """All machines have the source and its packages. Raises UserError that names those that have not."""
-        self._until_all("installed", f"bash {FOLDER}/worker.sh install {shlex.quote(self.record.source)}")
+        said = self._until_all("installed", f"bash {FOLDER}/worker.sh install {shlex.quote(self.record.source)}")
         self.note(phase=PREPARED)
         self._tell(f"{self.record.name}: {self.record.source} is installed on {self.expected} machine(s)")
+        self._tell_versions({where: answer.rest.partition(": ")[2] for where, answer in said.items()})
 
     def start(self) -> None:
         """The training runs on all machines: the next attempt, or, if that had begun to start, that one."""
@@ -181,6 +185,24 @@ class Machines:
         if not self.gcloud.dry_run:
             self.say(line)
 
+    def _tell_versions(self, versions: dict[str, str]) -> None:
+        """By machine, the versions of Python and of the packages that matter."""
+        for found in sorted(set(versions.values())):
+            on = sorted(where for where, its in versions.items() if its == found)
+            some = f"WARNING: machines differ: {len(on)} of them ({', '.join(on[:3])}) have "
+            self._tell(f"{self.record.name}: {some if len(on) < len(versions) else ''}{found}")
+
+    def lacks(self, path: str) -> bool:
+        """Whether it is certain that a file does not exist, at gs:// or on a mount that all machines share. False if
+        nobody answers, and in a dry run."""
+        try:
+            if path.startswith("gs://"):
+                return self.gcloud.cat(path) is None and not self.gcloud.dry_run
+            said = self.gcloud.ssh(self.record.name, f"test -e {shlex.quote(path)} || echo tvq_pod lacks it", "0", "0")
+        except GcloudError:
+            return False
+        return "tvq_pod lacks it" in said
+
     def forget(self) -> None:
         """Deletes all that this machine keeps for the run, and the tarball if no other run has it."""
         self.records.forget(self.record.name)
@@ -193,7 +215,7 @@ class Machines:
     def _upload_folder(self) -> pathlib.Path:
         return self.records.folder / f"{self.record.name}.upload"
 
-    def _until_all(self, wanted: str | tuple[str, ...], command: str) -> None:
+    def _until_all(self, wanted: str | tuple[str, ...], command: str) -> dict[str, Said]:
         wanted = (wanted,) if isinstance(wanted, str) else wanted
         for attempt in range(TRIES):
             said, error = {}, None
@@ -204,7 +226,7 @@ class Machines:
                 error = raised
             bad = [f"{where}: {a.word} {a.rest}".rstrip() for where, a in said.items() if a.word not in wanted]
             if self.gcloud.dry_run or (not bad and len(said) == self.expected):
-                return
+                return said
             lost = self.expected - len(said)
             why = "; ".join(bad[:3]) or (
                 str(error) if error else f"{lost} machine(s) did not answer {self.gcloud.warning}"

@@ -17,14 +17,18 @@ import subprocess
 import sys
 import time
 
+if not __package__:  # python launch/pod.py: modules are found from the project's folder, not from launch
+    sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
+
 from absl import app, flags
 
+from launch import arguments as training
 from launch import slices
 from launch.clock import ago
 from launch.gcloud import Gcloud, GcloudError
 from launch.machines import MISSING, Machines, settings_of
 from launch.record import ASKED, DONE, PREPARED, STARTED, STARTING, STOPPED, Gone, Record, Records
-from launch.request import asked_for
+from launch.request import asked_for, planned
 from launch.show import HEADS, progress, row
 from launch.source import pack
 from launch.watch import Watch
@@ -33,7 +37,6 @@ from tvq_pod.errors import UserError
 _NAME = flags.DEFINE_string("name", None, "The run's name, and that of its slice.")
 _DIRTY = flags.DEFINE_bool("allow_dirty", False, "up: install files that differ from the commit, under another name.")
 _ENV_FILE = flags.DEFINE_string("env_file", None, "run: a file of NAME=VALUE for the training, such as keys; mode 600.")
-_SHARED = flags.DEFINE_bool("shared_workdir", False, "run: the workdir is a mount that all machines share.")
 _POLL = flags.DEFINE_float("poll_seconds", 30.0, "up, watch: how often to look.", lower_bound=0.0)
 _RESTARTS = flags.DEFINE_integer("max_restarts", 3, "watch: after failures with no newer checkpoint.", lower_bound=0)
 _DOWN = flags.DEFINE_bool("then_down", False, "watch: give the slice back when the run is done.")
@@ -58,7 +61,12 @@ def _machines(record: Record, records: Records) -> Machines:
 
 
 def _own(records: Records) -> Machines:
-    return _machines(records.get(slices.check_name(_NAME.value)), records)
+    """Of --name. A dry run may come before `up`: then it shows what would follow `up` with the same flags."""
+    name = slices.check_name(_NAME.value)
+    if _DRY_RUN.value and records.load(name) is None:
+        _say(f"# {name} does not exist yet: `up` comes first")
+        return _machines(planned(name, pack(records.folder / "sources", allow_dirty=True, write=False)), records)
+    return _machines(records.get(name), records)
 
 
 # ---------------------------------------------------------------------- up
@@ -80,7 +88,6 @@ def up(records: Records) -> None:
     if trains and not _DRY_RUN.value:
         raise UserError(f"--name={record.name}: has been started; to install another commit, `stop` first")
     machines.note(source=source)
-    record.source = source
     if state in ("SUSPENDED", "FAILED"):
         _say(f"{record.name}: {state}{f' ({why})' if why else ''}; deletes the request, and asks again")
         machines.gcloud.delete(record.name)
@@ -98,16 +105,14 @@ def run(records: Records, arguments: list[str]) -> None:
     """Starts the training on all machines."""
     machines = _own(records)
     record = machines.record
-    workdir = _workdir(arguments)
-    joining = ("multihost", "coordinator_address", "num_processes", "process_id")
-    own = [a for a in arguments if a.lstrip("-").partition("=")[0] in joining]
-    if own:
-        raise UserError(f"{own[0]}: must be left out; the machines find each other by Cloud TPU's metadata")
+    workdir = training.workdir_of(arguments)
+    training.check_files(machines, arguments)
     environment = str(pathlib.Path(_ENV_FILE.value).expanduser().resolve()) if _ENV_FILE.value else ""
     if environment:
         settings_of(environment)
     if not machines.gcloud.dry_run:
         _check_idle(machines)
+        training.check_elsewhere(machines, arguments, workdir)
     extra = ["--multihost"]
     if record.slices > 1 and not any(a.startswith("--config.mesh.slices") for a in arguments):
         extra.append(f"--config.mesh.slices={record.slices}")
@@ -144,19 +149,6 @@ def _check_idle(machines: Machines) -> None:
         raise UserError(f"--name={record.name}: {answered}; try again")
 
 
-def _workdir(arguments: list[str]) -> str:
-    given = [a.partition("=")[2] for a in arguments if a.lstrip("-").startswith("workdir=")]
-    if not given or not given[-1]:
-        raise UserError("-- --workdir=: must be given behind --, as --workdir=gs://BUCKET/RUN")
-    workdir = given[-1].rstrip("/")
-    if not workdir.startswith("gs://") and not (_SHARED.value and workdir.startswith("/")):
-        raise UserError(
-            f"--workdir={workdir}: is on the machines' own disks, which go with them; give gs://BUCKET/RUN, or the "
-            "absolute path of a mount that all share, with --shared_workdir"
-        )
-    return workdir
-
-
 # ---------------------------------------------------------------------- watch
 
 
@@ -164,12 +156,18 @@ def watch(records: Records) -> None:
     """Until the run is done."""
     machines = _own(records)
     name = machines.record.name
-    if not machines.record.run_id:
+    if not machines.record.run_id and not machines.gcloud.dry_run:
         raise UserError(f"--name={name}: there is nothing to watch; `run` first")
+    if machines.gcloud.dry_run:
+        if not machines.record.run_id:
+            _say("# nothing runs yet: `run` comes first, and says what RUN_ID and gs://BUCKET/RUN are")
+            machines.note(run_id="RUN_ID", workdir="gs://BUCKET/RUN")
+        Watch(machines, _RESTARTS.value).run()
+        return
     said = False
     while True:
         with records.held(name) as alone:
-            if alone or machines.gcloud.dry_run:
+            if alone:
                 try:
                     Watch(machines, _RESTARTS.value).run()
                 except Gone:
@@ -181,8 +179,6 @@ def watch(records: Records) -> None:
         said = True
         time.sleep(min(_POLL.value, 5.0) or 0.1)
     record = machines.record
-    if machines.gcloud.dry_run:
-        return
     if record.phase == STOPPED:
         _say(f"{name}: was stopped by hand; `run` starts it again")
     elif _DOWN.value:
@@ -201,7 +197,7 @@ def status(records: Records) -> None:
     rows = [HEADS]
     for name in names:
         try:
-            rows.append(row(_machines(records.get(name), records)))
+            rows.append(row(_own(records) if _NAME.value else _machines(records.get(name), records)))
         except UserError as error:
             if _NAME.value:
                 raise
@@ -263,7 +259,7 @@ def stop(records: Records) -> None:
     """The training saves and ends; the slice stays, and watch does not start it again."""
     machines = _own(records)
     name = machines.record.name
-    if not machines.record.run_id:
+    if not machines.record.run_id and not machines.gcloud.dry_run:
         raise UserError(f"--name={name}: there is nothing to stop; `run` first")
     machines.note(phase=STOPPED)  # first: watch must not take what follows for a preemption
     state = machines.queue().state

@@ -77,6 +77,20 @@ def asked_for(name: str, there: Record | None, default: Callable[[str], str]) ->
     return there
 
 
+def planned(name: str, source: str) -> Record:
+    """For a dry run before `up`: the record that `up` would make with these flags. What is in capitals is not known.
+
+    source: what `up` would install.
+    """
+    if _ACCELERATOR.value is not None:
+        record = asked_for(name, None, lambda setting: "")
+    else:
+        unknown = ["--runtime-version=RUNTIME_VERSION"]
+        record = Record(name, _checked("project"), _checked("zone"), "ACCELERATOR", _SLICES.value, unknown)
+    record.source, record.label = source, "LABEL"
+    return record
+
+
 _PATTERNS = {
     "project": (r"[a-z][-a-z0-9:.]{4,61}[a-z0-9]", "my-project-123"),
     "zone": (r"[a-z]+-[a-z]+[0-9]+-[a-z]+[0-9]*", "us-west4-a"),

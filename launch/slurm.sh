@@ -4,23 +4,54 @@
 #     sbatch --nodes=4 --ntasks-per-node=8 --gres=gpu:8 launch/slurm.sh --config=configs/enwik8.py --workdir=/shared/run
 #
 # Partition, account and time are flags of sbatch too. The workdir must be a folder that all machines share, or gs://;
-# python is the one that is on the PATH where sbatch is called.
+# python is the one that is on the PATH where sbatch is called. `scancel --signal=USR1 JOB` saves a checkpoint now.
 #SBATCH --job-name=tvq_pod
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# Two minutes before the time is up all tasks get SIGTERM; they save, and the job goes back into the queue.
-#SBATCH --signal=TERM@120
+# Ten minutes before the time limit, this shell (B:) gets SIGUSR1.
+#SBATCH --signal=B:USR1@600
 set -euo pipefail
 
-# Preempted, Slurm sends SIGTERM to this shell too: it waits for its tasks all the same.
+# In seconds before the time limit: `early`, as above, the training saves and continues, so that a checkpoint exists even
+# if the last save takes too long; `late`, it saves and ends.
+early=600 late=120
+srun='' timer=''
+
+# srun passes SIGUSR1 on to its tasks, but kills them when it gets SIGTERM itself. scancel sends SIGTERM to them alone.
+# shellcheck disable=SC2329 # the trap calls it
+near_the_limit() {
+  local started=${srun:-${!:-}}
+  [[ -z $started ]] || kill -USR1 "$started" || true
+  if [[ -z $timer ]]; then
+    {
+      trap 'kill $!' TERM # of the sleep, if this is no longer needed
+      sleep $((early - late)) &
+      wait $! && scancel --signal=TERM "$SLURM_JOB_ID"
+    } &
+    timer=$!
+  fi
+}
+trap near_the_limit USR1
+# When Slurm preempts the job, its tasks get SIGTERM, and this shell may get it too: it waits for them all the same.
 trap : TERM
-code=0
-srun --kill-on-bad-exit=0 python -m tvq_pod.main --multihost "$@" || code=$?
+
+srun --kill-on-bad-exit=0 python -m tvq_pod.main --multihost "$@" &
+srun=$!
+while :; do
+  code=0
+  wait "$srun" || code=$?
+  kill -0 "$srun" 2> /dev/null || break # it was a signal that ended `wait`, if srun still runs
+done
+if ((code > 128)); then # perhaps of a signal that came as srun ended
+  code=0
+  wait "$srun" || code=$?
+fi
+[[ -z $timer ]] || kill "$timer" 2> /dev/null || true
 
 # srun's exit code is the largest of its tasks'. 75: all saved, run me again.
 if [[ $code == 75 ]]; then
   echo "preempted and saved: goes back into the queue"
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$SLURM_JOB_ID" || echo "error: job $SLURM_JOB_ID could not be requeued: submit it again" >&2
 fi
 exit "$code"

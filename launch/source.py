@@ -3,6 +3,7 @@
 import os
 import pathlib
 import subprocess
+import tarfile
 import tempfile
 
 from tvq_pod.errors import UserError
@@ -37,6 +38,23 @@ def pack(folder: pathlib.Path, allow_dirty: bool, write: bool = True) -> str:
         _git("archive", "--format=tar.gz", f"--prefix={name}/", f"--output={draft}", tree)
         os.replace(draft, path)
     return name
+
+
+def files(tarball: pathlib.Path, may_lack: bool = False) -> dict[str, bytes | None]:
+    """The files of a tarball that `pack` wrote, by their paths in the project, with their content. Raises UserError.
+
+    may_lack: a tarball that does not exist is no error; the answer is the files of HEAD, and None for their content.
+    """
+    try:
+        with tarfile.open(tarball) as tar:
+            members = [member for member in tar.getmembers() if member.isfile()]
+            return {member.name.partition("/")[2]: tar.extractfile(member).read() for member in members}
+    except FileNotFoundError:
+        if may_lack:
+            return dict.fromkeys(_git("ls-tree", "-r", "--name-only", "-z", "HEAD").split("\0"))
+        raise UserError(f"{tarball}: does not exist; `up` makes it") from None
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"{tarball}: cannot be read ({error}); delete it, and `up` makes it again") from None
 
 
 def _git(*arguments: str, **environment: str) -> str:

@@ -70,11 +70,11 @@ class Watch:
         return self.machines.poll_seconds
 
     def _finished(self) -> bool:
+        if self.machines.gcloud.dry_run:
+            return False
         fresh = self.machines.records.load(self.machines.record.name)  # `stop`, `run` and `down` write it too
         if fresh is None:
             raise Gone(f"--name={self.machines.record.name}: was deleted meanwhile")
-        if self.machines.gcloud.dry_run:
-            return False
         self.machines.record = fresh
         return fresh.phase in (DONE, STOPPED)
 

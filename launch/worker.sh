@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # What runs on every machine of a slice. launch.pod copies it there, with the source and the command to run, and calls
 #
-#     bash worker.sh install SOURCE      a virtual environment with the source's packages
+#     bash worker.sh install SOURCE      a virtual environment with the source's packages, in the versions that the
+#                                        source's launch/constraints.txt names
 #     bash worker.sh start ATTEMPT LOGS  the command, as a systemd unit that outlives ssh; its log goes to LOGS too
 #     bash worker.sh stop                asks it to save and end, and waits
 #     bash worker.sh state               what became of it
 #
 # Each may be called again, and by two at once. The last line on stdout says how it went, for launch.pod and for people:
-#     tvq_pod@NODE/WORKER: installed SOURCE | running ATTEMPT | exited ATTEMPT CODE | gone ATTEMPT | none | failed WHY
+#     tvq_pod@NODE/WORKER: installed SOURCE: VERSIONS | running ATTEMPT | exited ATTEMPT CODE | gone ATTEMPT | none | failed WHY
 set -Eeuo pipefail
 
 root=$HOME/tvq_pod
@@ -53,9 +54,10 @@ step() {
   fi
 }
 
+# Python 3.11 first: that is what the versions in launch/constraints.txt are tested with.
 python_of_system() {
   local candidate
-  for candidate in python3.13 python3.12 python3.11 python3; do
+  for candidate in python3.11 python3.12 python3.13 python3; do
     if command -v "$candidate" > /dev/null && "$candidate" -c '
 import sys, venv, ensurepip
 sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
@@ -72,14 +74,16 @@ new_environment() {
     "$python" -m venv "$1"
   else # Ubuntu 22.04 has 3.10: uv brings a newer one
     python3 -m pip install --quiet --user uv || return
-    python3 -m uv venv --quiet --seed --python 3.12 "$1"
+    python3 -m uv venv --quiet --seed --python 3.11 "$1"
   fi
 }
 
 unpack() { mkdir -p "$2" && tar -xzf "$1" -C "$2" --strip-components=1; }
 
+versions() { (cd "$root/source" && "$root/venv/bin/python" -m tvq_pod.packages > "$root/versions"); }
+
 install() {
-  local source=$1
+  local source=$1 versions
   if [[ $(cat "$root/installed" 2> /dev/null) != "$source" ]]; then
     case $(unit_state) in
       active | *ing)
@@ -87,14 +91,17 @@ install() {
         exit 1
         ;;
     esac
-    rm -rf "$root/installed" "$root/venv" "$root/source"
+    rm -rf "$root/installed" "$root/versions" "$root/venv" "$root/source"
     step unpacking unpack "$root/$source.tar.gz" "$root/source"
     step "virtual environment" new_environment "$root/venv"
-    step "pip install" "$root/venv/bin/python" -m pip install --quiet --disable-pip-version-check "$root/source[tpu,gcs,data]"
+    step "pip install" "$root/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+      --constraint "$root/source/launch/constraints.txt" "$root/source[tpu,gcs,data,wandb]"
+    step "package versions" versions
     echo "$source" > "$root/installed.writing"
     mv "$root/installed.writing" "$root/installed"
   fi
-  report "installed $source"
+  versions=$(cat "$root/versions" 2> /dev/null) || versions=
+  report "installed $source${versions:+: $versions}"
 }
 
 # KillMode: only the training itself gets SIGTERM, and saves. It is not enabled: after a reboot, launch.pod decides.
@@ -197,7 +204,7 @@ copy_log() {
   # shellcheck disable=SC2024 # the file is the user's own
   sudo journalctl --quiet --no-pager --output=cat --unit=$unit --since="@$(cat "$root/began")" > "$root/log"
   # By the training's own packages: gcloud, where it is a snap, does not start while the machine goes down.
-  (cd "$root/source" && "$root/venv/bin/python" -m launch.copy "$root/log" "$to")
+  (cd "$root/source" && "$root/venv/bin/python" -m launch.upload "$root/log" "$to")
 }
 
 # Once a minute, and once more when the training has ended, or the machine goes down.

@@ -13,6 +13,7 @@ import pytest
 import sentencepiece
 
 from tests import forked
+from tvq_pod import packages
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = """
@@ -106,6 +107,7 @@ def test_training_shows_progress_evaluates_samples_and_saves(trained):
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["20", "40"]
     assert json.loads((workdir / "config.json").read_text())["train"]["num_steps"] == 40
     assert (workdir / "samples/step_40.txt").read_text() == out.rstrip("\n")
+    assert [line["packages"] for line in packages_of(workdir)] == [packages.installed()]
 
 
 def test_tensorboard_reads_the_events(trained):
@@ -244,12 +246,23 @@ def test_a_run_that_is_done_says_so_and_changes_nothing(trained):
     assert again == out  # the same sample
 
 
-def test_settings_that_are_no_part_of_a_checkpoint_may_change_on_the_way(trained, tmp_path):
+def packages_of(workdir):
+    return [json.loads(line) for line in (workdir / "packages.jsonl").read_text().splitlines()]
+
+
+def test_settings_and_packages_may_change_on_the_way(trained, tmp_path):
     workdir, _, _ = trained
     shutil.copytree(workdir, tmp_path / "copy")
+    (first,) = packages_of(workdir)
+    first["packages"]["jax"] = "0.0.1"
+    (tmp_path / "copy/packages.jsonl").write_text(json.dumps(first) + "\n")
     flags = ["--config.train.num_steps=45", "--config.optimizer.clip_norm=0.0", "--config.model.block_len=16"]
     _, err = run(f"--workdir={tmp_path / 'copy'}", *flags, "--config.model.remat=none")
     assert "goes on from step 40" in err
+    assert (
+        f"WARNING: package versions differ from the start at step 0: jax 0.0.1 -> {packages.installed()['jax']}" in err
+    )
+    assert [line["step"] for line in packages_of(tmp_path / "copy")] == [0, 40]
     assert json.loads((tmp_path / "copy/config.json").read_text())["optimizer"]["clip_norm"] == 0.0
     (line,) = [json.loads(line) for line in (tmp_path / "copy/config_history.jsonl").read_text().splitlines()]
     changes = [("model.block_len", 8, 16), ("model.remat", "projections", "none"), ("optimizer.clip_norm", 1.0, 0.0),

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from tvq_pod import config_history, digest, images
+from tvq_pod import config_history, digest, images, packages
 from tvq_pod.checkpoint import RETRY_SECONDS, Checkpoints, run_record
 from tvq_pod.config import Settings
 from tvq_pod.continued import check_continues
@@ -133,6 +133,7 @@ class _Session:
         if is_first() and (first_step < config.num_steps or not (self.workdir / "config.json").exists()):
             keep_vocab(self.store.vocab(), self.workdir)
             config_history.keep(self.workdir, self.settings, first_step)
+            packages.record(self.workdir, first_step)
         self.writer = MetricsWriter(
             self.workdir, self.settings.metrics, dataclasses.asdict(self.settings), enabled=is_first()
         )

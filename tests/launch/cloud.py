@@ -24,8 +24,9 @@ class Cloud:
     waits: seconds from the request to the slice; zone_full_until: time before which there are none; create_errors:
     [[STATUS, message], ...] for the next requests; fails: [code, message] of the next request that is accepted;
     logged_in; ssh_failures: how many of the next ssh calls drop; broken: machines (NODE/WORKER) whose installation
-    fails; environment: of all machines; wait_at and training: what the pretended training does (see there); kill_at:
-    the number of the call whose caller is killed when it is done, or, negative, before.
+    fails; versions: the packages that a machine (NODE/WORKER) says it has; environment: of all machines; wait_at and
+    training: what the pretended training does (see there); kill_at: the number of the call whose caller is killed when
+    it is done, or, negative, before.
     """
 
     def __init__(self, folder):
@@ -40,7 +41,7 @@ class Cloud:
             path = self.folder / "state.json"
             state = json.loads(path.read_text()) if path.exists() else {}
             defaults = dict(queued={}, waits=0.0, zone_full_until=0.0, create_errors=[], fails=None, logged_in=True)
-            defaults |= dict(lost_nodes=[], ssh_failures=0, broken=[], environment={}, wait_at=0)
+            defaults |= dict(lost_nodes=[], ssh_failures=0, broken=[], versions={}, environment={}, wait_at=0)
             defaults |= dict(calls=0, kill_at=0, log=[])
             for name, value in defaults.items():
                 state.setdefault(name, value)

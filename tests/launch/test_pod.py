@@ -1,15 +1,20 @@
 """launch.pod against a cloud of real processes: what a person types, from the first command to the last."""
 
+import io
 import json
 import pathlib
 import shlex
+import subprocess
+import sys
+import tarfile
 
 import pytest
 
 from launch.gcloud import Gcloud
 from launch.machines import Machines
 from launch.record import Records
-from tests.launch.conftest import write_program
+from tests.launch.conftest import ROOT, write_program
+from tvq_pod import packages
 from tvq_pod.errors import UserError
 
 ZONE = "--zone=us-central2-b"
@@ -91,7 +96,7 @@ def test_a_dry_run_prints_the_commands_and_does_nothing(laptop):
     laptop.must("up", *UP)
     done = [shlex.join(["gcloud", *arguments]) for arguments in laptop.get("log")]
     label = next(line for line in done if "--labels" in line).partition("--labels=tvq_pod=")[2].split()[0]
-    lines = [line for line in planned.splitlines() if line.startswith("gcloud")]
+    lines = commands_of(planned)
     theirs = lines[1].partition("--labels=tvq_pod=")[2].split()[0]
     assert [line.replace(theirs, label) for line in lines] == done
     laptop.must("run", *RUN)
@@ -101,6 +106,133 @@ def test_a_dry_run_prints_the_commands_and_does_nothing(laptop):
     ).items():
         assert "gcloud compute tpus queued-resources" in laptop.must(command, "--dry_run", *flags)
     assert len(laptop.get("log")) == before
+
+
+def commands_of(out) -> list[str]:
+    """What a dry run prints that gcloud would be called with."""
+    return [line for line in out.splitlines() if line.startswith("gcloud")]
+
+
+def test_a_dry_run_comes_before_up_too(laptop):
+    """With the flags that `up` will have, the commands are those that will be run; without, what is missing is said."""
+    planned = commands_of(laptop.must("run", "--dry_run", *UP, *RUN[1:]))
+    assert not laptop.get("log")
+    assert not (laptop.folder / "records").exists()
+    laptop.must("up", *UP)
+    before = len(laptop.get("log"))
+    laptop.must("run", *RUN)
+    done = [shlex.join(["gcloud", *arguments]) for arguments in laptop.get("log")[before:]]
+    (record,) = (json.loads(path.read_text()) for path in (laptop.folder / "records").glob("*.json"))
+    start = next(line for line in planned if "worker.sh start" in line)
+    run_id = start.partition("worker.sh start ")[2].partition("-")[0]
+    planned = [line.replace(run_id, record["run_id"]) for line in planned]
+    assert planned == [line for line in done if "describe" not in line and "worker.sh state" not in line]
+
+
+def test_a_dry_run_before_up_says_what_is_missing(laptop):
+    watch = laptop.must("watch", "--name=run", "--dry_run")
+    assert watch.startswith("# run does not exist yet: `up` comes first\n")
+    assert "--accelerator-type=ACCELERATOR" in watch
+    assert "worker.sh start RUN_ID-1 gs://BUCKET/RUN/logs" in watch
+    assert "worker.sh install tvq_pod-" in watch
+    for command, flags in dict(
+        run=RUN, watch=WATCH, stop=WATCH[:1], down=WATCH[:1], logs=WATCH[:1], ssh=RUN[:1]
+    ).items():
+        assert commands_of(laptop.must(command, "--dry_run", *flags))
+    laptop.must("status", "--dry_run", "--name=run")
+    assert not laptop.get("log")
+    assert not (laptop.folder / "records").exists()
+    assert "no such run" in error_of(laptop, "watch", "--name=run")
+
+
+def test_watch_can_be_planned_before_run(laptop):
+    laptop.must("up", *UP)
+    assert "worker.sh start RUN_ID-1 gs://BUCKET/RUN/logs" in laptop.must("watch", "--dry_run", *WATCH)
+    assert "nothing to watch; `run` first" in error_of(laptop, "watch", *WATCH)
+
+
+def test_a_config_that_the_machines_do_not_have_is_refused_before_anything_starts(laptop, tmp_path):
+    laptop.must("up", *UP)
+    (tmp_path / "mine.py").write_text("")
+    calls, before = laptop.get("calls"), (laptop.folder / "records/run.json").read_text()
+    for flags, message in {
+        ("--config=configs/stdlb.py",): "--config=configs/stdlb.py: does not exist in tvq_pod-",
+        ("--config", "nowhere/stdlib.py"): "did you mean configs/stdlib.py?",
+        ("--config=configs/stdlib.py", "--config="): "--config=: does not exist in tvq_pod-",
+        (f"--config={tmp_path}/mine.py",): f"--config={tmp_path}/mine.py: is not part of tvq_pod-",
+        (f"--config={ROOT}/configs/stdlib.py",): "is a path of this machine; give --config=configs/stdlib.py",
+        ("--config=gs://bucket/c.py",): "--config=gs://bucket/c.py: does not exist in tvq_pod-",
+        ("--config=configs/stdlib.py", "--prompt_file=prompt.txt"): "--prompt_file=prompt.txt: does not exist in",
+    }.items():
+        assert message in error_of(laptop, "run", "--name=run", "--", "--workdir=gs://bucket/run", *flags)
+    assert "does not exist in" in error_of(laptop, "run", "--name=run", "--dry_run", "--", *RUN[3:], "--config=c.py")
+    assert laptop.get("calls") == calls
+    assert (laptop.folder / "records/run.json").read_text() == before
+
+
+def test_a_config_that_is_not_committed_is_refused_before_up_too(laptop, tmp_path):
+    (tmp_path / "mine.py").write_text("")
+    flags = ("--name=run", "--dry_run", "--", f"--config={tmp_path}/mine.py", "--workdir=gs://bucket/run")
+    assert "is not part of tvq_pod-" in error_of(laptop, "run", *flags)
+
+
+def test_a_config_is_the_same_however_its_path_is_written(laptop):
+    for config in ("./configs//stdlib.py", "configs/stdlib.py:and its argument", "configs/../configs/stdlib.py"):
+        laptop.must("run", "--name=run", "--dry_run", "--", f"--config={config}", "--workdir=gs://bucket/run")
+
+
+def test_without_a_config_there_must_be_an_earlier_run(laptop):
+    laptop.must("up", *UP)
+    run = ("--name=run", "--", "--workdir=gs://bucket/run")
+    assert "there is no gs://bucket/run/config.json of an earlier run" in error_of(laptop, "run", *run)
+    assert laptop.get("attempts") is None
+    (laptop.cloud.folder / "buckets/bucket/run").mkdir(parents=True)
+    (laptop.cloud.folder / "buckets/bucket/run/config.json").write_text("{}")
+    laptop.must("run", *run)
+
+
+def test_a_config_on_a_mount_that_all_machines_share(laptop, tmp_path):
+    laptop.must("up", *UP)
+    flags = ("--name=run", "--shared_workdir", "--", f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/run")
+    assert f"--config={tmp_path}/c.py: does not exist on the machines" in error_of(laptop, "run", *flags)
+    assert laptop.get("attempts") is None
+    (tmp_path / "c.py").write_text("")
+    laptop.must("run", *flags)
+
+
+def test_a_config_that_was_changed_since_up_is_said(laptop):
+    laptop.must("up", *UP)
+    assert "WARNING" not in laptop.must("run", "--dry_run", *RUN)
+    (path,) = (laptop.folder / "records/sources").glob("*.tar.gz")
+    with tarfile.open(path, "w:gz") as tar:
+        member = tarfile.TarInfo(f"{path.name.removesuffix('.tar.gz')}/configs/stdlib.py")
+        tar.addfile(member, io.BytesIO())
+    said = laptop.must("run", "--dry_run", *RUN)
+    assert "WARNING: --config=configs/stdlib.py: differs here from tvq_pod-" in said
+
+
+def test_up_prints_the_versions_and_says_if_machines_differ(laptop):
+    here = packages.summary(packages.installed())
+    lines = laptop.must("up", *UP).splitlines()
+    assert lines.count(f"run: {here}") == 1
+    assert f"jax {packages.installed()['jax']}, " in here
+    laptop.set(versions={"run/1": "python 3.12.9, jax 0.10.2"})
+    assert lines.count(f"run: {here}") == laptop.must("up", *UP).splitlines().count(f"run: {here}")  # not asked again
+    for worker in (0, 1):
+        (laptop.cloud.machine("run", worker) / "home/tvq_pod/installed").unlink()
+    lines = laptop.must("up", *UP).splitlines()
+    assert "run: WARNING: machines differ: 1 of them (run/1) have python 3.12.9, jax 0.10.2" in lines
+    assert f"run: WARNING: machines differ: 1 of them (run/0) have {here}" in lines
+
+
+def test_the_program_may_be_started_by_its_path(laptop):
+    """No module in launch has the name of one of Python's own, which the ones beside it would import instead."""
+    environment = {name: value for name, value in laptop.environment.items() if name != "PYTHONPATH"}
+    program = [sys.executable, str(ROOT / "launch/pod.py"), "status", f"--records={laptop.folder / 'records'}"]
+    done = subprocess.run(program, env=environment, cwd=laptop.folder, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split()[:2] == ["run", "slice"]
+    assert not {path.stem for path in (ROOT / "launch").glob("*.py")} & sys.stdlib_module_names
 
 
 @pytest.mark.parametrize(
@@ -335,8 +467,6 @@ def test_what_is_not_committed_is_refused_or_named_by_its_hash(tmp_path):
 
 
 def archived(path: pathlib.Path, name: str) -> bytes | None:
-    import tarfile
-
     with tarfile.open(path) as tar:
         found = [member for member in tar.getmembers() if member.name.endswith(f"/{name}")]
         return tar.extractfile(found[0]).read() if found else None

@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -84,35 +86,113 @@ def test_the_shell_only_path_has_a_training_done(laptop):
     assert laptop.get("queued") == {}
 
 
+class Slurm:
+    """launch/slurm.sh as a running job 7. As with Slurm, srun passes SIGUSR1 on to its task and kills it at SIGTERM,
+    and scancel reaches the task alone. The task logs its saves, and ends with the code in the file `code`, or after
+    SIGTERM with 75. `sleep` lasts until the file `late` exists."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        log = f">> {folder}/log"
+        until = "do /bin/sleep 0.02; done"
+        task = (
+            f"trap 'echo saved {log}' USR1; trap 'exit 75' TERM; echo $$ > {folder}/pid.writing; "
+            f"mv {folder}/pid.writing {folder}/task; while ! [ -e {folder}/code ]; {until}; exit $(cat {folder}/code)"
+        )
+        write_program(folder / "task_program", task)
+        srun = (
+            f"trap 'kill -USR1 $!' USR1; trap 'kill -KILL $!' TERM; echo \"srun $*\" {log}; {folder}/task_program & "
+            "while kill -0 $! 2> /dev/null; do wait $!; code=$?; done; exit $code"
+        )
+        write_program(folder / "srun", srun)
+        write_program(folder / "scancel", f'echo "scancel $*" {log}; kill -TERM $(cat {folder}/task)')
+        write_program(folder / "scontrol", f'echo "scontrol $*" {log}; ! [ -e {folder}/full ]')
+        write_program(folder / "sleep", f'echo "sleep $*" {log}; while ! [ -e {folder}/late ]; {until}')
+        self.job = subprocess.Popen(
+            ["bash", ROOT / "launch/slurm.sh", "--config=c.py", "--workdir=/shared/a b"],
+            env=dict(PATH=f"{folder}:/usr/bin:/bin", SLURM_JOB_ID="7"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.wait_for(lambda: (folder / "task").exists())
+        self.task = int((folder / "task").read_text())
+
+    def wait_for(self, true) -> None:
+        deadline = time.monotonic() + 20
+        while not true():
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.01)
+
+    def log(self) -> list[str]:
+        """What was called, and what the task did."""
+        return (self.folder / "log").read_text().splitlines()
+
+    def end(self) -> int:
+        """The job's exit code, once it has ended."""
+        self.out, self.err = self.job.communicate(timeout=20)
+        return self.job.returncode
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """It is ended with the test, however that goes."""
+    slurm = Slurm(tmp_path)
+    yield slurm
+    for name in ("code", "late"):
+        (tmp_path / name).write_text("1")
+    slurm.job.wait(20)
+
+
 @pytest.mark.parametrize(("code", "asks_again"), [(75, True), (0, False), (1, False)])
-def test_slurm_gets_a_job_back_that_saved(tmp_path, code, asks_again):
-    write_program(tmp_path / "srun", f'echo "srun $*" >> {tmp_path}/log; exit {code}')
-    write_program(tmp_path / "scontrol", f'echo "scontrol $*" >> {tmp_path}/log')
-    done = subprocess.run(
-        ["bash", ROOT / "launch/slurm.sh", "--config=c.py", "--workdir=/shared/a b"],
-        env=dict(PATH=f"{tmp_path}:/usr/bin:/bin", SLURM_JOB_ID="7"),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == code, done.stderr
-    lines = (tmp_path / "log").read_text().splitlines()
+def test_slurm_gets_a_job_back_that_saved(slurm, code, asks_again):
+    (slurm.folder / "code").write_text(str(code))
+    assert slurm.end() == code, slurm.err
+    lines = slurm.log()
     assert lines[0].endswith("python -m tvq_pod.main --multihost --config=c.py --workdir=/shared/a b")
     assert (lines[1:] == ["scontrol requeue 7"]) == asks_again
 
 
-def test_slurm_s_shell_outlives_the_sigterm_that_its_tasks_get(tmp_path):
-    write_program(tmp_path / "srun", f'trap "exit 75" TERM; touch {tmp_path}/up; while :; do sleep 0.05; done')
-    write_program(tmp_path / "scontrol", f'echo "$*" > {tmp_path}/log')
-    process = subprocess.Popen(
-        ["bash", ROOT / "launch/slurm.sh", "--workdir=/w"],
-        env=dict(PATH=f"{tmp_path}:/usr/bin:/bin", SLURM_JOB_ID="7"),
-        process_group=0,
+def test_slurm_s_shell_outlives_the_sigterm_that_its_tasks_get(slurm):
+    slurm.job.terminate()
+    os.kill(slurm.task, signal.SIGTERM)
+    assert slurm.end() == 75
+    assert slurm.log()[1:] == ["scontrol requeue 7"]
+
+
+def test_before_slurm_s_time_limit_a_job_saves_goes_on_and_then_saves_and_is_requeued(slurm):
+    slurm.job.send_signal(signal.SIGUSR1)  # to the shell alone, as --signal=B: says
+    slurm.wait_for(lambda: "saved" in slurm.log() and "sleep 480" in slurm.log())
+    slurm.job.send_signal(signal.SIGUSR1)  # another save, and no second SIGTERM: that one ends without saving
+    slurm.wait_for(lambda: slurm.log().count("saved") == 2)
+    os.kill(slurm.task, 0)  # it trains on
+    (slurm.folder / "late").touch()
+    assert slurm.end() == 75, slurm.err
+    assert sorted(slurm.log()[1:4]) == ["saved", "saved", "sleep 480"]
+    assert slurm.log()[4:] == ["scancel --signal=TERM 7", "scontrol requeue 7"]
+
+
+def test_a_job_that_ends_by_itself_near_slurm_s_time_limit_is_left_alone(slurm):
+    slurm.job.send_signal(signal.SIGUSR1)
+    slurm.wait_for(lambda: "saved" in slurm.log() and "sleep 480" in slurm.log())
+    (slurm.folder / "code").write_text("0")
+    assert slurm.end() == 0, slurm.err  # and has closed its output: nothing of it sleeps on
+    assert sorted(slurm.log()[1:]) == ["saved", "sleep 480"]
+
+
+def test_a_requeue_that_slurm_refuses_is_said(slurm):
+    (slurm.folder / "full").touch()
+    (slurm.folder / "code").write_text("75")
+    assert slurm.end() == 75
+    assert "error: job 7 could not be requeued: submit it again" in slurm.err
+
+
+def test_slurm_sends_the_signal_when_the_script_expects_it():
+    text = (ROOT / "launch/slurm.sh").read_text()
+    assert re.findall(r"^#SBATCH --signal=B:USR1@(\d+)$", text, re.MULTILINE) == re.findall(
+        r"^early=(\d+)", text, re.MULTILINE
     )
-    while not (tmp_path / "up").exists():
-        time.sleep(0.02)
-    subprocess.run(["bash", "-c", f"kill -TERM -- -{process.pid}"], check=True)
-    assert process.wait(20) == 75
-    assert (tmp_path / "log").read_text() == "requeue 7\n"
+    assert "#SBATCH --requeue\n" in text
 
 
 def test_the_shell_script_s_flags_are_gcloud_s():
@@ -180,7 +260,8 @@ def test_python_that_is_too_old_is_replaced(laptop):
     assert done.stdout == "tvq_pod@unknown/unknown: installed s\n", done.stdout + done.stderr
     calls = (tools / "log").read_text()
     assert "-m pip install --quiet --user uv" in calls
-    assert "-m uv venv --quiet --seed --python 3.12" in calls
+    assert "-m uv venv --quiet --seed --python 3.11" in calls
+    assert f"--constraint {home}/tvq_pod/source/launch/constraints.txt" in calls
 
 
 def test_a_record_is_whole_or_the_one_before(tmp_path):
