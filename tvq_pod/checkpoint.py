@@ -33,6 +33,7 @@ from tvq_pod import manifest
 from tvq_pod.config import CheckpointSettings, Settings, TrainSettings
 from tvq_pod.data.course import Course
 from tvq_pod.errors import UserError
+from tvq_pod.optim import STATE_VERSIONS
 from tvq_pod.parallel.processes import all_agree, decided_by_first, from_first, is_first, on_first
 from tvq_pod.paths import free_name, is_bucket
 from tvq_pod.train_state import TrainState
@@ -47,7 +48,9 @@ MODEL_IDENTITY = (
     *("d_model", "d_k", "d_v", "n_head", "n_code", "n_layer", "n_vocab", "mem_len", "agg_cache"),
     *("window_bias", "attn_type", "head_type", "dtype", "param_dtype", "pe_abs", "e_tie", "e_norm", "e_scale"),
 )
-LATER = {"config.model.window_bias": "0.0"}  # settings that the first checkpoints do not name, as they were then
+OPTIMIZER_STATE = "config.optimizer.name, state"
+# Entries that the first checkpoints do not have, as they were then
+LATER = {"config.model.window_bias": "0.0", OPTIMIZER_STATE: "1"}
 
 
 def model_record(settings: Settings, vocab_name: str) -> dict:
@@ -60,6 +63,7 @@ def run_record(settings: Settings, vocab_name: str, fingerprint: str) -> dict:
     """What a whole checkpoint belongs to: the model, and all that the data function depends on but its course."""
     return model_record(settings, vocab_name) | {
         "config.optimizer.name": settings.optimizer.name,
+        OPTIMIZER_STATE: STATE_VERSIONS[settings.optimizer.name],
         "config.seed": str(settings.seed),
         FINGERPRINT: fingerprint,
     }
@@ -359,6 +363,12 @@ class Checkpoints:
         saved = self.record(step)
         for name, value in record.items():
             made_with = saved.get(name, LATER.get(name))
+            if made_with != value and name == OPTIMIZER_STATE:
+                raise UserError(
+                    f"config.optimizer.name={record['config.optimizer.name']}: the checkpoint {self.path}/{step} has "
+                    f"this optimizer's state in form {made_with}, and this version reads form {value} only; give "
+                    "another --workdir, or continue with the version that wrote it"
+                )
             if made_with != value:
                 raise UserError(
                     f"{name}={value}: the checkpoint {self.path}/{step} was made with {made_with}; "
