@@ -40,7 +40,7 @@ def get_config():
     config.train.num_steps = 500_000
     config.train.log_every_steps = 100
     config.optimizer.name = "adafactor"
-    config.optimizer.learning_rate = 0.01
+    config.optimizer.learning_rate = 0.01  # of each matrix's own scale: see docs/optimizer.md
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 10_000
     config.optimizer.clip_norm = 0.0  # Adafactor clips each update by its own size
