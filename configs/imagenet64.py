@@ -8,7 +8,7 @@ are PNG files. Needs pip install -e '.[data]'. To see what it costs before a sli
 
     python -m tvq_pod.main --mode=plan --config=configs/imagenet64.py --topology=v5p:4x4x4 --workdir=runs/imagenet64
 
-It says 0.14 s a step, 1,394,000 tokens/s, and a peak of 6.8 of a chip's 95 GiB.
+It says 0.14 s a step, 1,393,000 tokens/s, and a peak of 6.8 of a chip's 95 GiB.
 Settings: arXiv 2309.16354, appendix, and scripts/lm_imagenet64.sh of its code (github.com/transformer-vq).
 """
 
@@ -36,7 +36,7 @@ def get_config():
     config.train.num_steps = 500_000
     config.train.log_every_steps = 100
     config.optimizer.name = "adafactor"
-    config.optimizer.learning_rate = 0.01
+    config.optimizer.learning_rate = 0.01  # of each matrix's own scale: see docs/optimizer.md
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 10_000
     config.optimizer.clip_norm = 0.0  # Adafactor clips each update by its own size

@@ -36,6 +36,7 @@ def get_config():
     config.optimizer.learning_rate = 4e-4
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 10_000
+    config.optimizer.eps = 1e-9
     config.optimizer.weight_decay = 2e-4
     config.optimizer.clip_norm = 0.1
     config.checkpoint.every_steps = 1000

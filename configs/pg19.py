@@ -8,7 +8,7 @@ what it costs before a slice is rented:
 
     python -m tvq_pod.main --mode=plan --config=configs/pg19.py --topology=v5p:4x4x4 --workdir=runs/pg19
 
-It says 0.20 s a step, 1,291,000 tokens/s, and a peak of 8.3 of a chip's 95 GiB.
+It says 0.20 s a step, 1,293,000 tokens/s, and a peak of 8.3 of a chip's 95 GiB.
 Settings: arXiv 2309.16354, appendix, and scripts/lm_pg19.sh of its code (github.com/transformer-vq/transformer_vq).
 """
 
@@ -40,7 +40,7 @@ def get_config():
     config.train.num_steps = 500_000
     config.train.log_every_steps = 100
     config.optimizer.name = "adafactor"
-    config.optimizer.learning_rate = 0.01
+    config.optimizer.learning_rate = 0.01  # of each matrix's own scale: see docs/optimizer.md
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 10_000
     config.optimizer.clip_norm = 0.0  # Adafactor clips each update by its own size

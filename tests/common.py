@@ -19,7 +19,6 @@ from tvq_pod.nn.attn import VQAttention
 from tvq_pod.nn.types import TransformerConfig, VQSpec
 from tvq_pod.prepare import make_store
 
-
 DTYPES = [jnp.float32]  # of parameters and of compute alike
 FAST = ["xla"]  # implementations of attention with hand-written gradients; the oracle beside them is "plain"
 WIDENINGS = [1, 2]  # d_v over d_model
@@ -70,7 +69,8 @@ def transformer_config_fixture(
 
 def small_config(**changes) -> TransformerConfig:
     """`transformer_config_fixture` with defaults for everything, and the implementation of attention that users get."""
-    defaults = dict(attention="auto", block_len=4, mem_len=4, agg_cache=True, widening=1, dtypes=DTYPES[0], is_train=False)
+    defaults = dict(block_len=4, mem_len=4, agg_cache=True, widening=1, dtypes=DTYPES[0], is_train=False)
+    defaults |= dict(attention="auto")
     return transformer_config_fixture(**(defaults | changes))
 
 

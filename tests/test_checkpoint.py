@@ -7,16 +7,18 @@ import time
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
 from tests.common import small_config
 from tvq_pod import manifest
-from tvq_pod.checkpoint import Checkpoints, model_record, run_record, sha256_of, stale_steps
+from tvq_pod.checkpoint import Checkpoints, sha256_of, stale_steps
 from tvq_pod.config import CheckpointSettings, MeshSettings, OptimizerSettings, Settings, TrainSettings
 from tvq_pod.data.course import Course
 from tvq_pod.errors import UserError
+from tvq_pod.identity import OPTIMIZER_STATE, model_record, run_record
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.paths import NAME_BYTES, check_saving
 from tvq_pod.train_state import abstract_train_state, create_train_state, make_train_step
@@ -235,7 +237,7 @@ def test_another_runs_checkpoint_is_refused_by_name(tmp_path, mesh):
     ):
         with pytest.raises(UserError, match=message):
             checkpoints.check(7, run_record(other, "bytes", fingerprint))
-    older = {name: value for name, value in RECORD.items() if name != "config.model.window_bias"}
+    older = {name: RECORD[name] for name in RECORD if name not in ("config.model.window_bias", OPTIMIZER_STATE)}
     checkpoints.save(create_train_state(SETTINGS, mesh), 8, older, COURSE)
     checkpoints.wait()
     checkpoints.check(8, RECORD)
@@ -244,6 +246,14 @@ def test_another_runs_checkpoint_is_refused_by_name(tmp_path, mesh):
             checkpoints.check(step, model_record(changed("model", window_bias=8.0), "bytes"))
     with pytest.raises(UserError, match=r"config.data.vocab=pieces: .* was made with bytes"):
         checkpoints.check(7, model_record(SETTINGS, "pieces"))
+    # of adafactor, the state has another form since; what evaluation and sampling need has not
+    adafactor = run_record(changed("optimizer", name="adafactor"), "bytes", "corpus-a")
+    older = {name: adafactor[name] for name in adafactor if name != OPTIMIZER_STATE}
+    checkpoints.save(create_train_state(SETTINGS, mesh), 9, older, COURSE)
+    checkpoints.wait()
+    with pytest.raises(UserError, match=r"^config.optimizer.name=adafactor: the checkpoint .*9 has .* form 1.*form 2"):
+        checkpoints.check(9, adafactor)
+    checkpoints.check(9, model_record(SETTINGS, "bytes"))
     # what has no part in shapes or data may change
     checkpoints.check(7, run_record(changed("model", p_dropres=0.5, block_len=2), "bytes", "corpus-a"))
     checkpoints.close()
@@ -452,4 +462,24 @@ def test_steps_that_a_run_went_back_from_are_set_aside(workdir):
     checkpoints.undo(after=1)
     assert names(workdir) == ["1", "2.undone", "3.undone"]
     assert checkpoints.newest_good() == 1
+    checkpoints.close()
+
+
+def test_lions_momentum_of_an_older_checkpoint_is_read(tmp_path, mesh):
+    """It was kept in the parameters' dtype, and is bfloat16 now."""
+    lion = dataclasses.replace(SETTINGS, optimizer=OptimizerSettings(name="lion"))
+    state = create_train_state(lion, mesh)
+    rng = np.random.default_rng(0)
+
+    def as_it_was(leaf):
+        return rng.normal(size=leaf.shape).astype(np.float32) if leaf.dtype == jnp.bfloat16 else leaf
+
+    older = jax.tree.map(as_it_was, state.opt_state)
+    checkpoints = Checkpoints(tmp_path, CheckpointSettings())
+    checkpoints.save(state.replace(opt_state=older), 4, RECORD, COURSE)
+    assert checkpoints.wait(), checkpoints.error
+    restored = checkpoints.restore(4, abstract_train_state(lion, mesh)).opt_state
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(restored)} == {"int32", "bfloat16"}
+    rounded = jax.tree.map(lambda old, new: np.asarray(old).astype(new.dtype), older, restored)
+    jax.tree.map(np.testing.assert_array_equal, restored, rounded)
     checkpoints.close()

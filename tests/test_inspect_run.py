@@ -9,10 +9,11 @@ import pytest
 
 from tests.common import small_config
 from tvq_pod import inspect_run
-from tvq_pod.checkpoint import Checkpoints, run_record, sha256_of
+from tvq_pod.checkpoint import Checkpoints, sha256_of
 from tvq_pod.config import CheckpointSettings, MeshSettings, OptimizerSettings, Settings, TrainSettings
 from tvq_pod.data.course import Course
 from tvq_pod.errors import UserError
+from tvq_pod.identity import run_record
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.train_state import create_train_state
 

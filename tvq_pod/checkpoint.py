@@ -36,7 +36,7 @@ from tvq_pod import manifest
 from tvq_pod.config import CheckpointSettings, TrainSettings
 from tvq_pod.data.course import Course
 from tvq_pod.errors import UserError
-from tvq_pod.identity import FINGERPRINT, differing, model_record, run_record  # noqa: F401 (some import them from here)
+from tvq_pod.identity import OPTIMIZER_STATE, differing
 from tvq_pod.parallel.deadlines import Deadline
 from tvq_pod.parallel.processes import all_agree, decided_by_first, from_first, is_first, on_first, text_from_first
 from tvq_pod.paths import free_name, is_bucket
@@ -412,6 +412,12 @@ class Checkpoints:
         (see run_record; entries that `record` lacks are not looked at)."""
         if found := differing(record, self.record(step)):
             name, value, made_with = found
+            if name == OPTIMIZER_STATE:
+                raise UserError(
+                    f"config.optimizer.name={record['config.optimizer.name']}: the checkpoint {self.path}/{step} has "
+                    f"this optimizer's state in form {made_with}, and this version reads form {value} only; give "
+                    "another --workdir, or continue with the version that wrote it"
+                )
             raise UserError(
                 f"{name}={value}: the checkpoint {self.path}/{step} was made with {made_with}; "
                 "give that, or another --workdir"

@@ -53,12 +53,15 @@ class OptimizerSettings:
     name: str = "adamw"  # adamw | lion | adafactor
     learning_rate: float = 1e-3  # at the end of warm-up
     schedule: str = "cosine"  # cosine | linear | inverse_sqrt
-    warmup_steps: int = 100
+    warmup_steps: int = 100  # from 0, at the first step, to the full learning rate
     final_fraction: float = 0.1  # of the learning rate, at the last step (cosine, linear)
-    b1: float = 0.9
+    b1: float = 0.9  # adamw, lion; the original code uses 0.95 with lion
     b2: float = 0.98
     eps: float = 1e-8  # adamw
-    weight_decay: float = 0.0  # share of a matrix lost per step at the full learning rate; vectors are spared
+    # adafactor: the learning rate is a share of the root mean square of each matrix, as in the paper; False: it is the
+    # size of a step itself, which must then be far smaller
+    multiply_by_parameter_scale: bool = True
+    weight_decay: float = 0.0  # share of a matrix lost at every step, whatever the schedule says; vectors are spared
     clip_norm: float = 1.0  # of the gradient's global norm; 0: never
 
 

@@ -15,14 +15,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from tvq_pod.checkpoint import FINGERPRINT, Checkpoints, model_record
+from tvq_pod.checkpoint import Checkpoints
 from tvq_pod.config import Settings
 from tvq_pod.data.loader import global_batches
 from tvq_pod.data.mixture import Mixture
 from tvq_pod.data.store import TokenStore
 from tvq_pod.data.streams import PADDING, PackedDocuments
 from tvq_pod.errors import UserError
-from tvq_pod.identity import RUN_IDENTITY
+from tvq_pod.identity import FINGERPRINT, RUN_IDENTITY, model_record
 from tvq_pod.metrics import LOG_2, MetricsWriter, all_lines
 from tvq_pod.nn.axes import placed_by
 from tvq_pod.nn.model import Transformer

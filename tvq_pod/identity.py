@@ -4,8 +4,10 @@ A checkpoint keeps these as its record, and one whose record differs is refused 
 """
 
 from tvq_pod.config import Settings
+from tvq_pod.optim import STATE_VERSIONS
 
 FINGERPRINT = "config.data.store, fingerprint"
+OPTIMIZER_STATE = "config.optimizer.name, state"
 # Fields of TransformerConfig that change the shape of a parameter or of the state, or the function that the model is.
 MODEL_IDENTITY = (
     *("d_model", "d_k", "d_v", "n_head", "n_code", "n_layer", "n_vocab", "mem_len", "agg_cache", "d_ff"),
@@ -29,7 +31,8 @@ MAY_CHANGE = {
     "c_gamma": "the decay of a moving average that only training moves",
     "is_train": "the mode decides",
 }
-LATER = {"config.model.window_bias": "0.0"}  # settings that the first checkpoints do not name, as they were then
+# Entries that the first checkpoints do not have, as they were then
+LATER = {"config.model.window_bias": "0.0", OPTIMIZER_STATE: "1"}
 
 
 def model_record(settings: Settings, vocab_name: str) -> dict:
@@ -47,6 +50,7 @@ def run_record(settings: Settings, vocab_name: str, fingerprint: str) -> dict:
         | _record_of(settings, RUN_IDENTITY)
         | {
             "config.optimizer.name": settings.optimizer.name,
+            OPTIMIZER_STATE: STATE_VERSIONS[settings.optimizer.name],
             "config.seed": str(settings.seed),
             FINGERPRINT: fingerprint,
         }

@@ -10,9 +10,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from tvq_pod.checkpoint import FINGERPRINT, Checkpoints, run_record, sha256_of_arrays
+from tvq_pod.checkpoint import Checkpoints, sha256_of_arrays
 from tvq_pod.config import MeshSettings, Settings, to_json
 from tvq_pod.errors import UserError
+from tvq_pod.identity import FINGERPRINT, run_record
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.sample import run_vocab
 from tvq_pod.train_state import TrainState, abstract_train_state

@@ -14,11 +14,12 @@ import numpy as np
 from etils import epath
 
 from tvq_pod import images
-from tvq_pod.checkpoint import Checkpoints, model_record
+from tvq_pod.checkpoint import Checkpoints
 from tvq_pod.config import MeshSettings, SampleSettings, Settings, check_vocab_fits
 from tvq_pod.data.vocab import END_OF_DOC, PAD, UNKNOWN, ByteVocab, Vocab, kept_vocab, load_vocab
 from tvq_pod.draw import draw_token
 from tvq_pod.errors import UserError
+from tvq_pod.identity import model_record
 from tvq_pod.nn.model import Transformer
 from tvq_pod.nn.scores import NEVER
 from tvq_pod.nn.types import TransformerConfig

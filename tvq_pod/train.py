@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from tvq_pod import config_history, digest, images, packages
-from tvq_pod.checkpoint import RETRY_SECONDS, Checkpoints, run_record
+from tvq_pod.checkpoint import RETRY_SECONDS, Checkpoints
 from tvq_pod.config import Settings
 from tvq_pod.continued import check_continues
 from tvq_pod.data.course import Course
@@ -26,6 +26,7 @@ from tvq_pod.data.streams import TrainStreams, streams_of
 from tvq_pod.data.vocab import keep_vocab
 from tvq_pod.errors import Preempted, UserError
 from tvq_pod.eval import Evaluator, own_losses, report, subject
+from tvq_pod.identity import run_record
 from tvq_pod.metrics import MetricsWriter, bits_per_byte, check_packages, lines_of
 from tvq_pod.parallel.mesh import check_rows, make_mesh, sizes
 from tvq_pod.parallel.processes import Ballot, decided_by_first, is_first, on_first

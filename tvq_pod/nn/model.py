@@ -205,3 +205,8 @@ def codebook_counts(tree: dict) -> jax.Array | None:
 def is_vector(path: tuple) -> bool:
     """Whether a path leads to gains, biases or a scale: what weight decay leaves alone."""
     return getattr(path[-1], "key", None) not in ("kernel", "embedding", "w_out")
+
+
+def is_stacked(path: tuple) -> bool:
+    """Whether a path leads to parameters of layers, which have a leading axis of n_layer."""
+    return getattr(path[0], "key", None) == "layers"
