@@ -185,8 +185,7 @@ class Run:
             train_tokens_per_second=tokens / seconds,
             eval_tokens_per_second=tokens / summary["eval_step_seconds"]["median"],
             sampled_tokens_per_second={
-                rows: rows * length / summary[f"{_sampling(rows)}_seconds"]["median"]
-                for rows, length in SAMPLED.items()
+                rows: rows * n / summary[f"{_sampling(rows)}_seconds"]["median"] for rows, n in SAMPLED.items()
             },
             train_flops_per_second=train_flops(self._settings.model, tokens, train.update_len) / seconds,
             peak_bytes=held + memory.temp_size_in_bytes,  # of the compiled train step

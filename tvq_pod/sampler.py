@@ -89,9 +89,9 @@ class Sampler:
         first_row: int = 0,
         stop_at_end: bool = True,
     ) -> Iterator[np.ndarray]:
-        """Continues documents that begin with `prompts`, int [n] each, at most `batch_size` of them, by `length` tokens
-        each. Yields what was drawn, int32 [rows, n] with n <= CHUNK, again and again until all rows have ended; NO_TOKEN
-        stands where a row was still reading or had ended.
+        """Continues documents that begin with `prompts`, int [n] each, at most `batch_size` of them, by up to `length`
+        tokens each. Yields what was drawn, int32 [rows, n] with n <= CHUNK, until all rows have ended. NO_TOKEN stands
+        where a row was still reading or had ended.
 
         params: of `Transformer`; of several processes, on the given devices, in their order. Row i draws with the
         random numbers first_row + i of the seed. stop_at_end: whether an end-of-document ends a row; then it is not
@@ -143,10 +143,10 @@ class Sampler:
             drawn[is_end] = NO_TOKEN
             n_drawn += np.sum(drawn != NO_TOKEN, axis=1)
             is_done |= is_end.any(axis=1) | (n_drawn >= length)
+            seconds = max(time.monotonic() - began, 1e-6)
             yield drawn
             place += n_steps
-            if self._local:
-                seconds = max(time.monotonic() - began, 1e-6)
+            if self._local and place > n_steps:  # the first chunk had to be compiled
                 n_steps = int(np.clip(n_steps * CHUNK_SECONDS / seconds, 1, min(4 * n_steps, CHUNK)))
 
     # --- on the devices ----------------------------------------------------------------------------------------------

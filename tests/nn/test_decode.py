@@ -13,7 +13,6 @@ from tvq_pod.nn.decode import decode_state, decode_step, decode_weights, decode_
 from tvq_pod.nn.model import Transformer
 
 STEPS, START = 40, 13
-BFLOAT16 = dict(dtype="bfloat16", n_head=1)
 
 KINDS = dict(
     shga=(3, dict(window_bias=2.0, pe_abs=True)),
@@ -21,7 +20,7 @@ KINDS = dict(
     mqa=(1, dict(head_type="mqa", mem_len=17, n_head=4)),
     mha=(3, dict(head_type="mha", agg_cache=False)),
     full=(2, dict(attn_type="full", window_bias=1.0, n_head=1)),
-    bfloat16=(2, BFLOAT16),
+    bfloat16=(2, dict(dtype="bfloat16", n_head=1)),
 )
 
 
@@ -48,9 +47,8 @@ def ordinary(config, tokens, doc_ids):
 
     state, logits = Transformer.initial_state(config, len(tokens)), []
     for step in range(STEPS):
-        at_start = state if step == START else None
-        if at_start is not None:
-            kept = at_start
+        if step == START:
+            kept = state
         state, one = apply(params_of(config), state, tokens[:, step : step + 1], doc_ids[:, step : step + 1])
         logits.append(np.asarray(one))
     return np.concatenate(logits, axis=1), kept
@@ -110,9 +108,8 @@ def test_a_loop_copies_no_large_array(n_rows):
     config = small_config(block_len=1, mem_len=6, n_layer=1, d_v=24, n_code=9, n_head=1)
     tokens, doc_ids = streams(n_rows)
     state = decode_state(Transformer.initial_state(config, n_rows), config)
-    text = (
-        in_a_loop(config, tokens, doc_ids).lower(decode_weights(params_of(config), config), state).compile().as_text()
-    )
+    weights = decode_weights(params_of(config), config)
+    text = in_a_loop(config, tokens, doc_ids).lower(weights, state).compile().as_text()
     rows = "" if n_rows == 1 else f"{n_rows},"
     for shape in (f"f32[{rows}7,24]", f"f32[{rows}9,24]", f"f32[{rows}7,6]"):
         assert shape in text

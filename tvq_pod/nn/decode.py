@@ -283,8 +283,8 @@ def _read(ring: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
 
 
 def _einsum(product: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """jnp.einsum, in float32. Axes of x that have size 1 are left out, of y too: XLA:CPU reads the matrix of a product
-    with a vector two to three times as fast as that of a product with a matrix of one row. Of y, they may be missing."""
+    """jnp.einsum, in float32. Axes of x that have size 1 are left out, of y too, which may lack them already: XLA:CPU
+    multiplies a matrix by a vector two to three times as fast as by a matrix of one row."""
     of_x, of_y, of_out = product.replace("->", ",").split(",")
     single = {name for name, size in zip(of_x, x.shape, strict=True) if size == 1}
     if y.ndim == len(of_y):
