@@ -27,10 +27,13 @@ def test_both_attentions_are_measured_at_every_length(measured):
         ("vq", 16), ("full", 16), ("vq", 64), ("full", 64),
     ]  # fmt: skip
     for row in result["rows"]:
-        for name in ("train_step_seconds", "eval_step_seconds", "sampling_seconds"):
+        for name in ("train_step_seconds", "eval_step_seconds", "sampling_1_seconds", "sampling_64_seconds"):
             assert 0 < row[name]["min"] <= row[name]["median"] <= row[name]["max"]
         tokens = 8 * row["update_len"]
         assert row["train_tokens_per_second"] == pytest.approx(tokens / row["train_step_seconds"]["median"])
+        one, many = row["sampled_tokens_per_second"]["1"], row["sampled_tokens_per_second"]["64"]
+        assert one == pytest.approx(256 / row["sampling_1_seconds"]["median"])
+        assert many == pytest.approx(64 * 32 / row["sampling_64_seconds"]["median"])
         assert row["train_flops_per_second"] > 0
         assert row["peak_bytes"] > 0
         assert row["compile_seconds"] > 0

@@ -29,7 +29,7 @@ def params():
 
 def test_greedy_images_are_the_likeliest_bytes_one_after_the_other(monkeypatch):
     monkeypatch.setattr(images, "IMAGE_SHAPE", (2, 4, 3))
-    drawn = images.draw_images(params(), CONFIG, SampleSettings(temperature=0.0, count=2))
+    drawn = images.draw_images(params(), CONFIG, SampleSettings(temperature=0.0, count=2), jax.devices()[:1])
     assert drawn.shape == (2, 2, 4, 3)
     np.testing.assert_array_equal(drawn[0], drawn[1])
     bytes_ = drawn[0].reshape(-1).astype(int) + N_SPECIAL
@@ -43,7 +43,7 @@ def test_greedy_images_are_the_likeliest_bytes_one_after_the_other(monkeypatch):
 def test_any_byte_may_be_drawn_and_nothing_else(monkeypatch):
     monkeypatch.setattr(images, "IMAGE_SHAPE", (8, 8, 3))
     flat = jax.tree.map(jnp.zeros_like, params())  # all tokens equally likely
-    drawn = images.draw_images(flat, CONFIG, SampleSettings(count=16, nucleus_p=1.0))
+    drawn = images.draw_images(flat, CONFIG, SampleSettings(count=16, nucleus_p=1.0), jax.devices())
     counts = np.bincount(drawn.reshape(-1), minlength=256)
     assert counts.min() >= 1  # of 12 in the mean
     assert counts.max() < 40
@@ -51,11 +51,10 @@ def test_any_byte_may_be_drawn_and_nothing_else(monkeypatch):
 
 def test_images_are_written_one_by_one_and_together(monkeypatch, tmp_path):
     monkeypatch.setattr(images, "IMAGE_SHAPE", (2, 4, 3))
-    settings = Settings(model=CONFIG, data=DataSettings(format="imagenet64"), sample=SampleSettings(count=3, seed=1))
-    images.write_samples(settings, epath.Path(tmp_path), params(), step=7)
+    expected = images.draw_images(params(), CONFIG, SampleSettings(count=3, seed=1), jax.devices()[:1])
+    images.write_samples(expected, epath.Path(tmp_path), step=7)
     names = ["step_7.png", "step_7_0.png", "step_7_1.png", "step_7_2.png"]
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == names
-    expected = images.draw_images(params(), CONFIG, settings.sample)
     assert len(np.unique(expected, axis=0)) == 3
     for number, image in enumerate(expected):
         np.testing.assert_array_equal(Image.open(tmp_path / f"samples/step_7_{number}.png"), image)
@@ -66,11 +65,9 @@ def test_images_are_written_one_by_one_and_together(monkeypatch, tmp_path):
     assert (whole[4:, 6:] == 255).all()
 
 
-def test_a_folder_that_can_not_be_written_loses_the_images_only(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(images, "IMAGE_SHAPE", (1, 2, 3))
+def test_a_folder_that_can_not_be_written_loses_the_images_only(tmp_path, capsys):
     (tmp_path / "samples").write_text("in the way")
-    settings = Settings(model=CONFIG, data=DataSettings(format="imagenet64"))
-    images.write_samples(settings, epath.Path(tmp_path), params(), step=7)
+    images.write_samples(np.zeros([1, 1, 2, 3], np.uint8), epath.Path(tmp_path), step=7)
     assert "can't be written" in capsys.readouterr().err
 
 

@@ -4,6 +4,7 @@ Timings of shared machines drift. So what is compared takes turns in one process
 """
 
 import dataclasses
+import functools
 import importlib.util
 import io
 import json
@@ -22,10 +23,10 @@ from tvq_pod.parallel.mesh import check_rows, make_mesh
 from tvq_pod.parallel.sharding import batch_sharding
 from tvq_pod.paths import write_whole
 from tvq_pod.progress import Unwritten, say
-from tvq_pod.sample import Sampler
+from tvq_pod.sampler import Sampler, Sampling
 from tvq_pod.train_state import create_train_state, make_train_step
 
-SAMPLED = 64  # tokens a turn
+SAMPLED = {1: 256, 64: 32}  # rows side by side: tokens of each in a turn
 
 
 def bench(settings: Settings, workdir: epath.Path, against: str | None, lengths: list[int], rounds: int) -> dict:
@@ -100,7 +101,7 @@ class Run:
 
     def __init__(self, settings: Settings, mesh: jax.sharding.Mesh):
         self._settings, self._mesh = settings, mesh
-        self._seconds = dict(train_step=[], eval_step=[], sampling=[])
+        self._seconds = dict(train_step=[], eval_step=[]) | {_sampling(rows): [] for rows in SAMPLED}
 
     def warm_up(self) -> None:
         """Compiles everything and runs it once."""
@@ -117,15 +118,18 @@ class Run:
         self._compile_seconds = time.monotonic() - began
         self._eval_step = make_eval_step(settings, self._mesh, rows)
         self._eval_state = make_eval_state(settings, self._mesh, rows)
-        self._sampler = Sampler(settings.model, settings.model.n_vocab, temperature=1.0, nucleus_p=1.0)
+        sampling = Sampling((True,) * settings.model.n_vocab, nucleus_p=0.95)
+        devices = list(self._mesh.devices.flat)
+        self._samplers = {rows: Sampler(settings.model, sampling, rows, devices) for rows in SAMPLED}
         self.turn()
         self._seconds = {name: [] for name in self._seconds}
 
     def turn(self) -> None:
-        """One train step, one eval step, and a few sampled tokens."""
+        """One train step, one eval step, and a few sampled tokens of one row and of many."""
         self._time("train_step", self._train)
         self._time("eval_step", self._evaluate)
-        self._time("sampling", self._sample)
+        for rows in SAMPLED:
+            self._time(_sampling(rows), functools.partial(self._sample, rows))
 
     def attempt(self, function) -> str | None:
         """Calls warm_up or turn; if memory is lacking, lets go of everything and returns what the device said."""
@@ -157,10 +161,12 @@ class Run:
         self._eval_state, sums = self._eval_step(self._state.params, self._eval_state, self._batch)
         return self._eval_state, sums
 
-    def _sample(self):
-        params = jax.device_put(self._state.params, jax.local_devices()[0])
-        prompt = np.zeros([0], np.int32)
-        return len(list(self._sampler.sample(params, prompt, SAMPLED, jax.random.key(0), stop_at_end=False)))
+    def _sample(self, rows: int):
+        sampler, prompts = self._samplers[rows], [np.zeros([0], np.int32)] * rows
+        for first in range(0, rows, sampler.batch_size):
+            group = prompts[first : first + sampler.batch_size]
+            for _ in sampler.sample(self._state.params, group, 0, SAMPLED[rows], first_row=first, stop_at_end=False):
+                pass
 
     def result(self) -> dict:
         """What was measured; times in seconds, memory in bytes of one device."""
@@ -181,11 +187,17 @@ class Run:
             **summary,
             train_tokens_per_second=tokens / seconds,
             eval_tokens_per_second=tokens / summary["eval_step_seconds"]["median"],
-            sampled_tokens_per_second=SAMPLED / summary["sampling_seconds"]["median"],
+            sampled_tokens_per_second={
+                rows: rows * n / summary[f"{_sampling(rows)}_seconds"]["median"] for rows, n in SAMPLED.items()
+            },
             train_flops_per_second=train_flops(self._settings.model, tokens, train.update_len) / seconds,
             peak_bytes=held + memory.temp_size_in_bytes,  # of the compiled train step
             device_peak_bytes=stats.get("peak_bytes_in_use"),  # of the whole process, where the device counts
         )
+
+
+def _sampling(rows: int) -> str:
+    return f"sampling_{rows}"
 
 
 def draw(result: dict, path: epath.Path) -> None:
@@ -222,11 +234,12 @@ def _line(row: dict) -> str:
     if "error" in row:
         return f"{row['attn_type']:>5} T {row['update_len']:>7}: does not fit: {row['error']}"
     train = row["train_step_seconds"]
+    sampled = ", ".join(f"{n:,.0f} in {rows} row(s)" for rows, n in row["sampled_tokens_per_second"].items())
     return (
         f"{row['attn_type']:>5} T {row['update_len']:>7}: train step {train['median']:.3f} s "
         f"({train['min']:.3f} .. {train['max']:.3f}), {row['train_tokens_per_second']:,.0f} tokens/s, "
         f"{row['train_flops_per_second'] / 1e9:,.1f} GFLOP/s, {row['peak_bytes'] / 2**20:,.0f} MiB; "
         f"eval {row['eval_tokens_per_second']:,.0f} tokens/s, "
-        f"sampling {row['sampled_tokens_per_second']:,.0f} tokens/s; "
+        f"sampling {sampled} tokens/s; "
         f"compiled in {row['compile_seconds']:.1f} s"
     )

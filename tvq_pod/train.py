@@ -422,11 +422,13 @@ def _make_evaluator(settings: Settings, mesh: jax.sharding.Mesh, store: TokenSto
 def _sample(settings: Settings, workdir: epath.Path, params: dict, step: int) -> None:
     """Prints a sample, and keeps it in WORKDIR/samples; images are only kept."""
     if images.are_images(settings):
-        images.write_samples(settings, workdir, params, step)
+        drawn = images.draw_images(params, settings.model, settings.sample, jax.local_devices())
+        images.write_samples(drawn, workdir, step)
         return
     vocab = run_vocab(settings, workdir)
     prompt = settings.sample.prompt.encode()
-    text = "".join(next(continuations(params, settings.model, vocab, settings.sample, [prompt])))
+    devices = jax.local_devices()[:1]
+    text = "".join(next(continuations(params, settings.model, vocab, settings.sample, [prompt], devices)))
     path = workdir / "samples" / f"step_{step}.txt"
     try:
         path.parent.mkdir(exist_ok=True)
