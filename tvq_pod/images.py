@@ -10,6 +10,7 @@ from tvq_pod.config import IMAGE_SHAPE, SampleSettings, Settings
 from tvq_pod.data.vocab import N_SPECIAL
 from tvq_pod.errors import UserError
 from tvq_pod.nn.types import TransformerConfig
+from tvq_pod.parallel.deadlines import still_working
 from tvq_pod.progress import say
 from tvq_pod.sampler import Sampler, Sampling
 
