@@ -3,8 +3,11 @@
 import json
 
 import pytest
+from etils import epath
 
 from tests.test_cli import config_file, corpus, finish, run, start
+from tvq_pod.bench import bench
+from tvq_pod.config import Settings
 
 __all__ = ["config_file", "corpus"]  # fixtures
 
@@ -84,12 +87,18 @@ def test_lengths_that_make_no_sense_are_one_line(tmp_path, config_file):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_folder_that_cannot_be_written_costs_the_files_and_not_the_figures(tmp_path, config_file):
+def test_a_folder_that_cannot_be_written_costs_the_files_and_not_the_figures(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
-    workdir = tmp_path / "file/run"
-    flags = ["--mode=bench", f"--config={config_file}", f"--workdir={workdir}", "--rounds=1", "--lengths=16,32"]
-    _, err = run(*flags, *QUICK)
-    assert err.count("train step") == 2
-    assert (
-        err.splitlines()[-1] == f"WARNING: {workdir}/bench.json, {workdir}/bench.png can't be written (Not a directory)"
-    )
+    workdir = epath.Path(tmp_path / "file/run")
+
+    def measured(variants, mesh, rounds):
+        speeds = ("train_tokens", "train_flops", "eval_tokens", "sampled_tokens")
+        row = dict(attn_type="vq", peak_bytes=1, compile_seconds=1.0, train_step_seconds=dict(median=1, min=1, max=1))
+        return [row | {f"{name}_per_second": 1.0 for name in speeds} | dict(update_len=variants[0].train.update_len)]
+
+    monkeypatch.setattr("tvq_pod.bench.measure", measured)
+    lengths = [128, 256]
+    assert [row["update_len"] for row in bench(Settings(), workdir, None, lengths, 1)["rows"]] == lengths
+    *rows, last = capsys.readouterr().err.splitlines()
+    assert [row.split()[:3] for row in rows] == [["vq", "T", "128:"], ["vq", "T", "256:"]]
+    assert last == f"WARNING: {workdir}/bench.json, {workdir}/bench.png can't be written (Not a directory)"

@@ -46,7 +46,7 @@ PLAIN = [
         "|pipe<>",
         "`tick`",
     ),
-    *("a.orbax-checkpoint-tmp", "store", "@x", "gs:", "x.zarr", "n" * NAME_BYTES, "é" * (NAME_BYTES // 2)),
+    *("a.orbax-checkpoint-tmp", "store", "@x", "x.zarr", "n" * NAME_BYTES, "é" * (NAME_BYTES // 2)),
 ]
 
 
@@ -122,6 +122,8 @@ def test_what_is_no_path_of_this_program_is_refused(refused):
     assert refused("gs://bucket/a#b") == "has '#', which no name in a bucket may have; rename it"
     for name in GLOBS:
         assert "which no name in a bucket may have" in refused(f"gs://bucket/{name}")
+    assert refused("a/gs:").startswith("has a name that ends with a colon in its full path")
+    assert refused("x:").startswith("has a name that ends with a colon in its full path")
     assert "has a backslash in its full path" in refused("back\\slash")
     assert (
         refused("n" * (NAME_BYTES + 1)) == f"has a name of {NAME_BYTES + 1} bytes in it; must have at most {NAME_BYTES}"

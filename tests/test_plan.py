@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from etils import epath
 
-from tests import common
 from tests.test_cli import ROOT, finish, run, start
 from tvq_pod.config import Settings, TrainSettings
 from tvq_pod.errors import UserError
@@ -204,14 +203,16 @@ def test_a_grid_must_be_one():
         parse_grid("config.seed=1;config.modle.d_k=1,2")
 
 
-def test_a_folder_that_cannot_be_written_costs_the_file_and_not_the_plan(tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_costs_the_file_and_not_the_plan(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
-    settings = Settings(model=common.small_config(), train=TrainSettings(batch_size=8, update_len=12))
-    result = plan(settings, epath.Path(tmp_path / "file/run"), "cpu:8", 1, None)
-    assert result["parameter_count"] > 0
+    found = dict(chips=8, chip_kind="cpu", hosts=1, mesh={}, parameter_count=1234, compile_seconds=1.0, fits=None)
+    found |= dict(bytes_per_chip={}, hbm_bytes_per_chip=None)
+    monkeypatch.setattr("tvq_pod.plan.topology_devices", lambda topology, slices: (None, []))
+    monkeypatch.setattr("tvq_pod.plan.plan_step", lambda settings, chip, devices: found)
+    assert plan(Settings(), epath.Path(tmp_path / "file/run"), "cpu:8", 1, None)["parameter_count"] == 1234
     out, err = capsys.readouterr()
-    assert f"{result['parameter_count']:,} parameters" in out
-    assert err.splitlines() == [f"WARNING: {tmp_path}/file/run/plan.json can't be written (Not a directory)"]
+    assert "1,234 parameters" in out
+    assert err == f"WARNING: {tmp_path}/file/run/plan.json can't be written (Not a directory)\n"
 
 
 def test_the_cost_of_a_token_does_not_grow_with_the_update():

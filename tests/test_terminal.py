@@ -14,6 +14,8 @@ import os, sys
 from tvq_pod import terminal
 terminal.prepare()
 os.write(os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY), b"data")
+for number in (1, 2):
+    os.write(number, b"noise")  # as what is written in C does
 print("a result")
 print("a message", file=sys.stderr)
 sys.stdout.flush()

@@ -55,6 +55,8 @@ def _check_local(here: str, full: str) -> None:
         raise UserError(f"{here}: must not be below {', '.join(ROOTS)}, which are read as buckets; give another path")
     if "\\" in full:
         raise UserError(f"{here}: has a backslash in its full path, which TensorStore takes for a slash; rename it")
+    if ":/" in f"{full}/":  # of gs:/checkpoints, orbax makes gs://checkpoints
+        raise UserError(f"{here}: has a name that ends with a colon in its full path; rename it")
     names = os.fsencode(full).split(b"/")
     if (size := len(b"/".join(names))) > PATH_BYTES:
         raise UserError(f"{here}: has {size} bytes with the folders above it; must have at most {PATH_BYTES}")
@@ -75,8 +77,13 @@ def _remedy(path: str, local_only: bool) -> str:
 
 
 def check_saving(setting: str, path: str) -> None:
+<<<<<<< ours
     """Raises UserError if what orbax saves in this folder could not be read back: orbax takes the full path for a glob
     pattern, and leaves out the index of what it wrote."""
+=======
+    """Raises UserError if what orbax saves in this folder could not be read back: it takes the full path for a pattern
+    of glob, and leaves out the index of what it wrote."""
+>>>>>>> theirs
     full = path if is_bucket(path) else os.path.abspath(path)
     if full != glob.escape(full):
         odd = " ".join(sorted(set(full) & set("*?[")))
