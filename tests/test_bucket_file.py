@@ -99,15 +99,15 @@ def test_lines_of_two_writers_survive_each_other(bucket, quick, monkeypatch):
     monkeypatch.setattr(bucket_file, "PIECE_BYTES", 1)
     path = epath.Path("gs://bucket/two/metrics.jsonl")
     writers = [BucketFile(path) for _ in range(2)]
-    for n in range(15):
+    for n in range(8):
         for which, writer in enumerate(writers):
             writer.write(f"{which} {n}\n".encode())
     for writer in writers:
         writer.close()
     lines = bucket.files.cat("bucket/two/metrics.jsonl").decode().splitlines()
-    assert sorted(lines) == sorted(f"{which} {n}" for which in range(2) for n in range(15))
+    assert sorted(lines) == sorted(f"{which} {n}" for which in range(2) for n in range(8))
     for which in "01":
-        assert [line for line in lines if line[0] == which] == [f"{which} {n}" for n in range(15)]
+        assert [line for line in lines if line[0] == which] == [f"{which} {n}" for n in range(8)]
     assert bucket.n_late > 2
     assert bucket.files.ls("bucket/two") == ["bucket/two/metrics.jsonl"]
 

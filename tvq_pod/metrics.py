@@ -157,10 +157,8 @@ class Events:
 
     def add(self, points: dict[str, float], step: int) -> None:
         """Of one step: numbers by name."""
-        from tensorboardX import (
-            SummaryWriter,
-            record_writer,
-        )  # which takes a while: it imports what it may find of clouds
+        # This takes a while: tensorboardX imports what it finds of clouds.
+        from tensorboardX import SummaryWriter, record_writer
 
         try:
             if self._writer is None or not self._writer.file_writer.event_writer._worker.is_alive():
