@@ -77,7 +77,9 @@ def settings_for(store, num_steps, **eval_settings) -> Settings:
 
 
 def run(settings, workdir):
-    train_module.train(settings, epath.Path(workdir), types.SimpleNamespace(requested=False, can_save=False))
+    train_module.train(
+        settings, epath.Path(workdir), types.SimpleNamespace(requested=False, can_save=False, take_save=lambda: False)
+    )
     checkpoints = Checkpoints(epath.Path(workdir))
     steps = checkpoints.steps()
     checkpoints.close()

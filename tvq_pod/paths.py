@@ -77,13 +77,8 @@ def _remedy(path: str, local_only: bool) -> str:
 
 
 def check_saving(setting: str, path: str) -> None:
-<<<<<<< ours
     """Raises UserError if what orbax saves in this folder could not be read back: orbax takes the full path for a glob
     pattern, and leaves out the index of what it wrote."""
-=======
-    """Raises UserError if what orbax saves in this folder could not be read back: it takes the full path for a pattern
-    of glob, and leaves out the index of what it wrote."""
->>>>>>> theirs
     full = path if is_bucket(path) else os.path.abspath(path)
     if full != glob.escape(full):
         odd = " ".join(sorted(set(full) & set("*?[")))

@@ -100,10 +100,6 @@ def _next_state(config: TransformerConfig, recent: dict, state: dict) -> dict:
     n_of_document = jnp.sum(recent["doc_ids"][:, mem_len:] == now[:, None], axis=1, dtype=jnp.int32)
     return dict(
         pos_offset=n_of_document + jnp.where(before == now, state["pos_offset"], 0),
-        xlcache={
-            name: jax.lax.slice_in_dim(x, block_len, None, axis=min(2, x.ndim - 1)) for name, x in recent.items()
-        },
-        aggcache=dict(
-            upper_div_lower=upper / jnp.maximum(lower, 1.0)[..., None], lower=lower, latest_doc_id=latest
-        ),
+        xlcache={name: jax.lax.slice_in_dim(x, block_len, None, axis=min(2, x.ndim - 1)) for name, x in recent.items()},
+        aggcache=dict(upper_div_lower=upper / jnp.maximum(lower, 1.0)[..., None], lower=lower, latest_doc_id=latest),
     )
