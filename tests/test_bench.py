@@ -92,8 +92,9 @@ def test_a_folder_that_cannot_be_written_costs_the_files_and_not_the_figures(tmp
     workdir = epath.Path(tmp_path / "file/run")
 
     def measured(variants, mesh, rounds):
-        speeds = ("train_tokens", "train_flops", "eval_tokens", "sampled_tokens")
+        speeds = ("train_tokens", "train_flops", "eval_tokens")
         row = dict(attn_type="vq", peak_bytes=1, compile_seconds=1.0, train_step_seconds=dict(median=1, min=1, max=1))
+        row |= dict(sampled_tokens_per_second={1: 1.0, 64: 1.0})
         return [row | {f"{name}_per_second": 1.0 for name in speeds} | dict(update_len=variants[0].train.update_len)]
 
     monkeypatch.setattr("tvq_pod.bench.measure", measured)

@@ -203,7 +203,7 @@ def test_a_run_that_can_only_be_read_is_evaluated_all_the_same(trained, tmp_path
 def test_output_that_nobody_reads_ends_a_mode_quietly(mode, trained, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(trained[0], workdir)
-    process = start(f"--workdir={workdir}", f"--mode={mode}", "--split=test")
+    process = start(f"--workdir={workdir}", f"--mode={mode}", *(["--split=test"] if mode == "eval" else []))
     process.stdout.close()
     err = process.stderr.read()
     assert process.wait(timeout=300) == 141, err

@@ -116,7 +116,7 @@ def test_the_model_s_settings_need_no_jax():
         (["--config.compile_cache=s3://b/c"], "config.compile_cache=s3://b/c: s3:// is not supported"),
         (["--source=gs://bucket/corpus"], "config.data.source=gs://bucket/corpus: must be a path on this machine"),
         (["--source=file:///corpus"], "config.data.source=file:///corpus: must be given without file://; give /corpus"),
-        (["--prompt_file=s3://b/p"], "--prompt_file=s3://b/p: must be a path on this machine; copy it here"),
+        (["--mode=sample", "--prompt_file=s3://b/p"], "--prompt_file=s3://b/p: must be a path on this machine"),
         (["--workdir=runs/lr[1e-3]"], "--workdir=runs/lr[1e-3]: the full path "),
         (["--workdir=runs/*"], "--workdir=runs/*: the full path "),
     ],

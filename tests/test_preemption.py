@@ -23,6 +23,14 @@ while not (sys.argv[3] == "saves" and preemption.requested):
 time.sleep(0.5)
 sys.exit(75)
 """
+
+
+def _heed_signals() -> None:
+    """These tests may run in the background, or under nohup, where SIGINT or SIGHUP is ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 TERM, INT, HUP, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
 
 
@@ -38,6 +46,7 @@ def start():
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=_heed_signals,
         )
         started.append(process)
         assert process.stdout.readline() == "up\n"

@@ -24,7 +24,7 @@ from tvq_pod import terminal
 from tvq_pod.config import GROUPS, Settings, check_name, default_config, resolve
 from tvq_pod.errors import Preempted, UserError
 from tvq_pod.mode_flags import check_flags
-from tvq_pod.paths import check_path, check_reached, check_saving, is_bucket, may_write
+from tvq_pod.paths import check_folder, check_path, check_reached, check_saving, is_bucket, may_write
 from tvq_pod.preemption import PREEMPTED, Preemption
 
 TOGETHER = ("train", "eval", "sample", "prepare")  # modes for any number of processes
@@ -148,6 +148,7 @@ def _check_paths(settings: Settings, mode: str) -> None:
     for name, path in remote:
         if path:
             check_path(name, path)
+    check_folder("--workdir", _WORKDIR.value)
     if mode == "train":
         check_saving("--workdir", _WORKDIR.value)
     buckets = {path.split("/")[2]: (name, path) for name, path in reversed(remote) if is_bucket(path)}

@@ -76,6 +76,16 @@ def _remedy(path: str, local_only: bool) -> str:
     return f"{scheme}:// is not supported; give a local path, or gs://BUCKET/FOLDER"
 
 
+def check_folder(setting: str, path: str) -> None:
+    """Raises UserError if a local path that must be a folder, or one above it, is a file."""
+    if is_bucket(path):
+        return
+    full = epath.Path(path).absolute()
+    for here in (full, *full.parents):
+        if os.path.isfile(here):
+            raise UserError(f"{setting}={path}: can't be used ({here} is a file); give a folder")
+
+
 def check_saving(setting: str, path: str) -> None:
     """Raises UserError if what orbax saves in this folder could not be read back: orbax takes the full path for a glob
     pattern, and leaves out the index of what it wrote."""
