@@ -100,7 +100,8 @@ def test_what_is_drawn_does_not_depend_on_how_often_the_loop_returns(monkeypatch
     prompts = [prompt_of(3), prompt_of(20)]
     expected = sampled(sampler_of(6), prompts, length=70, stop_at_end=False)
     assert [len(row) for row in expected] == [70, 70]
-    monkeypatch.setattr(sampler, "CHUNK_SECONDS", 0.0)  # one token at a time
+    monkeypatch.setattr(sampler, "CHUNK_SECONDS", 0.0)
+    monkeypatch.setattr(sampler, "FEWEST", 1)  # one token at a time
     chunks = list(sampler_of(6).sample(params(), prompts, 0, 70, stop_at_end=False))
     assert len(chunks) > 50
     assert [row[row != NO_TOKEN].tolist() for row in np.concatenate(chunks, axis=1)] == expected

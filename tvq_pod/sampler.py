@@ -28,7 +28,8 @@ from tvq_pod.nn.types import TransformerConfig
 from tvq_pod.parallel.processes import from_first
 
 CHUNK = 64  # tokens, at most, between two returns to the host
-CHUNK_SECONDS = 0.25  # what one should take, where one process samples: a slow model's text is to be seen as it comes
+CHUNK_SECONDS = 1.0  # what one should take, where one process samples: a slow model's text is to be seen as it comes
+FEWEST = 8  # tokens between two returns: each return costs a copy of the state, which many rows or large models feel
 MAX_ROWS = 64  # on one device at a time
 STATE_BYTES = 2**32  # of all rows of a device, at most, where the device does not say how much memory it has
 NO_TOKEN = -1
@@ -132,7 +133,7 @@ class Sampler:
         )
         rows = {name: self._put(np.asarray(x, bool if x.dtype == bool else np.int32)) for name, x in rows.items()}
         key = np.asarray(jax.random.key_data(jax.random.key(seed)))
-        place, n_steps, n_drawn = 0, 8 if self._local else CHUNK, np.zeros(n_rows, int)
+        place, n_steps, n_drawn = 0, FEWEST if self._local else CHUNK, np.zeros(n_rows, int)
         while not is_done.all():
             began = time.monotonic()
             following = given[:, min(place + 1, block_len) :][:, :CHUNK]
@@ -147,7 +148,7 @@ class Sampler:
             yield drawn
             place += n_steps
             if self._local and place > n_steps:  # the first chunk had to be compiled
-                n_steps = int(np.clip(n_steps * CHUNK_SECONDS / seconds, 1, min(4 * n_steps, CHUNK)))
+                n_steps = int(np.clip(n_steps * CHUNK_SECONDS / seconds, FEWEST, min(4 * n_steps, CHUNK)))
 
     # --- on the devices ----------------------------------------------------------------------------------------------
 
