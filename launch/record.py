@@ -112,9 +112,12 @@ class Records:
             self.save(record)
 
     def forget(self, name: str) -> None:
-        """Deletes it."""
-        for path in (self.path(name), *self.folder.glob(f".{name}.*")):
-            path.unlink(missing_ok=True)
+        """Deletes it, and what belongs to it; whoever is about to change it finds it gone."""
+        with self._locked(name, "change", fcntl.LOCK_EX):
+            self.path(name).unlink(missing_ok=True)
+            for path in self.folder.iterdir():
+                if path.name.startswith(f".{name}."):
+                    path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def held(self, name: str) -> Iterator[bool]:

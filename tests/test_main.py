@@ -131,12 +131,12 @@ def test_what_is_wrong_on_the_command_line_is_one_line(flags, line, tmp_path):
 
 
 def test_a_config_file_s_mistake_is_told_with_its_line(tmp_path):
-    path = tmp_path / "mine.py"
-    for text, message in (
+    for index, (text, message) in enumerate([
         ("config.optim.learning_rate = 4", "config.optim: is not a setting; did you mean config.optimizer? "),
         ("config.train.num_steps = 2.5", "config.train.num_steps=2.5: must be int "),
         ("config.model.d_model = 1 / 0", "--config={path}: ZeroDivisionError: division by zero "),
-    ):
+    ]):  # fmt: skip
+        path = tmp_path / f"mine_{index}.py"  # of one name, Python might take the first one's bytecode for all
         path.write_text(
             f"from tvq_pod import config as c\ndef get_config():\n  config = c.default_config()\n  {text}\n"
         )
@@ -144,6 +144,7 @@ def test_a_config_file_s_mistake_is_told_with_its_line(tmp_path):
         assert code == 1
         assert err.startswith(f"error: {message.format(path=path)}({path}, line 4)"), err
         assert err.count("\n") == 1
+    path = tmp_path / "nothing.py"
     path.write_text("def get_config():\n  pass\n")
     code, _, err = finish(start(f"--config={path}", f"--workdir={tmp_path}/run"))
     assert (

@@ -10,7 +10,7 @@ import pytest
 from tests.test_cli import ROOT
 
 PROGRAM = """
-import sys, time
+import os, sys, time
 from tvq_pod.preemption import Preemption
 preemption = Preemption(float(sys.argv[1]))
 preemption.can_save = sys.argv[2] == "can_save"
@@ -21,7 +21,7 @@ while not (sys.argv[3] == "saves" and preemption.requested):
         print("saved", flush=True)
         preemption.can_save = True
 time.sleep(0.5)
-sys.exit(75)
+os._exit(75)  # as main ends: Python's own way has another code where stderr is closed
 """
 
 
