@@ -3,9 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-_SEARCH_STEPS = (
-    30  # halvings until two neighbors remain of the float32 numbers from 0 to 1, which have 2^30 bit patterns
-)
+_SEARCH_STEPS = 30  # halvings: the float32 numbers from 0 to 1 have 2^30 bit patterns
 
 
 def draw_tokens(logits: jax.Array, uniforms: jax.Array, *, temperature: float, nucleus_p: float) -> jax.Array:

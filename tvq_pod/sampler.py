@@ -29,7 +29,7 @@ from tvq_pod.parallel.processes import from_first
 
 CHUNK = 64  # tokens, at most, between two returns to the host
 CHUNK_SECONDS = 1.0  # what one should take, where one process samples: a slow model's text is to be seen as it comes
-FEWEST = 8  # tokens between two returns: each return costs a copy of the state, which many rows or large models feel
+FEWEST = 8  # tokens between two returns: each return has a fixed cost, which grows with the state of all rows
 MAX_ROWS = 64  # on one device at a time
 STATE_BYTES = 2**32  # of all rows of a device, at most, where the device does not say how much memory it has
 NO_TOKEN = -1

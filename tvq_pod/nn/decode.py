@@ -10,8 +10,8 @@ through memory, which is what a single token waits for:
 All rows write the same slot at the same step, whatever their documents: the slot is a counter, not a position. Since
 slots are not in order, the biases by distance are turned by the number of the slot.
 
-The equations are those of `attn.py`, and its parameters are used as they are. Loops that draw tokens are in
-`tvq_pod/sample.py`.
+The equations are those of `attn.py`, and its parameters are used as they are. The loop that draws tokens is in
+`tvq_pod/sampler.py`.
 
 Shapes: B rows, Q query heads, H key heads, G = Q / H, M window, S codes, K key width, V value width, D model width.
 """
