@@ -42,7 +42,7 @@ def get_config():
     config.optimizer.clip_norm = 0.0  # Adafactor clips each update by its own size
     config.checkpoint.every_steps = 1000
     config.eval.every_steps = 10_000
-    config.sample.nucleus_p = 0.999
+    config.sample.top_p = 0.999
     config.sample.length = 12_288
     config.sample.count = 16
     return config

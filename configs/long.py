@@ -41,5 +41,5 @@ def get_config():
     config.optimizer.clip_norm = 0.1
     config.checkpoint.every_steps = 1000
     config.eval.every_steps = 10_000
-    config.sample.nucleus_p = 0.9
+    config.sample.top_p = 0.9
     return config

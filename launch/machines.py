@@ -272,7 +272,7 @@ class Machines:
     # ------------------------------------------------------------------ the run
 
     def status(self) -> dict | None:
-        """The run's own status file (tvq_pod/status.py), or None if it has none, or another run's."""
+        """The run's own status file (tvq_pod/run/status.py), or None if it has none, or another run's."""
         record = self.record
         if not record.run_id:
             return None

@@ -1,4 +1,4 @@
-"""A run as people see it: its status file (tvq_pod/status.py) in a line, and a row of the table of all runs."""
+"""A run as people see it: its status file (tvq_pod/run/status.py) in a line, and a row of the table of all runs."""
 
 import time
 

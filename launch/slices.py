@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 from tvq_pod.errors import UserError
-from tvq_pod.parallel.chips import CHIPS, Chip
+from tvq_pod.planning.chips import CHIPS, Chip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,7 +80,7 @@ new_environment() {
 
 unpack() { mkdir -p "$2" && tar -xzf "$1" -C "$2" --strip-components=1; }
 
-versions() { (cd "$root/source" && "$root/venv/bin/python" -m tvq_pod.packages > "$root/versions"); }
+versions() { (cd "$root/source" && "$root/venv/bin/python" -m tvq_pod.run.packages > "$root/versions"); }
 
 install() {
   local source=$1 versions

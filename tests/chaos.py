@@ -33,11 +33,13 @@ from absl import logging
 from etils import epath
 
 from launch import local
-from tvq_pod import manifest
-from tvq_pod.checkpoint import Checkpoints, sha256_of
-from tvq_pod.config import MeshSettings, read_run_config, resolve
+from tvq_pod.config.resolve import resolve
+from tvq_pod.config.run_config import read_run_config
+from tvq_pod.config.settings import MeshSettings
 from tvq_pod.parallel.mesh import make_mesh
-from tvq_pod.train_state import abstract_train_state
+from tvq_pod.run import manifest
+from tvq_pod.run.checkpoint import Checkpoints, sha256_of
+from tvq_pod.training.step import abstract_train_state
 
 STEPS, DEVICES = 60, 4
 TRAIN = [

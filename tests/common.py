@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tvq_pod.config import DataSettings
-from tvq_pod.data.corpora import Document
+from tvq_pod.config.settings import DataSettings
+from tvq_pod.data.build import make_store
+from tvq_pod.data.document import Document
 from tvq_pod.data.store import TokenStore
 from tvq_pod.data.vocab import ByteVocab
 from tvq_pod.nn.attn import VQAttention
 from tvq_pod.nn.types import TransformerConfig, VQSpec
-from tvq_pod.prepare import make_store
 
 DTYPES = [jnp.float32]  # of parameters and of compute alike
 FAST = ["xla"]  # implementations of attention with hand-written gradients; the oracle beside them is "plain"

@@ -3,8 +3,10 @@
 import gc
 import importlib.metadata
 import os
+import pathlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
@@ -28,7 +30,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import pytest
 
-from tests import common
+from tests import command, common
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -59,6 +61,32 @@ def eight_devices() -> list:
     devices = jax.devices()
     assert len(devices) == 8, f"XLA_FLAGS came too late: {devices}"
     return devices
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> pathlib.Path:
+    """A folder of 40 text files."""
+    path = tmp_path_factory.mktemp("corpus")
+    for i in range(40):
+        (path / f"{i}.txt").write_text(
+            f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (i % 7 + 1)
+        )
+    return path
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory, corpus) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("config") / "small.py"
+    path.write_text(command.SMALL.format(source=str(corpus)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[int]:
+    """The port of a server on loopback whose bucket is gs://bucket."""
+    from tests import buckets  # which takes a second to import
+
+    yield from buckets.served()
 
 
 def pytest_sessionfinish(session):

@@ -18,8 +18,9 @@ def run_all(commands: list[tuple[str, ...]], **settings) -> list[tuple[int, str,
 
 
 def main() -> None:
-    from tvq_pod import eval, inspect_run, sample, train  # noqa: F401
+    from tvq_pod.inference import evaluator as eval  # noqa: F401
     from tvq_pod.main import run
+    from tvq_pod.modes import inspect_run, train  # noqa: F401
 
     for line in sys.stdin:
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:

@@ -17,15 +17,17 @@ import time
 import numpy as np
 
 from tests.common import pg19_like
-from tvq_pod.config import DataSettings, resolve
+from tvq_pod.config.resolve import resolve
+from tvq_pod.config.settings import DataSettings
 from tvq_pod.data import store as stores
-from tvq_pod.data.corpora import Document, stdlib
+from tvq_pod.data.build import make_store
+from tvq_pod.data.corpora import stdlib
+from tvq_pod.data.document import Document
 from tvq_pod.data.loader import host_batches
 from tvq_pod.data.store import TokenStore
 from tvq_pod.data.streams import PADDING, PackedDocuments, RowSource, TrainStreams
 from tvq_pod.data.train_vocab import train_sentencepiece
 from tvq_pod.data.vocab import ByteVocab, SentencePieceVocab
-from tvq_pod.prepare import make_store
 
 MB, CORES = 10**6, len(os.sched_getaffinity(0))
 

@@ -10,8 +10,8 @@ import jax
 import pytest
 
 from tests import figures
-from tvq_pod.config import resolve
-from tvq_pod.train_state import initial_params
+from tvq_pod.config.resolve import resolve
+from tvq_pod.training.step import initial_params
 
 FIGURES = figures.load()
 UNITS = r"(?:(?:ms|s|seconds?|minutes?|hours?|days?|[KMGTk]i?B|[MB]|tokens/s|tokens a second|million|billion)\b|%)"

@@ -7,24 +7,22 @@ import sys
 
 import pytest
 
-from tests.test_cli import ROOT, environment, finish, start
+from tests.command import ROOT, environment, finish, start
 
 PACKAGE = ROOT / "tvq_pod"
 
 
-def test_no_module_hides_one_of_python_or_of_a_package():
-    """A program that is started by its file's name finds what lies beside it first. (tests/launch has launch's.)"""
+def test_no_module_beside_a_program_hides_one_of_python_or_of_a_package():
+    """A program that is started by its file's name finds what lies beside it first. Elsewhere a module may have such a
+    name, as nn/types.py has. (tests/launch has launch's.)"""
     others = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
-    beside = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert {"main", "inspect_run", "data", "nn"} <= beside
-    assert not (beside - {"__init__"}) & others
-
-
-def test_no_file_below_the_top_is_a_program():
-    """So there a module may have such a name, as nn/types.py has."""
-    below = list(PACKAGE.glob("*/**/*.py"))
-    assert len(below) > 20
-    assert not [path for path in below if '__name__ == "__main__"' in path.read_text() or path.stem == "__main__"]
+    programs = [path for path in PACKAGE.rglob("*.py") if '__name__ == "__main__"' in path.read_text()]
+    assert {path.name for path in programs} == {"main.py", "packages.py"}
+    for folder in {path.parent for path in programs}:
+        beside = {path.stem for path in folder.glob("*.py")}
+        beside |= {path.parent.name for path in folder.glob("*/__init__.py")}
+        assert len(beside) > 5
+        assert not (beside - {"__init__"}) & others
 
 
 def test_main_runs_as_a_file(tmp_path):
@@ -91,7 +89,7 @@ def test_nothing_of_jax_is_imported_before_a_mode_is_chosen(tmp_path):
 
 
 def test_the_model_s_settings_need_no_jax():
-    program = "import sys; from tvq_pod.model_config import TransformerConfig; sys.exit('jax' in sys.modules)"
+    program = "import sys; from tvq_pod.config.model import TransformerConfig; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], env=environment(), cwd=ROOT, check=True, timeout=300)
 
 

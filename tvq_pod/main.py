@@ -7,7 +7,6 @@ Exit code 0: done. 75: asked to end by a signal, and saved: run me again. 141: n
 error; where it is the user's to mend, one line says how. 128 + N: ended at once by signal N, see preemption.py.
 """
 
-import contextlib
 import functools
 import gc
 import os
@@ -20,12 +19,14 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from tvq_pod import terminal
-from tvq_pod.config import GROUPS, Settings, check_name, default_config, resolve
+from tvq_pod.config.mode_flags import check_flags
+from tvq_pod.config.names import GROUPS, check_name
+from tvq_pod.config.resolve import default_config, resolve
+from tvq_pod.config.settings import Settings
 from tvq_pod.errors import Preempted, UserError
-from tvq_pod.mode_flags import check_flags
-from tvq_pod.paths import check_folder, check_path, check_reached, check_saving, is_bucket, may_write
-from tvq_pod.preemption import PREEMPTED, Preemption
+from tvq_pod.host import terminal
+from tvq_pod.host.paths import check_folder, check_path, check_reached, check_saving, is_bucket, may_write
+from tvq_pod.run.preemption import PREEMPTED, Preemption
 
 TOGETHER = ("train", "eval", "sample", "prepare")  # modes for any number of processes
 MODES = ("train", "eval", "sample", "prepare", "train_vocab", "inspect", "plan", "bench")
@@ -95,35 +96,35 @@ def main(argv: list[str], preemption: Preemption) -> None:
     elif _is_one_of_many() or _NUM_PROCESSES.value or _PROCESS_ID.value is not None:
         raise UserError(f"--mode={mode}: is for one process; leave --multihost, --coordinator_address and others out")
     if mode == "train":
-        from tvq_pod.train import train
+        from tvq_pod.modes.train import train
 
         train(settings, workdir, preemption)
     elif mode == "eval":
-        from tvq_pod.eval import evaluate
+        from tvq_pod.modes.evaluate import evaluate
 
         evaluate(settings, workdir, _SPLIT.value, _STEP.value)
     elif mode == "sample":
-        from tvq_pod.sample import sample
+        from tvq_pod.modes.sample import sample
 
         sample(settings, workdir, _prompts(), _STEP.value)
     elif mode == "prepare":
-        from tvq_pod.prepare import prepare
+        from tvq_pod.modes.prepare import prepare
 
         prepare(settings, workdir)
     elif mode == "train_vocab":
-        from tvq_pod.prepare import train_vocab
+        from tvq_pod.modes.prepare import train_vocab
 
         train_vocab(settings, workdir)
     elif mode == "inspect":
-        from tvq_pod.inspect_run import inspect
+        from tvq_pod.modes.inspect_run import inspect
 
         inspect(settings, workdir, _STEP.value)
     elif mode == "bench":
-        from tvq_pod.bench import bench
+        from tvq_pod.modes.bench import bench
 
         bench(settings, workdir, _AGAINST.value, _lengths(), _ROUNDS.value)
     elif mode == "plan":
-        from tvq_pod.plan import plan, sweep
+        from tvq_pod.modes.plan import plan, sweep
 
         if not _TOPOLOGY.value:
             raise UserError("--topology=: must be given for --mode=plan, for example v5e:4x4")
@@ -251,7 +252,7 @@ def _with_config(argv: list[str]) -> list[str]:
     config, workdir = _given(argv, "config"), _given(argv, "workdir")
     if config is not None or workdir is None:
         return argv
-    return [argv[0], f"--config={pathlib.Path(__file__).with_name('run_config.py')}:{workdir}", *argv[1:]]
+    return [argv[0], f"--config={pathlib.Path(__file__).with_name('config') / 'run_config.py'}:{workdir}", *argv[1:]]
 
 
 def _without(names: tuple[str, ...], argv: list[str]) -> list[str]:
@@ -289,22 +290,22 @@ def run() -> None:
             sys.stdout.flush()
             raise
     except Preempted as preempted:
-        _tell(" ".join(str(preempted).split()))
+        terminal.tell(" ".join(str(preempted).split()))
         _exit_alone(PREEMPTED)
     except UserError as error:
-        _tell("error: " + " ".join(str(error).split()))
+        terminal.tell("error: " + " ".join(str(error).split()))
         _exit_alone(1)
     except terminal.OutputError as error:
         if isinstance(error.__cause__, BrokenPipeError):
             _exit_alone(terminal.PIPE_CLOSED)
-        _tell(f"error: stdout can't be written ({error})")
+        terminal.tell(f"error: stdout can't be written ({error})")
         _exit_alone(1)
     except Exception as error:
         if not _is_one_of_many():
             raise
         text = " ".join(str(error).split())
         if type(error).__name__ == "JaxRuntimeError" and any(sign in text for sign in LOST_PEER):
-            _tell(f"error: another process of the job has ended, or can't be reached ({text[:200]})")
+            terminal.tell(f"error: another process of the job has ended, or can't be reached ({text[:200]})")
         else:
             traceback.print_exc()
         _exit_alone(1)
@@ -312,11 +313,6 @@ def run() -> None:
 
 def _is_one_of_many() -> bool:
     return flags.FLAGS.is_parsed() and (_COORDINATOR.value is not None or _MULTIHOST.value)
-
-
-def _tell(line: str) -> None:
-    with contextlib.suppress(OSError):  # whoever read it is gone; the exit code says as much
-        print(line, file=sys.stderr, flush=True)
 
 
 def _exit_alone(code: int) -> None:

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from tvq_pod.config import DataSettings
+from tvq_pod.config.settings import DataSettings
 from tvq_pod.data import corpora
 from tvq_pod.data.corpora import documents
 from tvq_pod.errors import UserError

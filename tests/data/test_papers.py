@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from tvq_pod.config import DataSettings
+from tvq_pod.config.settings import DataSettings
 from tvq_pod.data import papers
 from tvq_pod.data.corpora import documents
 from tvq_pod.errors import UserError

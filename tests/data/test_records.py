@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from tvq_pod.config import DataSettings
+from tvq_pod.config.settings import DataSettings
 from tvq_pod.data import records
 from tvq_pod.data.corpora import documents
 from tvq_pod.errors import UserError

@@ -123,7 +123,7 @@ def python(arguments: list[str]) -> None:
             broken = os.environ["STANDIN_NAME"] in state["broken"]
         if broken:
             fail("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device")
-    elif arguments[:2] == ["-m", "tvq_pod.packages"]:
+    elif arguments[:2] == ["-m", "tvq_pod.run.packages"]:
         with Cloud(os.environ["STANDIN"]).open() as state:
             versions = state["versions"].get(os.environ["STANDIN_NAME"])
         if versions:

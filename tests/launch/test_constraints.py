@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from tests.launch.conftest import ROOT
-from tvq_pod import packages
+from tvq_pod.run import packages
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = ("tpu", "gcs", "data", "wandb")  # what pods install

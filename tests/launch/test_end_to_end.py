@@ -9,11 +9,9 @@ import sys
 import sysconfig
 import time
 
+from tests.buckets import reached_at
+from tests.command import environment, fingerprint, run
 from tests.launch.conftest import write_program
-from tests.test_cli import environment, fingerprint, run
-from tests.test_gcs import reached_at, server
-
-__all__ = ["server"]  # a fixture
 
 UP = ("--name=run", "--accelerator=v4-16", "--zone=us-central2-b", "--spot", "--allow_dirty", "--poll_seconds=0.5")
 TRAINING = [

@@ -14,8 +14,8 @@ from launch.gcloud import Gcloud
 from launch.machines import Machines
 from launch.record import Records
 from tests.launch.conftest import ROOT, write_program
-from tvq_pod import packages
 from tvq_pod.errors import UserError
+from tvq_pod.run import packages
 
 ZONE = "--zone=us-central2-b"
 UP = (

@@ -21,7 +21,7 @@ from launch.record import Record
 from tests.launch.conftest import ROOT, write_program
 from tests.launch.gcloud_program import TABLE
 from tests.launch.test_pod import status_of
-from tvq_pod.parallel.chips import CHIPS
+from tvq_pod.planning.chips import CHIPS
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 RESTART_ACTIONS = ("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts")

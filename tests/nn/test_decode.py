@@ -28,8 +28,8 @@ def streams(n_rows, seed=0):
     """tokens and doc_ids, int32 [B, STEPS]: documents of many lengths, and in the first row but one for all."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, 11, size=[n_rows, STEPS]).astype(np.int32)
-    is_first = rng.random([n_rows, STEPS]) < np.array([0.03, 0.1, 0.4])[:n_rows, None]
-    return tokens, np.cumsum(is_first, axis=1).astype(np.int32)
+    is_process_zero = rng.random([n_rows, STEPS]) < np.array([0.03, 0.1, 0.4])[:n_rows, None]
+    return tokens, np.cumsum(is_process_zero, axis=1).astype(np.int32)
 
 
 def config_of(kind):

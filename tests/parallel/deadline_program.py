@@ -11,18 +11,18 @@ import numpy as np
 from etils import epath
 
 from tests.common import small_config
-from tvq_pod import manifest
-from tvq_pod.checkpoint import Checkpoints
-from tvq_pod.config import CheckpointSettings, EvalSettings, MeshSettings, Settings, TrainSettings
-from tvq_pod.data.course import Course
+from tvq_pod.config.settings import CheckpointSettings, EvalSettings, MeshSettings, Settings, TrainSettings
+from tvq_pod.data.schedule import DataSchedule
 from tvq_pod.data.store import TokenStore
 from tvq_pod.data.vocab import ByteVocab
-from tvq_pod.eval import Evaluator
+from tvq_pod.inference.evaluator import Evaluator
 from tvq_pod.parallel import processes
 from tvq_pod.parallel.deadlines import Deadline, still_working
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.parallel.sharding import on_one_device, replicated
-from tvq_pod.train_state import TrainState
+from tvq_pod.run import manifest
+from tvq_pod.run.checkpoint import Checkpoints
+from tvq_pod.training.step import TrainState
 
 port, index, scenario, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], pathlib.Path(sys.argv[4])
 SECONDS = 4
@@ -57,8 +57,10 @@ def save() -> None:
         manifest.write_manifest = hang
     everywhere = replicated(make_mesh(MeshSettings()))
     array = jax.make_array_from_callback((2,), everywhere, lambda _: np.zeros(2))
-    state = TrainState(step=array, params={"a": array}, opt_state=(), recurrent={"a": array}, sanity={}, digest=array)
-    checkpoints.save(state, 1, {}, Course.begin(1, 1))
+    state = TrainState(
+        step=array, params={"a": array}, opt_state=(), recurrent={"a": array}, bad_steps={}, digest=array
+    )
+    checkpoints.save(state, 1, {}, DataSchedule.begin(1, 1))
     checkpoints.wait_for_all()
     checkpoints.close()
 
@@ -72,9 +74,9 @@ def first() -> None:
             still_working()
             time.sleep(SECONDS / 20)
 
-    processes.on_first(work)
+    processes.on_process_zero(work)
     print("worked", flush=True)
-    processes.on_first(hang)
+    processes.on_process_zero(hang)
 
 
 def gather() -> None:

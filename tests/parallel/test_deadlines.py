@@ -12,9 +12,9 @@ from typing import NamedTuple
 import pytest
 
 from launch import local
+from tests.command import ROOT, environment
 from tests.common import store_of
-from tests.test_cli import ROOT, environment
-from tvq_pod import manifest
+from tvq_pod.run import manifest
 
 SCENARIOS = ("frozen", "restore", "save", "first", "gather", "evaluation")
 

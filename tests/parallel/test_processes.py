@@ -69,15 +69,16 @@ def test_losses_do_not_depend_on_how_many_processes_there_are(corpus, tmp_path):
 def test_all_processes_go_back_together_and_give_up_together(corpus, tmp_path):
     """Codes that die make every step bad from some step on, after checkpoints of the same session."""
     flags = [*FLAGS, f"--config.data.source={corpus}", f"--workdir={tmp_path / 'run'}", "--config.model.n_code=64",
-             "--config.model.c_gamma=0.6", "--config.sanity.max_dead_codes=0.0", "--config.sanity.bad_steps=2",
-             "--config.sanity.max_rollbacks=1", "--config.checkpoint.every_steps=2"]  # fmt: skip
+             "--config.model.c_gamma=0.6", "--config.bad_steps.max_dead_codes=0.0",
+             "--config.bad_steps.rollback_after=2", "--config.bad_steps.max_rollbacks=1",
+             "--config.checkpoint.every_steps=2"]  # fmt: skip
     job = launched("--processes=2", "--devices_per_process=2", "--", *flags)
     output, _ = job.communicate(timeout=200)
     assert job.returncode == 1, output
     (skip,) = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
     assert skip["back_to"] > 0
     assert f"goes on from step {skip['back_to']}" in output
-    assert "error: config.sanity.max_rollbacks=1: steps" in output
+    assert "error: config.bad_steps.max_rollbacks=1: steps" in output
     assert "Traceback" not in output
 
 
@@ -191,9 +192,9 @@ def test_a_process_whose_peers_do_not_come_ends_in_one_line(corpus, tmp_path):
 
 
 def test_what_one_decides_holds_and_its_error_is_raised():
-    assert processes.decided_by_first(True)
+    assert processes.decided_by_process_zero(True)
     with pytest.raises(UserError, match="full"):
-        processes.on_first(lambda: (_ for _ in ()).throw(UserError("disk full")))
+        processes.on_process_zero(lambda: (_ for _ in ()).throw(UserError("disk full")))
 
 
 class HostSharding:

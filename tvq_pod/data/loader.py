@@ -57,7 +57,7 @@ def host_batches(
     """Batches of the given rows, as NumPy arrays [len(rows), T], for steps first_step .. last_step - 1.
 
     threads read them; up to `ahead` batches wait to be used. tokens: ranges of the T that are read; None reads all.
-    update_of: which update of the streams a step reads (see Lap); None: step n reads update n.
+    update_of: which update of the streams a step reads (see Phase); None: step n reads update n.
     """
     source = RowSource(split.tokens, plan, rows, update_len, first_step, last_step, tokens, update_of)
     dataset = grain.MapDataset.source(source).batch(len(rows))

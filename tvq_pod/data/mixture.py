@@ -11,7 +11,7 @@ import numpy as np
 import tensorstore
 from etils import epath
 
-from tvq_pod.config import OWN_SPLITS
+from tvq_pod.config.settings import OWN_SPLITS
 from tvq_pod.data.store import SPLITS, Part, Split, TokenStore
 from tvq_pod.data.vocab import Vocab
 from tvq_pod.errors import UserError

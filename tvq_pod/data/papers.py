@@ -14,8 +14,8 @@ import zlib
 
 import numpy as np
 
-from tvq_pod.config import IMAGE_BYTES
-from tvq_pod.data.corpora import Document, Documents, content
+from tvq_pod.config.settings import IMAGE_BYTES
+from tvq_pod.data.document import Document, Documents, content
 from tvq_pod.errors import UserError
 
 ENWIK8_BYTES = {"train": 90_000_000, "validation": 5_000_000, "test": 5_000_000}

@@ -10,8 +10,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
-from tvq_pod.config import DataSettings
-from tvq_pod.data.corpora import Document, Documents, files_of
+from tvq_pod.config.settings import DataSettings
+from tvq_pod.data.document import Document, Documents, files_of
 from tvq_pod.errors import UserError
 
 SUFFIXES = {"jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"), "parquet": (".parquet",)}

@@ -20,9 +20,10 @@ import numpy as np
 import tensorstore
 from etils import epath
 
+from tvq_pod.config.settings import Settings
 from tvq_pod.data.vocab import Vocab, kept_vocab
 from tvq_pod.errors import UserError
-from tvq_pod.paths import BUCKET, is_bucket
+from tvq_pod.host.paths import BUCKET, is_bucket
 
 SPLITS = ("train", "validation", "test")
 FORMAT = 2
@@ -160,3 +161,12 @@ class TokenStore:
             "recheck_cached_metadata": "open",
         }
         return tensorstore.open(spec, read=True, context=self._context).result()
+
+
+# What documents depend on, besides the vocabulary
+MADE_WITH = ("source", "format", "text_field", "glob", "invalid_utf8", "validation_share", "test_share")
+
+
+def store_path(settings: Settings, workdir: epath.Path) -> epath.Path:
+    """Where the run's token store is."""
+    return epath.Path(settings.data.store) if settings.data.store else workdir / "store"

@@ -30,7 +30,7 @@ from typing import Protocol
 import numpy as np
 import tensorstore
 
-from tvq_pod.data.course import Course
+from tvq_pod.data.schedule import DataSchedule
 from tvq_pod.data.store import Part
 from tvq_pod.data.vocab import END_OF_DOC, PAD
 from tvq_pod.errors import UserError
@@ -220,11 +220,11 @@ def mixed_order(starts: np.ndarray, parts: Sequence[Part], seed: int, epoch: int
     return _draw(seed, epoch).permutation(np.concatenate(chosen))
 
 
-def streams_of(course: Course, starts: np.ndarray, seed: int, parts: Sequence[Part] = ()) -> TrainStreams:
+def streams_of(schedule: DataSchedule, starts: np.ndarray, seed: int, parts: Sequence[Part] = ()) -> TrainStreams:
     """The streams that a run reads now, after all changes of its batch so far. parts: of a mixture."""
-    streams = TrainStreams(starts, course.laps[0].batch_size, seed, parts=parts)
-    for lap, following in itertools.pairwise(course.laps):
-        streams = streams.recut(lap.update(following.first_step) * lap.update_len, following.batch_size)
+    streams = TrainStreams(starts, schedule.phases[0].batch_size, seed, parts=parts)
+    for phase, following in itertools.pairwise(schedule.phases):
+        streams = streams.recut(phase.update(following.first_step) * phase.update_len, following.batch_size)
     return streams
 
 

@@ -1,15 +1,27 @@
 """A SentencePiece vocabulary from a corpus' own training documents: byte-pair encoding with byte fallback, so that a
 text comes back from its tokens as it was, byte for byte."""
 
+import contextlib
 import io
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
 
 import sentencepiece
+from etils import epath
 
-from tvq_pod.data.vocab import END_OF_DOC, PAD, UNKNOWN
+from tvq_pod.config.resolve import check_vocab_fits
+from tvq_pod.config.settings import DataSettings, Settings
+from tvq_pod.data.corpora import documents
+from tvq_pod.data.store import MADE_WITH, split_of, store_path
+from tvq_pod.data.text import usable
+from tvq_pod.data.vocab import END_OF_DOC, PAD, UNKNOWN, SentencePieceVocab, Vocab, load_vocab
 from tvq_pod.errors import UserError
+from tvq_pod.host.files import write_whole
+from tvq_pod.host.terminal import say
+from tvq_pod.parallel.deadlines import still_working
+from tvq_pod.parallel.processes import is_process_zero
 
 SAMPLE_BYTES = 200_000_000  # of lines that pairs are counted in; SentencePiece holds a few times that in memory
 MAX_LINE_BYTES = 4096
@@ -81,3 +93,61 @@ def _lines(texts: Iterable[bytes | memoryview]) -> Iterator[str]:
                     part = part.replace("\u2585", "")  # SentencePiece passes over lines with that
                     if part:
                         yield part
+
+
+TRAINED = "sentencepiece"  # the vocabulary that is made here
+
+
+def trained_path(settings: Settings, workdir: epath.Path) -> epath.Path:
+    """Where the model of config.data.vocab=sentencepiece is: beside the store."""
+    store = store_path(settings, workdir)
+    return store.with_name(f"{store.name}.vocab.model")
+
+
+def vocab_for(settings: Settings, workdir: epath.Path) -> Vocab:
+    """The vocabulary; that of config.data.vocab=sentencepiece is trained, if it is not there."""
+    data = settings.data
+    if data.vocab != TRAINED:
+        return load_vocab(data.vocab)
+    path = trained_path(settings, workdir)
+    beside = path.with_name(f"{path.name}.json")
+    made_with = {name: getattr(data, name) for name in (*MADE_WITH, "vocab_size")}
+    if not path.exists() and is_process_zero():
+        check_vocab_fits(settings, data.vocab_size)
+        say(f"training {path}: {data.vocab_size:,} pieces, from the training documents of {data.source}")
+        model = train_sentencepiece(_training_texts(data), data.vocab_size)
+        with _disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(beside, json.dumps(made_with))
+            draft = path.with_name(f"{path.name}.writing")
+            draft.write_bytes(model)
+            draft.replace(path)
+    try:
+        there = json.loads(beside.read_text())
+    except (OSError, ValueError):
+        there = {}
+    for name, value in made_with.items():
+        if there.get(name) != value:
+            raise UserError(
+                f"config.data.{name}={value}: the vocabulary {path} was trained with {there.get(name)}; give that, or "
+                "another config.data.store, or remove the file"
+            )
+    return SentencePieceVocab(path)
+
+
+def _training_texts(data: DataSettings) -> Iterator[bytes | memoryview]:
+    for document in documents(data):
+        still_working()
+        text, _ = usable(document, any_bytes=False, invalid_utf8=data.invalid_utf8)
+        if text is not None and len(text):
+            split = document.split or split_of(text, data.validation_share, data.test_share)
+            if split == "train":
+                yield text
+
+
+@contextlib.contextmanager
+def _disk_errors(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"config.data.store: {path} can't be written ({error.strerror or error})") from None

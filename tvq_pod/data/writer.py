@@ -26,8 +26,9 @@ from tvq_pod.data import store as stores
 from tvq_pod.data.store import ARRAYS, FORMAT, SPLITS, TokenStore, array_metadata, crc32c_of, kvstore
 from tvq_pod.data.vocab import END_OF_DOC, Vocab, keep_vocab
 from tvq_pod.errors import UserError
-from tvq_pod.paths import is_bucket, write_whole
-from tvq_pod.progress import say
+from tvq_pod.host.files import write_whole
+from tvq_pod.host.paths import is_bucket
+from tvq_pod.host.terminal import say
 
 COMMIT_SECONDS = 30.0
 IN_FLIGHT = 2  # shards of an array that are being compressed and written

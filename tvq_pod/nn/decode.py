@@ -11,7 +11,7 @@ All rows write the same slot at the same step, whatever their documents: the slo
 slots are not in order, the biases by distance are turned by the number of the slot.
 
 The equations are those of `attn.py`, and its parameters are used as they are. The loop that draws tokens is in
-`tvq_pod/sampler.py`.
+`tvq_pod/inference/sampler.py`.
 
 Shapes: B rows, Q query heads, H key heads, G = Q / H, M window, S codes, K key width, V value width, D model width.
 """

@@ -128,5 +128,5 @@ def _turned_coefficients(by_cosine, by_sine):
     of_cosine, of_sine = by_cosine * cos + by_sine * sin, by_cosine * sin - by_sine * cos
     # of the two that share the first place, frequency N / 2 changes its sign from place to place
     sign = as_last_axes(np.where(np.arange(block_len) % 2, -1.0, 1.0).astype(np.float32)[:, None], by_sine)
-    is_first = as_last_axes(np.arange(half) == 0, by_sine)
-    return jnp.where(is_first, by_cosine, of_cosine), jnp.where(is_first, by_sine * sign, of_sine)
+    is_process_zero = as_last_axes(np.arange(half) == 0, by_sine)
+    return jnp.where(is_process_zero, by_cosine, of_cosine), jnp.where(is_process_zero, by_sine * sign, of_sine)

@@ -3,7 +3,7 @@
 import flax.struct
 import jax
 
-from tvq_pod.model_config import UNITS, TransformerConfig
+from tvq_pod.config.model import UNITS, TransformerConfig
 
 __all__ = ["UNITS", "TransformerConfig", "VQSpec"]
 

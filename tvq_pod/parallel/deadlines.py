@@ -8,12 +8,13 @@ wait for it. One that is frozen as a whole (SIGSTOP) ends when it runs again.
 
 import contextlib
 import os
-import sys
 import threading
 import time
 
 import jax
 from jax._src import distributed  # what multihost_utils is built on; jax has no public name for it
+
+from tvq_pod.host.terminal import tell
 
 SIGNS = "tvq_pod/signs_of_life/"
 SIGN_SECONDS = 5.0  # between two signs of life
@@ -75,13 +76,10 @@ class Deadline(contextlib.AbstractContextManager):
                 self.renew()
 
     def _end(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
-            print(
-                f"error: {self._setting}: {self._what} has not ended within {self._seconds:g} s; find the process, "
-                "host or storage that hangs and start again, or allow more time",
-                file=sys.stderr,
-                flush=True,
-            )
+        tell(
+            f"error: {self._setting}: {self._what} has not ended within {self._seconds:g} s; find the process, "
+            "host or storage that hangs and start again, or allow more time"
+        )
         if distributed.global_state.client:
             time.sleep(LINGER_SECONDS)
         os._exit(1)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
-from tvq_pod.config import MeshSettings, Settings
+from tvq_pod.config.settings import MeshSettings, Settings
 from tvq_pod.errors import UserError
 
 AXES = ("slice", "data", "data_inner", "sequence", "model")  # from the slowest network to the fastest

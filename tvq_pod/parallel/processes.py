@@ -5,7 +5,6 @@ Every process runs the same code and holds its devices' part of the global array
 
 import os
 import re
-import sys
 import threading
 from collections.abc import Callable
 
@@ -16,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tvq_pod.errors import UserError
+from tvq_pod.host.terminal import silence, tell
 from tvq_pod.parallel import deadlines
 from tvq_pod.parallel.deadlines import waiting
 from tvq_pod.parallel.sharding import replicated
@@ -62,6 +62,8 @@ def join(
             heartbeat_timeout_seconds=peer_timeout_seconds,
             initialization_timeout=join_timeout_seconds + 60,
         )
+        if jax.process_index():
+            silence()
         jax.devices()  # meets the others
         all_agree(True)  # and sets up what collectives need: later, one may wait for longer than that may take
     except (RuntimeError, ValueError) as error:
@@ -72,11 +74,9 @@ def join(
 
 
 def _end_alone(how: str, seconds: int) -> None:
-    print(
+    tell(
         f"error: {how}: this process could not join the others within --join_timeout_seconds={seconds}; all must be "
-        "started, and reach process 0 there",
-        file=sys.stderr,
-        flush=True,
+        "started, and reach process 0 there"
     )
     os._exit(1)
 
@@ -94,12 +94,12 @@ def check_slices(slices: int) -> None:
         )
 
 
-def is_first() -> bool:
+def is_process_zero() -> bool:
     """Whether this is process 0, which writes."""
     return jax.process_index() == 0
 
 
-def from_first(value: int) -> int:
+def from_process_zero(value: int) -> int:
     """Process 0's value, on all of them: files may look different from host to host."""
     if jax.process_count() == 1:
         return value
@@ -107,19 +107,19 @@ def from_first(value: int) -> int:
         return int(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int64)))
 
 
-def decided_by_first(value: bool) -> bool:
+def decided_by_process_zero(value: bool) -> bool:
     """Process 0's value, on all of them."""
-    return bool(from_first(int(value)))
+    return bool(from_process_zero(int(value)))
 
 
-def text_from_first(text: str) -> str:
+def text_from_process_zero(text: str) -> str:
     """Process 0's text, on all of them."""
     if jax.process_count() == 1:
         return text
     with waiting("a message of process 0"):
         encoded = np.frombuffer(text.encode(), np.uint8)
-        length = from_first(len(encoded))
-        own = encoded if is_first() else np.zeros(length, np.uint8)
+        length = from_process_zero(len(encoded))
+        own = encoded if is_process_zero() else np.zeros(length, np.uint8)
         return np.asarray(multihost_utils.broadcast_one_to_all(own)).astype(np.uint8).tobytes().decode()
 
 
@@ -131,26 +131,26 @@ def all_agree(value: bool) -> bool:
         return bool(multihost_utils.process_allgather(np.asarray(value)).all())
 
 
-def on_first(function: Callable[[], None]) -> None:
+def on_process_zero(function: Callable[[], None]) -> None:
     """Calls function on process 0, while the others wait. Raises what it raised there, and UserError on the others.
 
     What may take longer than --wait_timeout_seconds calls `still_working` as it gets on.
     """
     error = None
     with waiting("what process 0 does for all", of_first=True):
-        if is_first():
+        if is_process_zero():
             try:
                 function()
             except Exception as raised:
                 error = raised
-        succeeded = decided_by_first(error is None)
+        succeeded = decided_by_process_zero(error is None)
     if error is not None:
         raise error
     if not succeeded:
         raise UserError("process 0 could not go on; its own line says why")
 
 
-class Ballot:
+class Votes:
     """What all processes must know at the same step, though it happens to one: asked and answered on the devices, so
     that no process ever waits for the network between steps.
 

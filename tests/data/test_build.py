@@ -1,0 +1,428 @@
+"""Making a store: on many cores, broken off and gone on with, by two at once; the result is always the same."""
+
+import concurrent.futures
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tokenizers
+from etils import epath
+
+from tests.command import ROOT
+from tests.common import small_config, store_of
+from tests.preparing import assert_same, preparing, undisturbed
+from tvq_pod.config.settings import DataSettings, Settings
+from tvq_pod.data import build as prepare
+from tvq_pod.data import encode as encode_module
+from tvq_pod.data import store as store_module
+from tvq_pod.data import writer as writer_module
+from tvq_pod.data.encode import encoded
+from tvq_pod.data.store import SPLITS, TokenStore
+from tvq_pod.data.train_vocab import train_sentencepiece
+from tvq_pod.data.vocab import ByteVocab, HuggingFaceVocab, SentencePieceVocab, decoded
+from tvq_pod.errors import UserError
+
+TEXTS = [f"the {n}th document says {n * n} and no more. " * (1 + n % 7) for n in range(60)]
+
+
+@pytest.fixture(scope="module")
+def vocab(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vocab") / "own.model"
+    path.write_bytes(train_sentencepiece([text.encode() for text in TEXTS], 300))
+    return SentencePieceVocab(path)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    for n, text in enumerate(TEXTS):
+        (tmp_path / f"corpus/{n:02d}.txt").write_text(text)
+    return tmp_path / "corpus"
+
+
+# ------------------------------------------------- many processes
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
+    """Its special token is in the texts, too."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["says"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    path = tmp_path_factory.mktemp("vocab") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return HuggingFaceVocab(path)
+
+
+@pytest.mark.parametrize("kind", ["vocab", "hugging_face"])
+def test_other_processes_give_the_same_tokens_in_the_same_order(kind, request, monkeypatch):
+    vocab = request.getfixturevalue(kind)
+    monkeypatch.setattr(encode_module, "ALONE_BYTES", 500)
+    monkeypatch.setattr(encode_module, "BATCH_BYTES", 300)
+    documents = [(n, text.encode()) for n, text in enumerate([*TEXTS, "a" * 2**20 + " b" * 2**19])]
+    one, three = (
+        [(tokens.document, tokens.ids.tolist(), tokens.ends) for tokens in encoded(iter(documents), vocab, n)]
+        for n in (1, 3)
+    )
+    assert one == three
+    assert [document for document, _, ends in one if ends] == [n for n, _ in documents]
+    assert sum(not ends for _, _, ends in one) == 1  # of the long one
+
+
+class FatalVocab(ByteVocab):
+    """Kills the process that encodes a document."""
+
+    takes_any_bytes = False
+    n_vocab = 300
+
+    def encode(self, text):
+        if b"fatal" in text:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(text)
+
+
+def test_a_process_that_is_killed_is_an_error_in_one_line(monkeypatch):
+    monkeypatch.setattr(encode_module, "ALONE_BYTES", 1)
+    with pytest.raises(UserError, match=r"config.data.prepare_processes: a process that encodes text was killed"):
+        list(encoded(iter([(0, b"fine"), (1, b"fatal")]), FatalVocab(), 2))
+
+
+def n_taken(path) -> int:
+    try:
+        return json.loads((path.with_name("s.preparing") / "progress.json").read_text())["n_taken"]
+    except OSError:
+        return 0
+
+
+def kill_after(process, path, n):
+    while n_taken(path) < n:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_a_prepare_that_is_killed_goes_on_where_it_was(corpus, tmp_path, monkeypatch, vocab, kind):
+    """Three times with -9, at different documents: nothing has the final name until all is there."""
+    name = "bytes"
+    if kind == "pieces":
+        name = tmp_path / "own.model"
+        name.write_bytes(vocab.file_bytes)
+    path = tmp_path / "s"
+    for n in (7, 23, 41):
+        kill_after(preparing(corpus, path, name, seconds=0.03), path, n)
+        assert not path.exists()
+    last = preparing(corpus, path, name)
+    _, err = last.communicate()
+    assert last.returncode == 0, err
+    assert int(err.split("goes on after ")[1].split()[0]) >= 41
+    assert_same(TokenStore(path), undisturbed(tmp_path, monkeypatch, corpus, vocab if name != "bytes" else None))
+    assert not list(tmp_path.glob("s.*"))
+    assert not (path / "progress.json").exists()
+
+
+def test_a_corpus_that_changed_meanwhile_is_read_anew(corpus, tmp_path, monkeypatch):
+    path = tmp_path / "s"
+    kill_after(preparing(corpus, path, seconds=0.03), path, 20)
+    (corpus / "03.txt").write_text("o" + TEXTS[3][1:])  # of the same length
+    _, err = preparing(corpus, path).communicate()
+    assert "is not what it was when" in err
+    assert_same(TokenStore(path), undisturbed(tmp_path, monkeypatch, corpus, None))
+
+
+@pytest.mark.parametrize("damage", ["progress", "array", "gone"])
+def test_a_draft_that_is_damaged_is_made_anew(corpus, tmp_path, monkeypatch, damage):
+    path, draft = tmp_path / "s", tmp_path / "s.preparing"
+    kill_after(preparing(corpus, path, seconds=0.03), path, 20)
+    if damage == "progress":
+        text = (draft / "progress.json").read_text()
+        (draft / "progress.json").write_text(text.replace('"n_taken": ', '"n_taken": 1'))
+    elif damage == "array":
+        shard = max((draft / "train/tokens/c").iterdir(), key=lambda file: int(file.name))  # that is read again
+        content = bytearray(shard.read_bytes())
+        content[5] ^= 1
+        shard.write_bytes(content)
+    else:
+        (draft / "train/starts/zarr.json").unlink()
+    process = preparing(corpus, path)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "begins anew" in err
+    assert_same(TokenStore(path), undisturbed(tmp_path, monkeypatch, corpus, None))
+
+
+def test_two_at_once_make_one_store(corpus, tmp_path, monkeypatch):
+    first = preparing(corpus, tmp_path / "s", seconds=0.03)
+    while not (tmp_path / "s.preparing").exists():
+        time.sleep(0.01)
+    second = preparing(corpus, tmp_path / "s")
+    _, err = second.communicate()
+    assert first.wait() == second.returncode == 0
+    assert "waits: another process prepares" in err
+    assert_same(TokenStore(tmp_path / "s"), undisturbed(tmp_path, monkeypatch, corpus, None))
+
+
+def test_of_two_at_once_the_second_may_want_another_store(corpus, tmp_path):
+    settings, path = settings_for(corpus), tmp_path / "run/store"
+    with writer_module.only_one(path):
+        threads = concurrent.futures.ThreadPoolExecutor(1)
+        second = threads.submit(prepare.open_store, settings, epath.Path(tmp_path / "run"))
+        time.sleep(0.3)
+        store_of(path, [b"other"])
+    with pytest.raises(UserError, match=r"config.data.source=.*corpus: the store .* was prepared with stdlib"):
+        second.result()
+
+
+def test_a_store_that_only_lacks_its_name_is_not_made_again(tmp_path, monkeypatch):
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda *names: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(UserError, match=r"config.data.store: can't be written"):
+        store_of(tmp_path / "s", [b"one", b"two"])
+    monkeypatch.setattr(os, "rename", rename)
+    before = (tmp_path / "s.preparing/train/tokens/c/0").stat().st_mtime_ns
+    assert store_of(tmp_path / "s", [b"one", b"two"]).meta["splits"]["train"]["n_documents"] == 2
+    assert (tmp_path / "s/train/tokens/c/0").stat().st_mtime_ns == before
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_disk_that_is_full_is_named_and_what_was_written_is_not_lost(corpus, tmp_path, monkeypatch):
+    path = tmp_path / "s"
+    kill_after(preparing(corpus, path, seconds=0.03), path, 10)
+    process = preparing(corpus, path, seconds=0.03)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (300, resource.RLIM_INFINITY))
+    _, err = process.communicate()
+    assert process.returncode != 0
+    assert "config.data.store: can't be written" in err
+    assert n_taken(path) >= 10
+    assert preparing(corpus, path).wait() == 0
+    assert_same(TokenStore(path), undisturbed(tmp_path, monkeypatch, corpus, None))
+
+
+@pytest.mark.parametrize("target", ["an empty folder", "a mounted disk"])
+def test_a_store_that_is_a_link_grows_where_the_link_leads_to(corpus, tmp_path, monkeypatch, target):
+    """A disk with its file system's own folder; nothing can be renamed onto it."""
+    expected = undisturbed(tmp_path, monkeypatch, corpus, None)
+    disk, run = tmp_path / "disk/store", tmp_path / "run"
+    disk.mkdir(parents=True)
+    run.mkdir()
+    (run / "store").symlink_to(disk)
+    folder = disk.stat().st_ino
+    rename, moved = os.rename, []
+    monkeypatch.setattr(os, "rename", lambda *names: (moved.append(names), rename(*names)))
+    if target == "a mounted disk":
+        (disk / "lost+found").mkdir()
+        monkeypatch.setattr(os.path, "ismount", lambda path: os.fspath(path) == str(disk))
+    assert_same(prepare.open_store(settings_for(corpus), epath.Path(run)), expected)
+    assert (run / "store").is_symlink()
+    assert [path.name for path in run.iterdir()] == ["store"]  # not here, which may be a small disk
+    assert [path.name for path in disk.parent.iterdir()] == ["store"]
+    assert (disk.stat().st_ino == folder) == (target == "a mounted disk")
+    assert all(disk.parent in pathlib.Path(name).parents for names in moved[:1] for name in names)
+
+
+def test_a_store_on_a_mounted_disk_is_gone_on_with_however_early_it_was_killed(corpus, tmp_path, monkeypatch):
+    expected = undisturbed(tmp_path, monkeypatch, corpus, None)
+    monkeypatch.setattr(os.path, "ismount", lambda path: os.fspath(path) == str(tmp_path / "disk"))
+    (tmp_path / "disk").mkdir()
+    with writer_module.StoreWriter(tmp_path / "disk", ByteVocab(), {}) as writer:
+        writer.splits["train"].append(np.arange(9))
+    settings = settings_for(corpus, store=str(tmp_path / "disk"))
+    assert_same(prepare.open_store(settings, epath.Path(tmp_path)), expected)
+
+
+def test_a_store_that_is_a_link_to_nothing_is_refused_in_one_line(corpus, tmp_path):
+    (tmp_path / "store").symlink_to(tmp_path / "unmounted/store")
+    for check in (prepare.check_source, prepare.open_store):
+        with pytest.raises(
+            UserError, match=r"config.data.store=.*/store: is a symbolic link to .*unmounted/store, which"
+        ):
+            check(settings_for(corpus), epath.Path(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "store"]
+
+
+def test_an_error_before_anything_is_kept_leaves_nothing(tmp_path):
+    def corpus():
+        yield from ()
+        raise UserError("damaged")
+
+    with pytest.raises(UserError, match="damaged"):
+        prepare.make_store(tmp_path / "s", corpus, ByteVocab(), DataSettings(source="stdlib"))
+    assert list(tmp_path.iterdir()) == []
+
+
+MEMORY = """
+import resource, sys
+import numpy as np
+block = np.random.default_rng(0).bytes(2**20)
+from tvq_pod.config.settings import DataSettings
+from tvq_pod.data.document import Document
+from tvq_pod.data.vocab import ByteVocab
+from tvq_pod.data.build import make_store
+corpus = lambda: (Document(str(n), block) for n in range(int(sys.argv[2])))
+make_store(sys.argv[1], corpus, ByteVocab(), DataSettings(source="stdlib"))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    megabytes = []
+    for n in (100, 300):
+        command = [sys.executable, "-c", MEMORY, str(tmp_path / str(n)), str(n)]
+        megabytes.append(int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout))
+    assert megabytes[1] < megabytes[0] + 100
+
+
+# ------------------------------------------------- settings and vocabularies
+def settings_for(corpus, **changes) -> Settings:
+    data = DataSettings(source=str(corpus), validation_share=0.2, test_share=0.1, **changes)
+    return Settings(model=small_config(n_vocab=400), data=data)
+
+
+def test_a_vocabulary_is_trained_where_there_is_none_and_kept_beside_the_store(corpus, tmp_path, capsys):
+    settings = settings_for(corpus, vocab="sentencepiece", vocab_size=300)
+    prepare.train_vocab(settings, epath.Path(tmp_path / "run"))
+    names = ["store.vocab.model", "store.vocab.model.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
+    prepare.train_vocab(settings, epath.Path(tmp_path / "run"))
+    assert "store.vocab.model is there already" in capsys.readouterr().err
+    store = prepare.open_store(settings, epath.Path(tmp_path / "run"))
+    assert store.vocab().name == SentencePieceVocab(tmp_path / "run/store.vocab.model").name
+    at_once = prepare.open_store(settings, epath.Path(tmp_path / "other"))
+    assert at_once.fingerprint == store.fingerprint
+    tokens, starts = store.split("train").tokens.read().result(), store.split("train").starts
+    found = {decoded(tokens[begin:end], store.vocab()) for begin, end in itertools.pairwise(starts)}
+    assert found < set(TEXTS)
+    with pytest.raises(UserError, match=r"config.data.vocab=sentencepiece: the store .* was prepared with sentencepi"):
+        prepare.open_store(settings_for(corpus, vocab="sentencepiece", vocab_size=310), epath.Path(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"config.data.vocab=bytes: the store .* was prepared with sentencepiece:"):
+        prepare.open_store(settings_for(corpus), epath.Path(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"config.data.vocab=bytes: must be sentencepiece for --mode=train_vocab"):
+        prepare.train_vocab(settings_for(corpus), epath.Path(tmp_path / "run"))
+
+
+def test_a_vocabulary_that_the_model_has_no_room_for_is_refused_before_it_is_trained(corpus, tmp_path):
+    settings = settings_for(corpus, vocab="sentencepiece", vocab_size=500)
+    with pytest.raises(UserError, match=r"config.model.n_vocab=400: must be at least 500"):
+        prepare.train_vocab(settings, epath.Path(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"config.model.n_vocab=400: must be at least 500"):
+        prepare.open_store(settings, epath.Path(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+class TextOnlyVocab(ByteVocab):
+    takes_any_bytes = False
+    n_vocab = 300
+
+
+@pytest.mark.parametrize("invalid_utf8", ["error", "replace", "skip"])
+@pytest.mark.parametrize("block_bytes", [3, 2**20])
+def test_documents_that_are_not_utf8(tmp_path, invalid_utf8, block_bytes, capsys, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK_BYTES", block_bytes)
+    texts = ["fine: 漢字é".encode(), b"caf\xe9", b""]
+
+    def texts_in(store):
+        tokens, starts = store.split("train").tokens.read().result(), store.split("train").starts
+        return [bytes((tokens[a : b - 1] - 3).astype(np.uint8)) for a, b in itertools.pairwise(starts)]
+
+    # a byte model takes the bytes as they are, and says so
+    assert texts_in(store_of(tmp_path / "bytes", texts, invalid_utf8=invalid_utf8)) == texts[:2]
+    said = capsys.readouterr().err
+    assert "1 documents are not UTF-8, a byte model takes their bytes as they are: 1" in said
+    assert "1 empty documents left out: 2" in said
+    if invalid_utf8 == "error":
+        with pytest.raises(UserError, match=r"config.data.invalid_utf8=error: 1 is not UTF-8 at byte 3"):
+            store_of(tmp_path / "text", texts, TextOnlyVocab(), invalid_utf8=invalid_utf8)
+    else:
+        kept = texts_in(store_of(tmp_path / "text", texts, TextOnlyVocab(), invalid_utf8=invalid_utf8))
+        assert kept == texts[:1] + (["caf\ufffd".encode()] if invalid_utf8 == "replace" else [])
+
+
+def test_a_vocabulary_of_another_corpus_is_not_used_in_silence(corpus, tmp_path):
+    settings = settings_for(corpus, vocab="sentencepiece", vocab_size=300)
+    prepare.train_vocab(settings, epath.Path(tmp_path / "run"))
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else/text").write_text("other")
+    for name, value in (("source", str(tmp_path / "else")), ("validation_share", 0.3), ("glob", "**/*.txt")):
+        other = dataclasses.replace(settings, data=dataclasses.replace(settings.data, **{name: value}))
+        with pytest.raises(UserError, match=rf"config.data.{name}=.*: the vocabulary .* was trained with"):
+            prepare.open_store(other, epath.Path(tmp_path / "run"))
+
+
+def test_held_out_documents_train_no_vocabulary(tmp_path, monkeypatch):
+    """Nor do they where their odd bytes are replaced, so that another text is hashed."""
+    (tmp_path / "corpus").mkdir()
+    for n in range(60):
+        (tmp_path / f"corpus/{n}").write_bytes(f"document {n} ".encode() * 20 + b"\xff")
+    settings = settings_for(tmp_path / "corpus", vocab="sentencepiece", vocab_size=300, invalid_utf8="replace")
+    seen = []
+    monkeypatch.setattr(
+        prepare, "train_sentencepiece", lambda texts, size: train_sentencepiece(seen.extend(texts) or seen, size)
+    )
+    store = prepare.open_store(settings, epath.Path(tmp_path / "run"))
+    split = store.split("train")
+    tokens = split.tokens.read().result()
+    found = [decoded(tokens[a:b], store.vocab()).encode() for a, b in itertools.pairwise(split.starts)]
+    assert sorted(seen) == sorted(found)
+    assert 0 < len(found) < 60
+
+
+def test_a_vocabulary_that_changes_text_is_warned_of(tmp_path, capsys):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(TEXTS, tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, show_progress=False))  # fmt: skip
+    tokenizer.save(str(tmp_path / "lower.json"))
+    store_of(tmp_path / "a", [b"all small", b"and One not"], HuggingFaceVocab(tmp_path / "lower.json"))
+    said = capsys.readouterr().err
+    assert "this vocabulary changes text: 'One not' of 1 comes back as 'one not'" in said
+
+
+def test_an_error_while_a_vocabulary_is_trained_is_that_error(tmp_path):
+    (tmp_path / "docs.jsonl").write_text('{"text": "fine"}\n' * 3 + "{\n")
+    settings = settings_for(tmp_path / "docs.jsonl", vocab="sentencepiece", vocab_size=300)
+    with pytest.raises(UserError, match=r"docs.jsonl: line 4 is not JSON"):
+        prepare.train_vocab(settings, epath.Path(tmp_path / "run"))
+    assert not list((tmp_path / "run").glob("*model*"))
+
+
+def test_words_are_counted_for_pg19_only(corpus, tmp_path):
+    books = tmp_path / "pg19"
+    for split, names in (("train", "12"), ("validation", "3"), ("test", "4")):
+        (books / split).mkdir(parents=True)
+        for name in names:
+            (books / split / f"{name}.txt").write_text(TEXTS[int(name)])
+    (books / "metadata.csv").write_text("".join(f"{n},title,1900,http://\n" for n in (1, 2, 3, 4)))
+    settings = settings_for(books, format="pg19")
+    store = prepare.open_store(settings, epath.Path(tmp_path / "books"))
+    assert [store.meta["splits"][split]["n_documents"] for split in SPLITS] == [2, 1, 1]
+    assert prepare.words_of(store, "validation") == len(TEXTS[3].split())
+    assert prepare.words_of(prepare.open_store(settings_for(corpus), epath.Path(tmp_path / "run")), "validation") == 0
+
+
+def test_a_store_of_an_older_version_is_still_known(corpus, tmp_path):
+    settings = settings_for(corpus)
+    store = prepare.open_store(settings, epath.Path(tmp_path / "run"))
+    meta = {name: value for name, value in store.meta.items() if name not in ("made_with", "counts_words", "crc32c")}
+    top = ("source", "validation_share", "test_share")
+    meta |= {name: store.meta["made_with"][name] for name in top}
+    meta["made_with"] = {name: value for name, value in store.meta["made_with"].items() if name not in top}
+    (store.path / "store.json").write_text(json.dumps(meta | dict(crc32c=store_module.crc32c_of(meta))))
+    assert prepare.open_store(settings, epath.Path(tmp_path / "run")).fingerprint == store.fingerprint
+    other = dataclasses.replace(settings, data=dataclasses.replace(settings.data, test_share=0.0))
+    with pytest.raises(UserError, match=r"config.data.test_share=0.0: the store .* was prepared with 0.1"):
+        prepare.open_store(other, epath.Path(tmp_path / "run"))

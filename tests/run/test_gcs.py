@@ -1,0 +1,157 @@
+"""Runs in a bucket, gs://: a real server on loopback, and one in front of it that fails every tenth request."""
+
+import contextlib
+import http.client
+import http.server
+import json
+import signal
+import threading
+import time
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.buckets import reached_at
+from tests.command import fingerprint, finish, run, start
+from tests.preparing import assert_same, preparing, undisturbed
+from tvq_pod.data.store import TokenStore
+from tvq_pod.run import lock as workdir
+
+FLAGS = [
+    "--config.sample.length=0",
+    "--config.metrics.tensorboard=False",
+    "--config.train.update_len=64",
+    "--config.train.num_steps=20",
+    "--config.checkpoint.every_steps=10",
+    "--config.eval.at_end=False",
+]
+
+
+@pytest.fixture(scope="module")
+def unreliable(server):
+    """The port of a server that hands requests on, but for every tenth, which it answers with 503."""
+    counter, lock = [0, 0], threading.Lock()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            with lock:
+                counter[0] += 1
+                fails = counter[0] % 10 == 0
+                counter[1] += fails
+            if fails:
+                status, headers, content = 503, [], b"try again"
+            else:
+                connection = http.client.HTTPConnection("127.0.0.1", server)
+                connection.request(self.command, self.path, body, dict(self.headers.items()))
+                response = connection.getresponse()
+                status, headers, content = response.status, response.getheaders(), response.read()
+                connection.close()
+            self.send_response(status)
+            for name, value in headers:
+                if name.lower() not in ("content-length", "transfer-encoding", "connection", "date"):
+                    self.send_header(name, value.replace(f":{server}", f":{self.server.server_port}"))
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                with contextlib.suppress(BrokenPipeError):  # whoever asked was killed
+                    self.wfile.write(content)
+
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_PATCH = answer
+
+        def log_message(self, *args):
+            pass
+
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    yield proxy.server_port, counter
+    proxy.shutdown()
+
+
+def test_a_run_in_a_bucket_that_fails_now_and_then_has_the_same_bits(
+    tmp_path, config_file, server, unreliable, monkeypatch
+):
+    port, counter = unreliable
+    # One save, at the end: every request that fails costs a second or two.
+    flags = [f"--config={config_file}", *FLAGS, "--config.train.num_steps=10", "--config.checkpoint.every_steps=0",
+             "--config.metrics.tensorboard=True"]  # fmt: skip
+    run(*flags, f"--workdir={tmp_path / 'local'}")
+    expected, _ = run("--mode=inspect", f"--workdir={tmp_path / 'local'}")
+
+    files = reached_at(monkeypatch, port)
+    run(*flags, "--workdir=gs://bucket/run")
+    reached_at(monkeypatch, server)
+    found, _ = run("--mode=inspect", "--workdir=gs://bucket/run")
+    assert fingerprint(found) == fingerprint(expected)
+    lines = [json.loads(line) for line in files.cat("bucket/run/metrics.jsonl").decode().splitlines()]
+    assert {line["step"] for line in lines if line["split"] == "train"} == {5, 10}
+    assert counter[1] > 5  # requests that failed
+    files.get("bucket/run/tensorboard/", str(tmp_path / "events"), recursive=True)
+    events = EventAccumulator(str(tmp_path / "events")).Reload().Scalars("train/loss")
+    assert [event.step for event in events] == [5, 10]
+
+
+def test_a_run_in_a_bucket_is_locked_and_goes_on_after_damage_and_a_kill(config_file, server, monkeypatch):
+    files = reached_at(monkeypatch, server)
+    flags = [f"--config={config_file}", *FLAGS, "--workdir=gs://bucket/other"]
+    run(*flags)
+    expected, _ = run("--mode=inspect", "--workdir=gs://bucket/other")
+    name = "bucket/other/checkpoints/20/record/metadata"
+    files.pipe(name, files.cat(name)[:-1] + b"?")
+
+    ended = threading.Event()
+    holder = dict(host="x", hostname="x", process=1, token="t")
+
+    def live():
+        beat = 0
+        while not ended.wait(0.5):
+            beat += 1
+            files.pipe("bucket/other/lock", workdir._record(holder | dict(beat=beat)))
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    time.sleep(1)
+    code, _, err = finish(start(*flags))
+    ended.set()
+    thread.join()
+    assert code == 1
+    assert "is in use by another process (process 1 on x)" in err
+
+    files.rm("bucket/other/lock")
+    process, said = start(*flags), []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("step 15/"):
+            process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert any("is set aside as 20.damaged" in line for line in said)
+    assert files.exists("bucket/other/checkpoints/20.damaged/record/metadata")
+    files.rm("bucket/other/lock")  # or wait for a minute
+    _, err = run(*flags)
+    assert "goes on from step 10" in err
+    lines = [json.loads(line) for line in files.cat("bucket/other/metrics.jsonl").decode().splitlines()]
+    # The killed run's own last line may be lost: it came after its checkpoint.
+    assert [line["step"] for line in lines if line["step"] != 15] == [5, 10, 20, 20]
+    assert 15 in [line["step"] for line in lines[3:]]
+    found, _ = run("--mode=inspect", "--workdir=gs://bucket/other")
+    assert fingerprint(found) == fingerprint(expected)
+
+
+def test_a_store_in_a_bucket_goes_on_where_it_was(corpus, tmp_path, server, monkeypatch):
+    files, progress = reached_at(monkeypatch, server), "bucket/prepared/progress.json"
+    process = preparing(corpus, "gs://bucket/prepared", seconds=0.05)
+    while not (files.exists(progress) and json.loads(files.cat(progress))["n_taken"] >= 5):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not files.exists("bucket/prepared/store.json")
+    again = preparing(corpus, "gs://bucket/prepared")
+    _, err = again.communicate()
+    assert again.returncode == 0, err
+    assert "goes on after" in err
+    assert_same(TokenStore("gs://bucket/prepared"), undisturbed(tmp_path, monkeypatch, corpus, None))
+    assert not files.exists(progress)

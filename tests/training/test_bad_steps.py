@@ -1,0 +1,335 @@
+"""Bad steps: which are, that they change nothing, and that a run goes back from many of them and skips their data."""
+
+import dataclasses
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from tests.common import small_config
+from tvq_pod.config.settings import (
+    BadStepsSettings,
+    CheckpointSettings,
+    DataSettings,
+    EvalSettings,
+    MetricsSettings,
+    OptimizerSettings,
+    SampleSettings,
+    Settings,
+    TrainSettings,
+)
+from tvq_pod.data import streams
+from tvq_pod.data.loader import global_batches
+from tvq_pod.data.store import TokenStore
+from tvq_pod.errors import Preempted, UserError
+from tvq_pod.modes.train import train
+from tvq_pod.parallel.mesh import make_mesh
+from tvq_pod.run.checkpoint import Checkpoints, sha256_of
+from tvq_pod.training import bad_steps
+from tvq_pod.training.step import abstract_train_state, create_recurrent, create_train_state, make_train_step
+
+STEPS, EVERY, UPDATE_LEN = 24, 5, 8
+GOOD = dict(
+    loss=2.0,
+    l_commit=1.0,
+    grad_norm=1.0,
+    code_perplexity=np.array([4.0, 3.0]),
+    dead_codes=np.array([0.0, 0.5]),
+    code_count_max=np.array([9.0, 8.0]),
+)
+SUMS = [np.ones([2, 3]), np.ones([2, 3, 4])]
+
+
+def judged(history=(), changes=None, sums=SUMS, **settings):
+    """Whether a step is good that comes after good ones with these losses."""
+    settings = BadStepsSettings(**settings)
+    known = bad_steps.start()
+    for loss in history:
+        good, known = bad_steps.judge(known, jax.tree.map(jnp.float32, GOOD | dict(loss=loss)), SUMS, settings)
+        assert good
+    good, after = bad_steps.judge(known, jax.tree.map(jnp.float32, GOOD | (changes or {})), sums, settings)
+    assert int(after["n_bad"]) == int(not good)
+    if not good:
+        assert all(after[name] == known[name] for name in ("loss_mean", "loss_var", "n_losses"))
+    return bool(good)
+
+
+def test_a_step_like_those_before_is_good():
+    assert judged()
+    assert judged(history=[2.0, 2.1, 1.9] * 40, spike_after_steps=100)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["loss", "l_commit", "grad_norm"])
+def test_what_is_not_finite_is_bad(name, value):
+    assert not judged(changes={name: value})
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_codebook_sums_that_are_not_finite_are_bad(which):
+    sums = [array.copy() for array in SUMS]
+    sums[which].flat[-1] = np.nan
+    assert not judged(sums=sums)
+    assert not judged(changes=dict(code_count_max=np.array([1.0, np.inf])))
+
+
+def test_a_spike_is_a_loss_so_many_deviations_above_the_mean():
+    rng = np.random.default_rng(0)
+    history = (2.0 + 0.1 * rng.standard_normal(300)).tolist()
+    # about 0.1, of which the last hundred count the most
+    assert judged(history, dict(loss=2.4), spike_deviations=6.0)
+    assert not judged(history, dict(loss=3.0), spike_deviations=6.0)
+    assert judged(history, dict(loss=0.5), spike_deviations=6.0)  # below is no spike
+    assert judged(history, dict(loss=3.0), spike_deviations=0.0)
+    assert judged(history[:50], dict(loss=3.0), spike_deviations=6.0)  # too early to tell
+
+
+def test_a_loss_that_hardly_varies_makes_no_spike_of_a_small_change():
+    assert judged([2.0] * 200, dict(loss=2.05), spike_deviations=6.0)
+    assert not judged([2.0] * 200, dict(loss=2.2), spike_deviations=6.0)
+
+
+def test_a_codebook_that_collapses_in_any_layer_is_bad():
+    assert judged(min_code_perplexity=2.5)
+    assert not judged(min_code_perplexity=3.5)
+    assert judged(max_dead_codes=0.6)
+    assert not judged(max_dead_codes=0.4)
+
+
+# ------------------------------------------------------------------ whole runs, whose data is poisoned
+
+
+def settings_for(corpus, **bad_step_settings) -> Settings:
+    return Settings(
+        model=small_config(
+            n_layer=1, n_vocab=260, block_len=8, mem_len=8, p_dropres=0.1, dtype="float32", param_dtype="float32"
+        ),
+        data=DataSettings(source=str(corpus), validation_share=0.0, test_share=0.0),
+        train=TrainSettings(batch_size=8, update_len=UPDATE_LEN, num_steps=STEPS, log_every_steps=1),
+        optimizer=OptimizerSettings(warmup_steps=0, learning_rate=0.01),
+        checkpoint=CheckpointSettings(every_steps=EVERY, keep=0),
+        bad_steps=BadStepsSettings(rollback_after=3, **bad_step_settings),
+        eval=EvalSettings(at_end=False),
+        sample=SampleSettings(length=0),
+        metrics=MetricsSettings(tensorboard=False),
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for n in range(20):
+        (folder / f"{n}.txt").write_text(f"document {n} says {n * n}, and no more than that. " * 8)
+    return folder
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Updates of the streams whose third row makes the loss NaN."""
+    updates, read_row = set(), streams.read_row
+
+    def poisoned(tokens, plan, row, begin, end):
+        arrays = read_row(tokens, plan, row, begin, end)
+        if begin // UPDATE_LEN in updates and row == 2:
+            arrays["loss_mask"] = np.full_like(arrays["loss_mask"], np.nan)
+        return arrays
+
+    monkeypatch.setattr(streams, "read_row", poisoned)
+    return updates
+
+
+def run(settings, workdir):
+    train(
+        settings, epath.Path(workdir), types.SimpleNamespace(requested=False, can_save=False, take_save=lambda: False)
+    )
+    return state_of(settings, workdir, STEPS)
+
+
+def state_of(settings, workdir, step):
+    checkpoints = Checkpoints(epath.Path(workdir))
+    state = jax.device_get(checkpoints.restore(step, abstract_train_state(settings, make_mesh(settings.mesh))))
+    checkpoints.close()
+    return state
+
+
+def by_hand(settings, workdir, updates, bad=(), forget=False):
+    """The slow, obvious way: these updates, one after the other; of those in `bad`, only the step is counted, and with
+    forget, states begin anew."""
+    mesh = make_mesh(settings.mesh)
+    split = TokenStore(f"{workdir}/store").split("train")
+    plan = streams.TrainStreams(split.starts, settings.train.batch_size, settings.seed)
+    state, step_fn = create_train_state(settings, mesh), make_train_step(settings, mesh)
+    for update in updates:
+        if update in bad:
+            state = state.replace(step=state.step + 1)
+            state = state.replace(recurrent=create_recurrent(settings, mesh)) if forget else state
+            continue
+        (batch,) = global_batches(split, plan, mesh, batch_size=8, update_len=UPDATE_LEN, first_step=update,
+                                  last_step=update + 1, threads=1, ahead=1)  # fmt: skip
+        state, _ = step_fn(state, batch)
+    return jax.device_get(state)
+
+
+def assert_same(ours, others):
+    for name in ("step", "params", "opt_state", "recurrent"):
+        assert sha256_of(getattr(ours, name)) == sha256_of(getattr(others, name)), name
+
+
+def lines_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_bad_step_is_not_applied_and_the_run_goes_on(corpus, tmp_path, poison):
+    settings = settings_for(corpus)
+    poison |= {6, 14, 15}
+    state = run(settings, tmp_path)
+    assert [line["step"] for line in lines_of(tmp_path) if line["bad_steps"]] == [7, 15, 16]
+    # step 15 was bad: its checkpoint had to wait for the next good one
+    assert Checkpoints(epath.Path(tmp_path)).steps() == [5, 10, 17, 20, 24]
+    assert_same(state, by_hand(settings, tmp_path, range(STEPS), poison))
+    assert not (tmp_path / "skipped.jsonl").exists()
+
+
+def test_the_state_from_before_a_bad_step_may_be_forgotten(corpus, tmp_path, poison):
+    settings = settings_for(corpus, forget_state=True)
+    poison |= {20}
+    state = run(settings, tmp_path)
+    assert_same(state, by_hand(settings, tmp_path, range(STEPS), poison, forget=True))
+
+
+def test_after_several_in_a_row_the_run_goes_back_and_skips_their_data(corpus, tmp_path, poison):
+    settings = settings_for(corpus)
+    poison |= {12, 13, 14}
+    state = run(settings, tmp_path)
+    (line,) = [json.loads(text) for text in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert (line["update"], line["count"], line["bad_steps"], line["back_to"]) == (12, 3, [13, 15], 10)
+    left = [update for update in range(STEPS + 3) if update not in poison]
+    expected = by_hand(settings, tmp_path, left)
+    assert_same(state, expected)
+    assert sha256_of(state.digest) == sha256_of(expected.digest)  # the tokens that were skipped are not among them
+    # A run that falls back to a checkpoint of before skips the same data.
+    for step in (15, 20, 24):
+        (tmp_path / f"checkpoints/{step}").rename(tmp_path / f"checkpoints/{step}.gone")
+    assert_same(run(settings, tmp_path), expected)
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_last_steps_are_no_exception(corpus, tmp_path, poison):
+    """Bad to the end: it goes back all the same. Not often enough: what is saved then drives out no good step."""
+    settings = settings_for(corpus)
+    settings = dataclasses.replace(settings, checkpoint=dataclasses.replace(settings.checkpoint, keep=1, keep_best=0))
+    poison |= {22, 23}
+    run(settings, tmp_path / "few")
+    assert Checkpoints(epath.Path(tmp_path / "few")).steps() == [20, 24]
+    poison |= {21, 22, 23}
+    state = run(settings, tmp_path / "many")
+    left = [update for update in range(STEPS + 3) if update not in poison]
+    assert_same(state, by_hand(settings, tmp_path / "many", left))
+
+
+def test_going_back_holds_one_state_and_not_two(corpus, tmp_path, poison, monkeypatch):
+    settings, live = settings_for(corpus), []
+    restore = Checkpoints.restore
+
+    def restored(*args, **kwargs):
+        live.append(sum(array.nbytes for array in jax.live_arrays()))
+        return restore(*args, **kwargs)
+
+    monkeypatch.setattr(Checkpoints, "restore", restored)
+    poison |= {12, 13, 14}
+    before = sum(array.nbytes for array in jax.live_arrays())
+    train(
+        settings, epath.Path(tmp_path), types.SimpleNamespace(requested=False, can_save=False, take_save=lambda: False)
+    )
+    state = create_train_state(settings, make_mesh(settings.mesh))
+    assert live[0] - before < sum(array.nbytes for array in jax.tree.leaves(state)) / 2
+
+
+def test_a_skipped_line_that_was_cut_off_is_none_and_a_damaged_one_is_said(tmp_path):
+    from tvq_pod.run.skipped import Skip, Skipped
+
+    path = epath.Path(tmp_path)
+    Skipped(path).add(Skip(0, 8, 8, 12, 3), (13, 15), 10)
+    line = (tmp_path / "skipped.jsonl").read_text()
+    (tmp_path / "skipped.jsonl").write_text(line + line[:20])
+    assert Skipped(path).count() == 1
+    (tmp_path / "skipped.jsonl").write_text(line[:20] + "\n" + line)
+    with pytest.raises(UserError, match=r"skipped.jsonl is damaged"):
+        Skipped(path)
+
+
+def test_a_checkpoint_and_metrics_of_other_tokens_are_not_of_one_run(corpus, tmp_path):
+    settings = settings_for(corpus)
+    run(settings, tmp_path)
+    lines = lines_of(tmp_path)
+    lines[-1]["digest"] = "0" * 16
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"metrics.jsonl has digest 0{16} of the tokens up to step 24"):
+        run(settings, tmp_path)
+
+
+def test_saves_that_fail_are_not_the_last(corpus, tmp_path, monkeypatch):
+    """Two in the middle of a run can't be written; the one after them is."""
+    settings = settings_for(corpus)
+    monkeypatch.setattr("tvq_pod.run.checkpoint.RETRY_SECONDS", 0.0)
+    save, has_room, steps = Checkpoints.save, Checkpoints._has_room, []
+
+    def noted(self, state, step, *args, **kwargs):
+        steps.append(step)
+        save(self, state, step, *args, **kwargs)
+
+    monkeypatch.setattr(Checkpoints, "save", noted)
+    monkeypatch.setattr(
+        Checkpoints, "_has_room", lambda self, state: steps[-1] not in (10, 15) and has_room(self, state)
+    )
+    run(settings, tmp_path)
+    assert Checkpoints(epath.Path(tmp_path)).steps() == [5, 20, 24]
+
+
+class AskedAt:
+    """SIGTERM that comes in a step: after each, the run asks once."""
+
+    can_save = False
+
+    def __init__(self, step):
+        self._left = step
+
+    @property
+    def requested(self):
+        self._left -= 1
+        return self._left <= 0
+
+    def take_save(self):
+        return False
+
+
+def test_a_run_that_is_preempted_between_bad_steps_can_still_go_back(corpus, tmp_path, poison):
+    """Its only regular checkpoint is of before them, and is not driven out by the one of SIGTERM."""
+    settings = settings_for(corpus)
+    settings = dataclasses.replace(settings, checkpoint=dataclasses.replace(settings.checkpoint, keep=1, keep_best=0))
+    poison |= {12, 13, 14}
+    with pytest.raises(Preempted, match="saved step 14"):
+        train(settings, epath.Path(tmp_path), AskedAt(14))
+    assert Checkpoints(epath.Path(tmp_path)).steps() == [10, 14]
+    state = run(settings, tmp_path)
+    assert (tmp_path / "checkpoints/14.undone").exists()
+    assert_same(state, by_hand(settings, tmp_path, [update for update in range(STEPS + 3) if update not in poison]))
+
+
+def test_a_run_that_goes_back_too_often_gives_up(corpus, tmp_path, poison):
+    poison |= set(range(2, 100))
+    settings = settings_for(corpus, max_rollbacks=2)
+    with pytest.raises(UserError, match=r"config.bad_steps.max_rollbacks=2: steps 3 to 5 were bad"):
+        run(settings, tmp_path)
+    lines = [json.loads(text) for text in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["update"], line["count"], line["back_to"]) for line in lines] == [(2, 3, 0), (5, 3, 0)]
+    # started again it gives up again, and more may be allowed
+    with pytest.raises(UserError, match="gone back so often"):
+        run(settings, tmp_path)
+    poison &= set(range(8))
+    more = dataclasses.replace(settings, bad_steps=dataclasses.replace(settings.bad_steps, max_rollbacks=3))
+    run(more, tmp_path)

@@ -1,0 +1,6 @@
+"""What config files import: `default_config`, and what becomes of it: `resolve`, `Settings`."""
+
+from tvq_pod.config.resolve import default_config, resolve
+from tvq_pod.config.settings import Settings
+
+__all__ = ["Settings", "default_config", "resolve"]

@@ -1,0 +1,74 @@
+"""What a checkpoint belongs to: which settings make another model, another run, or neither.
+
+A checkpoint keeps these as its record, and one whose record differs is refused by the name of the setting.
+"""
+
+from tvq_pod.config.settings import Settings
+
+FINGERPRINT = "config.data.store, fingerprint"
+OPTIMIZER_STATE = "config.optimizer.name, state"
+# Of each optimizer's state in a checkpoint; another one is refused. adafactor 1 had one scale for all layers.
+STATE_VERSIONS = dict(adamw="1", lion="1", adafactor="2")
+# Fields of TransformerConfig that change the shape of a parameter or of the state, or the function that the model is.
+MODEL_IDENTITY = (
+    *("d_model", "d_k", "d_v", "n_head", "n_code", "n_layer", "n_vocab", "mem_len", "agg_cache", "d_ff"),
+    *("window_bias", "attn_type", "head_type", "pe_abs", "e_tie", "e_norm", "e_scale"),
+)
+# Fields that a run keeps, and in which an evaluation or a sample may differ.
+RUN_IDENTITY = ("dtype", "param_dtype")
+# Fields that may change from one start to the next, and why. Every field is in one of the three: a test walks them all.
+MAY_CHANGE = {
+    "block_len": "any gives the same outputs; only gradients know of it (docs/design.md)",
+    "grad_thru_cache": "changes gradients, not the function",
+    "attention": "chooses among implementations of one function",
+    "reduction": "chooses among implementations of one function",
+    "remat": "trades memory for time",
+    "unroll": "trades compile time for time",
+    "p_dropemb": "only training drops",
+    "p_dropsin": "only training drops",
+    "p_dropres": "only training drops",
+    "p_droplyr": "only training drops",
+    "c_beta": "a weight of the training loss",
+    "c_gamma": "the decay of a moving average that only training moves",
+    "is_train": "the mode decides",
+}
+# Entries that the first checkpoints do not have, as they were then
+LATER = {"config.model.window_bias": "0.0", OPTIMIZER_STATE: "1"}
+
+
+def model_record(settings: Settings, vocab_name: str) -> dict:
+    """What parameters belong to, as {setting's name: value}."""
+    record = _record_of(settings, MODEL_IDENTITY)
+    # What d_ff=0 stands for is a width, too; without an MLP it stands for nothing.
+    record["config.model.d_ff"] = "0" if settings.model.head_type == "shga" else str(settings.model.hidden_width)
+    return record | {"config.data.vocab": vocab_name}
+
+
+def run_record(settings: Settings, vocab_name: str, fingerprint: str) -> dict:
+    """What a whole checkpoint belongs to: the model, and all that the data function depends on but its schedule."""
+    return (
+        model_record(settings, vocab_name)
+        | _record_of(settings, RUN_IDENTITY)
+        | {
+            "config.optimizer.name": settings.optimizer.name,
+            OPTIMIZER_STATE: STATE_VERSIONS[settings.optimizer.name],
+            "config.seed": str(settings.seed),
+            FINGERPRINT: fingerprint,
+        }
+    )
+
+
+def _record_of(settings: Settings, names: tuple[str, ...]) -> dict:
+    return {f"config.model.{name}": str(getattr(settings.model, name)) for name in names}
+
+
+def differing(record: dict, saved: dict) -> tuple[str, str, str] | None:
+    """Name, value and saved value of the first setting in which `record` differs from a checkpoint's; None: in none.
+
+    A setting that the checkpoint does not name is not compared: it was saved before there was such an entry.
+    """
+    for name, value in record.items():
+        made_with = saved.get(name, LATER.get(name, value))
+        if made_with != value:
+            return name, value, made_with
+    return None

@@ -1,0 +1,115 @@
+"""The token store of a run: opened, made first if it is not there, or refused."""
+
+import os
+
+from etils import epath
+
+from tvq_pod.config.resolve import check_vocab_fits
+from tvq_pod.config.settings import DataSettings, Settings
+from tvq_pod.data.build import make_store
+from tvq_pod.data.corpora import documents
+from tvq_pod.data.mixture import Mixture
+from tvq_pod.data.papers import pg19_words
+from tvq_pod.data.store import SPLITS, TokenStore, store_path
+from tvq_pod.data.train_vocab import TRAINED, vocab_for
+from tvq_pod.data.vocab import ByteVocab, Vocab, kept_vocab, load_vocab
+from tvq_pod.data.writer import check_free, only_one
+from tvq_pod.errors import UserError
+from tvq_pod.host.paths import is_bucket
+from tvq_pod.host.terminal import say
+
+
+def check_source(settings: Settings, workdir: epath.Path) -> None:
+    """Raises UserError if a store can't be made: no corpus, no text in it, no place for it. Writes nothing."""
+    if settings.data.mixture:
+        return
+    path = store_path(settings, workdir)
+    source = settings.data.source
+    check_free(path)
+    is_trained = settings.data.vocab == TRAINED
+    n_vocab = settings.data.vocab_size if is_trained else load_vocab(settings.data.vocab).n_vocab
+    check_vocab_fits(settings, n_vocab)
+    if not any(len(document.text) for document in documents(settings.data)):
+        raise UserError(f"config.data.source={source}: is empty; give a corpus with text in it")
+    if os.path.isdir(source) and not is_bucket(path) and _is_below(os.path.realpath(path), os.path.realpath(source)):
+        raise UserError(
+            f"config.data.source={source}: holds the token store {path}, which would be read as text; "
+            "give another --workdir or config.data.store"
+        )
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
+
+
+def open_store(settings: Settings, workdir: epath.Path, may_make: bool = True) -> TokenStore | Mixture:
+    """The run's token store, made first if it is not there and may_make; or its mixture of stores.
+
+    Raises UserError if it was made from something else than the settings say, or has more tokens than the model knows.
+    """
+    data, path = settings.data, store_path(settings, workdir)
+    if data.mixture:
+        store = Mixture.open(data.mixture)
+    elif TokenStore.exists(path):
+        store = TokenStore(path)
+        _check_same_corpus(data, store)
+    elif not may_make:
+        raise UserError(f"config.data.store={path}: is not seen on this host; every process must reach the same folder")
+    else:
+        check_source(settings, workdir)
+        with only_one(path):
+            if not TokenStore.exists(path):
+                vocab = vocab_for(settings, workdir)
+                say(f"preparing {path} from {data.source}")
+                make_store(path, lambda: documents(data), vocab, data)
+        store = TokenStore(path)
+        _check_same_corpus(data, store)  # it may be another process that made it
+    check_vocab_fits(settings, store.n_vocab)
+    return store
+
+
+def describe(store: TokenStore | Mixture) -> None:
+    """Says what is in a store."""
+    say(f"store {store.path}: vocabulary {store.vocab_name} of {store.n_vocab}, fingerprint {store.fingerprint[:16]}")
+    for split in SPLITS:
+        entry = store.meta["splits"][split]
+        say(
+            f"  {split:<10} {entry['n_documents']:>9,} documents {entry['n_tokens']:>14,} tokens "
+            f"{entry['n_bytes']:>14,} bytes"
+        )
+
+
+def words_of(store: TokenStore | Mixture, split: str) -> int:
+    """Words of a split, for word-level perplexity: what the authors of PG-19 counted; 0 for other corpora."""
+    entry = store.meta["splits"][split]
+    if not store.meta.get("counts_words") or not entry.get("n_words"):
+        return 0
+    return pg19_words(split, entry["n_documents"], entry["n_words"])
+
+
+def _check_same_corpus(data: DataSettings, store: TokenStore) -> None:
+    there = {name: store.meta[name] for name in ("source", "validation_share", "test_share") if name in store.meta}
+    there |= store.meta["made_with"]
+    for name, value in (dict(vocab=store.vocab_name) | there).items():
+        given = _vocab_name(data, store) if name == "vocab" else getattr(data, name)
+        if given != value:
+            raise UserError(
+                f"config.data.{name}={getattr(data, name)}: the store {store.path} was prepared with {value}; "
+                "give that, or another config.data.store"
+            )
+
+
+def _vocab_name(data: DataSettings, store: TokenStore) -> str:
+    """Of the vocabulary that the settings say. Where its file is gone, or was made here, the store's own copy is what
+    it was."""
+    of_pieces = store.vocab_name.startswith("sentencepiece:")
+    if data.vocab == TRAINED:
+        return store.vocab_name if of_pieces and store.n_vocab == data.vocab_size else f"{TRAINED}:{data.vocab_size}"
+    is_gone = ByteVocab.name not in (data.vocab, store.vocab_name) and not os.path.exists(data.vocab)
+    return store.vocab_name if is_gone else load_vocab(data.vocab).name
+
+
+def run_vocab(settings: Settings, workdir: epath.Path) -> Vocab:
+    """The run's vocabulary: its own copy of the file, if it has one."""
+    own = kept_vocab(workdir)
+    return own if own.file_name or settings.data.vocab == ByteVocab.name else load_vocab(settings.data.vocab)

@@ -1,0 +1,125 @@
+"""Local folders and buckets are both paths (etils.epath); this says which is which, and what is neither.
+
+What is refused here is refused before anything is read or written.
+"""
+
+import glob
+import importlib.util
+import logging
+import os
+import re
+
+from etils import epath
+
+from tvq_pod.errors import UserError
+
+BUCKET = "gs://"
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # s3://bucket, file:///folder; gs:/bucket, with a slash too few
+ROOTS = ("/gs", "/s3", "/az", "/hf")  # local folders that etils takes for buckets
+PATH_BYTES = 3800  # of 4095 that Linux takes: what is written in a folder has names of its own
+NAME_BYTES = 220  # of 255, for the same reason
+
+
+def is_bucket(path: epath.PathLike) -> bool:
+    """Whether a path is in an object store (gs://), where nothing can be appended to, renamed at once, or locked."""
+    return str(path).startswith(BUCKET)
+
+
+def check_path(setting: str, path: str, local_only: bool = False) -> None:
+    """Raises UserError if a path is of another kind than this program can use. Looks at its text alone.
+
+    setting: the flag or setting that it was given by. local_only: a bucket is refused, too.
+    """
+    here = f"{setting}={path}"
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        if not local_only:
+            raise UserError(f"{setting}={os.fsencode(path)!r}: must be UTF-8; rename it") from None
+    if path.startswith(BUCKET) and not local_only:
+        if not re.match(r"[^/]", path.removeprefix(BUCKET)):
+            raise UserError(f"{here}: has no bucket; must be gs://BUCKET/FOLDER")
+        if bad := sorted(set(path) & set("*?[]#\\\r\n")):  # of a#b, orbax writes a
+            raise UserError(f"{here}: has {' '.join(map(repr, bad))}, which no name in a bucket may have; rename it")
+        if not importlib.util.find_spec("gcsfs"):
+            raise UserError(f"{here}: a bucket needs pip install -e '.[gcs]'")
+    elif SCHEME.match(path) or "://" in path:
+        raise UserError(f"{here}: {_remedy(path, local_only)}")
+    elif not local_only:
+        _check_local(here, os.path.abspath(path))
+
+
+def _check_local(here: str, full: str) -> None:
+    """As check_path, of an absolute path on this machine that is written to."""
+    if full.startswith(tuple(f"{root}/" for root in ROOTS)):
+        raise UserError(f"{here}: must not be below {', '.join(ROOTS)}, which are read as buckets; give another path")
+    if "\\" in full:
+        raise UserError(f"{here}: has a backslash in its full path, which TensorStore takes for a slash; rename it")
+    if ":/" in f"{full}/":  # of gs:/checkpoints, orbax makes gs://checkpoints
+        raise UserError(f"{here}: has a name that ends with a colon in its full path; rename it")
+    names = os.fsencode(full).split(b"/")
+    if (size := len(b"/".join(names))) > PATH_BYTES:
+        raise UserError(f"{here}: has {size} bytes with the folders above it; must have at most {PATH_BYTES}")
+    if (size := max(map(len, names))) > NAME_BYTES:
+        raise UserError(f"{here}: has a name of {size} bytes in it; must have at most {NAME_BYTES}")
+
+
+def _remedy(path: str, local_only: bool) -> str:
+    scheme, _, rest = path.partition(":")
+    scheme, rest = scheme.lower(), "/" + rest.lstrip("/")
+    if scheme == "file":
+        return f"must be given without file://; give {rest}"
+    if local_only:
+        return "must be a path on this machine; copy it here"
+    if scheme == "gs":
+        return f"must be a local path, or gs://BUCKET/FOLDER; give gs:/{rest}"
+    return f"{scheme}:// is not supported; give a local path, or gs://BUCKET/FOLDER"
+
+
+def check_folder(setting: str, path: str) -> None:
+    """Raises UserError if a local path that must be a folder, or one above it, is a file."""
+    if is_bucket(path):
+        return
+    full = epath.Path(path).absolute()
+    for here in (full, *full.parents):
+        if os.path.isfile(here):
+            raise UserError(f"{setting}={path}: can't be used ({here} is a file); give a folder")
+
+
+def check_saving(setting: str, path: str) -> None:
+    """Raises UserError if what orbax saves in this folder could not be read back: orbax takes the full path for a glob
+    pattern, and leaves out the index of what it wrote."""
+    full = path if is_bucket(path) else os.path.abspath(path)
+    if full != glob.escape(full):
+        odd = " ".join(sorted(set(full) & set("*?[")))
+        raise UserError(
+            f"{setting}={path}: the full path {full} has {odd}, with which no checkpoint can be read back; give another"
+        )
+
+
+def check_reached(setting: str, path: str) -> None:
+    """Raises UserError if a path is in a bucket that does not exist, is forbidden, or can't be reached: one request."""
+    if not is_bucket(path):
+        return
+    import fsspec
+
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # a page for each try; what it raises says as much
+    bucket, _, folder = path.removeprefix(BUCKET).partition("/")
+    here = f"{setting}={path}"
+    try:
+        # A folder that does not exist has an empty list; only a bucket that does not exist has none.
+        fsspec.filesystem("gs").call("GET", "b/{}/o", bucket, prefix=folder, maxResults=1, json_out=True)
+    except FileNotFoundError:
+        raise UserError(f"{here}: there is no bucket gs://{bucket}; make it, or give another") from None
+    except Exception as error:  # of gcsfs, aiohttp and google.auth
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        if said.startswith("Forbidden") or getattr(error, "code", None) in (401, 403):
+            remedy = "let this account list, read and write objects there, or log in as another"
+            raise UserError(f"{here}: the bucket gs://{bucket} is forbidden ({said}); {remedy}") from None
+        raise UserError(f"{here}: the bucket gs://{bucket} can't be reached ({said}); try again") from None
+
+
+def may_write(folder: epath.Path) -> bool:
+    """Whether a local folder, or the nearest above it that exists, can be written to."""
+    there = next((path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()), folder)
+    return os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)

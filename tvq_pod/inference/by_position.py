@@ -1,0 +1,70 @@
+"""Loss by place in the document: what a long context is worth, as a table, tab-separated values and a plot."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterator
+
+import numpy as np
+from etils import epath
+
+from tvq_pod.host.terminal import say
+from tvq_pod.run.metrics import LOG_2
+
+BUCKET = 1024  # tokens of context that are taken together
+
+
+@dataclasses.dataclass(frozen=True)
+class Positions:
+    """nats: float64 [n], the loss of tokens at places [k * BUCKET, (k + 1) * BUCKET) of their documents, summed.
+    n_tokens: int64 [n], how many they are. bytes_per_token: of all of them."""
+
+    nats: np.ndarray
+    n_tokens: np.ndarray
+    bytes_per_token: float
+
+    def bits_per_byte(self, begin: int = 0, end: int | None = None) -> float:
+        """Of buckets begin .. end - 1, as if each token were as many bytes as their mean."""
+        return float(
+            self.nats[begin:end].sum() / self.n_tokens[begin:end].sum() / LOG_2 / self.bytes_per_token
+        )  # fmt: skip
+
+    def table(self) -> Iterator[str]:
+        """Lines for people; further back in the document, more buckets are one line."""
+        yield f"{'tokens before':>22}  {'tokens':>12}  {'loss':>7}  {'bits/byte':>9}"
+        begin, end = 0, 1
+        while begin < len(self.nats):
+            end = min(end, len(self.nats))
+            n, nats = int(self.n_tokens[begin:end].sum()), float(self.nats[begin:end].sum())
+            places = f"{begin * BUCKET:,} - {end * BUCKET - 1:,}"
+            yield f"{places:>22}  {n:>12,}  {nats / n:>7.4f}  {self.bits_per_byte(begin, end):>9.4f}"
+            begin, end = end, 2 * end
+
+
+def write_positions(positions: Positions, folder: epath.Path, name: str) -> None:
+    """Writes FOLDER/NAME.tsv, a line a bucket, and, with matplotlib, FOLDER/NAME.png. Raises what the disk or
+    the bucket does."""
+    rows = [
+        f"{index * BUCKET}\t{n}\t{nats / n:.6f}\t{positions.bits_per_byte(index, index + 1):.6f}"
+        for index, (nats, n) in enumerate(zip(positions.nats, positions.n_tokens, strict=True))
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.tsv").write_text("\n".join(["first_position\ttokens\tloss\tbits_per_byte", *rows]) + "\n")
+    if importlib.util.find_spec("matplotlib"):
+        _plot(positions, folder / f"{name}.png")
+        say(f"loss by place in the document: {folder / name}.tsv, .png")
+    else:
+        say(f"loss by place in the document: {folder / name}.tsv; a plot needs pip install -e '.[data]'")
+
+
+def _plot(positions: Positions, path: epath.Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    places = (np.arange(len(positions.nats)) + 0.5) * BUCKET
+    axes.step(places, [positions.bits_per_byte(k, k + 1) for k in range(len(places))], where="mid")
+    axes.axhline(positions.bits_per_byte(), linestyle=":", color="gray", label="all")
+    axes.set(xlabel="tokens before, in the document", ylabel="bits per byte", title=path.stem)
+    axes.legend()
+    with path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -1,0 +1,48 @@
+"""Lines of evaluations: what an evaluation is about, and which of those in metrics.jsonl are the run's own."""
+
+from collections.abc import Callable
+
+from etils import epath
+
+from tvq_pod.config.settings import Settings
+from tvq_pod.data.mixture import Mixture
+from tvq_pod.data.store import TokenStore
+from tvq_pod.data.streams import PackedDocuments
+from tvq_pod.host.terminal import say
+from tvq_pod.inference.evaluator import Result
+from tvq_pod.run.metrics import all_lines
+
+
+def subject(settings: Settings, store: TokenStore | Mixture, checkpoint: str) -> dict:
+    """What an evaluation is about, for its line in metrics.jsonl. checkpoint: see Checkpoints.identity."""
+    return dict(checkpoint=checkpoint, fingerprint=store.fingerprint, dtype=str(settings.model.dtype))
+
+
+def own_losses(
+    workdir: epath.Path, settings: Settings, store: TokenStore | Mixture, identity: Callable[[int], str]
+) -> dict[int, float | None]:
+    """Validation losses of a run by step, None where one was not finite: of those lines in metrics.jsonl that are
+    about the tokens that the run itself evaluates, and about its own states.
+
+    Left out are evaluations of another corpus or split, of more or fewer documents, in another dtype, without the
+    cache, and of checkpoints of another branch. identity: of the run's state at a step, see Checkpoints.identity.
+    """
+    if not store.meta["splits"]["validation"]["n_documents"]:
+        return {}
+    n_tokens = PackedDocuments(store.split("validation").starts, 1, settings.eval.max_tokens).n_tokens
+    losses = {}
+    for line in all_lines(workdir):
+        step = line["step"]
+        expected = subject(settings, store, identity(step)) | dict(split="validation", tokens=n_tokens)
+        if expected["checkpoint"] and line.items() >= expected.items():
+            losses[step] = line.get("loss")
+    return losses
+
+
+def report(result: Result, step: int, split: str) -> None:
+    """Says a result in one line."""
+    words = f"perplexity of words {result.word_perplexity:.2f}, " if result.word_perplexity else ""
+    say(
+        f"step {step}: {split} loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte, {words}"
+        f"over {result.tokens:,} tokens of {result.documents:,} documents ({result.seconds:.1f} s)"
+    )

@@ -1,0 +1,187 @@
+"""--mode=eval: loss of whole documents, each with its full context.
+
+Documents are laid end to end on rows (see PackedDocuments); every row's state is carried from update to update, so a
+token is predicted from all that came before it in its document, however long. config.eval.cache=off shows what the
+compressed cache is worth: the same parameters, with attention that ends with the window.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from tvq_pod.config.settings import Settings
+from tvq_pod.data.loader import global_batches
+from tvq_pod.data.mixture import Mixture
+from tvq_pod.data.open import words_of
+from tvq_pod.data.store import TokenStore
+from tvq_pod.data.streams import PADDING, PackedDocuments
+from tvq_pod.host.terminal import say
+from tvq_pod.inference.by_position import BUCKET, Positions
+from tvq_pod.nn.axes import placed_by
+from tvq_pod.nn.model import Transformer
+from tvq_pod.nn.types import TransformerConfig
+from tvq_pod.parallel.deadlines import waiting
+from tvq_pod.parallel.mesh import check_divides, compiler_options, n_row_shards
+from tvq_pod.parallel.sharding import (
+    OnMesh,
+    batch_sharding,
+    replicated,
+    shardings_of,
+)
+from tvq_pod.run.metrics import LOG_2
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Of one evaluation."""
+
+    loss: float  # nats a token, end-of-documents included
+    bits_per_byte: float  # the same loss, in bits, over the bytes of the documents' text
+    word_perplexity: float | None  # exp(the same loss over the words that PG-19's authors count); None: other corpora
+    tokens: int  # predicted tokens
+    documents: int
+    padding: float  # share of the positions that was computed that is padding
+    seconds: float
+    by_position: Positions  # loss by place in the document
+
+    def numbers(self) -> dict:
+        """All but by_position, as metrics.jsonl has them."""
+        numbers = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del numbers["by_position"]
+        return {name: value for name, value in numbers.items() if value is not None}
+
+
+def make_eval_state(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int) -> dict:
+    """The state of rows that have read nothing, spread over the mesh."""
+    shardings = _state_shardings(settings.model, mesh, n_rows)
+    return jax.jit(lambda: Transformer.initial_state(settings.model, n_rows), out_shardings=shardings)()
+
+
+def _state_shardings(config: TransformerConfig, mesh: jax.sharding.Mesh, n_rows: int):
+    shapes = jax.eval_shape(lambda: Transformer.initial_state(config, n_rows))
+    return shardings_of(Transformer.state_axes(config), shapes, mesh)
+
+
+def make_eval_step(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int):
+    """The compiled step: (params, state, batch) -> (state, losses); the state given is donated.
+
+    batch: see `global_batches`. losses: nats, float32 [B, T], 0 on padding; whole on every process, to be added as
+    doubles there: in float32 so many would not add up.
+    """
+    config = eval_model(settings)
+    shardings = _state_shardings(config, mesh, n_rows)
+
+    def eval_step(params, state, batch):
+        inputs = (batch["inputs"], batch["doc_ids"], None, batch["targets"])
+        with placed_by(OnMesh(mesh, settings.mesh.fsdp)):
+            state, out = Transformer(config).apply({"params": params}, state, *inputs)
+        return state, out["losses"] * batch["loss_mask"]
+
+    return jax.jit(
+        eval_step,
+        in_shardings=(None, shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=1,
+        compiler_options=compiler_options(mesh),
+    )
+
+
+def eval_model(settings: Settings) -> TransformerConfig:
+    has_cache = settings.model.agg_cache and settings.eval.cache == "on"
+    return settings.model.replace(is_train=False, agg_cache=has_cache)
+
+
+class Evaluator:
+    """Evaluates parameters on one split; compiled once, used as often as one likes."""
+
+    def __init__(self, settings: Settings, mesh: jax.sharding.Mesh, store: TokenStore | Mixture, split: str):
+        """Raises UserError if the split has no document."""
+        given, update_len = settings.eval.batch_size, settings.train.update_len
+        check_divides("config.eval.batch_size", given, mesh)
+        self._settings, self._mesh = settings, mesh
+        self._split = store.split(split)
+        starts, max_tokens = self._split.starts, settings.eval.max_tokens
+        if given:
+            self._plan = PackedDocuments(starts, given, max_tokens)
+        else:
+            most = max(settings.train.batch_size, n_row_shards(mesh))
+            self._plan = PackedDocuments.on_most_rows(starts, most, n_row_shards(mesh), update_len, max_tokens)
+        self._padding = self._plan.padding(update_len)
+        if self._padding > PADDING:
+            say(
+                f"{split}: {self._padding:.0%} of the positions will be padding on {self._plan.n_rows} rows, since the "
+                f"longest document has {self._plan.longest:,} of {self._plan.n_tokens:,} tokens"
+            )
+        self._n_bytes = int(self._split.doc_bytes[self._plan.documents].sum())
+        is_whole = len(self._plan.documents) == len(self._split.doc_bytes)
+        self._n_words = words_of(store, split) if is_whole else 0
+        self._n_tokens = self._plan.tokens_by_position(BUCKET)
+        self._eval_step = make_eval_step(settings, mesh, self._plan.n_rows)
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens are predicted."""
+        return self._plan.n_tokens
+
+    def evaluate(self, params: dict, told_to_stop: Callable[[], bool] = lambda: False) -> Result | None:
+        """Loss over the split's documents (or as many as config.eval.max_tokens takes).
+
+        told_to_stop is asked after each step; None is returned as soon as it says so.
+        """
+        with waiting("a step of the evaluation") as deadline:
+
+            def after_step() -> bool:
+                deadline.renew()
+                return told_to_stop()
+
+            return self._evaluate(params, after_step)
+
+    def _evaluate(self, params: dict, told_to_stop: Callable[[], bool]) -> Result | None:
+        began = time.monotonic()
+        train, data = self._settings.train, self._settings.data
+        state = make_eval_state(self._settings, self._mesh, self._plan.n_rows)
+        nats, ahead, n_done = np.zeros(len(self._n_tokens)), [], 0
+        for batch in global_batches(
+            self._split,
+            self._plan,
+            self._mesh,
+            batch_size=self._plan.n_rows,
+            update_len=train.update_len,
+            first_step=0,
+            last_step=math.ceil(self._plan.row_len / train.update_len),
+            threads=data.num_threads,
+            ahead=data.prefetch_batches,
+        ):
+            state, losses = self._eval_step(params, state, batch)
+            ahead.append(losses)
+            if len(ahead) > 1:  # the host runs ahead by one step, no more: batches take memory
+                nats += self._by_bucket(n_done, ahead.pop(0))
+                n_done += 1
+            if told_to_stop():
+                return None
+        nats += self._by_bucket(n_done, ahead.pop())
+        total, tokens = float(nats.sum()), self._plan.n_tokens
+        return Result(
+            loss=total / tokens,
+            bits_per_byte=total / LOG_2 / self._n_bytes,
+            word_perplexity=_exp(total / self._n_words) if self._n_words else None,
+            tokens=tokens,
+            documents=len(self._plan.documents),
+            padding=self._padding,
+            seconds=time.monotonic() - began,
+            by_position=Positions(nats, self._n_tokens, self._n_bytes / tokens),
+        )
+
+    def _by_bucket(self, step: int, losses: jax.Array) -> np.ndarray:
+        """Waits for a step. float64 [n]: sums of losses by place in the document, BUCKET places in each."""
+        update_len = self._settings.train.update_len
+        positions = self._plan.positions(step * update_len, (step + 1) * update_len)
+        return np.bincount(positions.ravel() // BUCKET, jax.device_get(losses).ravel(), len(self._n_tokens))
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,75 @@
+"""--mode=sample: text from a model. How tokens are drawn is in sampler.py; here prompts become rows, and rows text."""
+
+import collections
+import itertools
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from tvq_pod.config.settings import SampleSettings
+from tvq_pod.data.vocab import PAD, UNKNOWN, Vocab
+from tvq_pod.errors import UserError
+from tvq_pod.inference.sampler import NO_TOKEN, Sampler, Sampling
+from tvq_pod.nn.types import TransformerConfig
+from tvq_pod.parallel.deadlines import still_working
+
+
+def text_of(tokens: Iterator[int], vocab: Vocab) -> Iterator[str]:
+    """The text of tokens, piece by piece, as soon as each is known."""
+    decoder = vocab.decoder()
+    for token in tokens:
+        still_working()
+        yield decoder.decode(token)
+    yield decoder.decode(PAD, final=True)
+
+
+def continuations(
+    params: dict,
+    config: TransformerConfig,
+    vocab: Vocab,
+    settings: SampleSettings,
+    prompts: list[bytes],
+    devices: list[jax.Device],
+) -> Iterator[Iterator[str]]:
+    """For each prompt, the prompt and what the model makes of it, as an iterator over pieces of text. All are sampled
+    side by side on `devices`, so they must be read in order. Raises UserError if a prompt must be text, for a
+    SentencePiece model, and is not."""
+    tokens = [_encoded(prompt, vocab) for prompt in prompts]
+    ids = np.arange(config.n_vocab)
+    allowed = (ids < vocab.n_vocab) & (ids != PAD) & (ids != UNKNOWN)
+    sampling = Sampling(tuple(allowed.tolist()), settings.temperature, settings.top_p)
+    sampler = Sampler(config, sampling, len(prompts), devices)
+    return _in_groups(sampler, params, prompts, tokens, settings, vocab)
+
+
+def _in_groups(sampler, params, prompts, tokens, settings, vocab) -> Iterator[Iterator[str]]:
+    for first in range(0, len(prompts), sampler.batch_size):
+        group = slice(first, first + sampler.batch_size)
+        chunks = sampler.sample(params, tokens[group], settings.seed, settings.length, first_row=first)
+        for prompt, row in zip(prompts[group], rows_of(chunks, len(prompts[group])), strict=True):
+            yield itertools.chain([prompt.decode("utf-8", errors="replace")], text_of(row, vocab))
+
+
+def rows_of(chunks: Iterator[np.ndarray], n_rows: int) -> list[Iterator[int]]:
+    """The tokens of each row, from chunks [n_rows, n] of all: what a row has not been asked for is kept for it."""
+    waiting = [collections.deque() for _ in range(n_rows)]
+
+    def row(own: collections.deque) -> Iterator[int]:
+        while True:
+            while own:
+                yield own.popleft()
+            chunk = next(chunks, None)
+            if chunk is None:
+                return
+            for each, drawn in zip(waiting, chunk, strict=True):
+                each.extend(drawn[drawn != NO_TOKEN].tolist())
+
+    return [row(own) for own in waiting]
+
+
+def _encoded(prompt: bytes, vocab: Vocab) -> np.ndarray:
+    try:
+        return vocab.encode(prompt)
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt={prompt!r}: is not UTF-8 at byte {error.start}") from None

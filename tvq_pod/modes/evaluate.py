@@ -1,0 +1,79 @@
+"""--mode=eval: loss of whole documents of one split, each with its full context."""
+
+import dataclasses
+import json
+
+from etils import epath
+
+from tvq_pod.config.identity import FINGERPRINT, RUN_IDENTITY, model_record
+from tvq_pod.config.settings import Settings
+from tvq_pod.data.open import open_store
+from tvq_pod.data.store import TokenStore, store_path
+from tvq_pod.errors import UserError
+from tvq_pod.host.files import Unwritten
+from tvq_pod.host.terminal import say
+from tvq_pod.inference.by_position import Positions, write_positions
+from tvq_pod.inference.evaluation_lines import report, subject
+from tvq_pod.inference.evaluator import Evaluator, Result
+from tvq_pod.parallel.mesh import check_divides, make_mesh
+from tvq_pod.parallel.processes import is_process_zero
+from tvq_pod.run.checkpoint import Checkpoints
+from tvq_pod.run.metrics import MetricsWriter
+from tvq_pod.training.step import abstract_train_state
+
+
+def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | None) -> Result:
+    """Evaluates a checkpoint of the run in `workdir`, prints the result, and adds it to metrics.jsonl.
+
+    Needs no lock: it only reads checkpoints, and adds one line. So a run may be evaluated while it trains.
+    """
+    mesh = make_mesh(settings.mesh)
+    check_divides("config.eval.batch_size", settings.eval.batch_size, mesh)
+    checkpoints = Checkpoints(workdir, restore_timeout_seconds=settings.checkpoint.restore_timeout_seconds)
+    step = checkpoints.pick(step)
+    path = store_path(settings, workdir)
+    if not settings.data.mixture and not TokenStore.exists(path):
+        raise UserError(f"config.data.store={path}: is no token store; --mode=prepare makes one")
+    store = open_store(settings, workdir)
+    checkpoints.check(step, model_record(settings, store.vocab_name))
+    record = checkpoints.record(step)
+    if record[FINGERPRINT] != store.fingerprint:
+        say(f"{store.path} is not the corpus that the model was trained on")
+    evaluator = Evaluator(settings, mesh, store, split)
+    params = checkpoints.restore_params(step, abstract_train_state(settings, mesh).params)
+    result = evaluator.evaluate(params)
+    name = _name(settings, split, record)
+    report(result, step, name)
+    numbers = result.numbers() | subject(settings, store, checkpoints.identity(step))
+    if is_process_zero():
+        for line in result.by_position.table():
+            say(line)
+        _write(settings, workdir, numbers, result.by_position, step, name)
+        print(json.dumps(dict(step=step, split=name, **numbers)), flush=True)
+    checkpoints.close()
+    return result
+
+
+def _write(
+    settings: Settings, workdir: epath.Path, numbers: dict, by_position: Positions, step: int, name: str
+) -> None:
+    """Adds a line to metrics.jsonl, and writes the table by place. Says what could not be written: the folder may be
+    one that is only there to be read."""
+    unwritten = Unwritten()
+    with unwritten.unless(workdir / "metrics.jsonl"):
+        writer = MetricsWriter(workdir, dataclasses.replace(settings.metrics, wandb_project=""))
+        writer.write(step, name, numbers)
+        writer.close()
+    with unwritten.unless(workdir / "eval" / f"step_{step}_{name}.tsv"):
+        write_positions(by_position, workdir / "eval", f"step_{step}_{name}")
+    unwritten.tell()
+
+
+def _name(settings: Settings, split: str, record: dict) -> str:
+    """What an evaluation's lines and files are called: the split, and what differs from how training evaluates it."""
+    parts = [split, *(["cache_off"] if settings.eval.cache == "off" else [])]
+    for field in RUN_IDENTITY:
+        value = str(getattr(settings.model, field))
+        if record.get(f"config.model.{field}") != value:
+            parts.append(f"{field}_{value}")
+    return "_".join(parts)

@@ -1,0 +1,97 @@
+"""--mode=inspect: what is in a run's folder, and a fingerprint to compare two runs by.
+
+Arrays are read, hashed and printed one after the other on the host, so any machine can look that holds the largest.
+"""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from tvq_pod.config.identity import FINGERPRINT, run_record
+from tvq_pod.config.run_config import to_json
+from tvq_pod.config.settings import MeshSettings, Settings
+from tvq_pod.data.open import run_vocab
+from tvq_pod.errors import UserError
+from tvq_pod.parallel.mesh import make_mesh
+from tvq_pod.run.checkpoint import Checkpoints, sha256_of_arrays
+from tvq_pod.training.step import TrainState, abstract_train_state
+
+
+def inspect(settings: Settings, workdir: epath.Path, step: int | None) -> None:
+    """Prints the config, the steps kept, each parameter's shape, dtype and sharding, their count, and two SHA-256: of
+    all parameters, and of the rest of the train state (step, optimizer, recurrent state)."""
+    checkpoints = Checkpoints(workdir, restore_timeout_seconds=settings.checkpoint.restore_timeout_seconds)
+    steps, step = checkpoints.steps(), checkpoints.pick(step)
+    record = run_record(settings, run_vocab(settings, workdir).name, fingerprint="")
+    checkpoints.check(step, {name: value for name, value in record.items() if name != FINGERPRINT})
+    checkpoints.check_streams(step, settings.train)
+    # The mesh only gives shardings their names, which are those of the run's: no array is put on it.
+    mesh = make_mesh(MeshSettings(), jax.local_devices()[:1])
+    abstract = abstract_train_state(settings, mesh)
+    print(to_json(settings), end="")
+    print(f"steps: {' '.join(map(str, steps))}")
+    print(f"step: {step}")
+    parameters = _printed(abstract.params, _reader(checkpoints.path / str(step) / "params", abstract.params))
+    parameters_sha256 = sha256_of_arrays(parameters)
+    print(f"parameters: {sum(leaf.size for leaf in jax.tree.leaves(abstract.params))}")
+    print(f"parameters_sha256: {parameters_sha256}", flush=True)
+    print(f"train_state_sha256: {sha256_of_arrays(_rest(checkpoints.path / str(step), abstract))}")
+    checkpoints.close()
+
+
+def _printed(abstract: dict, read: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """Reads the parameters in the order of their paths, with a line for each."""
+    leaves = {jax.tree_util.keystr(path): (path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+    for name in sorted(leaves):
+        path, leaf = leaves[name]
+        shape = "x".join(map(str, leaf.shape)) or "scalar"
+        print(f"{'/'.join(key.key for key in path):<44} {shape:>16} {leaf.dtype} {leaf.sharding.spec}", flush=True)
+        yield name, read(name)
+
+
+def _rest(folder: epath.Path, abstract: TrainState) -> Iterator[tuple[str, np.ndarray]]:
+    """Reads the rest of the train state in the order of its paths."""
+    train = dict(step=abstract.step, opt_state=abstract.opt_state, sanity=abstract.bad_steps, digest=abstract.digest)
+    readers = {
+        "train": _reader(folder / "train", train),
+        "recurrent": _reader(folder / "recurrent", abstract.recurrent),
+    }
+    leaves = jax.tree_util.tree_leaves_with_path(abstract.replace(params=None))
+    for path in sorted((path for path, _ in leaves), key=jax.tree_util.keystr):
+        field, below = path[0].name, jax.tree_util.keystr(path[1:])
+        if field == "recurrent":
+            yield jax.tree_util.keystr(path), readers["recurrent"](below)
+        else:
+            yield jax.tree_util.keystr(path), readers["train"](f"[{field!r}]{below}")
+
+
+def _reader(folder: epath.Path, abstract) -> Callable[[str], np.ndarray]:
+    """A function that reads one array of a checkpoint's item to the host, by its path (jax.tree_util.keystr).
+
+    folder: the item's; abstract: its tree, whose leaves have the shapes that are expected. Nothing is read but that
+    array, in the dtype that it was saved in. The function raises UserError if it can't, or the shape is another one.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+    places = {jax.tree_util.keystr(path): place for place, (path, _) in enumerate(leaves)}
+    on_host = structure.unflatten([ocp.RestoreArgs(restore_type=np.ndarray)] * len(leaves))
+
+    def read(name: str) -> np.ndarray:
+        place, leaf = places[name], leaves[places[name]][1]
+        only_this = structure.unflatten([leaf if n == place else ocp.PLACEHOLDER for n in range(len(leaves))])
+        arguments = ocp.args.PyTreeRestore(item=only_this, restore_args=on_host)
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                array = structure.flatten_up_to(checkpointer.restore(folder, args=arguments))[place]
+            if array.shape != leaf.shape:
+                raise ValueError(f"it has the shape {array.shape}, and {leaf.shape} by this config")
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{folder}: the array {name} can't be read ({str(error)[:200]}); "
+                "give the config that the checkpoint was made with"
+            ) from error
+        return array
+
+    return read

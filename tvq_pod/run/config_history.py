@@ -1,0 +1,125 @@
+"""What a start of a run has changed since the last one: told on every start, kept in WORKDIR/config_history.jsonl.
+
+    {"step": 2000, "time": 1764150000.0, "changed": {"config.train.num_steps": [2000, 4000]}}    old, new
+
+The last start is known by the run's config.json, which is written together with the history.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+
+from etils import epath
+
+from tvq_pod.config.names import with_names_of_now
+from tvq_pod.config.resolve import default_config
+from tvq_pod.config.run_config import to_json
+from tvq_pod.config.settings import OptimizerSettings, Settings
+from tvq_pod.errors import UserError
+from tvq_pod.host.files import write_whole
+from tvq_pod.host.terminal import say
+
+NAME = "config_history.jsonl"
+JUMP = 1.5  # a learning rate that changes by more than this factor, up or down, is warned of
+NO_SETTING = "(no such setting)"
+Rate = Callable[[OptimizerSettings, int, int], float]  # (settings, num_steps, step) -> the learning rate of that step
+# The settings that the learning rate of a step follows from.
+OF_SCHEDULE = (
+    *(f"config.optimizer.{name}" for name in ("learning_rate", "schedule", "warmup_steps", "final_fraction")),
+    "config.train.num_steps",
+)
+
+
+def last_start(workdir: epath.Path) -> dict | None:
+    """The settings of the run's last start, {setting's name: value}; None if there was none, or config.json can't be
+    read. Settings that its version did not know have their defaults."""
+    try:
+        tree = json.loads((workdir / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(tree, dict):
+        return None
+    return dict(_leaves(default_config().to_dict())) | dict(_leaves(with_names_of_now(tree)))
+
+
+def changes(before: dict | None, settings: Settings) -> dict[str, list]:
+    """{setting's name: [old value, new value]}, of those that differ."""
+    if before is None:
+        return {}
+    now = dict(_leaves(json.loads(to_json(settings))))
+    names = [*now, *(name for name in before if name not in now)]
+    pairs = {name: [before.get(name, NO_SETTING), now.get(name, NO_SETTING)] for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def tell(workdir: epath.Path, settings: Settings, step: int, rate: Rate) -> None:
+    """Says what has changed since the last start, a line for each setting, and warns if the learning rate jumps.
+
+    step: that the run resumes from; 0: it begins. rate: see training/optimizer.py.
+    """
+    before = last_start(workdir)
+    if before is None and (workdir / "config.json").exists():
+        say(f"WARNING: {workdir / 'config.json'} can't be read: what differs from the last start is not known")
+    changed = changes(before, settings)
+    for name, (old, new) in changed.items():
+        say(f"{name}={new}: was {old} at the last start")
+    resumes = 0 < step < settings.train.num_steps
+    if resumes and any(name in changed for name in OF_SCHEDULE) and (warning := jump(before, settings, step, rate)):
+        say(f"WARNING: {warning}")
+
+
+def keep(workdir: epath.Path, settings: Settings, step: int) -> None:
+    """Writes config.json, and first what differs from the one that is there, as a line of the history.
+
+    Raises UserError if they can't be written.
+    """
+    try:
+        if changed := changes(last_start(workdir), settings):
+            path = workdir / NAME
+            text = path.read_text() if path.exists() else ""
+            line = json.dumps(dict(step=step, time=time.time(), changed=changed)) + "\n"
+            write_whole(path, text[: text.rfind("\n") + 1] + line)
+        write_whole(workdir / "config.json", to_json(settings))
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir}: config.json can't be written ({error.strerror or error}); "
+            "make room, or give a folder that can be written"
+        ) from None
+
+
+def jump(before: dict, settings: Settings, step: int, rate: Rate) -> str:
+    """How the learning rate of the update after `step` differs from what the settings before make it, and what would
+    keep it; "" if the factor between them is at most JUMP."""
+    try:
+        prefix = "config.optimizer."
+        names = {field.name for field in dataclasses.fields(OptimizerSettings)}
+        optimizer = {name.removeprefix(prefix): value for name, value in before.items() if name.startswith(prefix)}
+        then = OptimizerSettings(**{name: value for name, value in optimizer.items() if name in names})
+        old = rate(then, before["config.train.num_steps"], step)
+    except (KeyError, TypeError, ValueError):  # of a version with other settings
+        return ""
+    new = rate(settings.optimizer, settings.train.num_steps, step)
+    share = new / settings.optimizer.learning_rate if settings.optimizer.learning_rate else 0.0
+    if max(old, new) <= JUMP * min(old, new):
+        return ""
+    by = f", {new / old:.3g} times as much" if old and math.isfinite(new / old) else ""
+    remedies = []
+    if old and share:
+        remedies.append(f"--config.optimizer.learning_rate={old / share:.3g} to keep the rate")
+    back = {name: old for name, (old, _) in changes(before, settings).items() if name in OF_SCHEDULE}
+    if back.get("config.train.num_steps", step + 1) > step:  # else the run as it was has ended
+        remedies.append(" ".join(f"--{name}={value}" for name, value in back.items()) + " to keep the schedule")
+    return (
+        f"config.optimizer.learning_rate={settings.optimizer.learning_rate}: the learning rate jumps at step {step} "
+        f"from {old:.3g} to {new:.3g}{by}; give {', or '.join(remedies) or 'another schedule'}"
+    )
+
+
+def _leaves(tree: dict, prefix: str = "config"):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}.{name}")
+        else:
+            yield f"{prefix}.{name}", value

@@ -1,0 +1,42 @@
+"""What a continued run may not change: without its token store, refused before a new one is prepared."""
+
+from etils import epath
+
+from tvq_pod.config.identity import FINGERPRINT, differing, run_record
+from tvq_pod.config.settings import Settings
+from tvq_pod.data.store import MADE_WITH, store_path
+from tvq_pod.data.train_vocab import TRAINED
+from tvq_pod.errors import UserError
+from tvq_pod.run import config_history
+from tvq_pod.run.checkpoint import newest_record
+
+# Settings that a store's content follows from; `mixture` takes the store's place.
+OF_CORPUS = tuple(f"config.data.{name}" for name in (*MADE_WITH, "vocab", "vocab_size", "mixture"))
+LATER_KNOWN = ("config.data.vocab", FINGERPRINT)  # entries of the record that are known once there is a store
+
+
+def check_continues(settings: Settings, workdir: epath.Path) -> None:
+    """For a run without its store. Raises UserError if there is a checkpoint, and its record or the corpus of the last
+    start is not that of the settings. Reads two small files, and writes nothing."""
+    found = newest_record(workdir)
+    if found is None:
+        return
+    step, saved = found
+    record = run_record(settings, vocab_name="", fingerprint="")
+    known = {name: value for name, value in record.items() if name not in LATER_KNOWN}
+    if other := differing(known, saved):
+        name, value, made_with = other
+        raise UserError(
+            f"{name}={value}: the checkpoint {step} was made with {made_with}; give that, or another --workdir"
+        )
+    changed = config_history.changes(config_history.last_start(workdir), settings)
+    if settings.data.vocab != TRAINED:
+        changed.pop("config.data.vocab_size", None)
+    for name in OF_CORPUS:
+        if name in changed:
+            before, now = changed[name]
+            raise UserError(
+                f"{name}={now}: the checkpoint {step} was trained on a corpus with {before}, and there is no store at "
+                f"{store_path(settings, workdir)}; give {before}, or the config.data.store of that corpus, or another "
+                "--workdir; if it is the same text at another place, run --mode=prepare first"
+            )

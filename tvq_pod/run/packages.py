@@ -1,0 +1,98 @@
+"""The package versions that a run uses: WORKDIR/packages.jsonl has one line for each start with other packages than the
+start before, with `step`, `time` (seconds since 1970) and `packages`, which maps each name to its version.
+
+    python -m tvq_pod.run.packages        prints the versions that matter, on one line
+
+Another jax or libtpu may round differently, so a run that is to be reproduced needs the packages it was trained with.
+launch/constraints.txt keeps them the same on pods; this file says what they were.
+"""
+
+import importlib.metadata
+import json
+import platform
+import re
+import time
+
+from etils import epath
+
+from tvq_pod.host.files import write_whole
+
+# Those that decide a run's numbers, or the format of what it writes.
+MATTER = (
+    "python",
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "tensorstore",
+    "numpy",
+)
+
+
+def installed() -> dict[str, str]:
+    """The version of Python and of every package that is installed, by its normalized name. Imports none of them."""
+    versions = {"python": platform.python_version()}
+    for distribution in importlib.metadata.distributions():  # of two with one name, Python imports the first
+        if name := distribution.metadata["Name"]:
+            versions.setdefault(re.sub(r"[-_.]+", "-", name).lower(), distribution.version)
+    return versions
+
+
+def summary(versions: dict[str, str]) -> str:
+    """The versions that matter, for people: `python 3.11.7, jax 0.10.2, …`; packages that are missing are left out."""
+    return ", ".join(f"{name} {versions[name]}" for name in MATTER if name in versions)
+
+
+def record(workdir: epath.Path, step: int, versions: dict[str, str] | None = None) -> None:
+    """Adds a line to packages.jsonl if the packages are not those of the last start, and prints a warning if one of
+    those that matter has another version.
+
+    step: from which the run continues. versions: what is installed, if not given. A file that cannot be read or written
+    is a warning too, and never ends the run.
+    """
+    from tvq_pod.host.terminal import say  # imports jax, which `python -m tvq_pod.packages` does not need
+
+    versions = installed() if versions is None else versions
+    path = workdir / "packages.jsonl"
+    try:
+        text = path.read_text() if path.exists() else ""
+        last = _last_line(text)
+        if last.get("packages") == versions:
+            return
+        changes = _changes(last["packages"], versions) if last else []
+        if changes:
+            say(
+                f"WARNING: package versions differ from the start at step {last['step']}: {', '.join(changes)}; the "
+                f"numbers may differ in their last bits. The earlier versions are in {path}"
+            )
+        if text and not text.endswith("\n"):  # a line that was cut off
+            text += "\n"
+        line = json.dumps(dict(step=step, time=time.time(), packages=dict(sorted(versions.items()))))
+        write_whole(path, text + line + "\n")
+    except Exception as error:  # also what a bucket's client raises
+        why = " ".join(str(error).split()) or type(error).__name__
+        say(f"WARNING: {path} cannot be updated ({why}); training continues")
+
+
+def _last_line(text: str) -> dict:
+    """The last one that is complete, or {}."""
+    for line in reversed(text.splitlines()):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict) and isinstance(found.get("packages"), dict) and "step" in found:
+            return found
+    return {}
+
+
+def _changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    names = [name for name in MATTER if before.get(name) != now.get(name)]
+    return [f"{name} {before.get(name, 'not installed')} -> {now.get(name, 'not installed')}" for name in names]
+
+
+if __name__ == "__main__":
+    print(summary(installed()))

@@ -1,0 +1,44 @@
+"""What a person sees while a run goes on: one line per log, with speed and time left."""
+
+import time
+from collections.abc import Callable
+
+
+def hours(seconds: float) -> str:
+    """h:mm:ss."""
+    seconds = round(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+class Speed:
+    """Tokens per second and time left, from the times at which steps were seen to be done."""
+
+    def __init__(
+        self, first_step: int, num_steps: int, tokens_per_step: int, clock: Callable[[], float] = time.monotonic
+    ):
+        self._clock, self._tokens_per_step, self._num_steps = clock, tokens_per_step, num_steps
+        self._begin = self._latest = (first_step, clock())
+
+    def seen(self, step: int) -> dict:
+        """Call when `step` is done. Returns tokens_per_second since the call before, and eta_seconds from the average
+        over the whole session, evaluations and saves included."""
+        now = (step, self._clock())
+        tokens_per_second = self._tokens_per_step * _rate(self._latest, now)
+        steps_per_second = _rate(self._begin, now)
+        self._latest = now
+        return dict(
+            tokens_per_second=tokens_per_second,
+            eta_seconds=(self._num_steps - step) / steps_per_second if steps_per_second else 0.0,
+        )
+
+    def restart(self, step: int) -> None:
+        """Call when the run goes on from another step than the last that was seen."""
+        self._begin = self._latest = (step, self._clock())
+
+    def skip(self) -> None:
+        """Call after something that is no training (an evaluation): it does not count as slowness."""
+        self._latest = (self._latest[0], self._clock())
+
+
+def _rate(begin: tuple[int, float], end: tuple[int, float]) -> float:
+    return (end[0] - begin[0]) / max(end[1] - begin[1], 1e-9)

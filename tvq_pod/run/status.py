@@ -1,0 +1,89 @@
+"""WORKDIR/status.json: what a run is doing, in one small file, for whoever looks from outside (launch.pod does).
+
+    state         starting, training, preempted (saved: run me again), done, or failed
+    step, num_steps, loss, bits_per_byte, tokens_per_second, eta_seconds     as last logged
+    saved_step    the newest step that is on disk; saved_at when, in seconds since 1970, as are started_at and time
+    error         why it failed, in one line
+    run_id        the environment's TVQ_POD_RUN_ID: which launch it belongs to
+
+A process that is killed leaves what it wrote last: `time` says how old it is.
+"""
+
+import contextlib
+import json
+import math
+import os
+import threading
+import time
+
+from etils import epath
+
+from tvq_pod.errors import Preempted
+from tvq_pod.host.files import write_whole
+
+EVERY_SECONDS = 10.0  # at most; changes of state at once
+
+
+class Status(contextlib.AbstractContextManager):
+    """Writes the file from beginning to end of a session: how it ends is in it too. Only process 0's does anything.
+
+    Never the reason why a run ends: what can't be written is left out.
+    """
+
+    def __init__(self, workdir: epath.Path, num_steps: int, enabled: bool = True):
+        self._path = workdir / "status.json" if enabled else None
+        now = time.time()
+        self._values = dict(
+            state="starting", num_steps=num_steps, run_id=os.environ.get("TVQ_POD_RUN_ID", ""), started_at=now
+        )
+        self._written_at, self._lock = 0.0, threading.Lock()
+        self._writer: threading.Thread | None = None
+        self._begun = False
+
+    def begin(self) -> None:
+        """From now on the file is written: a mistake that was refused before touches nothing."""
+        if self._path is not None:
+            with contextlib.suppress(Exception):  # what the session before knew of its last save
+                before = json.loads(self._path.read_text())
+                if before["saved_step"] == self._values.get("saved_step"):
+                    self._values["saved_at"] = before["saved_at"]
+        self._begun = True
+        self._write()
+
+    def update(self, step: int, **values) -> None:
+        """A step that was trained. Numbers that are not finite are null. In the background: training does not wait for
+        a bucket."""
+        values = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._values.update(state="training", step=step, **values)
+        busy = self._writer is not None and self._writer.is_alive()
+        if self._path is None or busy or time.time() - self._written_at < EVERY_SECONDS:
+            return
+        self._writer = threading.Thread(target=self._write, daemon=True)
+        self._writer.start()
+
+    def saved(self, step: int | None) -> None:
+        """The newest step that is on disk; None if there is none."""
+        if step != self._values.get("saved_step"):
+            self._values.update(saved_step=step, saved_at=time.time())
+        if step is not None:
+            self._values.setdefault("step", step)
+
+    def __exit__(self, kind, error, trace):
+        if kind is None:
+            self._values.update(state="done")
+        elif issubclass(kind, Preempted):
+            self._values.update(state="preempted")
+        else:
+            self._values.update(state="failed", error=" ".join(str(error).split())[:500] or kind.__name__)
+        self._write()
+
+    def _write(self) -> None:
+        if self._path is None or not self._begun or not self._lock.acquire(timeout=60.0):
+            return
+        try:
+            self._written_at = time.time()
+            text = json.dumps(self._values | dict(time=self._written_at)) + "\n"
+            with contextlib.suppress(Exception):  # a full disk, a bucket out of reach: the next time, perhaps
+                write_whole(self._path, text)
+        finally:
+            self._lock.release()

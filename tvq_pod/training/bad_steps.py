@@ -1,0 +1,55 @@
+"""Whether a step may be applied: inside the compiled step, so that every process decides the same.
+
+A step is bad if its loss or gradient is not finite, if its loss is further above the mean of the steps before than
+their deviation allows, or if a codebook has collapsed. A bad step is not applied: weights, optimizer, codebook and
+recurrent state stay as they were, as if its data had not been there; with config.bad_steps.forget_state, states begin
+anew. train.py sees to several in a row.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from tvq_pod.config.settings import BadStepsSettings
+
+MEMORY = 0.01  # weight of the newest loss in mean and variance, once there are 1 / MEMORY of them
+LEAST_DEVIATION = 0.01  # of the mean: a loss that hardly varies must not make every change a spike
+
+
+def start() -> dict:
+    """Before the first step: loss_mean and loss_var, float32, of n_losses, int32; n_bad, int32: bad steps in a row."""
+    zero, none = jnp.zeros([], jnp.float32), jnp.zeros([], jnp.int32)
+    return dict(loss_mean=zero, loss_var=zero, n_losses=none, n_bad=none)
+
+
+def judge(before: dict, metrics: dict, sums: list[jax.Array], settings: BadStepsSettings):
+    """Whether a step is good, a bool scalar, and what to remember: (good, the next `before`).
+
+    before: see `start`. metrics: of the step: loss, l_commit, grad_norm, which is finite only if all gradients are, and
+    those of `code_report`, if there are codebooks. sums: the codebooks' sums (see nn/vq.py).
+    """
+    loss = metrics["loss"]
+    good = jnp.isfinite(loss) & jnp.isfinite(metrics["l_commit"]) & jnp.isfinite(metrics["grad_norm"])
+    for array in sums:
+        good &= jnp.all(jnp.isfinite(array))
+    if sums:
+        good &= jnp.all(jnp.isfinite(metrics["code_count_max"]))
+        good &= jnp.min(metrics["code_perplexity"]) >= settings.min_code_perplexity
+        good &= jnp.max(metrics["dead_codes"]) <= settings.max_dead_codes
+    if settings.spike_deviations:
+        deviation = jnp.maximum(jnp.sqrt(before["loss_var"]), LEAST_DEVIATION * before["loss_mean"])
+        known = before["n_losses"] >= settings.spike_after_steps
+        good &= ~known | (loss <= before["loss_mean"] + settings.spike_deviations * deviation)
+    share = jnp.maximum(1.0 / (before["n_losses"] + 1.0), MEMORY)
+    step = loss - before["loss_mean"]
+    after = dict(
+        loss_mean=before["loss_mean"] + share * step,
+        loss_var=(1.0 - share) * (before["loss_var"] + share * step * step),
+        n_losses=before["n_losses"] + 1,
+        n_bad=jnp.zeros_like(before["n_bad"]),
+    )
+    return good, choose(good, after, before | dict(n_bad=before["n_bad"] + 1))
+
+
+def choose(good: jax.Array, new, old):
+    """The new tree if the step is good, the old one if not."""
+    return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)

@@ -1,0 +1,180 @@
+"""The optimizer of all weights but the codebook: clipping, AdamW, Lion or Adafactor, schedule, weight decay.
+
+The definitions are those of Transformer-VQ's own code; docs/optimizer.md lists them, and what differs.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tvq_pod.config.settings import OptimizerSettings
+from tvq_pod.nn.model import is_codebook, is_stacked, is_vector
+
+# Adafactor's constants, as in Shazeer & Stern, arXiv 1804.04235, and in optax.adafactor
+MOMENT_DECAY = 0.8  # the moments of step t (1 at first) keep a share 1 - t ** -MOMENT_DECAY of the past
+MOMENT_EPS = 1e-30  # added to squared gradients
+CLIPPING_THRESHOLD = 1.0  # largest root mean square of one matrix's direction
+LEAST_SCALE = 1e-3  # of a parameter: one that is 0 must be able to move
+LEAST_FACTORED = 128  # a matrix with fewer rows or columns keeps all of its moments
+
+
+def schedule(settings: OptimizerSettings, num_steps: int) -> optax.Schedule:
+    """Returns the function step -> share of the learning rate, 0 .. 1.
+
+    The share is step / warmup_steps during the warm-up, so the first step moves nothing. Then it falls as a cosine or a
+    line to `final_fraction` at num_steps and stays there, or, with inverse_sqrt, is sqrt(warmup_steps / step).
+    """
+    warmup = settings.warmup_steps
+    if settings.schedule == "inverse_sqrt":
+        peak = max(warmup, 1)
+
+        def after(step):  # steps since the warm-up; join_schedules asks for negative ones too
+            return jnp.sqrt(peak / (peak + jnp.maximum(step, 0)))
+
+    elif settings.schedule == "linear":
+        after = optax.linear_schedule(1.0, settings.final_fraction, max(num_steps - warmup, 1))
+    else:
+        after = optax.cosine_decay_schedule(1.0, max(num_steps - warmup, 1), alpha=settings.final_fraction)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), after], [warmup])
+
+
+def learning_rate(settings: OptimizerSettings, num_steps: int, step: int) -> float:
+    """Returns the learning rate of the update after `step`."""
+    return settings.learning_rate * float(schedule(settings, num_steps)(step))
+
+
+def make_optimizer(settings: OptimizerSettings, num_steps: int) -> optax.GradientTransformation:
+    """Returns the chain of updates. Codebook leaves are masked out: they have no optimizer state and pass through
+    untouched.
+
+    With g the gradient, clipped by its global norm, a the learning rate and s the schedule's share, a weight w becomes
+
+        w - s a direction(g) - weight_decay w
+
+    Neither the direction, the learning rate nor the schedule scales the decay. Vectors (gains, biases, scales) are not
+    decayed.
+    """
+    directions = {
+        "adamw": lambda: optax.scale_by_adam(settings.b1, settings.b2, settings.eps, mu_dtype=jnp.float32),
+        "lion": lambda: optax.scale_by_lion(settings.b1, settings.b2, mu_dtype=jnp.bfloat16),
+        "adafactor": lambda: scale_by_adafactor(settings.multiply_by_parameter_scale),
+    }
+    scheduled = optax.scale_by_learning_rate(schedule(settings, num_steps))
+    decayed = optax.add_decayed_weights(-settings.weight_decay, mask=_mask(lambda path: not is_vector(path)))
+    # Checkpoints have this chain's states by number: each number keeps its place, and `nothing` holds one.
+    nothing = optax.identity()
+    steps = [
+        optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else nothing,
+        directions[settings.name](),
+        optax.scale(settings.learning_rate),
+        optax.masked(nothing, _mask(lambda path: not is_vector(path))),
+        _followed(scheduled, decayed),
+    ]
+    return optax.masked(optax.chain(*steps), _mask(lambda path: not is_codebook(path)))
+
+
+def _followed(first: optax.GradientTransformation, then: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns both, one after the other, with the state of the first; the second must have none."""
+
+    def update(updates, state, params):
+        updates, state = first.update(updates, state, params)
+        return then.update(updates, then.init(params), params)[0], state
+
+    return optax.GradientTransformation(first.init, update)
+
+
+def _mask(keep):
+    return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: keep(path), params)
+
+
+# --- Adafactor -------------------------------------------------------------------------------------------------------
+
+
+class Factors(NamedTuple):
+    """Moving averages of a matrix's squared gradients, float32: rows, means over its last axis; columns, means over its
+    other axes. Those of stacked layers have a leading axis of n_layer."""
+
+    rows: jax.Array
+    columns: jax.Array
+
+
+class AdafactorState(NamedTuple):
+    """count: int32 scalar, the number of updates. moments: a tree like the parameters, with `Factors` for large
+    matrices and a float32 array of the parameter's shape for other leaves."""
+
+    count: jax.Array
+    moments: dict
+
+
+def scale_by_adafactor(multiply_by_parameter_scale: bool) -> optax.GradientTransformation:
+    """Returns Adafactor's direction (Shazeer & Stern, arXiv 1804.04235), without momentum.
+
+    It is what optax.adafactor does, but for parameters as they lie here. Layers are stacked along a leading axis; each
+    layer has its own moments, clipping and scale, as if it were an array of its own. A kernel [H, width, D] counts as
+    one matrix [H * width, D], whatever its heads; nothing is reshaped, so every array stays where it lies on the mesh.
+
+    multiply_by_parameter_scale: a step is relative to the root mean square of the parameter (of one layer), as in the
+    paper. Otherwise it is absolute.
+    """
+
+    def init(params):
+        def zeros(path, param):
+            if not _is_factored(path, param):
+                return jnp.zeros_like(param, jnp.float32)
+            layers = param.shape[: _own_axes(path, param)[0]]
+            return Factors(
+                rows=jnp.zeros(param.shape[:-1], jnp.float32),
+                columns=jnp.zeros((*layers, param.shape[-1]), jnp.float32),
+            )
+
+        return AdafactorState(jnp.zeros([], jnp.int32), jax.tree_util.tree_map_with_path(zeros, params))
+
+    def update(grads, state, params):
+        count = state.count + 1
+        kept = 1.0 - count.astype(jnp.float32) ** -MOMENT_DECAY
+
+        def next_moments(path, grad, moments):
+            own, squares = _own_axes(path, grad), jnp.square(grad.astype(jnp.float32)) + MOMENT_EPS
+            if not isinstance(moments, Factors):
+                return kept * moments + (1.0 - kept) * squares
+            rows, columns = jnp.mean(squares, own[-1:]), jnp.mean(squares, own[:-1])
+            return Factors(kept * moments.rows + (1.0 - kept) * rows, kept * moments.columns + (1.0 - kept) * columns)
+
+        def direction(path, grad, moments, param):
+            own = _own_axes(path, grad)
+            if isinstance(moments, Factors):
+                rows = moments.rows / jnp.mean(moments.rows, own[:-1], keepdims=True)
+                step = grad * jax.lax.rsqrt(jnp.expand_dims(rows, own[-1]))
+                step *= jax.lax.rsqrt(jnp.expand_dims(moments.columns, own[:-1]))
+            else:
+                step = grad * jax.lax.rsqrt(moments)
+            step /= jnp.maximum(_rms(step, own) / CLIPPING_THRESHOLD, 1.0)
+            return step * jnp.maximum(_rms(param, own), LEAST_SCALE) if multiply_by_parameter_scale else step
+
+        moments = jax.tree_util.tree_map_with_path(next_moments, grads, state.moments)
+        updates = jax.tree_util.tree_map_with_path(direction, grads, moments, params)
+        return updates, AdafactorState(count, moments)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _own_axes(path: tuple, x) -> tuple[int, ...]:
+    """The axes of one layer's parameter: all but that of the layers."""
+    return tuple(range(1 if is_stacked(path) else 0, x.ndim))
+
+
+def _is_factored(path: tuple, param) -> bool:
+    own = _own_axes(path, param)
+    if is_vector(path) or len(own) < 2:
+        return False
+    n_rows, n_columns = math.prod(param.shape[axis] for axis in own[:-1]), param.shape[-1]
+    return min(n_rows, n_columns) >= LEAST_FACTORED
+
+
+def _rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axes, keepdims=True))

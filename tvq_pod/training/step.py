@@ -1,0 +1,255 @@
+"""What training carries from step to step, where it lies on the mesh, and the one function that advances it.
+
+`step` counts updates that have been applied: a state with step n has consumed updates 0 .. n - 1 of every stream.
+"""
+
+import functools
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from tvq_pod.config.settings import Settings
+from tvq_pod.nn.axes import placed_by
+from tvq_pod.nn.model import Transformer, codebook_counts, is_codebook
+from tvq_pod.nn.types import VQSpec
+from tvq_pod.nn.vq import DEAD_COUNT, code_metrics, ema_update
+from tvq_pod.parallel.mesh import compiler_options
+from tvq_pod.parallel.sharding import (
+    OnMesh,
+    batch_sharding,
+    param_shardings,
+    replicated,
+    shardings_of,
+)
+from tvq_pod.training import bad_steps, digest
+from tvq_pod.training.optimizer import make_optimizer, schedule
+
+
+@flax.struct.dataclass
+class TrainState:
+    """step: int32 scalar. params: the model's, codebooks included. opt_state: the optimizer's.
+    recurrent: the state of every layer for all B streams (see Transformer.initial_state).
+    bad_steps: what is known of the steps before (see bad_steps.start). digest: of all tokens consumed, uint32 [2]."""
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+    recurrent: dict
+    bad_steps: dict
+    digest: jax.Array
+
+
+def initial_params(settings: Settings):
+    """Parameters drawn from the seed, in boxes that carry the logical names of their axes."""
+    config = settings.model.replace(is_train=False)
+    state = Transformer.initial_state(config, 1)
+    tokens = jnp.zeros((1, config.block_len), jnp.int32)
+    return Transformer(config).init(jax.random.key(settings.seed), state, tokens, tokens)["params"]
+
+
+def initial_train_state(settings: Settings) -> TrainState:
+    """The state before the first step."""
+    return _train_state_of(nn.meta.unbox(initial_params(settings)), settings)
+
+
+def _train_state_of(params: dict, settings: Settings) -> TrainState:
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=make_optimizer(settings.optimizer, settings.train.num_steps).init(params),
+        recurrent=initial_recurrent(settings),
+        bad_steps=bad_steps.start(),
+        digest=digest.start(),
+    )
+
+
+def initial_recurrent(settings: Settings) -> dict:
+    """The state of streams that have read nothing."""
+    return Transformer.initial_state(settings.model, settings.train.batch_size)
+
+
+@functools.lru_cache(maxsize=4)  # the model is traced for it, which takes seconds
+def abstract_train_state(settings: Settings, mesh: jax.sharding.Mesh) -> TrainState:
+    """The train state as ShapeDtypeStructs with shardings: nothing is computed or held.
+
+    An optimizer's array that has the shape of its parameter lies as that parameter does; others are replicated.
+    """
+    boxed = jax.eval_shape(lambda: initial_params(settings))
+    shapes = jax.eval_shape(lambda params: _train_state_of(params, settings), nn.meta.unbox(boxed))
+    on_params = param_shardings(boxed, mesh, settings.mesh.fsdp)
+    everywhere = replicated(mesh)
+    shardings = TrainState(
+        step=everywhere,
+        params=on_params,
+        opt_state=_like_params(shapes.opt_state, shapes.params, on_params, everywhere),
+        recurrent=shardings_of(Transformer.state_axes(settings.model), shapes.recurrent, mesh),
+        bad_steps=jax.tree.map(lambda _: everywhere, shapes.bad_steps),
+        digest=everywhere,
+    )
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _like_params(opt_state, params, on_params, everywhere):
+    """Shardings for an optimizer's state: it holds trees with the paths of the parameters."""
+    by_path = dict(jax.tree_util.tree_leaves_with_path(on_params))
+    shape_by_path = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def sharding(path, leaf):
+        for begin in range(len(path)):
+            if shape_by_path.get(path[begin:]) == leaf.shape:
+                return by_path[path[begin:]]
+        return everywhere
+
+    return jax.tree_util.tree_map_with_path(sharding, opt_state)
+
+
+def create_train_state(settings: Settings, mesh: jax.sharding.Mesh) -> TrainState:
+    """The state before the first step, made in place: no host or device ever holds more than its share."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_train_state(settings, mesh))
+    return jax.jit(lambda: initial_train_state(settings), out_shardings=shardings)()
+
+
+def create_recurrent(settings: Settings, mesh: jax.sharding.Mesh) -> dict:
+    """`initial_recurrent`, made in place."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_train_state(settings, mesh).recurrent)
+    return jax.jit(lambda: initial_recurrent(settings), out_shardings=shardings)()
+
+
+def make_train_step(settings: Settings, mesh: jax.sharding.Mesh):
+    """The compiled step: (TrainState, batch) -> (TrainState, metrics); the TrainState given is donated.
+
+    batch: see `global_batches`. metrics: float32 scalars: loss (nats a token, of the predictions alone), l_commit,
+    grad_norm, learning_rate; those of `code_report`; n_bad, int32: bad steps in a row, this one included, none of them
+    applied (see bad_steps.py); digest, uint32 [2].
+    """
+    optimizer = make_optimizer(settings.optimizer, settings.train.num_steps)
+    share = schedule(settings.optimizer, settings.train.num_steps)
+    gradients = make_gradients(settings)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_train_state(settings, mesh))
+
+    def train_step(state: TrainState, batch: dict):
+        # Masks are a function of (seed, step): a resumed run draws what the run that never stopped would have drawn.
+        key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
+        with placed_by(OnMesh(mesh, settings.mesh.fsdp)):
+            grads, recurrent, metrics = gradients(state.params, state.recurrent, batch, key)
+        grads = jax.lax.with_sharding_constraint(grads, shardings.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = apply_updates(state.params, updates, grads, settings.model.c_gamma)
+        metrics |= code_report(grads, params) | dict(grad_norm=grad_norm(grads))
+        metrics["learning_rate"] = settings.optimizer.learning_rate * share(state.step)
+        good, known = bad_steps.judge(state.bad_steps, metrics, codebook_sums(grads), settings.bad_steps)
+        read_before = initial_recurrent(settings) if settings.bad_steps.forget_state else state.recurrent
+        params, opt_state, recurrent = bad_steps.choose(
+            good, (params, opt_state, recurrent), (state.params, state.opt_state, read_before)
+        )
+        rolled = digest.roll(state.digest, batch)
+        metrics |= dict(n_bad=known["n_bad"], digest=rolled)
+        return TrainState(state.step + 1, params, opt_state, recurrent, known, rolled), metrics
+
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+        compiler_options=compiler_options(mesh),
+    )
+
+
+def make_gradients(settings: Settings):
+    """The function (params, recurrent, batch, key) -> (gradients, next recurrent, dict of loss and l_commit).
+
+    Microbatches are gone through one after the other: each has its part of the rows and of their states, and gradients
+    are added, the codebook's sums among them.
+    """
+    config = settings.model.replace(is_train=True)
+    n_parts = settings.train.microbatches
+
+    def loss_fn(params, recurrent, batch, n_positions, rngs):
+        mask = batch["loss_mask"]
+        new_recurrent, out = Transformer(config).apply(
+            {"params": params},
+            recurrent,
+            batch["inputs"],
+            batch["doc_ids"],
+            VQSpec(mask, n_positions),
+            batch["targets"],
+            rngs=rngs,
+        )
+        loss = jnp.sum(out["losses"] * mask) / jnp.maximum(n_positions, 1.0)
+        metrics = dict(loss=loss, l_commit=out["l_commit"])
+        # l_codebook is 0: its gradient carries the codebook's sums (see nn/vq.py)
+        return loss + config.c_beta * out["l_commit"] + out["l_codebook"], (new_recurrent, metrics)
+
+    def gradients(params, recurrent, batch, key):
+        n_positions = jnp.sum(batch["loss_mask"])
+
+        def of_part(recurrent, batch, key):
+            rngs = dict(zip(("ephemeral", "timeless"), jax.random.split(key), strict=True))
+            grads, (recurrent, metrics) = jax.grad(loss_fn, has_aux=True)(params, recurrent, batch, n_positions, rngs)
+            return (grads, metrics), recurrent
+
+        if n_parts == 1:
+            sums, recurrent = of_part(recurrent, batch, key)
+        else:
+
+            def add(sums, part):
+                own, recurrent = of_part(*part)
+                return jax.tree.map(jnp.add, sums, own), recurrent
+
+            # float32, whatever the parameters are: small parts must not be lost in a large sum
+            zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
+            zeros = zeros, dict(loss=jnp.zeros([]), l_commit=jnp.zeros([]))
+            parts = _parts(recurrent, 1, n_parts), _parts(batch, 0, n_parts), jax.random.split(key, n_parts)
+            sums, recurrent = jax.lax.scan(add, zeros, parts)
+            recurrent = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(x.shape[1], -1, *x.shape[3:]), recurrent)
+        grads, metrics = sums
+        grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, params)
+        return grads, recurrent, metrics
+
+    return gradients
+
+
+def _parts(tree, axis: int, n_parts: int):
+    """Arrays [.., B, ..] -> [A, .., B / A, ..]; part a has the rows b with b % A == a, so devices keep their rows."""
+
+    def parts(x):
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, n_parts, *x.shape[axis + 1 :]), axis + 1, 0)
+
+    return jax.tree.map(parts, tree)
+
+
+def apply_updates(params: dict, updates: dict, grads: dict, gamma: float) -> dict:
+    """Weights move by the optimizer's updates, each quantizer by its moving average over the sums in its gradient."""
+    if not isinstance(params, dict):
+        return params + updates.astype(params.dtype)
+    return {
+        name: ema_update(params[name], grads[name], gamma)
+        if name == "quantizer"
+        else apply_updates(params[name], updates[name], grads[name], gamma)
+        for name in params
+    }
+
+
+def codebook_sums(grads: dict) -> list[jax.Array]:
+    """The codebooks' sums, from the gradients' tree."""
+    return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(grads) if is_codebook(path)]
+
+
+def code_report(grads: dict, params: dict) -> dict:
+    """What the codebooks are like, each for every unit: code_perplexity (exp of the entropy of the codes' use in this
+    update, 1 .. S), code_usage (share of codes used in it), dead_codes (share whose moving average is next to nothing),
+    code_count_max (the largest moving average: keys an update)."""
+    used, averages = codebook_counts(grads), codebook_counts(params)
+    if used is None:
+        return {}
+    dead = jnp.mean((averages < DEAD_COUNT).astype(jnp.float32), axis=(-2, -1))
+    return code_metrics(used) | dict(dead_codes=dead, code_count_max=jnp.max(averages, axis=(-2, -1)))
+
+
+def grad_norm(grads: dict) -> jax.Array:
+    """The global norm of the weights' gradients, before clipping; the codebook's sums are no gradient and left out."""
+    leaves = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(grads) if not is_codebook(path)]
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in leaves))
