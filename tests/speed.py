@@ -18,16 +18,17 @@ import numpy as np
 
 from tests.common import pg19_like
 from tvq_pod.config.resolve import resolve
-from tvq_pod.config.settings import DataSettings
+from tvq_pod.config.settings import DataSettings, MeshSettings
 from tvq_pod.data import store as stores
 from tvq_pod.data.build import make_store
 from tvq_pod.data.corpora import stdlib
 from tvq_pod.data.document import Document
-from tvq_pod.data.loader import host_batches
+from tvq_pod.data.loader import Feed
 from tvq_pod.data.store import TokenStore
 from tvq_pod.data.streams import PADDING, PackedDocuments, RowSource, TrainStreams
 from tvq_pod.data.train_vocab import train_sentencepiece
 from tvq_pod.data.vocab import ByteVocab, SentencePieceVocab
+from tvq_pod.parallel.mesh import make_mesh
 
 MB, CORES = 10**6, len(os.sched_getaffinity(0))
 
@@ -90,10 +91,8 @@ def feed(store: TokenStore, batch_size: int, update_len: int, n_steps: int, firs
     """Tokens a second, as host arrays, of steps that follow each other."""
     split = store.split("train")
     plan = TrainStreams(split.starts, batch_size, 0)
-    batches = host_batches(
-        split, plan, range(batch_size), update_len=update_len, first_step=first_step, last_step=first_step + n_steps,
-        threads=CORES, ahead=8,
-    )  # fmt: skip
+    here = Feed(split, plan, make_mesh(MeshSettings()), batch_size, update_len, threads=CORES, ahead=8)
+    batches = here.host_batches(range(batch_size), first_step, first_step + n_steps)
     next(batches)
     seconds = timed(lambda: [None for _ in batches])
     return batch_size * update_len * (n_steps - 1) / seconds

@@ -8,11 +8,13 @@ import tensorstore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tvq_pod.data.loader import host_batches
+from tvq_pod.config.settings import MeshSettings
+from tvq_pod.data.loader import Feed
 from tvq_pod.data.store import Split
 from tvq_pod.data.streams import PackedDocuments, TrainStreams, read_row
 from tvq_pod.data.vocab import END_OF_DOC, PAD
 from tvq_pod.errors import UserError
+from tvq_pod.parallel.mesh import make_mesh
 
 
 def corpus(lengths):
@@ -90,19 +92,15 @@ def test_epochs_and_seeds_have_different_orders():
 def test_batches_are_the_same_for_any_number_of_hosts_and_any_start():
     split = corpus([7, 3, 20, 2, 11, 9])
     batch_size, update_len, n_steps = 8, 5, 12
+    mesh = make_mesh(MeshSettings())
 
     def batches(process_count, first_step):
         streams = [TrainStreams(split.starts, batch_size, seed=3) for _ in range(process_count)]  # as processes have
         hosts = [
-            host_batches(
-                split,
-                streams[process],
+            Feed(split, streams[process], mesh, batch_size, update_len, threads=2, ahead=3).host_batches(
                 range(process * batch_size // process_count, (process + 1) * batch_size // process_count),
-                update_len=update_len,
-                first_step=first_step,
-                last_step=n_steps,
-                threads=2,
-                ahead=3,
+                first_step,
+                n_steps,
             )
             for process in range(process_count)
         ]

@@ -14,9 +14,10 @@ from etils import epath
 from tests.command import ROOT, finish, run, start
 from tvq_pod.config.settings import Settings, TrainSettings
 from tvq_pod.errors import UserError
-from tvq_pod.modes.plan import parse_grid, plan, shortage, topology_devices
+from tvq_pod.modes.plan import parse_grid, plan
 from tvq_pod.nn.types import TransformerConfig
 from tvq_pod.planning.chips import CHIPS, GIB
+from tvq_pod.planning.cost import shortage, topology_devices
 from tvq_pod.planning.flops import forward_flops_per_token, train_flops
 from tvq_pod.planning.hlo import Program
 

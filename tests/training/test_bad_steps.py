@@ -23,7 +23,7 @@ from tvq_pod.config.settings import (
     TrainSettings,
 )
 from tvq_pod.data import streams
-from tvq_pod.data.loader import global_batches
+from tvq_pod.data.loader import Feed
 from tvq_pod.data.store import TokenStore
 from tvq_pod.errors import Preempted, UserError
 from tvq_pod.modes.train import train
@@ -168,8 +168,7 @@ def by_hand(settings, workdir, updates, bad=(), forget=False):
             state = state.replace(step=state.step + 1)
             state = state.replace(recurrent=create_recurrent(settings, mesh)) if forget else state
             continue
-        (batch,) = global_batches(split, plan, mesh, batch_size=8, update_len=UPDATE_LEN, first_step=update,
-                                  last_step=update + 1, threads=1, ahead=1)  # fmt: skip
+        (batch,) = Feed(split, plan, mesh, 8, UPDATE_LEN, threads=1, ahead=1).batches(update, update + 1)
         state, _ = step_fn(state, batch)
     return jax.device_get(state)
 

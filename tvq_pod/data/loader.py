@@ -1,7 +1,8 @@
 """From a plan to global arrays: each process reads its rows ahead, in threads, and joins them with the others'."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Generator, Sequence
 
 import grain
 import jax
@@ -41,62 +42,41 @@ def joined(
     return jax.make_array_from_callback(shape, sharding, of_device)
 
 
-def host_batches(
-    split: Split,
-    plan: Plan,
-    rows: Sequence[int],
-    *,
-    update_len: int,
-    first_step: int,
-    last_step: int,
-    threads: int,
-    ahead: int,
-    tokens: Sequence[range] | None = None,
-    update_of: Callable[[int], int] | None = None,
-) -> Iterator[dict]:
-    """Batches of the given rows, as NumPy arrays [len(rows), T], for steps first_step .. last_step - 1.
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """All that feeding the devices needs. split: whose tokens are read. plan: what each row reads of them. mesh: where
+    batches [B, T] of batch_size rows and update_len tokens lie. threads: that read. ahead: batches that may wait to be
+    used. update_of: which update of the rows a step reads (see Phase); None: step n reads update n."""
 
-    threads read them; up to `ahead` batches wait to be used. tokens: ranges of the T that are read; None reads all.
-    update_of: which update of the streams a step reads (see Phase); None: step n reads update n.
-    """
-    source = RowSource(split.tokens, plan, rows, update_len, first_step, last_step, tokens, update_of)
-    dataset = grain.MapDataset.source(source).batch(len(rows))
-    iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)))
-    try:
-        yield from iterator
-    finally:  # also when the caller is done before the end
-        iterator.close()
+    split: Split
+    plan: Plan
+    mesh: jax.sharding.Mesh
+    batch_size: int
+    update_len: int
+    threads: int
+    ahead: int
+    update_of: Callable[[int], int] | None = None
 
+    def host_batches(
+        self, rows: Sequence[int], first_step: int, last_step: int, tokens: Sequence[range] | None = None
+    ) -> Generator[dict, None, None]:
+        """Batches of some rows, as NumPy arrays [len(rows), T], for steps first_step .. last_step - 1.
 
-def global_batches(
-    split: Split,
-    plan: Plan,
-    mesh: jax.sharding.Mesh,
-    *,
-    batch_size: int,
-    update_len: int,
-    first_step: int,
-    last_step: int,
-    threads: int,
-    ahead: int,
-    update_of: Callable[[int], int] | None = None,
-) -> Iterator[dict]:
-    """Batches of all rows as global arrays [B, T], spread over the mesh: inputs, targets, doc_ids int32, loss_mask
-    float32. See `read_row` for their meaning."""
-    sharding, shape = batch_sharding(mesh), (batch_size, update_len)
-    rows, tokens = local_part(sharding, shape)
-    batches = host_batches(
-        split,
-        plan,
-        rows,
-        update_len=update_len,
-        first_step=first_step,
-        last_step=last_step,
-        threads=threads,
-        ahead=ahead,
-        tokens=tokens,
-        update_of=update_of,
-    )
-    with contextlib.closing(batches):
-        for batch in batches:
-            yield {name: joined(sharding, shape, rows, tokens, array) for name, array in batch.items()}
+        tokens: ranges of the T that are read; None reads all.
+        """
+        source = RowSource(
+            self.split.tokens, self.plan, rows, self.update_len, first_step, last_step, tokens, self.update_of
+        )
+        dataset = grain.MapDataset.source(source).batch(len(rows))
+        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=self.ahead)
+        with contextlib.closing(iter(dataset.to_iter_dataset(options))) as batches:  # also when the caller stops early
+            yield from batches
+
+    def batches(self, first_step: int, last_step: int) -> Generator[dict, None, None]:
+        """Batches of all rows as global arrays [B, T], spread over the mesh: inputs, targets, doc_ids int32, loss_mask
+        float32. See `read_row` for their meaning."""
+        sharding, shape = batch_sharding(self.mesh), (self.batch_size, self.update_len)
+        rows, tokens = local_part(sharding, shape)
+        with contextlib.closing(self.host_batches(rows, first_step, last_step, tokens)) as batches:
+            for batch in batches:
+                yield {name: joined(sharding, shape, rows, tokens, array) for name, array in batch.items()}

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from tvq_pod.config.settings import Settings
-from tvq_pod.data.loader import global_batches
+from tvq_pod.data.loader import Feed
 from tvq_pod.data.mixture import Mixture
 from tvq_pod.data.open import words_of
 from tvq_pod.data.store import TokenStore
@@ -69,7 +69,7 @@ def _state_shardings(config: TransformerConfig, mesh: jax.sharding.Mesh, n_rows:
 def make_eval_step(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int):
     """The compiled step: (params, state, batch) -> (state, losses); the state given is donated.
 
-    batch: see `global_batches`. losses: nats, float32 [B, T], 0 on padding; whole on every process, to be added as
+    batch: see `Feed.batches`. losses: nats, float32 [B, T], 0 on padding; whole on every process, to be added as
     doubles there: in float32 so many would not add up.
     """
     config = eval_model(settings)
@@ -103,8 +103,8 @@ class Evaluator:
         given, update_len = settings.eval.batch_size, settings.train.update_len
         check_divides("config.eval.batch_size", given, mesh)
         self._settings, self._mesh = settings, mesh
-        self._split = store.split(split)
-        starts, max_tokens = self._split.starts, settings.eval.max_tokens
+        documents = store.split(split)
+        starts, max_tokens = documents.starts, settings.eval.max_tokens
         if given:
             self._plan = PackedDocuments(starts, given, max_tokens)
         else:
@@ -116,11 +116,15 @@ class Evaluator:
                 f"{split}: {self._padding:.0%} of the positions will be padding on {self._plan.n_rows} rows, since the "
                 f"longest document has {self._plan.longest:,} of {self._plan.n_tokens:,} tokens"
             )
-        self._n_bytes = int(self._split.doc_bytes[self._plan.documents].sum())
-        is_whole = len(self._plan.documents) == len(self._split.doc_bytes)
+        self._n_bytes = int(documents.doc_bytes[self._plan.documents].sum())
+        is_whole = len(self._plan.documents) == len(documents.doc_bytes)
         self._n_words = words_of(store, split) if is_whole else 0
         self._n_tokens = self._plan.tokens_by_position(BUCKET)
         self._eval_step = make_eval_step(settings, mesh, self._plan.n_rows)
+        data = settings.data
+        self._feed = Feed(
+            documents, self._plan, mesh, self._plan.n_rows, update_len, data.num_threads, data.prefetch_batches
+        )
 
     @property
     def n_tokens(self) -> int:
@@ -142,20 +146,10 @@ class Evaluator:
 
     def _evaluate(self, params: dict, told_to_stop: Callable[[], bool]) -> Result | None:
         began = time.monotonic()
-        train, data = self._settings.train, self._settings.data
         state = make_eval_state(self._settings, self._mesh, self._plan.n_rows)
         nats, ahead, n_done = np.zeros(len(self._n_tokens)), [], 0
-        for batch in global_batches(
-            self._split,
-            self._plan,
-            self._mesh,
-            batch_size=self._plan.n_rows,
-            update_len=train.update_len,
-            first_step=0,
-            last_step=math.ceil(self._plan.row_len / train.update_len),
-            threads=data.num_threads,
-            ahead=data.prefetch_batches,
-        ):
+        n_steps = math.ceil(self._plan.row_len / self._feed.update_len)
+        for batch in self._feed.batches(0, n_steps):
             state, losses = self._eval_step(params, state, batch)
             ahead.append(losses)
             if len(ahead) > 1:  # the host runs ahead by one step, no more: batches take memory
@@ -181,6 +175,16 @@ class Evaluator:
         update_len = self._settings.train.update_len
         positions = self._plan.positions(step * update_len, (step + 1) * update_len)
         return np.bincount(positions.ravel() // BUCKET, jax.device_get(losses).ravel(), len(self._n_tokens))
+
+
+def validation_evaluator(settings: Settings, mesh: jax.sharding.Mesh, store: TokenStore | Mixture) -> Evaluator | None:
+    """The evaluator of a run that trains; None if it never evaluates, or has nothing to evaluate."""
+    if not (settings.eval.every_steps or settings.eval.at_end):
+        return None
+    if not store.meta["splits"]["validation"]["n_documents"]:
+        say("no document fell into the validation split: nothing will be evaluated; see config.data.validation_share")
+        return None
+    return Evaluator(settings, mesh, store, "validation")
 
 
 def _exp(value: float) -> float:

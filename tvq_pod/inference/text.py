@@ -1,15 +1,20 @@
-"""--mode=sample: text from a model. How tokens are drawn is in sampler.py; here prompts become rows, and rows text."""
+"""Text from a model. How tokens are drawn is in sampler.py; here prompts become rows, and rows text."""
 
 import collections
+import contextlib
 import itertools
 from collections.abc import Iterator
 
 import jax
 import numpy as np
+from etils import epath
 
-from tvq_pod.config.settings import SampleSettings
+from tvq_pod.config.settings import SampleSettings, Settings
+from tvq_pod.data.open import run_vocab
 from tvq_pod.data.vocab import PAD, UNKNOWN, Vocab
 from tvq_pod.errors import UserError
+from tvq_pod.host.terminal import OutputError, say
+from tvq_pod.inference import images
 from tvq_pod.inference.sampler import NO_TOKEN, Sampler, Sampling
 from tvq_pod.nn.types import TransformerConfig
 from tvq_pod.parallel.deadlines import still_working
@@ -73,3 +78,25 @@ def _encoded(prompt: bytes, vocab: Vocab) -> np.ndarray:
         return vocab.encode(prompt)
     except UnicodeDecodeError as error:
         raise UserError(f"--prompt={prompt!r}: is not UTF-8 at byte {error.start}") from None
+
+
+def keep_sample(settings: Settings, workdir: epath.Path, params: dict, step: int) -> None:
+    """Prints a sample of a model whose parameters are on one device, and keeps it in WORKDIR/samples; images are only
+    kept."""
+    if images.are_images(settings):
+        drawn = images.draw_images(params, settings.model, settings.sample, jax.local_devices())
+        images.write_samples(drawn, workdir, step)
+        return
+    vocab = run_vocab(settings, workdir)
+    prompt = settings.sample.prompt.encode()
+    devices = jax.local_devices()[:1]
+    text = "".join(next(continuations(params, settings.model, vocab, settings.sample, [prompt], devices)))
+    path = workdir / "samples" / f"step_{step}.txt"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        say(f"a sample, kept in {path}:")
+    except OSError as error:
+        say(f"WARNING: {path} can't be written ({error.strerror}); the sample:")
+    with contextlib.suppress(OutputError):  # nobody reads it: all is saved
+        print(text, flush=True)

@@ -131,7 +131,7 @@ def all_agree(value: bool) -> bool:
         return bool(multihost_utils.process_allgather(np.asarray(value)).all())
 
 
-def on_process_zero(function: Callable[[], None]) -> None:
+def on_process_zero(function: Callable[[], object]) -> None:
     """Calls function on process 0, while the others wait. Raises what it raised there, and UserError on the others.
 
     What may take longer than --wait_timeout_seconds calls `still_working` as it gets on.

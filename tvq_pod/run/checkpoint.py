@@ -57,12 +57,18 @@ WRITERS_SECONDS = 10.0  # for threads of a save that failed to end
 class State(Protocol):
     """What is saved of training: a TrainState, or any dataclass of pytrees with these fields."""
 
-    step: jax.Array
-    params: dict
-    opt_state: Any
-    recurrent: dict | None
-    bad_steps: dict
-    digest: jax.Array
+    @property
+    def step(self) -> jax.Array: ...
+    @property
+    def params(self) -> dict: ...
+    @property
+    def opt_state(self) -> Any: ...
+    @property
+    def recurrent(self) -> dict | None: ...
+    @property
+    def bad_steps(self) -> dict: ...
+    @property
+    def digest(self) -> jax.Array: ...
 
     def replace(self, **changes) -> Self: ...
 

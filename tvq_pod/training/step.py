@@ -4,14 +4,18 @@
 """
 
 import functools
+import time
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from tvq_pod.config.settings import Settings
+from tvq_pod.data import digest
+from tvq_pod.host.terminal import say
 from tvq_pod.nn.axes import placed_by
 from tvq_pod.nn.model import Transformer, codebook_counts, is_codebook
 from tvq_pod.nn.types import VQSpec
@@ -24,12 +28,11 @@ from tvq_pod.parallel.sharding import (
     replicated,
     shardings_of,
 )
-from tvq_pod.training import bad_steps, digest
+from tvq_pod.training import bad_steps
 from tvq_pod.training.optimizer import make_optimizer, schedule
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """step: int32 scalar. params: the model's, codebooks included. opt_state: the optimizer's.
     recurrent: the state of every layer for all B streams (see Transformer.initial_state).
     bad_steps: what is known of the steps before (see bad_steps.start). digest: of all tokens consumed, uint32 [2]."""
@@ -121,7 +124,7 @@ def create_recurrent(settings: Settings, mesh: jax.sharding.Mesh) -> dict:
 def make_train_step(settings: Settings, mesh: jax.sharding.Mesh):
     """The compiled step: (TrainState, batch) -> (TrainState, metrics); the TrainState given is donated.
 
-    batch: see `global_batches`. metrics: float32 scalars: loss (nats a token, of the predictions alone), l_commit,
+    batch: see `Feed.batches`. metrics: float32 scalars: loss (nats a token, of the predictions alone), l_commit,
     grad_norm, learning_rate; those of `code_report`; n_bad, int32: bad steps in a row, this one included, none of them
     applied (see bad_steps.py); digest, uint32 [2].
     """
@@ -253,3 +256,29 @@ def grad_norm(grads: dict) -> jax.Array:
     """The global norm of the weights' gradients, before clipping; the codebook's sums are no gradient and left out."""
     leaves = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(grads) if not is_codebook(path)]
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in leaves))
+
+
+def abstract_batch(settings: Settings, mesh: jax.sharding.Mesh) -> dict:
+    """A batch as ShapeDtypeStructs, as `Feed.batches` gives it."""
+    shape = (settings.train.batch_size, settings.train.update_len)
+    dtypes = dict(inputs=np.int32, targets=np.int32, doc_ids=np.int32, loss_mask=np.float32)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for name, dtype in dtypes.items()}
+
+
+def compiled_train_step(settings: Settings, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
+    """`make_train_step`, compiled for the settings' shapes. Says what it takes."""
+    began = time.monotonic()
+    abstract = abstract_train_state(settings, mesh), abstract_batch(settings, mesh)
+    compiled = make_train_step(settings, mesh).lower(*abstract).compile()
+    say(f"compiled in {time.monotonic() - began:.1f} s; {_memory(compiled)}")
+    return compiled
+
+
+def _memory(compiled: jax.stages.Compiled) -> str:
+    """What a compiled step takes of a device's memory, in words."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return "memory unknown"
+    gib = 2**30
+    state, temp = analysis.argument_size_in_bytes / gib, analysis.temp_size_in_bytes / gib
+    return f"a device holds {state:.2f} GiB of state and batch, and {temp:.2f} GiB while it computes"

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from tvq_pod.training import digest
+from tvq_pod.data import digest
 
 
 @pytest.fixture(scope="module")

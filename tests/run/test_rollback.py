@@ -1,0 +1,117 @@
+"""Where a run goes on, with no training: checkpoints are made up, skipped stretches are in their real file."""
+
+import json
+
+import pytest
+from etils import epath
+
+from tvq_pod.config.settings import BadStepsSettings, TrainSettings
+from tvq_pod.data.schedule import DataSchedule
+from tvq_pod.errors import UserError
+from tvq_pod.run.rollback import BadStretch, Rollback, check_good
+from tvq_pod.run.skipped import Skipped
+
+
+class MadeUp:
+    """Stands for Checkpoints: which steps there are, each with its data schedule."""
+
+    def __init__(self, schedules):
+        self.schedules, self.asked = dict(schedules), []
+
+    def schedule(self, step):
+        return self.schedules[step]
+
+    def wait(self):
+        self.asked.append("wait")
+
+    def undo(self, after):
+        self.asked.append(f"undo after {after}")
+        self.schedules = {step: schedule for step, schedule in self.schedules.items() if step <= after}
+
+    def newest_good(self):
+        return max(self.schedules, default=None)
+
+    def check(self, step, record):
+        self.asked.append(f"check {step}")
+
+    def check_streams(self, step, train):
+        self.asked.append(f"check streams {step}")
+
+
+def made(workdir, schedules, max_rollbacks=10, batch_size=8, on_batch_change="refuse"):
+    train = TrainSettings(batch_size=batch_size, update_len=16, on_batch_change=on_batch_change)
+    checkpoints = MadeUp(schedules)
+    settings = BadStepsSettings(rollback_after=3, max_rollbacks=max_rollbacks)
+    return Rollback(checkpoints, Skipped(epath.Path(workdir)), train, settings), checkpoints
+
+
+def updates(schedule, first_step, n):
+    """The updates that steps first_step .. first_step + n - 1 read."""
+    return [schedule.now.update(step) for step in range(first_step, first_step + n)]
+
+
+BEGUN = DataSchedule.begin(8, 16)
+
+
+def test_a_step_is_one_bad_step_too_many():
+    settings = BadStepsSettings(rollback_after=3)
+    check_good(dict(n_bad=2), 9, settings)
+    with pytest.raises(BadStretch) as raised:
+        check_good(dict(n_bad=3), 10, settings)
+    assert (raised.value.last_step, raised.value.n_bad) == (10, 3)
+
+
+def test_data_of_bad_steps_is_skipped_and_nothing_else(tmp_path):
+    """Steps 8 to 10 were bad: they read updates 7 to 9."""
+    rollback, checkpoints = made(tmp_path, {4: BEGUN, 8: BEGUN})
+    assert rollback.go_back(BadStretch(10, 3), BEGUN) == 4
+    assert checkpoints.asked == ["wait", "undo after 7"]
+    schedule = rollback.schedule_at(4)
+    assert updates(schedule, 4, 6) == [4, 5, 6, 10, 11, 12]
+    again, _ = made(tmp_path, {4: BEGUN})  # another start finds it in the file
+    assert again.schedule_at(4) == schedule
+    (line,) = (tmp_path / "skipped.jsonl").read_text().splitlines()
+    assert {name: json.loads(line)[name] for name in ("update", "count", "back_to", "bad_steps")} == dict(
+        update=7, count=3, back_to=4, bad_steps=[8, 10]
+    )
+
+
+def test_stretches_that_follow_each_other_add_up(tmp_path):
+    """Going on from step 4, steps 8 to 10 read updates 10 to 12, and are bad, too."""
+    rollback, _ = made(tmp_path, {4: BEGUN})
+    rollback.go_back(BadStretch(10, 3), rollback.schedule_at(4))
+    rollback.go_back(BadStretch(10, 3), rollback.schedule_at(4))
+    assert updates(rollback.schedule_at(4), 4, 6) == [4, 5, 6, 13, 14, 15]
+
+
+def test_without_a_checkpoint_the_run_goes_back_to_the_seed(tmp_path):
+    rollback, _ = made(tmp_path, {})
+    assert rollback.go_back(BadStretch(3, 3), rollback.schedule_at(None)) is None
+    assert updates(rollback.schedule_at(None), 0, 3) == [3, 4, 5]
+
+
+def test_a_run_goes_back_only_so_often(tmp_path):
+    rollback, checkpoints = made(tmp_path, {4: BEGUN}, max_rollbacks=1)
+    rollback.go_back(BadStretch(10, 3), BEGUN)
+    checkpoints.asked.clear()
+    with pytest.raises(UserError, match=r"^config.bad_steps.max_rollbacks=1: steps 8 to 10 were bad"):
+        rollback.go_back(BadStretch(10, 3), BEGUN)
+    assert checkpoints.asked == []  # nothing is set aside
+
+
+def test_other_streams_begin_where_they_are_changed(tmp_path):
+    """What was skipped of the streams before is not skipped of those that follow."""
+    rollback, _ = made(tmp_path, {4: BEGUN})
+    rollback.go_back(BadStretch(10, 3), BEGUN)
+    wider, checkpoints = made(tmp_path, {6: rollback.schedule_at(4)}, batch_size=16, on_batch_change="restart_streams")
+    schedule = wider.schedule_at(6)
+    assert [phase.batch_size for phase in schedule.phases] == [8, 16]
+    assert updates(schedule, 6, 3) == [0, 1, 2]
+    wider.check_belongs(6, {})
+    assert checkpoints.asked == ["check 6"]
+
+
+def test_other_streams_are_refused_unless_asked_for(tmp_path):
+    rollback, checkpoints = made(tmp_path, {4: BEGUN})
+    rollback.check_belongs(4, {})
+    assert checkpoints.asked == ["check 4", "check streams 4"]

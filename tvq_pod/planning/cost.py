@@ -1,0 +1,184 @@
+"""What one training step costs: the real compiler's answer for a topology that need not exist here.
+
+The XLA:TPU compiler, in libtpu, runs on any x86 Linux machine. What it is given is `make_train_step`, the function that
+train runs, with the shardings that train uses. No accelerator is touched.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import time
+from importlib import metadata
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from tvq_pod.config.settings import Settings
+from tvq_pod.errors import UserError
+from tvq_pod.parallel.mesh import AXES_MEAN, check_rows, make_mesh, n_row_shards, named_axes, sizes
+from tvq_pod.planning.chips import CHIPS, Chip
+from tvq_pod.planning.flops import train_flops
+from tvq_pod.planning.hlo import Program
+from tvq_pod.training.step import abstract_batch, abstract_train_state, make_train_step
+
+_UNITS = dict(K=2**10, M=2**20, G=2**30, T=2**40)
+_TRAVELS = {"all-reduce": 2}  # times that each byte of a collective crosses a chip's links, at most
+SHOWN = 15  # of the dearest operations
+# libtpu asks the machine it is on for these; planning, there is none. Several processes may plan at once.
+LIBTPU_ENVIRONMENT = dict(
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    TPU_ACCELERATOR_TYPE="v5litepod-16",
+    TPU_LOG_DIR="disabled",
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_WORKER_HOSTNAMES="localhost",
+)
+
+
+def topology_devices(topology: str, slices: int) -> tuple[Chip | None, list]:
+    """The chip and the devices of "v5e:4x4" (TPU) or "cpu:8" (simulated here; no chip).
+
+    Raises UserError if there is no such topology, or libtpu is missing.
+    """
+    name, _, shape = topology.partition(":")
+    if name == "cpu":
+        if not shape.isdigit() or not int(shape):
+            raise UserError(f"--topology={topology}: must name a number of devices, as cpu:8 does")
+        jax.config.update("jax_num_cpu_devices", int(shape))
+        return None, jax.devices()
+    if name not in CHIPS:
+        raise UserError(f"--topology={topology}: must begin with one of {', '.join(CHIPS)}, cpu, as v5e:4x4 does")
+    example = "x".join("2" * CHIPS[name].dimensions)
+    if not re.fullmatch(r"\d+" + r"x\d+" * (CHIPS[name].dimensions - 1), shape):
+        raise UserError(f"--topology={topology}: must give the slice's shape in chips, as {name}:{example} does")
+    if not importlib.util.find_spec("libtpu"):
+        raise UserError(f"--topology={topology}: needs the TPU compiler; pip install -e '.[tpu]'")
+    for variable, value in LIBTPU_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    try:
+        more = dict(num_slices=slices) if slices > 1 else {}
+        if CHIPS[name].is_megacore:
+            more["chip_config_name"] = "megacore"
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
+    except Exception as error:  # whatever libtpu has to say about the shape
+        raise UserError(f"--topology={topology}: is no slice that libtpu knows ({str(error)[:200]})") from error
+    return CHIPS[name], list(described.devices)
+
+
+def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
+    """Compiles the train step for the devices. See the README for the fields; bytes and cycles are of one device's
+    program, per chip where a field's name says so."""
+    mesh = make_mesh(settings.mesh, devices)
+    train = settings.train
+    check_rows(settings, mesh)
+    state = abstract_train_state(settings, mesh)
+    batch = abstract_batch(settings, mesh)
+    per_chip = chip.devices if chip else 1
+    n_chips = len(devices) // per_chip
+    flops = train_flops(settings.model, train.batch_size * train.update_len, train.update_len)
+    parts = dict(
+        parameters=local_bytes(state.params),
+        optimizer=local_bytes(state.opt_state),
+        recurrent_state=local_bytes(state.recurrent),
+        batch=local_bytes(batch),
+    )
+    result = dict(
+        chips=n_chips,
+        chip_kind=chip.name if chip else "cpu",
+        hosts=len({device.process_index for device in devices}),
+        mesh=sizes(mesh),
+        axes=AXES_MEAN,
+        parameter_count=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        bytes_per_chip={name: size * per_chip for name, size in parts.items()},
+        hbm_bytes_per_chip=chip.hbm_bytes if chip else None,
+        model_flops_per_step=flops,
+        tokens_per_step=train.batch_size * train.update_len,
+        versions=versions(),
+    )
+    began = time.monotonic()
+    try:
+        compiled = make_train_step(settings, mesh).lower(state, batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
+            raise
+        needed, short = shortage(str(error))
+        result["bytes_per_chip"] |= dict(temp=None, peak=needed and needed * per_chip)
+        return result | dict(
+            fits=False,
+            compile_seconds=time.monotonic() - began,
+            lack=" ".join(str(error).split())[:400],
+            short_by_bytes=short,
+            advice=advice(settings, mesh),
+        )
+    result["compile_seconds"] = time.monotonic() - began
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    # the compiler's own count knows which arrays are there at the same time; a jax without it gives 0
+    peak = memory.peak_memory_in_bytes or held + memory.temp_size_in_bytes
+    result["bytes_per_chip"] |= dict(temp=memory.temp_size_in_bytes * per_chip, peak=peak * per_chip)
+    result["fits"] = None if chip is None else True  # who knows what memory there is
+    if chip is None:
+        return result
+    program = Program(compiled.as_text())
+    cycles = program.cycles()
+    seconds = cycles / chip.clock_hz
+    by_source = list(program.cycles_by_source().items())
+    collectives = program.collectives(named_axes(mesh))
+    return result | dict(
+        cycles=cycles,
+        predicted_step_seconds=seconds,
+        predicted_mfu=flops / seconds / (n_chips * chip.peak_flops),
+        predicted_tokens_per_second=result["tokens_per_step"] / seconds,
+        operations=[dict(source=source, share=own / cycles) for source, own in by_source[:SHOWN]],
+        without_estimate=program.without_estimate(),
+        collectives=[dataclasses.asdict(collective) for collective in collectives],
+        collective_seconds_if_alone=None  # the network between slices is another, and slower by far
+        if settings.mesh.slices > 1
+        else sum(c.bytes * _TRAVELS.get(c.kind, 1) for c in collectives) * per_chip / chip.ici_bandwidth,
+    )
+
+
+def shortage(message: str) -> tuple[int | None, int | None]:
+    """Bytes of a device that are needed, and that are missing, from the compiler's own words; None if they are new."""
+    size = r"([\d.]+)([KMGT])"
+    for words in (rf"\({size}\) exceeds available HBM \({size}\)", rf"Used {size} of {size} hbm"):
+        if total := re.search(words, message):
+            needed, there = (float(total[i]) * _UNITS[total[i + 1]] for i in (1, 3))
+            excess = re.search(rf"Exceeded hbm capacity by {size}", message)  # rounded less
+            return round(needed), round(float(excess[1]) * _UNITS[excess[2]] if excess else needed - there)
+    return None, None
+
+
+def advice(settings: Settings, mesh: jax.sharding.Mesh) -> str:
+    """Which settings to change so that a step needs less memory, the one that costs least first."""
+    rows = settings.train.batch_size // n_row_shards(mesh)
+    parts = settings.train.microbatches
+    return ", or ".join(
+        [
+            *(["config.model.remat=full"] if settings.model.remat != "full" else []),
+            *([f"config.train.microbatches={2 * parts}"] if rows % (2 * parts) == 0 else []),
+            *([f"config.train.batch_size={settings.train.batch_size // 2}"] if rows > 1 else []),
+            f"config.train.update_len={max(settings.train.update_len // 2, settings.model.block_len)}",
+            "a slice of more chips",
+        ]
+    )
+
+
+def local_bytes(tree) -> int:
+    """Bytes of one device's part of a tree of ShapeDtypeStructs with shardings, without the layout's padding."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def versions() -> dict:
+    """Versions of what a plan depends on."""
+    found = {}
+    for name in ("jax", "jaxlib", "libtpu"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found

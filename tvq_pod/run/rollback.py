@@ -1,0 +1,82 @@
+"""Where a run goes on, and what it reads there: from its newest good checkpoint, at a start and after bad steps.
+
+Data of steps that went wrong is skipped: the data schedule, which says what each step reads, goes around it.
+"""
+
+import dataclasses
+
+from tvq_pod.config.settings import BadStepsSettings, TrainSettings
+from tvq_pod.data.schedule import DataSchedule
+from tvq_pod.errors import UserError
+from tvq_pod.host.terminal import say
+from tvq_pod.run.checkpoint import Checkpoints
+from tvq_pod.run.skipped import Skip, Skipped
+
+
+@dataclasses.dataclass
+class BadStretch(Exception):
+    """So many steps in a row were bad that the run must go back."""
+
+    last_step: int
+    n_bad: int
+
+
+def check_good(metrics: dict, step: int, settings: BadStepsSettings) -> None:
+    """Waits for the step. Raises BadStretch if it is one bad step too many. metrics: see `make_train_step`."""
+    n_bad = int(metrics["n_bad"])
+    if n_bad >= settings.rollback_after:
+        raise BadStretch(step, n_bad)
+
+
+class Rollback:
+    """Finds the step to go on from, and the data schedule from there. All processes call the same methods in the same
+    order."""
+
+    def __init__(self, checkpoints: Checkpoints, skipped: Skipped, train: TrainSettings, settings: BadStepsSettings):
+        self._checkpoints, self._skipped, self._train, self._settings = checkpoints, skipped, train, settings
+
+    def check_belongs(self, step: int, record: dict) -> None:
+        """Raises UserError if a checkpoint is of another run, or of other streams and they may not start anew.
+
+        record: see `run_record`.
+        """
+        self._checkpoints.check(step, record)
+        if self._train.on_batch_change == "refuse":
+            self._checkpoints.check_streams(step, self._train)
+
+    def schedule_at(self, step: int | None) -> DataSchedule:
+        """The data schedule that leads on from a checkpoint, or for None from the beginning. Stretches that have been
+        skipped since, and a change of the batch, are in it."""
+        sizes = self._train.batch_size, self._train.update_len
+        if step is None:
+            return self._skipped.put_into(DataSchedule.begin(*sizes))
+        schedule = self._checkpoints.schedule(step)
+        if (schedule.now.batch_size, schedule.now.update_len) != sizes:
+            schedule = schedule.changed(step, *sizes)
+        return self._skipped.put_into(schedule)
+
+    def go_back(self, bad: BadStretch, schedule: DataSchedule) -> int | None:
+        """The newest good step before a stretch of bad ones; None for the seed. From now on their data is skipped.
+
+        schedule: the one in use. Raises UserError if the run has gone back too often.
+        """
+        limit = self._settings.max_rollbacks
+        before = bad.last_step - bad.n_bad
+        if self._skipped.count() >= limit:
+            raise UserError(
+                f"config.bad_steps.max_rollbacks={limit}: steps {before + 1} to {bad.last_step} were bad, and the run "
+                f"has gone back so often ({self._skipped.path} says where); mend the data or the settings, or allow "
+                "more"
+            )
+        self._checkpoints.wait()
+        self._checkpoints.undo(after=before)
+        step = self._checkpoints.newest_good()
+        phase = schedule.now
+        first, last = phase.update(before), phase.update(bad.last_step - 1)
+        skip = Skip(phase.first_step, phase.batch_size, phase.update_len, first, last - first + 1)
+        self._skipped.add(skip, steps=(before + 1, bad.last_step), back_to=step or 0)
+        say(
+            f"BAD: steps {before + 1} to {bad.last_step} could not be applied; goes back to step {step or 0} and skips "
+            f"updates {first} to {last} of every stream"
+        )
+        return step

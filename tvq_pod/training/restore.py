@@ -1,0 +1,41 @@
+"""The state that training goes on with: that of a checkpoint, or of the seed."""
+
+import jax
+
+from tvq_pod.config.settings import Settings
+from tvq_pod.data import digest
+from tvq_pod.data.schedule import DataSchedule
+from tvq_pod.errors import UserError
+from tvq_pod.host.terminal import say
+from tvq_pod.parallel.processes import decided_by_process_zero
+from tvq_pod.run.checkpoint import Checkpoints
+from tvq_pod.run.metrics import lines_of
+from tvq_pod.training.step import TrainState, abstract_train_state, create_recurrent, create_train_state
+
+
+def state_at(
+    step: int | None, schedule: DataSchedule, checkpoints: Checkpoints, settings: Settings, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """The state of the checkpoint `step`, or for None that of the seed. schedule: from there on; where it begins with
+    other streams, they have read nothing.
+
+    Raises UserError if the run's log speaks of other tokens up to there than the checkpoint has consumed.
+    """
+    if step is None:
+        return create_train_state(settings, mesh)
+    same_streams = schedule.now.first_step != step or len(schedule.phases) == 1
+    state = checkpoints.restore(step, abstract_train_state(settings, mesh), with_recurrent=same_streams)
+    if not same_streams:
+        state = state.replace(recurrent=create_recurrent(settings, mesh))
+        streams = f"{schedule.now.batch_size} of them, {schedule.now.update_len} tokens an update"
+        say(f"streams start anew at step {step}: {streams}")
+    workdir = checkpoints.path.parent
+    logged = lines_of(workdir, "train").get(step, {}).get("digest")
+    found = digest.as_text(jax.device_get(state.digest))
+    if decided_by_process_zero(logged not in (None, found)):
+        raise UserError(
+            f"--workdir={workdir}: metrics.jsonl has digest {logged} of the tokens up to step {step}, "
+            f"its checkpoint {found}; they are not of one run, or that line is damaged: then delete it"
+        )
+    say(f"goes on from step {step} in {checkpoints.path}")
+    return state
