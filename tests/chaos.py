@@ -38,7 +38,8 @@ from tvq_pod.config.run_config import read_run_config
 from tvq_pod.config.settings import MeshSettings
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.run import manifest
-from tvq_pod.run.checkpoint import Checkpoints, sha256_of
+from tvq_pod.run.checkpoint_reader import CheckpointReader
+from tvq_pod.run.hashes import sha256_of
 from tvq_pod.training.step import abstract_train_state
 
 STEPS, DEVICES = 60, 4
@@ -345,7 +346,7 @@ def final_state(workdir: pathlib.Path):
     """The whole train state of the last checkpoint, as NumPy arrays."""
     settings = resolve(read_run_config(workdir))
     mesh = make_mesh(MeshSettings(), jax.local_devices()[:1])
-    checkpoints = Checkpoints(epath.Path(workdir))
+    checkpoints = CheckpointReader(epath.Path(workdir))
     if checkpoints.steps()[-1:] != [STEPS]:
         raise Lost(f"the last checkpoint is of step {checkpoints.steps()[-1:]}")
     state = checkpoints.restore(checkpoints.pick(None), abstract_train_state(settings, mesh))

@@ -21,15 +21,18 @@ from tests.command import ROOT
 from tests.common import small_config, store_of
 from tests.preparing import assert_same, preparing, undisturbed
 from tvq_pod.config.settings import DataSettings, Settings
-from tvq_pod.data import build as prepare
 from tvq_pod.data import encode as encode_module
 from tvq_pod.data import store as store_module
+from tvq_pod.data import text as text_module
 from tvq_pod.data import writer as writer_module
+from tvq_pod.data.build import make_store
 from tvq_pod.data.encode import encoded
+from tvq_pod.data.open import check_source, open_store, words_of
 from tvq_pod.data.store import SPLITS, TokenStore
 from tvq_pod.data.train_vocab import train_sentencepiece
 from tvq_pod.data.vocab import ByteVocab, HuggingFaceVocab, SentencePieceVocab, decoded
 from tvq_pod.errors import UserError
+from tvq_pod.modes.prepare import train_vocab
 
 TEXTS = [f"the {n}th document says {n * n} and no more. " * (1 + n % 7) for n in range(60)]
 
@@ -178,7 +181,7 @@ def test_of_two_at_once_the_second_may_want_another_store(corpus, tmp_path):
     settings, path = settings_for(corpus), tmp_path / "run/store"
     with writer_module.only_one(path):
         threads = concurrent.futures.ThreadPoolExecutor(1)
-        second = threads.submit(prepare.open_store, settings, epath.Path(tmp_path / "run"))
+        second = threads.submit(open_store, settings, epath.Path(tmp_path / "run"))
         time.sleep(0.3)
         store_of(path, [b"other"])
     with pytest.raises(UserError, match=r"config.data.source=.*corpus: the store .* was prepared with stdlib"):
@@ -224,7 +227,7 @@ def test_a_store_that_is_a_link_grows_where_the_link_leads_to(corpus, tmp_path, 
     if target == "a mounted disk":
         (disk / "lost+found").mkdir()
         monkeypatch.setattr(os.path, "ismount", lambda path: os.fspath(path) == str(disk))
-    assert_same(prepare.open_store(settings_for(corpus), epath.Path(run)), expected)
+    assert_same(open_store(settings_for(corpus), epath.Path(run)), expected)
     assert (run / "store").is_symlink()
     assert [path.name for path in run.iterdir()] == ["store"]  # not here, which may be a small disk
     assert [path.name for path in disk.parent.iterdir()] == ["store"]
@@ -239,12 +242,12 @@ def test_a_store_on_a_mounted_disk_is_gone_on_with_however_early_it_was_killed(c
     with writer_module.StoreWriter(tmp_path / "disk", ByteVocab(), {}) as writer:
         writer.splits["train"].append(np.arange(9))
     settings = settings_for(corpus, store=str(tmp_path / "disk"))
-    assert_same(prepare.open_store(settings, epath.Path(tmp_path)), expected)
+    assert_same(open_store(settings, epath.Path(tmp_path)), expected)
 
 
 def test_a_store_that_is_a_link_to_nothing_is_refused_in_one_line(corpus, tmp_path):
     (tmp_path / "store").symlink_to(tmp_path / "unmounted/store")
-    for check in (prepare.check_source, prepare.open_store):
+    for check in (check_source, open_store):
         with pytest.raises(
             UserError, match=r"config.data.store=.*/store: is a symbolic link to .*unmounted/store, which"
         ):
@@ -258,7 +261,7 @@ def test_an_error_before_anything_is_kept_leaves_nothing(tmp_path):
         raise UserError("damaged")
 
     with pytest.raises(UserError, match="damaged"):
-        prepare.make_store(tmp_path / "s", corpus, ByteVocab(), DataSettings(source="stdlib"))
+        make_store(tmp_path / "s", corpus, ByteVocab(), DataSettings(source="stdlib"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -292,32 +295,32 @@ def settings_for(corpus, **changes) -> Settings:
 
 def test_a_vocabulary_is_trained_where_there_is_none_and_kept_beside_the_store(corpus, tmp_path, capsys):
     settings = settings_for(corpus, vocab="sentencepiece", vocab_size=300)
-    prepare.train_vocab(settings, epath.Path(tmp_path / "run"))
+    train_vocab(settings, epath.Path(tmp_path / "run"))
     names = ["store.vocab.model", "store.vocab.model.json"]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
-    prepare.train_vocab(settings, epath.Path(tmp_path / "run"))
+    train_vocab(settings, epath.Path(tmp_path / "run"))
     assert "store.vocab.model is there already" in capsys.readouterr().err
-    store = prepare.open_store(settings, epath.Path(tmp_path / "run"))
+    store = open_store(settings, epath.Path(tmp_path / "run"))
     assert store.vocab().name == SentencePieceVocab(tmp_path / "run/store.vocab.model").name
-    at_once = prepare.open_store(settings, epath.Path(tmp_path / "other"))
+    at_once = open_store(settings, epath.Path(tmp_path / "other"))
     assert at_once.fingerprint == store.fingerprint
     tokens, starts = store.split("train").tokens.read().result(), store.split("train").starts
     found = {decoded(tokens[begin:end], store.vocab()) for begin, end in itertools.pairwise(starts)}
     assert found < set(TEXTS)
     with pytest.raises(UserError, match=r"config.data.vocab=sentencepiece: the store .* was prepared with sentencepi"):
-        prepare.open_store(settings_for(corpus, vocab="sentencepiece", vocab_size=310), epath.Path(tmp_path / "run"))
+        open_store(settings_for(corpus, vocab="sentencepiece", vocab_size=310), epath.Path(tmp_path / "run"))
     with pytest.raises(UserError, match=r"config.data.vocab=bytes: the store .* was prepared with sentencepiece:"):
-        prepare.open_store(settings_for(corpus), epath.Path(tmp_path / "run"))
+        open_store(settings_for(corpus), epath.Path(tmp_path / "run"))
     with pytest.raises(UserError, match=r"config.data.vocab=bytes: must be sentencepiece for --mode=train_vocab"):
-        prepare.train_vocab(settings_for(corpus), epath.Path(tmp_path / "run"))
+        train_vocab(settings_for(corpus), epath.Path(tmp_path / "run"))
 
 
 def test_a_vocabulary_that_the_model_has_no_room_for_is_refused_before_it_is_trained(corpus, tmp_path):
     settings = settings_for(corpus, vocab="sentencepiece", vocab_size=500)
     with pytest.raises(UserError, match=r"config.model.n_vocab=400: must be at least 500"):
-        prepare.train_vocab(settings, epath.Path(tmp_path / "run"))
+        train_vocab(settings, epath.Path(tmp_path / "run"))
     with pytest.raises(UserError, match=r"config.model.n_vocab=400: must be at least 500"):
-        prepare.open_store(settings, epath.Path(tmp_path / "run"))
+        open_store(settings, epath.Path(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -329,7 +332,7 @@ class TextOnlyVocab(ByteVocab):
 @pytest.mark.parametrize("invalid_utf8", ["error", "replace", "skip"])
 @pytest.mark.parametrize("block_bytes", [3, 2**20])
 def test_documents_that_are_not_utf8(tmp_path, invalid_utf8, block_bytes, capsys, monkeypatch):
-    monkeypatch.setattr(prepare, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(text_module, "BLOCK_BYTES", block_bytes)
     texts = ["fine: 漢字é".encode(), b"caf\xe9", b""]
 
     def texts_in(store):
@@ -351,13 +354,13 @@ def test_documents_that_are_not_utf8(tmp_path, invalid_utf8, block_bytes, capsys
 
 def test_a_vocabulary_of_another_corpus_is_not_used_in_silence(corpus, tmp_path):
     settings = settings_for(corpus, vocab="sentencepiece", vocab_size=300)
-    prepare.train_vocab(settings, epath.Path(tmp_path / "run"))
+    train_vocab(settings, epath.Path(tmp_path / "run"))
     (tmp_path / "else").mkdir()
     (tmp_path / "else/text").write_text("other")
     for name, value in (("source", str(tmp_path / "else")), ("validation_share", 0.3), ("glob", "**/*.txt")):
         other = dataclasses.replace(settings, data=dataclasses.replace(settings.data, **{name: value}))
         with pytest.raises(UserError, match=rf"config.data.{name}=.*: the vocabulary .* was trained with"):
-            prepare.open_store(other, epath.Path(tmp_path / "run"))
+            open_store(other, epath.Path(tmp_path / "run"))
 
 
 def test_held_out_documents_train_no_vocabulary(tmp_path, monkeypatch):
@@ -368,9 +371,11 @@ def test_held_out_documents_train_no_vocabulary(tmp_path, monkeypatch):
     settings = settings_for(tmp_path / "corpus", vocab="sentencepiece", vocab_size=300, invalid_utf8="replace")
     seen = []
     monkeypatch.setattr(
-        prepare, "train_sentencepiece", lambda texts, size: train_sentencepiece(seen.extend(texts) or seen, size)
+        train_vocab_module,
+        "train_sentencepiece",
+        lambda texts, size: train_sentencepiece(seen.extend(texts) or seen, size),
     )
-    store = prepare.open_store(settings, epath.Path(tmp_path / "run"))
+    store = open_store(settings, epath.Path(tmp_path / "run"))
     split = store.split("train")
     tokens = split.tokens.read().result()
     found = [decoded(tokens[a:b], store.vocab()).encode() for a, b in itertools.pairwise(split.starts)]
@@ -396,7 +401,7 @@ def test_an_error_while_a_vocabulary_is_trained_is_that_error(tmp_path):
     (tmp_path / "docs.jsonl").write_text('{"text": "fine"}\n' * 3 + "{\n")
     settings = settings_for(tmp_path / "docs.jsonl", vocab="sentencepiece", vocab_size=300)
     with pytest.raises(UserError, match=r"docs.jsonl: line 4 is not JSON"):
-        prepare.train_vocab(settings, epath.Path(tmp_path / "run"))
+        train_vocab(settings, epath.Path(tmp_path / "run"))
     assert not list((tmp_path / "run").glob("*model*"))
 
 
@@ -408,21 +413,21 @@ def test_words_are_counted_for_pg19_only(corpus, tmp_path):
             (books / split / f"{name}.txt").write_text(TEXTS[int(name)])
     (books / "metadata.csv").write_text("".join(f"{n},title,1900,http://\n" for n in (1, 2, 3, 4)))
     settings = settings_for(books, format="pg19")
-    store = prepare.open_store(settings, epath.Path(tmp_path / "books"))
+    store = open_store(settings, epath.Path(tmp_path / "books"))
     assert [store.meta["splits"][split]["n_documents"] for split in SPLITS] == [2, 1, 1]
-    assert prepare.words_of(store, "validation") == len(TEXTS[3].split())
-    assert prepare.words_of(prepare.open_store(settings_for(corpus), epath.Path(tmp_path / "run")), "validation") == 0
+    assert words_of(store, "validation") == len(TEXTS[3].split())
+    assert words_of(open_store(settings_for(corpus), epath.Path(tmp_path / "run")), "validation") == 0
 
 
 def test_a_store_of_an_older_version_is_still_known(corpus, tmp_path):
     settings = settings_for(corpus)
-    store = prepare.open_store(settings, epath.Path(tmp_path / "run"))
+    store = open_store(settings, epath.Path(tmp_path / "run"))
     meta = {name: value for name, value in store.meta.items() if name not in ("made_with", "counts_words", "crc32c")}
     top = ("source", "validation_share", "test_share")
     meta |= {name: store.meta["made_with"][name] for name in top}
     meta["made_with"] = {name: value for name, value in store.meta["made_with"].items() if name not in top}
     (store.path / "store.json").write_text(json.dumps(meta | dict(crc32c=store_module.crc32c_of(meta))))
-    assert prepare.open_store(settings, epath.Path(tmp_path / "run")).fingerprint == store.fingerprint
+    assert open_store(settings, epath.Path(tmp_path / "run")).fingerprint == store.fingerprint
     other = dataclasses.replace(settings, data=dataclasses.replace(settings.data, test_share=0.0))
     with pytest.raises(UserError, match=r"config.data.test_share=0.0: the store .* was prepared with 0.1"):
-        prepare.open_store(other, epath.Path(tmp_path / "run"))
+        open_store(other, epath.Path(tmp_path / "run"))

@@ -100,7 +100,7 @@ def test_a_corpus_that_is_not_there_is_named(tmp_path):
 
 
 def test_a_big_file_stays_on_disk_and_has_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "BIG_FILE", 10)
+    monkeypatch.setattr(document_module, "BIG_FILE", 10)
     (tmp_path / "a.txt").write_bytes(b"more than ten bytes")
     (document,) = documents(DataSettings(source=str(tmp_path)))
     assert isinstance(document.text, memoryview)

@@ -18,6 +18,7 @@ from tvq_pod.errors import UserError
 from tvq_pod.inference import by_position as positions
 from tvq_pod.inference import evaluator as eval_module
 from tvq_pod.inference.evaluator import Evaluator
+from tvq_pod.modes import evaluate as evaluate_module
 from tvq_pod.nn.model import Transformer
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.training.step import create_train_state
@@ -95,7 +96,7 @@ def test_the_result_depends_on_neither_rows_nor_mesh(store, params, eight_device
 def test_lines_of_an_evaluation_unlike_that_of_training_have_another_name():
     def name(cache="on", **model):
         settings = dataclasses.replace(SETTINGS, eval=EvalSettings(cache=cache), model=SETTINGS.model.replace(**model))
-        return eval_module._name(settings, "test", run_record(SETTINGS, "bytes", "corpus"))
+        return evaluate_module._name(settings, "test", run_record(SETTINGS, "bytes", "corpus"))
 
     assert name() == name(block_len=2) == "test"
     assert name(cache="off") == "test_cache_off"

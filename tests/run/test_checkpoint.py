@@ -20,7 +20,10 @@ from tvq_pod.errors import UserError
 from tvq_pod.host.paths import NAME_BYTES, check_saving
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.run import manifest
-from tvq_pod.run.checkpoint import Checkpoints, sha256_of, stale_steps
+from tvq_pod.run.checkpoint import Checkpoints
+from tvq_pod.run.checkpoint_reader import CheckpointReader
+from tvq_pod.run.hashes import sha256_of
+from tvq_pod.run.step_folders import stale_steps
 from tvq_pod.training.step import abstract_train_state, create_train_state, make_train_step
 
 SETTINGS = Settings(
@@ -77,8 +80,8 @@ def test_what_only_another_host_can_t_see_is_not_set_aside(tmp_path, mesh, monke
     checkpoints = Checkpoints(tmp_path, CheckpointSettings())
     checkpoints.save(create_train_state(SETTINGS, mesh), 3, RECORD, SCHEDULE)
     checkpoints.wait()
-    monkeypatch.setattr("tvq_pod.run.checkpoint.all_agree", lambda own: False)
-    monkeypatch.setattr("tvq_pod.run.checkpoint.decided_by_process_zero", lambda own: own)
+    monkeypatch.setattr("tvq_pod.run.checkpoint_reader.all_agree", lambda own: False)
+    monkeypatch.setattr("tvq_pod.run.checkpoint_reader.decided_by_process_zero", lambda own: own)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(manifest, "problems", lambda folder, part=0, of=1, real=manifest.problems: real(folder))
     with pytest.raises(UserError, match="step 3 is whole where process 0 is, and not on every host"):
@@ -162,7 +165,7 @@ def test_a_checkpoint_is_told_from_others_of_its_step(tmp_path, mesh):
             assert checkpoints.wait(), checkpoints.error
         names = {step: checkpoints.identity(step) for step in (1, 2, 3)}
         checkpoints.close()
-        reader = Checkpoints(tmp_path)  # as an evaluation does
+        reader = CheckpointReader(tmp_path)  # as an evaluation does
         assert all(reader.identity(step) == names[step] for step in saved)
         reader.close()
         return names
@@ -261,11 +264,11 @@ def test_another_runs_checkpoint_is_refused_by_name(tmp_path, mesh):
 
 def test_no_checkpoint_is_an_error_and_makes_no_folder(tmp_path):
     with pytest.raises(UserError, match=r"--workdir=.*: has no checkpoint; train there first"):
-        Checkpoints(tmp_path / "nowhere")
+        CheckpointReader(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="has no checkpoint"):
-        Checkpoints(tmp_path).pick(None)
+        CheckpointReader(tmp_path).pick(None)
 
 
 def test_a_fingerprint_sees_every_bit_and_every_name():
@@ -339,7 +342,7 @@ def test_with_no_good_step_left_a_run_does_not_start_over(workdir):
 
 def test_those_that_only_read_pass_over_a_damaged_step_and_leave_it_where_it_is(workdir):
     damage(workdir, 3)
-    checkpoints = Checkpoints(workdir)
+    checkpoints = CheckpointReader(workdir)
     assert checkpoints.pick(None) == 2
     with pytest.raises(UserError, match="--step=3 is damaged"):
         checkpoints.pick(3)
@@ -350,7 +353,7 @@ def test_those_that_only_read_pass_over_a_damaged_step_and_leave_it_where_it_is(
 def test_orbax_needs_nothing_that_the_manifest_leaves_out(workdir, mesh):
     for name in manifest.LEFT_OUT:
         (workdir / f"checkpoints/3/{name}").write_text("?")
-    checkpoints = Checkpoints(workdir)
+    checkpoints = CheckpointReader(workdir)
     checkpoints.restore(3, abstract_train_state(SETTINGS, mesh))
     checkpoints.close()
 
@@ -359,7 +362,7 @@ def test_a_whole_checkpoint_of_other_shapes_is_not_called_damaged(workdir, mesh)
     """As one whose record does not name the setting that makes the difference."""
     wider = dataclasses.replace(SETTINGS, model=SETTINGS.model.replace(n_code=6))
     lion = dataclasses.replace(SETTINGS, optimizer=OptimizerSettings(name="lion"))
-    checkpoints = Checkpoints(workdir)
+    checkpoints = CheckpointReader(workdir)
     with pytest.raises(
         UserError, match=r"the array params/layers/unit0/quantizer/codebook has the shape \(1, 2, 5, 6\) in"
     ) as e:
@@ -376,7 +379,7 @@ def test_a_whole_checkpoint_of_other_shapes_is_not_called_damaged(workdir, mesh)
 def test_parameters_are_read_in_another_dtype_but_training_keeps_its_own(workdir, mesh):
     """Rounded as numpy rounds; the codebook stays float32."""
     coarse = dataclasses.replace(SETTINGS, model=SETTINGS.model.replace(param_dtype="bfloat16", dtype="bfloat16"))
-    checkpoints = Checkpoints(workdir)
+    checkpoints = CheckpointReader(workdir)
     checkpoints.check(3, model_record(coarse, "bytes"))
     with pytest.raises(UserError, match=r"config.model.dtype=bfloat16: .* was made with"):
         checkpoints.check(3, run_record(coarse, "bytes", "corpus-a"))

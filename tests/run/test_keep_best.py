@@ -19,13 +19,13 @@ from tvq_pod.config.settings import (
     TrainSettings,
 )
 from tvq_pod.data.streams import PackedDocuments
-from tvq_pod.inference import evaluator as eval_module
 from tvq_pod.inference.by_position import Positions
 from tvq_pod.inference.evaluation_lines import own_losses
 from tvq_pod.inference.evaluator import Evaluator, Result
+from tvq_pod.modes import evaluate as evaluate_module
 from tvq_pod.modes import train as train_module
 from tvq_pod.modes.evaluate import evaluate
-from tvq_pod.run.checkpoint import Checkpoints
+from tvq_pod.run.checkpoint_reader import CheckpointReader
 
 TEXTS = [f"document {n} says {n * n}, and no more than that. ".encode() * 8 for n in range(20)]
 
@@ -38,11 +38,6 @@ def store(tmp_path_factory):
 class Step:
     """Stands for the compiled step: counts."""
 
-    lower = compile = lambda self, *args: self
-
-    def memory_analysis(self):
-        return None
-
     def __call__(self, state, batch):
         return state.replace(step=state.step + 1), dict(loss=1.0, n_bad=0, digest=np.zeros(2, np.uint32))
 
@@ -51,7 +46,7 @@ class Step:
 def losses(monkeypatch):
     """What evaluations come to: "own", those of the run, one after the other; "next", all while it is there."""
     losses = {}
-    monkeypatch.setattr(train_module, "make_train_step", lambda *args: Step())
+    monkeypatch.setattr(train_module, "compiled_train_step", lambda *args: Step())
 
     def made_up(self, params, told_to_stop=lambda: False):
         loss = losses["next"] if "next" in losses else losses["own"].pop(0)
@@ -82,7 +77,7 @@ def run(settings, workdir):
     train_module.train(
         settings, epath.Path(workdir), types.SimpleNamespace(requested=False, can_save=False, take_save=lambda: False)
     )
-    checkpoints = Checkpoints(epath.Path(workdir))
+    checkpoints = CheckpointReader(epath.Path(workdir))
     steps = checkpoints.steps()
     checkpoints.close()
     return steps
@@ -127,7 +122,7 @@ def test_only_complete_evaluations_of_its_own_split_decide_which_step_is_the_bes
     losses["own"] = [1.0, 2.0, 3.0]
     assert run(settings, workdir) == [4, 12]
     # All of these are better, and about something else.
-    monkeypatch.setattr(eval_module, "write_positions", lambda *args: None)
+    monkeypatch.setattr(evaluate_module, "write_positions", lambda *args: None)
     other = store_of(tmp_path / "other", [text + b"?" for text in TEXTS], validation_share=0.4)
     for changes in (
         dict(data=data_of(other)),

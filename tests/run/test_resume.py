@@ -13,6 +13,7 @@ from tests.training.test_bad_steps import settings_for
 from tvq_pod.config.settings import EvalSettings
 from tvq_pod.modes.train import train
 from tvq_pod.run.checkpoint import Checkpoints
+from tvq_pod.run.checkpoint_reader import CheckpointReader
 
 FLAGS = [
     "--config.sample.length=0",
@@ -115,7 +116,7 @@ def test_sigusr1_in_an_evaluation_saves_at_once(tmp_path, corpus, monkeypatch):
     train(settings, epath.Path(tmp_path), AskedToSaveAt(2, 6))
     assert saved == [2, 4, 6]
     assert evaluated[-1] == ([4], [2, 4])  # the evaluation came to its end
-    assert Checkpoints(epath.Path(tmp_path)).steps() == [2, 4, 6]
+    assert CheckpointReader(epath.Path(tmp_path)).steps() == [2, 4, 6]
 
 
 def test_two_runs_in_one_folder_the_second_is_refused_and_the_first_goes_on(tmp_path, config_file):

@@ -28,7 +28,9 @@ from tvq_pod.data.store import TokenStore
 from tvq_pod.errors import Preempted, UserError
 from tvq_pod.modes.train import train
 from tvq_pod.parallel.mesh import make_mesh
-from tvq_pod.run.checkpoint import Checkpoints, sha256_of
+from tvq_pod.run.checkpoint import Checkpoints
+from tvq_pod.run.checkpoint_reader import CheckpointReader
+from tvq_pod.run.hashes import sha256_of
 from tvq_pod.training import bad_steps
 from tvq_pod.training.step import abstract_train_state, create_recurrent, create_train_state, make_train_step
 
@@ -150,7 +152,7 @@ def run(settings, workdir):
 
 
 def state_of(settings, workdir, step):
-    checkpoints = Checkpoints(epath.Path(workdir))
+    checkpoints = CheckpointReader(epath.Path(workdir))
     state = jax.device_get(checkpoints.restore(step, abstract_train_state(settings, make_mesh(settings.mesh))))
     checkpoints.close()
     return state
@@ -188,7 +190,7 @@ def test_a_bad_step_is_not_applied_and_the_run_goes_on(corpus, tmp_path, poison)
     state = run(settings, tmp_path)
     assert [line["step"] for line in lines_of(tmp_path) if line["bad_steps"]] == [7, 15, 16]
     # step 15 was bad: its checkpoint had to wait for the next good one
-    assert Checkpoints(epath.Path(tmp_path)).steps() == [5, 10, 17, 20, 24]
+    assert CheckpointReader(epath.Path(tmp_path)).steps() == [5, 10, 17, 20, 24]
     assert_same(state, by_hand(settings, tmp_path, range(STEPS), poison))
     assert not (tmp_path / "skipped.jsonl").exists()
 
@@ -223,7 +225,7 @@ def test_the_last_steps_are_no_exception(corpus, tmp_path, poison):
     settings = dataclasses.replace(settings, checkpoint=dataclasses.replace(settings.checkpoint, keep=1, keep_best=0))
     poison |= {22, 23}
     run(settings, tmp_path / "few")
-    assert Checkpoints(epath.Path(tmp_path / "few")).steps() == [20, 24]
+    assert CheckpointReader(epath.Path(tmp_path / "few")).steps() == [20, 24]
     poison |= {21, 22, 23}
     state = run(settings, tmp_path / "many")
     left = [update for update in range(STEPS + 3) if update not in poison]
@@ -286,7 +288,7 @@ def test_saves_that_fail_are_not_the_last(corpus, tmp_path, monkeypatch):
         Checkpoints, "_has_room", lambda self, state: steps[-1] not in (10, 15) and has_room(self, state)
     )
     run(settings, tmp_path)
-    assert Checkpoints(epath.Path(tmp_path)).steps() == [5, 20, 24]
+    assert CheckpointReader(epath.Path(tmp_path)).steps() == [5, 20, 24]
 
 
 class AskedAt:
@@ -313,7 +315,7 @@ def test_a_run_that_is_preempted_between_bad_steps_can_still_go_back(corpus, tmp
     poison |= {12, 13, 14}
     with pytest.raises(Preempted, match="saved step 14"):
         train(settings, epath.Path(tmp_path), AskedAt(14))
-    assert Checkpoints(epath.Path(tmp_path)).steps() == [10, 14]
+    assert CheckpointReader(epath.Path(tmp_path)).steps() == [10, 14]
     state = run(settings, tmp_path)
     assert (tmp_path / "checkpoints/14.undone").exists()
     assert_same(state, by_hand(settings, tmp_path, [update for update in range(STEPS + 3) if update not in poison]))

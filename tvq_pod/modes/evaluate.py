@@ -17,7 +17,7 @@ from tvq_pod.inference.evaluation_lines import report, subject
 from tvq_pod.inference.evaluator import Evaluator, Result
 from tvq_pod.parallel.mesh import check_divides, make_mesh
 from tvq_pod.parallel.processes import is_process_zero
-from tvq_pod.run.checkpoint import Checkpoints
+from tvq_pod.run.checkpoint_reader import CheckpointReader
 from tvq_pod.run.metrics import MetricsWriter
 from tvq_pod.training.step import abstract_train_state
 
@@ -29,7 +29,7 @@ def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | No
     """
     mesh = make_mesh(settings.mesh)
     check_divides("config.eval.batch_size", settings.eval.batch_size, mesh)
-    checkpoints = Checkpoints(workdir, restore_timeout_seconds=settings.checkpoint.restore_timeout_seconds)
+    checkpoints = CheckpointReader(workdir, settings.checkpoint.restore_timeout_seconds)
     step = checkpoints.pick(step)
     path = store_path(settings, workdir)
     if not settings.data.mixture and not TokenStore.exists(path):

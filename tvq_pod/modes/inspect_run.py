@@ -16,14 +16,16 @@ from tvq_pod.config.settings import MeshSettings, Settings
 from tvq_pod.data.open import run_vocab
 from tvq_pod.errors import UserError
 from tvq_pod.parallel.mesh import make_mesh
-from tvq_pod.run.checkpoint import Checkpoints, sha256_of_arrays
+from tvq_pod.run.checkpoint_reader import CheckpointReader
+from tvq_pod.run.hashes import sha256_of_arrays
+from tvq_pod.run.saved_state import saved_name, train_item
 from tvq_pod.training.step import TrainState, abstract_train_state
 
 
 def inspect(settings: Settings, workdir: epath.Path, step: int | None) -> None:
     """Prints the config, the steps kept, each parameter's shape, dtype and sharding, their count, and two SHA-256: of
     all parameters, and of the rest of the train state (step, optimizer, recurrent state)."""
-    checkpoints = Checkpoints(workdir, restore_timeout_seconds=settings.checkpoint.restore_timeout_seconds)
+    checkpoints = CheckpointReader(workdir, settings.checkpoint.restore_timeout_seconds)
     steps, step = checkpoints.steps(), checkpoints.pick(step)
     record = run_record(settings, run_vocab(settings, workdir).name, fingerprint="")
     checkpoints.check(step, {name: value for name, value in record.items() if name != FINGERPRINT})
@@ -54,18 +56,16 @@ def _printed(abstract: dict, read: Callable[[str], np.ndarray]) -> Iterator[tupl
 
 def _rest(folder: epath.Path, abstract: TrainState) -> Iterator[tuple[str, np.ndarray]]:
     """Reads the rest of the train state in the order of its paths."""
-    train = dict(step=abstract.step, opt_state=abstract.opt_state, sanity=abstract.bad_steps, digest=abstract.digest)
     readers = {
-        "train": _reader(folder / "train", train),
+        "train": _reader(folder / "train", train_item(abstract)),
         "recurrent": _reader(folder / "recurrent", abstract.recurrent),
     }
-    leaves = jax.tree_util.tree_leaves_with_path(abstract.replace(params=None))
-    for path in sorted((path for path, _ in leaves), key=jax.tree_util.keystr):
-        field, below = path[0].name, jax.tree_util.keystr(path[1:])
-        if field == "recurrent":
-            yield jax.tree_util.keystr(path), readers["recurrent"](below)
-        else:
-            yield jax.tree_util.keystr(path), readers["train"](f"[{field!r}]{below}")
+    arrays = {}  # by the name that they are hashed with, which is that of the checkpoint
+    for path, _ in jax.tree_util.tree_leaves_with_path(abstract.replace(params=None)):
+        name, below = saved_name(path[0].name), jax.tree_util.keystr(path[1:])
+        arrays[f".{name}{below}"] = ("recurrent", below) if name == "recurrent" else ("train", f"[{name!r}]{below}")
+    for name, (item, place) in sorted(arrays.items()):
+        yield name, readers[item](place)
 
 
 def _reader(folder: epath.Path, abstract) -> Callable[[str], np.ndarray]:

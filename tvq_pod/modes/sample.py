@@ -14,7 +14,7 @@ from tvq_pod.inference import images
 from tvq_pod.inference.text import continuations
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.parallel.processes import on_process_zero, text_from_process_zero
-from tvq_pod.run.checkpoint import Checkpoints
+from tvq_pod.run.checkpoint_reader import CheckpointReader
 from tvq_pod.training.step import abstract_train_state
 
 
@@ -26,7 +26,7 @@ def sample(settings: Settings, workdir: epath.Path, prompts: list[bytes], step: 
     text as it comes, several when all rows have ended.
     """
     images.check_packages(settings)
-    checkpoints = Checkpoints(workdir, restore_timeout_seconds=settings.checkpoint.restore_timeout_seconds)
+    checkpoints = CheckpointReader(workdir, settings.checkpoint.restore_timeout_seconds)
     step = checkpoints.pick(step)
     vocab = run_vocab(settings, workdir)
     checkpoints.check(step, model_record(settings, vocab.name))

@@ -1,109 +1,40 @@
-"""Checkpoints: what a run needs to go on, written by orbax in the background, with a manifest of checksums.
-
-    WORKDIR/checkpoints/STEP/params          the parameters, codebooks included: all that eval and sample need
-    WORKDIR/checkpoints/STEP/train           step, the optimizer's state, what bad steps are judged by, digest of tokens
-    WORKDIR/checkpoints/STEP/recurrent       every layer's recurrent state, for every stream
-    WORKDIR/checkpoints/STEP/record          what these belong to: sizes of the model, corpus, seed; the schedule so far
-    WORKDIR/checkpoints/STEP/manifest.json   size and checksum of each file, written last
-    WORKDIR/checkpoints/STEP.damaged         a step whose files are not what its manifest says: set aside, never deleted
-    WORKDIR/checkpoints/STEP.undone          a step that the run went back from (see training/bad_steps.py)
-
-A step's folder appears under its name only when it is whole. It is believed only after its manifest was verified. A
-record that differs from the run's is refused before any array is read.
+"""Checkpoints, written by orbax in the background, with a manifest of checksums. checkpoint_reader.py says what is in
+one, step_folders.py what their folder looks like.
 """
 
 import concurrent.futures
 import contextlib
-import fnmatch
-import hashlib
-import json
 import math
-import re
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn, Protocol, Self, TypeVar
+from collections.abc import Callable
+from typing import NoReturn
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from tvq_pod.config.identity import OPTIMIZER_STATE, differing
-from tvq_pod.config.settings import CheckpointSettings, TrainSettings
+from tvq_pod.config.settings import CheckpointSettings
 from tvq_pod.data.schedule import DataSchedule
 from tvq_pod.errors import UserError
-from tvq_pod.host.files import free_name
 from tvq_pod.host.paths import is_bucket
-from tvq_pod.host.terminal import tell
 from tvq_pod.parallel.deadlines import Deadline
 from tvq_pod.parallel.processes import (
     all_agree,
-    decided_by_process_zero,
     from_process_zero,
     is_process_zero,
     on_process_zero,
     text_from_process_zero,
 )
 from tvq_pod.run import manifest
+from tvq_pod.run.checkpoint_reader import FORMAT, CheckpointReader, handler
+from tvq_pod.run.saved_state import State, train_item
+from tvq_pod.run.step_folders import stale_steps
 
-FORMAT = 2
 RETRY_SECONDS = 10.0  # after a save that failed
 WRITERS_SECONDS = 10.0  # for threads of a save that failed to end
-
-
-class State(Protocol):
-    """What is saved of training: a TrainState, or any dataclass of pytrees with these fields."""
-
-    @property
-    def step(self) -> jax.Array: ...
-    @property
-    def params(self) -> dict: ...
-    @property
-    def opt_state(self) -> Any: ...
-    @property
-    def recurrent(self) -> dict | None: ...
-    @property
-    def bad_steps(self) -> dict: ...
-    @property
-    def digest(self) -> jax.Array: ...
-
-    def replace(self, **changes) -> Self: ...
-
-
-S = TypeVar("S", bound=State)
-
-
-def newest_record(workdir: epath.Path) -> tuple[epath.Path, dict] | None:
-    """The newest step's folder and its record, for what can be refused early: only the record's file is read, and it is
-    not verified. None if there is no step, or its record can't be read."""
-    path = epath.Path(workdir) / "checkpoints"
-    with contextlib.suppress(OSError, ValueError):
-        newest = path / str(max(_steps_in(path)))
-        return newest, json.loads((newest / "record" / "metadata").read_text())
-    return None
-
-
-def _steps_in(path: epath.Path) -> list[int]:
-    """Steps in a folder of checkpoints that are there and whole, in order."""
-    if not path.is_dir():
-        return []
-    named = [step for step in path.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", step.name)]
-    return sorted(int(step.name) for step in named if not is_bucket(step) or (step / "commit_success.txt").exists())
-
-
-def stale_steps(steps: list[int], settings: CheckpointSettings, losses: dict[int, float]) -> list[int]:
-    """The steps that need not stay. losses: validation loss of those steps that were evaluated."""
-    if not settings.keep:
-        return []
-    kept = set(sorted(steps)[-settings.keep :])
-    if settings.keep_every_steps:
-        kept |= {step for step in steps if step % settings.keep_every_steps == 0}
-    evaluated = sorted((step for step in steps if step in losses), key=lambda step: losses[step])
-    kept |= set(evaluated[: settings.keep_best])
-    return [step for step in sorted(steps) if step not in kept]
 
 
 def _wait_for_writers() -> None:
@@ -116,84 +47,35 @@ def _wait_for_writers() -> None:
         time.sleep(0.05)
 
 
-class Checkpoints:
-    """The checkpoints of one run. All processes of a job call the same methods in the same order."""
+class Checkpoints(CheckpointReader):
+    """The checkpoints of a run that trains. All processes of a job call the same methods in the same order."""
 
     def __init__(
         self,
-        workdir: epath.Path,
-        settings: CheckpointSettings | None = None,
+        workdir: epath.PathLike,
+        settings: CheckpointSettings,
         on_saved: Callable[[int], None] = lambda step: None,
         before_named: Callable[[], object] = lambda: None,
-        restore_timeout_seconds: int = CheckpointSettings.restore_timeout_seconds,
     ):
-        """settings: of a run that writes; None for one that only reads, and makes no folder. on_saved: is called with
-        every step that is on disk and good, on process 0, in a thread. before_named: is called there too, before a step
-        gets its name. restore_timeout_seconds: the setting, for one that only reads."""
-        workdir = epath.Path(workdir)
-        self.path = (workdir if is_bucket(workdir) else workdir.absolute()) / "checkpoints"
+        """on_saved: is called with every step that is on disk and good, on process 0, in a thread. before_named: is
+        called there too, before a step gets its name."""
+        self._open(workdir, settings.restore_timeout_seconds)
         self._settings, self._on_saved, self._before_named = settings, on_saved, before_named
         self._branches: list[list] | None = None  # see `begin`
-        self._restore_timeout = settings.restore_timeout_seconds if settings else restore_timeout_seconds
-        if settings is None and not self.path.is_dir():
-            raise UserError(f"--workdir={workdir}: has no checkpoint; train there first")
         self._saving: int | None = None
         self._saved: concurrent.futures.Future | None = None
         self._failed_at = 0.0
         self._losses: dict[int, float] = {}
-        self._checkpointer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(
-                params=ocp.StandardCheckpointHandler(),
-                train=ocp.StandardCheckpointHandler(),
-                recurrent=ocp.StandardCheckpointHandler(),
-                record=ocp.JsonCheckpointHandler(),
-            ),
+        self._checkpointer: ocp.AsyncCheckpointer = ocp.AsyncCheckpointer(
+            handler(),
             async_options=ocp.AsyncOptions(
-                timeout_secs=settings.timeout_seconds if settings else 600,
-                post_finalization_callback=self._add_manifest,
+                timeout_secs=settings.timeout_seconds, post_finalization_callback=self._add_manifest
             ),
         )
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
-        if settings is not None:
-            on_process_zero(self._tidy)
+        on_process_zero(self._folders.tidy)
 
-    def _reading(self, what: str) -> Deadline:
-        seconds = self._restore_timeout
-        return Deadline(what, seconds, f"config.checkpoint.restore_timeout_seconds={seconds}")
-
-    def _writing(self) -> Deadline:
-        """Orbax gives a save up by itself once its time is over, and it is tried again. Twice that time, and what waits
-        for it never ends."""
-        seconds = (self._settings or CheckpointSettings()).timeout_seconds
-        return Deadline(f"a save of {self.path}", 2 * seconds, f"config.checkpoint.timeout_seconds={seconds}")
-
-    # ------------------------------------------------------------------ which there are
-
-    def steps(self) -> list[int]:
-        """Steps that are there and whole, in order."""
-        return _steps_in(self.path)
-
-    def _entries(self, pattern: str) -> Iterator[epath.Path]:
-        """What is in the folder, by name. (epath's glob would take `[` in the folder's own path for a pattern.)"""
-        names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
-        return (self.path / name for name in names if fnmatch.fnmatchcase(name, pattern))
-
-    def pick(self, step: int | None) -> int:
-        """`step`, or for None the newest that is as it was written. For those that only read: nothing is set aside.
-
-        Raises UserError if it is not there, or damaged.
-        """
-        steps = self.steps()
-        if not steps:
-            raise UserError(f"--workdir={self.path.parent}: has no checkpoint; train there first")
-        if step is not None and step not in steps:
-            raise UserError(f"--step={step}: there are {', '.join(map(str, steps))}")
-        with self._reading(f"verifying the checkpoints in {self.path}"):
-            for candidate in reversed(steps) if step is None else [step]:
-                if self._is_good(candidate):
-                    return candidate
-        which = "every checkpoint" if step is None else f"--step={step}"
-        raise UserError(f"--workdir={self.path.parent}: {which} is damaged; there are {', '.join(map(str, steps))}")
+    # ------------------------------------------------------------------ where a run goes on
 
     def newest_good(self) -> int | None:
         """The newest step whose files are what its manifest says; None if nothing was ever saved. Those newer ones that
@@ -205,8 +87,8 @@ class Checkpoints:
             while (step := from_process_zero(max(self.steps(), default=-1))) != -1:
                 if self._is_good(step):
                     return step
-                on_process_zero(lambda step=step: self._set_aside(step, "damaged"))
-        set_aside = sorted(path.name for path in self._entries("*.damaged*"))
+                on_process_zero(lambda step=step: self._folders.set_aside(step, "damaged"))
+        set_aside = sorted(path.name for path in self._folders.entries("*.damaged*"))
         if set_aside:
             raise UserError(
                 f"--workdir={self.path.parent}: has no good checkpoint left ({', '.join(set_aside)} in {self.path}); "
@@ -214,32 +96,11 @@ class Checkpoints:
             )
         return None
 
-    def _is_good(self, step: int) -> bool:
-        """Whether the step's files are what its manifest says; each process looks at its share of them.
-
-        Raises UserError if a host can't read them, or they look damaged to one and whole to process 0: that is no
-        damage, but a folder that is not mounted everywhere.
-        """
-        found = self._problems(step, jax.process_index(), jax.process_count())
-        for problem in found:
-            tell(f"DAMAGED: {problem}")
-        if all_agree(not found):
-            return True
-        if jax.process_count() > 1 and decided_by_process_zero(is_process_zero() and not self._problems(step)):
-            raise UserError(
-                f"--workdir={self.path.parent}: step {step} is whole where process 0 is, and not on every host; all "
-                "must see the same folder"
-            )
-        return False
-
-    def _problems(self, step: int, part: int = 0, of: int = 1) -> list[str]:
-        try:
-            return manifest.problems(self.path / str(step), part, of)
-        except OSError as error:
-            raise UserError(
-                f"--workdir={self.path.parent}: {error.filename or self.path} can't be read ({error.strerror}); mend "
-                "that, and start again"
-            ) from None
+    def _writing(self) -> Deadline:
+        """Orbax gives a save up by itself once its time is over, and it is tried again. Twice that time, and what waits
+        for it never ends."""
+        seconds = self._settings.timeout_seconds
+        return Deadline(f"a save of {self.path}", 2 * seconds, f"config.checkpoint.timeout_seconds={seconds}")
 
     def undo(self, after: int) -> None:
         """Sets aside all steps after that one."""
@@ -247,11 +108,9 @@ class Checkpoints:
         def set_aside():
             for step in self.steps():
                 if step > after:
-                    self._set_aside(step, "undone")
+                    self._folders.set_aside(step, "undone")
 
         on_process_zero(set_aside)
-
-    # ------------------------------------------------------------------ what tells them apart
 
     def begin(self, step: int | None) -> None:
         """Training begins, from the state of `step`, or for None from the seed: a branch with a name of its own.
@@ -261,19 +120,14 @@ class Checkpoints:
         went back, or that was resumed from an older checkpoint. All losses after `step` are forgotten.
         """
         first = step or 0
-        before = [] if step is None else self.record(step).get("branches", [])
+        before = [] if step is None else super().branches(step)
         self._branches = [branch for branch in before if branch[0] < first]
         self._branches.append([first, text_from_process_zero(secrets.token_hex(4))])
         self._losses = {step: loss for step, loss in self._losses.items() if step <= first}
 
-    def identity(self, step: int) -> str:
-        """What no other checkpoint is called: `step` and its branch, as "20-1f0c33a7". Of the training that began, or
-        else of the checkpoint on disk; "" for those of older versions."""
-        branches = self.record(step).get("branches", []) if self._branches is None else self._branches
-        names = [name for first, name in branches if first < step]
-        return f"{step}-{names[-1]}" if names else ""
-
-    # ------------------------------------------------------------------ writing
+    def branches(self, step: int) -> list[list]:
+        """Those of the training that began, or else of the checkpoint on disk."""
+        return super().branches(step) if self._branches is None else self._branches
 
     def save(self, state: State, step: int, record: dict, schedule: DataSchedule, retain_all: bool = False) -> None:
         """Copies the state to the host, returns, and writes in the background; `busy` and `error` say how it goes.
@@ -293,10 +147,9 @@ class Checkpoints:
         if verdict == room:
             self._failed(OSError("the disk has not enough room for it"))
             return
-        train = dict(step=state.step, opt_state=state.opt_state, sanity=state.bad_steps, digest=state.digest)
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
-            train=ocp.args.StandardSave(train),
+            train=ocp.args.StandardSave(train_item(state)),
             recurrent=ocp.args.StandardSave(state.recurrent),
             record=ocp.args.JsonSave(
                 dict(record, format=FORMAT, course=schedule.to_json(), branches=self._branches or [])
@@ -367,7 +220,7 @@ class Checkpoints:
         """Called by orbax on process 0, when all of a step is written and before it gets its name."""
         self._before_named()
         final = self.path / str(self._saving)
-        draft = next(self._entries(f"{self._saving}.orbax-checkpoint-tmp*"), final)
+        draft = next(self._folders.entries(f"{self._saving}.orbax-checkpoint-tmp*"), final)
         manifest.write_manifest(draft)
 
     def _finish(self, step: int, retain_all: bool) -> None:
@@ -380,15 +233,15 @@ class Checkpoints:
             return
         found = manifest.problems(self.path / str(step))
         if found:
-            self._set_aside(step, "damaged")
+            self._folders.set_aside(step, "damaged")
             self._failed_at = time.monotonic()
             raise OSError(found[0])
         self._on_saved(step)
         with contextlib.suppress(OSError):  # what should go, goes with the next save
             if not retain_all:  # the newest step is good: older ones may go
                 for stale in stale_steps(self.steps(), self._settings, self._losses):
-                    self._delete(stale)
-            self._tidy()
+                    self._folders.delete(stale)
+            self._folders.tidy()
 
     def _clear(self, error: BaseException) -> NoReturn:
         """After a save that failed, so that the next one can succeed; raises what it failed with."""
@@ -398,150 +251,9 @@ class Checkpoints:
                 self._checkpointer.wait_until_finished()
         _wait_for_writers()
         if is_process_zero():  # what was written of it is in the way, and takes room
-            self._tidy()
+            self._folders.tidy()
         raise error
 
     def know_losses(self, losses: dict[int, float | None]) -> None:
         """Validation losses, by step: the best are kept. One that is None or not finite is no good one."""
         self._losses |= {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
-
-    def _delete(self, step: int) -> None:
-        """By another name first: a kill in between leaves no half of a step behind."""
-        doomed = self.path / f"{step}.deleting"
-        if not is_bucket(self.path):
-            (self.path / str(step)).rename(doomed)
-            doomed.rmtree(missing_ok=True)
-        else:
-            (self.path / str(step) / "commit_success.txt").unlink(missing_ok=True)
-            (self.path / str(step)).rmtree(missing_ok=True)
-
-    def _tidy(self) -> None:
-        """Removes what a killed or failed save, or deletion, left behind."""
-        for pattern in ("*.orbax-checkpoint-tmp*", "*.deleting"):
-            for path in self._entries(pattern):
-                with contextlib.suppress(OSError):  # a thread of the failed save may still write there
-                    path.rmtree(missing_ok=True)
-
-    def _set_aside(self, step: int, why: str) -> None:
-        target = free_name(self.path / f"{step}.{why}")
-        (self.path / str(step)).rename(target)
-        tell(f"{why.upper()}: checkpoint {self.path / str(step)} is set aside as {target.name}")
-
-    # ------------------------------------------------------------------ reading
-
-    def record(self, step: int) -> dict:
-        """What `step` belongs to. Raises UserError if it is of another version's format."""
-        saved = self._restore(step, record=ocp.args.JsonRestore())["record"]
-        if saved.get("format") != FORMAT:
-            raise UserError(f"{self.path}/{step}: has format {saved.get('format')}; this version reads {FORMAT}")
-        return saved
-
-    def check(self, step: int, record: dict) -> None:
-        """Raises UserError naming the first setting in which the checkpoint's record differs from `record`
-        (see run_record; entries that `record` lacks are not looked at)."""
-        if found := differing(record, self.record(step)):
-            name, value, made_with = found
-            if name == OPTIMIZER_STATE:
-                raise UserError(
-                    f"config.optimizer.name={record['config.optimizer.name']}: the checkpoint {self.path}/{step} has "
-                    f"this optimizer's state in form {made_with}, and this version reads form {value} only; give "
-                    "another --workdir, or continue with the version that wrote it"
-                )
-            raise UserError(
-                f"{name}={value}: the checkpoint {self.path}/{step} was made with {made_with}; "
-                "give that, or another --workdir"
-            )
-
-    def check_streams(self, step: int, settings: TrainSettings) -> None:
-        """Raises UserError if the checkpoint's recurrent state is of other streams than the settings say."""
-        saved = self.schedule(step).now
-        for name in ("batch_size", "update_len"):
-            now, then = getattr(settings, name), getattr(saved, name)
-            if now != then:
-                raise UserError(
-                    f"config.train.{name}={now}: the checkpoint {self.path}/{step} was made with {then}; "
-                    "give that, or another --workdir, or config.train.on_batch_change=restart_streams"
-                )
-
-    def schedule(self, step: int) -> DataSchedule:
-        """The schedule that led to `step`."""
-        return DataSchedule.from_json(self.record(step)["course"])
-
-    def restore(self, step: int, abstract: S, with_recurrent: bool = True) -> S:
-        """The state of `step`, in the shapes, dtypes and shardings of `abstract`.
-
-        with_recurrent: whether the recurrent state is read; None stands in its place if not.
-        """
-        train = dict(
-            step=abstract.step, opt_state=abstract.opt_state, sanity=abstract.bad_steps, digest=abstract.digest
-        )
-        items = dict(params=ocp.args.StandardRestore(abstract.params), train=ocp.args.StandardRestore(train))
-        if with_recurrent:
-            items["recurrent"] = ocp.args.StandardRestore(abstract.recurrent)
-        restored = self._restore(step, **items)
-        train = dict(restored["train"])
-        train["bad_steps"] = train.pop("sanity")
-        return abstract.replace(params=restored["params"], recurrent=restored.get("recurrent"), **train)
-
-    def restore_params(self, step: int, abstract_params: dict) -> dict:
-        """Only the parameters, in the shapes, dtypes and shardings of `abstract_params`."""
-        return self._restore(step, params=ocp.args.StandardRestore(abstract_params))["params"]
-
-    def _restore(self, step: int, **items):
-        """Raises UserError if the files can't be read; orbax's own errors then are of many kinds."""
-        try:
-            with self._reading(f"reading the checkpoint {self.path}/{step}"):
-                return self._checkpointer.restore(self.path / str(step), args=ocp.args.Composite(**items))
-        except (KeyError, OSError, TypeError, ValueError) as error:
-            if found := self._other_arrays(step, items):
-                raise UserError(
-                    f"--workdir={self.path.parent}: {found}; the checkpoint is not damaged: "
-                    "give the config that it was made with, or another --workdir"
-                ) from error
-            raise UserError(
-                f"{self.path}/{step}: can't be read ({str(error)[:200]}); "
-                "if it is damaged, move it away, and the step before it is used"
-            ) from error
-
-    def _other_arrays(self, step: int, items: dict) -> str:
-        """The first array in which what is saved differs in shape from what was asked for; "" if none does."""
-        for item, asked in items.items():
-            if not isinstance(asked, ocp.args.StandardRestore):
-                continue
-            try:
-                with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-                    saved = _shapes(handler.metadata(self.path / str(step) / item).tree)
-            except (KeyError, OSError, TypeError, ValueError):
-                continue
-            wanted = _shapes(asked.item)
-            for name in sorted(saved.keys() | wanted.keys()):
-                if saved.get(name) != wanted.get(name):
-                    then, now = (shapes.get(name, "none") for shapes in (saved, wanted))
-                    return (
-                        f"the array {item}/{name} has the shape {then} in checkpoint {step}, and {now} by this config"
-                    )
-        return ""
-
-
-def _shapes(tree) -> dict[str, tuple[int, ...]]:
-    """The shape of every array of a tree of arrays, or of descriptions of them, by its path."""
-    flat = ocp.tree.to_flat_dict(tree)
-    return {"/".join(map(str, path)): tuple(x.shape) for path, x in flat.items() if hasattr(x, "shape")}
-
-
-def sha256_of(tree) -> str:
-    """SHA-256 over the paths, dtypes, shapes and bytes of a tree's arrays, in the order of their paths."""
-    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    return sha256_of_arrays((path, np.asarray(leaves[path])) for path in sorted(leaves))
-
-
-def sha256_of_arrays(named: Iterable[tuple[str, np.ndarray]]) -> str:
-    """`sha256_of` the arrays that are given one after the other with their paths, in the paths' order. None is held
-    longer than it takes to hash it."""
-    digest = hashlib.sha256()
-    for path, array in named:
-        array = np.ascontiguousarray(array)
-        digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
-        del array  # before the next one is read
-    return digest.hexdigest()

@@ -13,7 +13,8 @@ from tvq_pod.config.settings import CheckpointSettings
 from tvq_pod.data.schedule import DataSchedule
 from tvq_pod.errors import Preempted, UserError
 from tvq_pod.host.terminal import say
-from tvq_pod.run.checkpoint import RETRY_SECONDS, Checkpoints, State
+from tvq_pod.run.checkpoint import RETRY_SECONDS, Checkpoints
+from tvq_pod.run.saved_state import State
 
 RETRIES = 30  # to write the last checkpoint
 VOTES = ("save_failed", "save_busy")

@@ -1,0 +1,226 @@
+"""Checkpoints, read: which step is good, what it belongs to, and its arrays.
+
+    WORKDIR/checkpoints/STEP/params, train, recurrent     the state; see saved_state.py
+    WORKDIR/checkpoints/STEP/record          what these belong to: sizes of the model, corpus, seed; the data schedule
+    WORKDIR/checkpoints/STEP/manifest.json   size and checksum of each file, written last
+
+A step is believed only after its manifest was verified. A record that differs from the run's is refused before any
+array is read.
+"""
+
+import contextlib
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from tvq_pod.config.identity import OPTIMIZER_STATE, differing
+from tvq_pod.config.settings import CheckpointSettings, TrainSettings
+from tvq_pod.data.schedule import DataSchedule
+from tvq_pod.errors import UserError
+from tvq_pod.host.paths import is_bucket
+from tvq_pod.host.terminal import tell
+from tvq_pod.parallel.deadlines import Deadline
+from tvq_pod.parallel.processes import (
+    all_agree,
+    decided_by_process_zero,
+    is_process_zero,
+)
+from tvq_pod.run import manifest
+from tvq_pod.run.saved_state import S, from_items, train_item
+from tvq_pod.run.step_folders import StepFolders
+
+FORMAT = 2
+
+
+def handler() -> ocp.CompositeCheckpointHandler:
+    """Orbax's, of the items of a checkpoint."""
+    return ocp.CompositeCheckpointHandler(
+        params=ocp.StandardCheckpointHandler(),
+        train=ocp.StandardCheckpointHandler(),
+        recurrent=ocp.StandardCheckpointHandler(),
+        record=ocp.JsonCheckpointHandler(),
+    )
+
+
+class CheckpointReader:
+    """The checkpoints of a run, for those that only read: nothing is made, and nothing set aside.
+
+    All processes of a job call the same methods in the same order.
+    """
+
+    def __init__(
+        self, workdir: epath.PathLike, restore_timeout_seconds: int = CheckpointSettings.restore_timeout_seconds
+    ):
+        """Raises UserError if the run has no checkpoint."""
+        self._open(workdir, restore_timeout_seconds)
+        if not self.path.is_dir():
+            raise UserError(f"--workdir={workdir}: has no checkpoint; train there first")
+        self._checkpointer: ocp.Checkpointer = ocp.Checkpointer(handler())
+
+    def _open(self, workdir: epath.PathLike, restore_timeout_seconds: int) -> None:
+        workdir = epath.Path(workdir)
+        self.path = (workdir if is_bucket(workdir) else workdir.absolute()) / "checkpoints"
+        self._folders = StepFolders(self.path)
+        self._restore_timeout = restore_timeout_seconds
+
+    def close(self) -> None:
+        """Ends orbax's threads."""
+        self._checkpointer.close()
+
+    def steps(self) -> list[int]:
+        """Steps that are there and whole, in order."""
+        return self._folders.steps()
+
+    def _reading(self, what: str) -> Deadline:
+        seconds = self._restore_timeout
+        return Deadline(what, seconds, f"config.checkpoint.restore_timeout_seconds={seconds}")
+
+    def pick(self, step: int | None) -> int:
+        """`step`, or for None the newest that is as it was written. For those that only read: nothing is set aside.
+
+        Raises UserError if it is not there, or damaged.
+        """
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"--workdir={self.path.parent}: has no checkpoint; train there first")
+        if step is not None and step not in steps:
+            raise UserError(f"--step={step}: there are {', '.join(map(str, steps))}")
+        with self._reading(f"verifying the checkpoints in {self.path}"):
+            for candidate in reversed(steps) if step is None else [step]:
+                if self._is_good(candidate):
+                    return candidate
+        which = "every checkpoint" if step is None else f"--step={step}"
+        raise UserError(f"--workdir={self.path.parent}: {which} is damaged; there are {', '.join(map(str, steps))}")
+
+    def _is_good(self, step: int) -> bool:
+        """Whether the step's files are what its manifest says; each process looks at its share of them.
+
+        Raises UserError if a host can't read them, or they look damaged to one and whole to process 0: that is no
+        damage, but a folder that is not mounted everywhere.
+        """
+        found = self._problems(step, jax.process_index(), jax.process_count())
+        for problem in found:
+            tell(f"DAMAGED: {problem}")
+        if all_agree(not found):
+            return True
+        if jax.process_count() > 1 and decided_by_process_zero(is_process_zero() and not self._problems(step)):
+            raise UserError(
+                f"--workdir={self.path.parent}: step {step} is whole where process 0 is, and not on every host; all "
+                "must see the same folder"
+            )
+        return False
+
+    def _problems(self, step: int, part: int = 0, of: int = 1) -> list[str]:
+        try:
+            return manifest.problems(self.path / str(step), part, of)
+        except OSError as error:
+            raise UserError(
+                f"--workdir={self.path.parent}: {error.filename or self.path} can't be read ({error.strerror}); mend "
+                "that, and start again"
+            ) from None
+
+    def record(self, step: int) -> dict:
+        """What `step` belongs to. Raises UserError if it is of another version's format."""
+        saved = self._restore(step, record=ocp.args.JsonRestore())["record"]
+        if saved.get("format") != FORMAT:
+            raise UserError(f"{self.path}/{step}: has format {saved.get('format')}; this version reads {FORMAT}")
+        return saved
+
+    def check(self, step: int, record: dict) -> None:
+        """Raises UserError naming the first setting in which the checkpoint's record differs from `record`
+        (see run_record; entries that `record` lacks are not looked at)."""
+        if found := differing(record, self.record(step)):
+            name, value, made_with = found
+            if name == OPTIMIZER_STATE:
+                raise UserError(
+                    f"config.optimizer.name={record['config.optimizer.name']}: the checkpoint {self.path}/{step} has "
+                    f"this optimizer's state in form {made_with}, and this version reads form {value} only; give "
+                    "another --workdir, or continue with the version that wrote it"
+                )
+            raise UserError(
+                f"{name}={value}: the checkpoint {self.path}/{step} was made with {made_with}; "
+                "give that, or another --workdir"
+            )
+
+    def check_streams(self, step: int, settings: TrainSettings) -> None:
+        """Raises UserError if the checkpoint's recurrent state is of other streams than the settings say."""
+        saved = self.schedule(step).now
+        for name in ("batch_size", "update_len"):
+            now, then = getattr(settings, name), getattr(saved, name)
+            if now != then:
+                raise UserError(
+                    f"config.train.{name}={now}: the checkpoint {self.path}/{step} was made with {then}; "
+                    "give that, or another --workdir, or config.train.on_batch_change=restart_streams"
+                )
+
+    def schedule(self, step: int) -> DataSchedule:
+        """The schedule that led to `step`."""
+        return DataSchedule.from_json(self.record(step)["course"])
+
+    def restore(self, step: int, abstract: S, with_recurrent: bool = True) -> S:
+        """The state of `step`, in the shapes, dtypes and shardings of `abstract`.
+
+        with_recurrent: whether the recurrent state is read; None stands in its place if not.
+        """
+        train = train_item(abstract)
+        items = dict(params=ocp.args.StandardRestore(abstract.params), train=ocp.args.StandardRestore(train))
+        if with_recurrent:
+            items["recurrent"] = ocp.args.StandardRestore(abstract.recurrent)
+        restored = self._restore(step, **items)
+        return from_items(abstract, restored["params"], restored["train"], restored.get("recurrent"))
+
+    def restore_params(self, step: int, abstract_params: dict) -> dict:
+        """Only the parameters, in the shapes, dtypes and shardings of `abstract_params`."""
+        return self._restore(step, params=ocp.args.StandardRestore(abstract_params))["params"]
+
+    def _restore(self, step: int, **items):
+        """Raises UserError if the files can't be read; orbax's own errors then are of many kinds."""
+        try:
+            with self._reading(f"reading the checkpoint {self.path}/{step}"):
+                return self._checkpointer.restore(self.path / str(step), args=ocp.args.Composite(**items))
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            if found := self._other_arrays(step, items):
+                raise UserError(
+                    f"--workdir={self.path.parent}: {found}; the checkpoint is not damaged: "
+                    "give the config that it was made with, or another --workdir"
+                ) from error
+            raise UserError(
+                f"{self.path}/{step}: can't be read ({str(error)[:200]}); "
+                "if it is damaged, move it away, and the step before it is used"
+            ) from error
+
+    def _other_arrays(self, step: int, items: dict) -> str:
+        """The first array in which what is saved differs in shape from what was asked for; "" if none does."""
+        for item, asked in items.items():
+            if not isinstance(asked, ocp.args.StandardRestore):
+                continue
+            try:
+                with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+                    saved = _shapes(handler.metadata(self.path / str(step) / item).tree)
+            except (KeyError, OSError, TypeError, ValueError):
+                continue
+            wanted = _shapes(asked.item)
+            for name in sorted(saved.keys() | wanted.keys()):
+                if saved.get(name) != wanted.get(name):
+                    then, now = (shapes.get(name, "none") for shapes in (saved, wanted))
+                    return (
+                        f"the array {item}/{name} has the shape {then} in checkpoint {step}, and {now} by this config"
+                    )
+        return ""
+
+    def branches(self, step: int) -> list[list]:
+        """The branches that led to `step`, as [first step, name]; see Checkpoints.begin."""
+        return self.record(step).get("branches", [])
+
+    def identity(self, step: int) -> str:
+        """What no other checkpoint is called: `step` and its branch, as "20-1f0c33a7"; "" for those of older
+        versions."""
+        names = [name for first, name in self.branches(step) if first < step]
+        return f"{step}-{names[-1]}" if names else ""
+
+
+def _shapes(tree) -> dict[str, tuple[int, ...]]:
+    """The shape of every array of a tree of arrays, or of descriptions of them, by its path."""
+    flat = ocp.tree.to_flat_dict(tree)
+    return {"/".join(map(str, path)): tuple(x.shape) for path, x in flat.items() if hasattr(x, "shape")}

@@ -1,0 +1,83 @@
+"""The folder of a run's checkpoints: which steps there are, and how one is set aside or removed.
+
+WORKDIR/checkpoints/STEP                 appears under its name only when it is whole
+WORKDIR/checkpoints/STEP.damaged         a step whose files are not what its manifest says: set aside, never deleted
+WORKDIR/checkpoints/STEP.undone          a step that the run went back from (see rollback.py)
+"""
+
+import contextlib
+import fnmatch
+import json
+import re
+from collections.abc import Iterator
+
+from etils import epath
+
+from tvq_pod.config.settings import CheckpointSettings
+from tvq_pod.host.files import free_name
+from tvq_pod.host.paths import is_bucket
+from tvq_pod.host.terminal import tell
+
+
+def newest_record(workdir: epath.Path) -> tuple[epath.Path, dict] | None:
+    """The newest step's folder and its record, for what can be refused early: only the record's file is read, and it is
+    not verified. None if there is no step, or its record can't be read."""
+    path = epath.Path(workdir) / "checkpoints"
+    with contextlib.suppress(OSError, ValueError):
+        newest = path / str(max(StepFolders(path).steps()))
+        return newest, json.loads((newest / "record" / "metadata").read_text())
+    return None
+
+
+def stale_steps(steps: list[int], settings: CheckpointSettings, losses: dict[int, float]) -> list[int]:
+    """The steps that need not stay. losses: validation loss of those steps that were evaluated."""
+    if not settings.keep:
+        return []
+    kept = set(sorted(steps)[-settings.keep :])
+    if settings.keep_every_steps:
+        kept |= {step for step in steps if step % settings.keep_every_steps == 0}
+    evaluated = sorted((step for step in steps if step in losses), key=lambda step: losses[step])
+    kept |= set(evaluated[: settings.keep_best])
+    return [step for step in sorted(steps) if step not in kept]
+
+
+class StepFolders:
+    """The steps in one folder of checkpoints."""
+
+    def __init__(self, path: epath.Path):
+        self.path = path
+
+    def steps(self) -> list[int]:
+        """Steps that are there and whole, in order."""
+        if not self.path.is_dir():
+            return []
+        named = [step for step in self.path.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", step.name)]
+        return sorted(int(step.name) for step in named if not is_bucket(step) or (step / "commit_success.txt").exists())
+
+    def entries(self, pattern: str) -> Iterator[epath.Path]:
+        """What is in the folder, by name. (epath's glob would take `[` in the folder's own path for a pattern.)"""
+        names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
+        return (self.path / name for name in names if fnmatch.fnmatchcase(name, pattern))
+
+    def set_aside(self, step: int, why: str) -> None:
+        """Renames a step, to STEP.why, and says so."""
+        target = free_name(self.path / f"{step}.{why}")
+        (self.path / str(step)).rename(target)
+        tell(f"{why.upper()}: checkpoint {self.path / str(step)} is set aside as {target.name}")
+
+    def delete(self, step: int) -> None:
+        """By another name first: a kill in between leaves no half of a step behind."""
+        doomed = self.path / f"{step}.deleting"
+        if not is_bucket(self.path):
+            (self.path / str(step)).rename(doomed)
+            doomed.rmtree(missing_ok=True)
+        else:
+            (self.path / str(step) / "commit_success.txt").unlink(missing_ok=True)
+            (self.path / str(step)).rmtree(missing_ok=True)
+
+    def tidy(self) -> None:
+        """Removes what a killed or failed save, or deletion, left behind."""
+        for pattern in ("*.orbax-checkpoint-tmp*", "*.deleting"):
+            for path in self.entries(pattern):
+                with contextlib.suppress(OSError):  # a thread of the failed save may still write there
+                    path.rmtree(missing_ok=True)
