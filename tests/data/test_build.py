@@ -24,6 +24,7 @@ from tvq_pod.config.settings import DataSettings, Settings
 from tvq_pod.data import encode as encode_module
 from tvq_pod.data import store as store_module
 from tvq_pod.data import text as text_module
+from tvq_pod.data import train_vocab as train_vocab_module
 from tvq_pod.data import writer as writer_module
 from tvq_pod.data.build import make_store
 from tvq_pod.data.encode import encoded
@@ -370,11 +371,12 @@ def test_held_out_documents_train_no_vocabulary(tmp_path, monkeypatch):
         (tmp_path / f"corpus/{n}").write_bytes(f"document {n} ".encode() * 20 + b"\xff")
     settings = settings_for(tmp_path / "corpus", vocab="sentencepiece", vocab_size=300, invalid_utf8="replace")
     seen = []
-    monkeypatch.setattr(
-        train_vocab_module,
-        "train_sentencepiece",
-        lambda texts, size: train_sentencepiece(seen.extend(texts) or seen, size),
-    )
+
+    def train(texts, size):
+        seen.extend(texts)
+        return train_sentencepiece(seen, size)
+
+    monkeypatch.setattr(train_vocab_module, "train_sentencepiece", train)
     store = open_store(settings, epath.Path(tmp_path / "run"))
     split = store.split("train")
     tokens = split.tokens.read().result()

@@ -7,6 +7,7 @@ import pytest
 
 from tvq_pod.config.settings import DataSettings
 from tvq_pod.data import corpora
+from tvq_pod.data import document as document_module
 from tvq_pod.data.corpora import documents
 from tvq_pod.errors import UserError
 
