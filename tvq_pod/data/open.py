@@ -17,6 +17,7 @@ from tvq_pod.data.writer import check_free, only_one
 from tvq_pod.errors import UserError
 from tvq_pod.host.paths import is_bucket
 from tvq_pod.host.terminal import say
+from tvq_pod.parallel.processes import on_process_zero
 
 
 def check_source(settings: Settings, workdir: epath.Path) -> None:
@@ -66,6 +67,12 @@ def open_store(settings: Settings, workdir: epath.Path, may_make: bool = True) -
         _check_same_corpus(data, store)  # it may be another process that made it
     check_vocab_fits(settings, store.n_vocab)
     return store
+
+
+def open_on_all(settings: Settings, workdir: epath.Path) -> TokenStore | Mixture:
+    """`open_store` on all processes of a job: process 0 makes the store if need be, while the others wait."""
+    on_process_zero(lambda: open_store(settings, workdir))
+    return open_store(settings, workdir, may_make=False)
 
 
 def describe(store: TokenStore | Mixture) -> None:

@@ -13,7 +13,7 @@ from etils import epath
 from tvq_pod.config.identity import run_record
 from tvq_pod.config.settings import Settings
 from tvq_pod.data.loader import Feed
-from tvq_pod.data.open import check_source, describe, open_store
+from tvq_pod.data.open import check_source, describe, open_on_all, open_store
 from tvq_pod.data.store import TokenStore, store_path
 from tvq_pod.data.streams import streams_of
 from tvq_pod.errors import UserError
@@ -53,7 +53,6 @@ def train(settings: Settings, workdir: epath.Path, preemption: Preemption) -> No
     with contextlib.ExitStack() as opened:
         on_process_zero(lambda: opened.enter_context(locked(workdir)))
         status = opened.enter_context(Status(workdir, settings.train.num_steps, enabled=is_process_zero()))
-        on_process_zero(lambda: open_store(settings, workdir))
         _Session(settings, workdir, mesh, preemption, opened, status).run()
 
 
@@ -86,7 +85,7 @@ class _Session:
         """opened: closes what has threads or files of its own, however the session ends."""
         self.settings, self.workdir, self.mesh = settings, workdir, mesh
         self.preemption, self.opened, self.status = preemption, opened, status
-        self.store = open_store(settings, workdir, may_make=False)
+        self.store = open_on_all(settings, workdir)
         self.split = self.store.split("train")
         self.evaluator = validation_evaluator(settings, mesh, self.store)
         self.record = run_record(settings, self.store.vocab_name, self.store.fingerprint)
