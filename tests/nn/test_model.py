@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from tests.common import rngs_fixture, small_config
 from tvq_pod.nn.attn import doc_positions
-from tvq_pod.nn.model import Transformer, embed, is_codebook, is_vector
+from tvq_pod.nn.codebook import is_codebook
+from tvq_pod.nn.model import Transformer, embed, is_vector
 from tvq_pod.nn.types import TransformerConfig
 
 TOTAL = 24

@@ -1,16 +1,16 @@
 """The quantizer: nearest codes, straight-through gradients, and codes that follow the mean of their keys."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests.common import small_config
+from tvq_pod.nn.codebook import MIN_COUNT, ema_update
 from tvq_pod.nn.types import VQSpec
-from tvq_pod.nn.vq import MIN_COUNT, VectorQuantizer, ema_update, nearest_code
+from tvq_pod.nn.vq import VectorQuantizer, nearest_code
 
 N_HEAD, N_CODE, WIDTH, ROWS, LENGTH, GAMMA = 2, 5, 6, 8, 7, 0.9
 CONFIG = small_config(n_head=N_HEAD, n_code=N_CODE, d_k=WIDTH)
@@ -55,7 +55,7 @@ def one_update(params, keys, mask):
     def l_codebook(params):
         return VectorQuantizer(CONFIG).apply({"params": params}, keys, VQSpec(loss_mask=mask))["l_codebook"]
 
-    return ema_update(params, jax.grad(l_codebook)(params), GAMMA)
+    return optax.apply_updates(params, ema_update(params, jax.grad(l_codebook)(params), GAMMA))
 
 
 @pytest.mark.parametrize("n_devices", [1, 8])
@@ -75,7 +75,7 @@ def test_a_code_that_nothing_chose_keeps_its_place_exactly_and_for_ever():
     params = random_params()
     start = params["codebook"].copy()
     keys = np.broadcast_to(start[None, :, None, 0], [ROWS, N_HEAD, LENGTH, WIDTH])  # all keys sit on code 0
-    step = jax.jit(functools.partial(ema_update, gamma=0.5))
+    step = jax.jit(lambda params, sums: optax.apply_updates(params, ema_update(params, sums, gamma=0.5)))
     sums = dict(codebook=np.zeros_like(start), count=np.zeros_like(params["count"]))
     for h in range(N_HEAD):
         z = np.asarray(nearest_code(jnp.array(keys), jnp.array(start)))

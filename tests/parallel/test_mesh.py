@@ -10,7 +10,7 @@ import pytest
 from tvq_pod.config.resolve import resolve
 from tvq_pod.config.settings import MeshSettings, Settings, TrainSettings
 from tvq_pod.errors import UserError
-from tvq_pod.nn.model import is_codebook
+from tvq_pod.nn.codebook import is_codebook
 from tvq_pod.parallel.mesh import check_divides, check_rows, make_mesh, named_axes, sizes
 from tvq_pod.parallel.sharding import STORAGE, spec_of
 from tvq_pod.planning.cost import topology_devices

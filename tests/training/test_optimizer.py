@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from tvq_pod.config.settings import MeshSettings, OptimizerSettings, Settings, TrainSettings
-from tvq_pod.nn.model import is_codebook
+from tvq_pod.nn.codebook import is_codebook
 from tvq_pod.nn.types import TransformerConfig
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.planning.hlo import Program
@@ -21,7 +21,7 @@ from tvq_pod.training.optimizer import Factors, make_optimizer, schedule
 from tvq_pod.training.step import abstract_train_state
 
 BASE = dict(learning_rate=0.5, schedule="linear", final_fraction=1.0, warmup_steps=0, clip_norm=0.0)
-STEPS, WARMUP, FINAL = 20, 4, 0.1
+STEPS, WARMUP, FINAL, GAMMA = 20, 4, 0.1, 0.9
 NAMES = ["adamw", "lion", "adafactor"]
 
 
@@ -56,7 +56,7 @@ def gradients_of(tree) -> list:
 
 def trained(settings: OptimizerSettings, params: dict, gradients: list) -> dict:
     """The parameters after one step for each of the gradients."""
-    optimizer = make_optimizer(settings, STEPS)
+    optimizer = make_optimizer(settings, STEPS, GAMMA)
 
     @jax.jit
     def step(params, state, grads):
@@ -187,7 +187,7 @@ def test_a_relative_step_is_the_learning_rates_share_of_each_layers_scale():
 
 def test_moments_of_large_matrices_are_factored_and_layers_have_their_own():
     params = stacked_tree(0)
-    state = make_optimizer(OptimizerSettings(name="adafactor"), STEPS).init(params)
+    state = make_optimizer(OptimizerSettings(name="adafactor"), STEPS, GAMMA).init(params)
     moments = state.inner_state[1].moments
     unit = moments["layers"]["unit0"]
     assert jax.tree.map(jnp.shape, unit["w_q"]["kernel"]) == Factors(rows=(2, 4, 40), columns=(2, 130))
@@ -207,7 +207,7 @@ def test_adafactor_sends_no_matrix_over_the_mesh(eight_devices, sizes):
     )
     mesh = make_mesh(settings.mesh, eight_devices)
     state = abstract_train_state(settings, mesh)
-    optimizer = make_optimizer(settings.optimizer, 10)
+    optimizer = make_optimizer(settings.optimizer, 10, GAMMA)
     shardings = jax.tree.map(lambda x: x.sharding, (state.params, state.opt_state))
     update = jax.jit(optimizer.update, out_shardings=shardings).lower(state.params, state.opt_state, state.params)
     sent = Program(update.compile().as_text()).collectives(mesh.shape.items())
@@ -222,7 +222,7 @@ def test_adafactor_sends_no_matrix_over_the_mesh(eight_devices, sizes):
 
 def one_step(**settings):
     params, grads = tree(0), tree(1)
-    optimizer = make_optimizer(OptimizerSettings(**(BASE | settings)), num_steps=10)
+    optimizer = make_optimizer(OptimizerSettings(**(BASE | settings)), 10, GAMMA)
     state = optimizer.init(params)
     updates, state = optimizer.update(grads, state, params)
     return params, grads, updates, state
@@ -249,7 +249,7 @@ def test_optimizers_descend_and_keep_no_state_of_codebooks(name):
 def test_clipping_is_by_the_norm_of_the_weights_alone():
     """A codebook's sums are large; they must not shrink the weights' gradients."""
     grads = tree(1)
-    optimizer = make_optimizer(OptimizerSettings(**(BASE | dict(name="adamw", clip_norm=1.0, eps=1.0))), 10)
+    optimizer = make_optimizer(OptimizerSettings(**(BASE | dict(name="adamw", clip_norm=1.0, eps=1.0))), 10, GAMMA)
     huge = grads | dict(quantizer=jax.tree.map(lambda x: x * 1e6, grads["quantizer"]))
     state = optimizer.init(grads)
     with_sums, _ = optimizer.update(huge, state, grads)
@@ -273,7 +273,8 @@ def test_the_state_has_the_form_that_older_checkpoints_have(name):
             optax.scale_by_learning_rate(lambda step: 1.0),
         )
         older = optax.masked(steps, weights).init(tree(0))
-        newer = make_optimizer(OptimizerSettings(name=name, clip_norm=clip_norm, weight_decay=0.1), 10).init(tree(0))
+        settings = OptimizerSettings(name=name, clip_norm=clip_norm, weight_decay=0.1)
+        newer = make_optimizer(settings, 10, GAMMA).init(tree(0))
         assert jax.tree.structure(older) == jax.tree.structure(newer)
         assert jax.tree.map(jnp.shape, older) == jax.tree.map(jnp.shape, newer)
 

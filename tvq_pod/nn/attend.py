@@ -10,6 +10,7 @@ Shapes: R blocks of L, B rows, H key heads, G query heads for each, P columns of
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -26,13 +27,15 @@ class Sources(NamedTuple):
     present: jax.Array
     cache: jax.Array | None
 
-    def map(self, function, *others: "Sources") -> "Sources":
+    def map(self, function: Callable[..., jax.Array], *others: "Sources") -> "Sources":
         """function of each that is there."""
-        return Sources(*(None if x is None else function(x, *rest) for x, *rest in zip(self, *others, strict=True)))
+        past, present, cache = zip(self, *others, strict=True)
+        return Sources(function(*past), function(*present), None if self.cache is None else function(*cache))
 
     def sum(self) -> jax.Array:
         """Of those that are there."""
-        return sum(x for x in self if x is not None)
+        total = self.past + self.present
+        return total if self.cache is None else total + self.cache
 
 
 class Places(NamedTuple):
@@ -117,7 +120,8 @@ def _backward(mem_len, kept, d_out):
     d_q += dot("rbhglm,rbhmk->rbhglk", d_scores.present, keys.present)
     if keys.cache is not None:
         d_q += dot("rbhgls,hsk->rbhglk", d_scores.cache, keys.cache)
-    d_keys = Sources(*(jnp.einsum("rbhglm,rbhglk->rbhmk", d, q) for d in d_scores[:2]), None)
+    d_past, d_present = (jnp.einsum("rbhglm,rbhglk->rbhmk", d, q) for d in (d_scores.past, d_scores.present))
+    d_keys = Sources(d_past, d_present, None)
 
     width = keys.past.shape[-2]
     _, to_bias = jax.vjp(lambda bias: (bias.past(mem_len), bias.present()), bias)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from tvq_pod.nn.scores import NEVER
 from tvq_pod.nn.sequence import exclusive_scan, last_id_before, of_last_shard, varying_like
 
 WRITTEN_OUT = 256  # chunks, at most, that `cumulative` writes out; more take too long to compile, and go by `serial`
@@ -31,6 +32,11 @@ def initial_cache(batch_size: int, n_head: int, n_code: int, d_v: int) -> dict:
         lower=jnp.zeros([batch_size, n_head, n_code], jnp.float32),
         latest_doc_id=jnp.full([batch_size], NO_DOC, jnp.int32),
     )
+
+
+def log_counts(counts: jax.Array) -> jax.Array:
+    """log(counts), and a very negative number where a count is 0; exp() of the result is counts again."""
+    return jnp.where(counts > 0, jnp.log(jnp.maximum(counts, 1.0)), NEVER)
 
 
 def caches(cache: dict, leaving: dict, reduction: str, axis: str | None = None) -> tuple[dict, dict]:

@@ -17,14 +17,14 @@ Shapes: B rows, Q query heads, H key heads, G = Q / H, M window, S codes, K key 
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from tvq_pod.nn.attn import VQAttention
-from tvq_pod.nn.cache import NO_DOC
+from tvq_pod.nn.cache import NO_DOC, log_counts
 from tvq_pod.nn.layers import RMSNorm, sinusoids
 from tvq_pod.nn.model import embed
 from tvq_pod.nn.scores import NEVER, as_last_axes
@@ -50,7 +50,7 @@ def decode_weights(params: dict, config: TransformerConfig) -> dict:
 
 def _attention_weights(params: dict, config: TransformerConfig) -> dict:
     c = config
-    biases = VQAttention(c).apply({"params": params}, method="_biases")
+    biases = cast(dict[str, jax.Array], VQAttention(c).apply({"params": params}, method="biases"))
     kernels = [params[name]["kernel"] for name in ("w_q", "w_k", "w_v", "w_g") if name in params]
     weights = dict(
         norm=params["norm"],
@@ -130,7 +130,8 @@ def decode_while(
 
     def step(loop):
         state, carry = loop
-        state, logits = _step(weights, state, *feed(carry), config)
+        tokens, doc_ids = feed(carry)
+        state, logits = _step(weights, state, tokens, doc_ids, config)
         return state, take(carry, logits)
 
     state, carry = jax.lax.while_loop(lambda loop: going(loop[1]), step, (_lean_state(state), carry))
@@ -213,6 +214,7 @@ def _attention(weights: dict, state: dict, x: jax.Array, docs: _Documents, c: Tr
     v = v.reshape(n_rows, n_head, c.d_v)
     if c.head_type == "shga":
         v, gate = nn.silu(v), nn.silu(gate)
+    z = None
     if c.attn_type == "vq":
         dists = weights["half_sq_norms"][None] - _einsum("bhk,hsk->bhs", k.astype(jnp.float32), weights["codebook"])
         z = jnp.argmin(dists, axis=-1).astype(jnp.int32)
@@ -225,16 +227,18 @@ def _attention(weights: dict, state: dict, x: jax.Array, docs: _Documents, c: Tr
     near += _einsum("bhgk,bhmk->bhgm", q, state["k"])
     near = jnp.where(docs.sees_slot[:, None, None], near, NEVER)
     top = jnp.max(near, axis=-1, keepdims=True)
-    if "mean" in state:
-        state |= dict(z=_write(state["z"], _lean(z), docs.slot, axis=-1), **_cache_with_leaving(state, docs, z.shape))
+    far = None
+    if z is not None and "mean" in state:
+        written = _write(state["z"], _lean(z), docs.slot, axis=-1)
+        state |= dict(z=written, **_cache_with_leaving(state, docs, (n_rows, n_head)))
         far = _einsum("bhgk,hsk->bhgs", q, weights["codes"])
-        far += VQAttention.get_agg_biases(state["count"]).reshape(n_rows, n_head, 1, -1)
+        far += log_counts(state["count"]).reshape(n_rows, n_head, 1, -1)
         far = jnp.where(docs.sees_cache[:, None, None, None], far, NEVER)
         top = jnp.maximum(top, jnp.max(far, axis=-1, keepdims=True))
     near = jnp.exp(near - top)
     total = jnp.sum(near, axis=-1, keepdims=True)
     out = _einsum("bhgm,bhmv->bhgv", near.astype(c.dtype), state["v"])
-    if "mean" in state:
+    if far is not None:
         far = jnp.exp(far - top)
         total += jnp.sum(far, axis=-1, keepdims=True)
         out += _einsum("bhgs,bhsv->bhgv", far.astype(c.dtype), state["mean"].astype(c.dtype))
@@ -271,7 +275,7 @@ def _mlp(weights: dict, x: jax.Array, c: TransformerConfig) -> jax.Array:
 
 
 def _norm(params: dict | None, x: jax.Array, c: TransformerConfig) -> jax.Array:
-    return RMSNorm(c, use_scale=params is not None).apply({"params": params or {}}, x)
+    return cast(jax.Array, RMSNorm(c, use_scale=params is not None).apply({"params": params or {}}, x))
 
 
 def _write(ring: jax.Array, x: jax.Array, slot: jax.Array, axis: int) -> jax.Array:

@@ -39,10 +39,10 @@ def full_attention(q, position_q, r, recent: dict, config: TransformerConfig) ->
         @jax.checkpoint
         def attend(place, q, position_q, keys=keys, values=values, ids=ids):
             scores = jnp.einsum("bhglk,bhnk->bhgln", q, keys, preferred_element_type=jnp.float32)
-            near = relative_bias(position_q, r, config.window_bias)
-            near = jnp.concatenate([near.past(mem_len), near.present()], axis=-1)  # of columns place .. place + M + L
-            near += jax.lax.dynamic_slice_in_dim(scores, place, mem_len + block_len, axis=4)
-            scores = jax.lax.dynamic_update_slice_in_dim(scores, near, place, axis=4)
+            bias = relative_bias(position_q, r, config.window_bias)
+            in_reach = jnp.concatenate([bias.past(mem_len), bias.present()], axis=-1)  # columns place .. place + M + L
+            in_reach += jax.lax.dynamic_slice_in_dim(scores, place, mem_len + block_len, axis=4)
+            scores = jax.lax.dynamic_update_slice_in_dim(scores, in_reach, place, axis=4)
             places = mem_len + place + jnp.arange(block_len)
             own_ids = jax.lax.dynamic_slice_in_dim(ids, mem_len + place, block_len, axis=1)
             visible = as_last_axes(jnp.arange(ids.shape[1])[None, :] <= places[:, None], scores)

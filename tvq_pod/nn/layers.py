@@ -1,5 +1,7 @@
 """Small pieces that several modules share: sinusoids, dropout, projections, normalisation."""
 
+from typing import cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,12 @@ def sinusoids(positions: jax.Array, width: int) -> jax.Array:
     angles = positions * as_last_axes(MAX_WAVELENGTH**-exponents, positions)
     features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return jnp.pad(features, [(0, 0)] * (features.ndim - 1) + [(0, width - 2 * half)])
+
+
+def with_names(initializer: nn.initializers.Initializer, *names: str | None) -> nn.initializers.Initializer:
+    """An initializer whose array comes in a box with the logical names of its axes (see axes.py). `Module.param` opens
+    the box, so to the module the parameter is an array; `init` returns it closed."""
+    return cast(nn.initializers.Initializer, nn.with_logical_partitioning(initializer, names))
 
 
 class Dropout(nn.Module):
@@ -89,7 +97,7 @@ class HeadProjection(nn.Module):
     config: TransformerConfig
     n_head: int
     width: int
-    names: tuple[str, str]  # of these two axes
+    names: tuple[str | None, str]  # of these two axes
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -97,7 +105,7 @@ class HeadProjection(nn.Module):
         heads, width = self.names
         names = (heads, width, "embed")
         shape = (self.n_head, self.width, self.config.d_model)
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, names), shape, self.config.param_dtype)
+        kernel = self.param("kernel", with_names(init, *names), shape, self.config.param_dtype)
         kernel = gathered(kernel.astype(self.config.dtype), names)
         y = jnp.swapaxes(jnp.tensordot(x, kernel, axes=[[-1], [2]]), -3, -2)
         blocks = ("blocks", "batch") if y.ndim == 5 else ()
@@ -108,7 +116,7 @@ class OutputProjection(nn.Module):
     """What a unit adds to the residual stream, [R, B, H, L, width] -> [R, B, L, D]; residual dropout, LayerDrop."""
 
     config: TransformerConfig
-    names: tuple[str, str]  # of H and width
+    names: tuple[str | None, str]  # of H and width
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -116,9 +124,7 @@ class OutputProjection(nn.Module):
         # of the sum over heads and their width; the residual stream sums 2 n_layer units
         init = nn.initializers.variance_scaling(0.5 / c.n_layer, "fan_in", "normal", in_axis=(0, 1), out_axis=2)
         names = (*self.names, "embed")
-        kernel = self.param(
-            "kernel", nn.with_logical_partitioning(init, names), (n_head, width, c.d_model), c.param_dtype
-        )
+        kernel = self.param("kernel", with_names(init, *names), (n_head, width, c.d_model), c.param_dtype)
         y = jnp.einsum("rbhlw,hwd->rbld", x, gathered(kernel.astype(c.dtype), names))
         y = constrain(y, "blocks", "batch", "token", "residual")
         y = Dropout(c.p_dropres, "ephemeral", c.is_train)(y)
@@ -136,7 +142,7 @@ class RMSNorm(nn.Module):
         mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
         y = x * checkpoint_name(jax.lax.rsqrt(mean_square + 1e-6), "projected")
         if self.use_scale:
-            init = nn.with_logical_partitioning(nn.initializers.ones, ("residual",))
+            init = with_names(nn.initializers.ones, "residual")
             scale = self.param("scale", init, x.shape[-1:], self.config.param_dtype)
             y *= as_last_axes(scale, y)
         return y.astype(self.config.dtype)

@@ -4,15 +4,19 @@ The layers' parameters and states are stacked, and one lax.scan goes through the
 depth.
 """
 
+from typing import Any, cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tvq_pod.nn.attn import VQAttention, join_blocks, positions_of, split_blocks
+from tvq_pod.nn.attn import VQAttention
 from tvq_pod.nn.axes import constrain, gathered, placement
-from tvq_pod.nn.layers import Dropout, RMSNorm, sinusoids
+from tvq_pod.nn.layers import Dropout, RMSNorm, sinusoids, with_names
 from tvq_pod.nn.mlp import MLP
+from tvq_pod.nn.state import positions_of, state_axes
 from tvq_pod.nn.types import UNITS, TransformerConfig, VQSpec
+from tvq_pod.nn.window import join_blocks, split_blocks
 
 _KEEP = jax.checkpoint_policies
 REMAT_POLICIES = {  # by attn_type and remat: what each unit keeps for the backward pass; the rest is computed again
@@ -70,7 +74,7 @@ class Transformer(nn.Module):
     @staticmethod
     def state_axes(config: TransformerConfig) -> dict:
         """The logical name of every axis of `initial_state`."""
-        axes = jax.tree.map(lambda names: ("layers", *names), VQAttention.state_axes(config), is_leaf=_is_names)
+        axes = jax.tree.map(lambda names: ("layers", *names), state_axes(config), is_leaf=_is_names)
         return {name: axes for name in config.attention_units}
 
     @nn.compact
@@ -92,7 +96,7 @@ class Transformer(nn.Module):
         dtype = jnp.dtype(c.dtype)
         embedding = self.param(
             "embedding",
-            nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed")),
+            with_names(nn.initializers.normal(1.0), "vocab", "embed"),
             (c.n_vocab, c.d_model),
             c.param_dtype,
         )
@@ -101,8 +105,7 @@ class Transformer(nn.Module):
         if c.pe_abs:
             first_unit = jax.tree.map(lambda leaf: leaf[0], state[UNITS[0]])
             positions = join_blocks(positions_of(first_unit, split_blocks(doc_ids, c.block_len)))
-            scale_init = nn.with_logical_partitioning(nn.initializers.ones, ())
-            pe_scale = self.param("pe_scale", scale_init, (), c.param_dtype)
+            pe_scale = self.param("pe_scale", with_names(nn.initializers.ones), (), c.param_dtype)
             x += (pe_scale * sinusoids(positions, c.d_model)).astype(dtype)
         x = constrain(split_blocks(x, c.block_len), *RESIDUAL_STREAM)
         x = Dropout(c.p_dropemb, "ephemeral", c.is_train)(x)
@@ -112,7 +115,7 @@ class Transformer(nn.Module):
             Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True, "ephemeral": True, "timeless": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=cast(Any, (0, nn.broadcast, nn.broadcast)),  # flax declares an int
             out_axes=0,
             length=c.n_layer,
             unroll=c.unroll,
@@ -124,7 +127,7 @@ class Transformer(nn.Module):
         if c.e_tie:
             output = in_use.T
         else:
-            init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "vocab"))
+            init = with_names(nn.initializers.lecun_normal(), "embed", "vocab")
             output = self.param("w_out", init, (c.d_model, c.n_vocab), c.param_dtype)
             output = gathered(output.astype(dtype), ("embed", "vocab"))
         if targets is None:
@@ -183,23 +186,6 @@ def _losses(product: str, x: jax.Array, output: jax.Array, targets: jax.Array, s
 
 def _is_names(x) -> bool:
     return isinstance(x, tuple)
-
-
-def is_codebook(path: tuple) -> bool:
-    """Whether a path in the parameters' tree (of jax.tree_util keys) leads into a quantizer, whose parameters follow
-    their moving average and are no optimizer's business."""
-    return any(getattr(key, "key", None) == "quantizer" for key in path)
-
-
-def codebook_counts(tree: dict) -> jax.Array | None:
-    """The leaves "count" of every quantizer, float32 [units, H, S] in the order of the units' way; None if there is no
-    quantizer. tree: parameters (moving averages), or gradients (keys of each code in this update; see nn/vq.py)."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    counts = [leaf for path, leaf in leaves if is_codebook(path) and getattr(path[-1], "key", None) == "count"]
-    if not counts:
-        return None
-    by_layer = jnp.stack(counts, axis=1)  # each [n_layer, H, S]
-    return by_layer.reshape(-1, *by_layer.shape[2:])
 
 
 def is_vector(path: tuple) -> bool:

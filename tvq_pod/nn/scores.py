@@ -45,18 +45,19 @@ class RelativeBias(NamedTuple):
     def past(self, mem_len: int) -> jax.Array:
         """For the window, [..., L, M]: 0 where the distance exceeds M."""
         a, c = rows_and_columns(self.turned.ndim, self.turned.shape[-2], mem_len)
-        near = jnp.where(c >= a, self.turned[..., -mem_len:], 0.0)
+        bias = jnp.where(c >= a, self.turned[..., -mem_len:], 0.0)
         if self.turned.shape[-1] == mem_len:  # there distance M has the place of distance 0
-            near = jnp.where(c == a, self.at_reach[..., None], near)
-        return near
+            bias = jnp.where(c == a, self.at_reach[..., None], bias)
+        return bias
 
     def present(self) -> jax.Array:
         """For the block itself, [..., L, L]; what comes after a query is hidden by the caller."""
         return self.turned[..., : self.turned.shape[-2]]
 
 
-def relative_bias(q: jax.Array, r: jax.Array, near: float = 0.0) -> RelativeBias:
-    """q: [..., H, G, L, K], queries of blocks; r: [H, M + 1, K], by distance 0 .. M. The biases q . r_d + near.
+def relative_bias(q: jax.Array, r: jax.Array, window_bias: float = 0.0) -> RelativeBias:
+    """q: [..., H, G, L, K], queries of blocks; r: [H, M + 1, K], by distance 0 .. M. The biases
+    q . r_d + window_bias.
 
     A few queries are moved row by row, which is cheaper there; the answer is the same up to rounding.
     """
@@ -73,11 +74,11 @@ def relative_bias(q: jax.Array, r: jax.Array, near: float = 0.0) -> RelativeBias
         turned = turn_rows(dot("...hglk,hdk->...hgld", q, table))
     else:
         turned = _turned_by_frequency(q, table)
-    if near:
-        at_reach += near
+    if window_bias:
+        at_reach += window_bias
         a, j = rows_and_columns(turned.ndim, block_len, period)
         # where N = M nothing is farther, and the comparison would cost a v5e 3 ms of 542 (configs/enwik8.py)
-        turned += near if period == mem_len else jnp.where((a - j) % period <= mem_len, near, 0.0)
+        turned += window_bias if period == mem_len else jnp.where((a - j) % period <= mem_len, window_bias, 0.0)
     return RelativeBias(turned, at_reach)
 
 
@@ -128,5 +129,5 @@ def _turned_coefficients(by_cosine, by_sine):
     of_cosine, of_sine = by_cosine * cos + by_sine * sin, by_cosine * sin - by_sine * cos
     # of the two that share the first place, frequency N / 2 changes its sign from place to place
     sign = as_last_axes(np.where(np.arange(block_len) % 2, -1.0, 1.0).astype(np.float32)[:, None], by_sine)
-    is_process_zero = as_last_axes(np.arange(half) == 0, by_sine)
-    return jnp.where(is_process_zero, by_cosine, of_cosine), jnp.where(is_process_zero, by_sine * sign, of_sine)
+    is_shared = as_last_axes(np.arange(half) == 0, by_sine)
+    return jnp.where(is_shared, by_cosine, of_cosine), jnp.where(is_shared, by_sine * sign, of_sine)

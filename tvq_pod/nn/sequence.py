@@ -29,13 +29,13 @@ def at_shard(state: dict, own_next: dict, present: dict, axis: str | None) -> tu
     n_last = jnp.sum(present["doc_ids"] == own_last_id[None, :, None], axis=(0, 2), dtype=jnp.int32)
     pos_offset = position_before(state["pos_offset"], last_id, own_last_id, n_last, axis)
     after = n_last + jnp.where(last_id_before(last_id, own_last_id, axis) == own_last_id, pos_offset, 0)
-    is_process_zero, window = first_shard(axis), own_next["xlcache"]
+    is_first, window = first_shard(axis), own_next["xlcache"]
     return (
         state
         | dict(
             pos_offset=pos_offset,
             xlcache={
-                name: jnp.where(is_process_zero, x, from_shard_before(window[name], axis))
+                name: jnp.where(is_first, x, from_shard_before(window[name], axis))
                 for name, x in state["xlcache"].items()
             },
         ),

@@ -8,8 +8,7 @@ from tvq_pod.config.model import UNITS, TransformerConfig
 __all__ = ["UNITS", "TransformerConfig", "VQSpec"]
 
 
-@flax.struct.dataclass
-class VQSpec:
+class VQSpec(flax.struct.PyTreeNode):
     """What the quantizer must know of a batch.
 
     loss_mask: [B, T], 1 where a position counts, 0 where it is padding. Padding moves no code and commits to none.

@@ -1,17 +1,10 @@
 """The vector quantizer: each key becomes the nearest of its head's S codes.
 
-The codes are parameters that no optimizer touches. They follow an exponential moving average (EMA) of the keys that
-chose them (Transformer-VQ, arXiv 2309.16354, section 3.4; van den Oord et al., arXiv 1711.00937, appendix A.1):
-
-    N_s <- g N_s + (1 - g) n_s
-    c_s <- (g N_s c_s + (1 - g) sum of the keys with shortcode s) / N_s
-
-with n_s the number of keys of the update, over the whole global batch, whose shortcode is s, and g = `c_gamma`.
-A code with n_s = 0 keeps its place exactly.
-
-How the sums reach the training step: `l_codebook` is 0, and its gradient by (codebook, count) *is* (sum of keys, n).
-So they pass through scans, rematerialisation and batch sharding as any gradient does, off the path of the forward pass;
-`ema_update` takes them from the gradient's tree.
+Gradients go straight through to the keys, and the commit loss pulls keys to their codes. The codes themselves follow a
+moving average of the keys that chose them, which codebook.py defines. This file makes the sums that the average needs
+and hands them to the training step as gradients: `l_codebook` is 0, and its gradient by (codebook, count) *is* (sum of
+keys, number of keys) of each code. So the sums pass through scans, rematerialisation and batch sharding as any gradient
+does, off the path of the forward pass.
 """
 
 import flax.linen as nn
@@ -19,13 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from tvq_pod.nn.layers import with_names
 from tvq_pod.nn.scores import as_last_axes
 from tvq_pod.nn.types import TransformerConfig, VQSpec
-
-# A code whose moving average is below this has not been used for hundreds of updates.
-DEAD_COUNT = 1e-2
-# An unused code's N_s shrinks by g each update; below this it stays, or it would underflow to a division by zero.
-MIN_COUNT = 1e-6
 
 
 def nearest_code(keys: jax.Array, codebook: jax.Array) -> jax.Array:
@@ -62,13 +51,13 @@ class VectorQuantizer(nn.Module):
         codebook_init = nn.initializers.normal(stddev=d_k**-0.25)
         self.codebook = self.param(
             "codebook",
-            nn.with_logical_partitioning(codebook_init, ("key_heads", "codes", "key")),
+            with_names(codebook_init, "key_heads", "codes", "key"),
             (n_head, n_code, d_k),
             jnp.float32,
         )
         self.count = self.param(
             "count",
-            nn.with_logical_partitioning(nn.initializers.ones, ("key_heads", "codes")),
+            with_names(nn.initializers.ones, "key_heads", "codes"),
             (n_head, n_code),
             jnp.float32,
         )
@@ -159,18 +148,3 @@ def _carry_sums_backward(kept, cotangent):
 
 
 _carry_sums.defvjp(_carry_sums_forward, _carry_sums_backward)
-
-
-def ema_update(quantizer_params: dict, sums: dict, gamma: float) -> dict:
-    """One step of the codebook's moving average; the equations are at the head of this file.
-
-    quantizer_params: codebook [..., S, K] and count [..., S], float32; leading axes are heads, layers.
-    sums: the gradient of `l_codebook`: sum of keys per code under "codebook", number of keys under "count".
-    Returns the new quantizer_params.
-    """
-    codebook, count = quantizer_params["codebook"], quantizer_params["count"]
-    key_sums, n = sums["codebook"], sums["count"]
-    new_count = jnp.maximum(gamma * count + (1.0 - gamma) * n, MIN_COUNT)
-    # Written as a step from the old place: it is exactly zero where n is zero.
-    step = (1.0 - gamma) * (key_sums - n[..., None] * codebook) / new_count[..., None]
-    return dict(codebook=codebook + step, count=new_count)

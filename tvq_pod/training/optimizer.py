@@ -1,17 +1,20 @@
-"""The optimizer of all weights but the codebook: clipping, AdamW, Lion or Adafactor, schedule, weight decay.
+"""The optimizer. For weights: clipping, AdamW, Lion or Adafactor, schedule, weight decay. For codebooks: their moving
+average.
 
 The definitions are those of Transformer-VQ's own code; docs/optimizer.md lists them, and what differs.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
 from tvq_pod.config.settings import OptimizerSettings
-from tvq_pod.nn.model import is_codebook, is_stacked, is_vector
+from tvq_pod.nn.codebook import CODEBOOK, WEIGHTS, codebook_average, optimizer_labels
+from tvq_pod.nn.model import is_stacked, is_vector
 
 # Adafactor's constants, as in Shazeer & Stern, arXiv 1804.04235, and in optax.adafactor
 MOMENT_DECAY = 0.8  # the moments of step t (1 at first) keep a share 1 - t ** -MOMENT_DECAY of the past
@@ -28,12 +31,14 @@ def schedule(settings: OptimizerSettings, num_steps: int) -> optax.Schedule:
     line to `final_fraction` at num_steps and stays there, or, with inverse_sqrt, is sqrt(warmup_steps / step).
     """
     warmup = settings.warmup_steps
+    peak = max(warmup, 1)
+    after: optax.Schedule
     if settings.schedule == "inverse_sqrt":
-        peak = max(warmup, 1)
 
-        def after(step):  # steps since the warm-up; join_schedules asks for negative ones too
+        def inverse_sqrt(step):  # steps since the warm-up; join_schedules asks for negative ones too
             return jnp.sqrt(peak / (peak + jnp.maximum(step, 0)))
 
+        after = inverse_sqrt
     elif settings.schedule == "linear":
         after = optax.linear_schedule(1.0, settings.final_fraction, max(num_steps - warmup, 1))
     else:
@@ -45,20 +50,40 @@ def schedule(settings: OptimizerSettings, num_steps: int) -> optax.Schedule:
 
 def learning_rate(settings: OptimizerSettings, num_steps: int, step: int) -> float:
     """Returns the learning rate of the update after `step`."""
-    return settings.learning_rate * float(schedule(settings, num_steps)(step))
+    return settings.learning_rate * float(jnp.asarray(schedule(settings, num_steps)(step)))
 
 
-def make_optimizer(settings: OptimizerSettings, num_steps: int) -> optax.GradientTransformation:
-    """Returns the chain of updates. Codebook leaves are masked out: they have no optimizer state and pass through
-    untouched.
+def make_optimizer(settings: OptimizerSettings, num_steps: int, c_gamma: float) -> optax.GradientTransformation:
+    """Returns the transformation of gradients into what `optax.apply_updates` adds to the parameters.
 
     With g the gradient, clipped by its global norm, a the learning rate and s the schedule's share, a weight w becomes
 
         w - s a direction(g) - weight_decay w
 
     Neither the direction, the learning rate nor the schedule scales the decay. Vectors (gains, biases, scales) are not
-    decayed.
+    decayed. Codebooks follow their moving average, of decay c_gamma (see nn/codebook.py); neither the clipping's norm
+    nor anything else of the weights' chain sees them.
+
+    Only the weights' chain has a state, so it alone is the state here, with a `MaskedNode` at each codebook leaf. That
+    is the form that checkpoints have had since before the codebooks' average was part of the transformation.
     """
+    both = optax.multi_transform(
+        {WEIGHTS: _weights_chain(settings, num_steps), CODEBOOK: codebook_average(c_gamma)}, optimizer_labels
+    )
+    no_state = optax.MaskedState(inner_state=optax.EmptyState())  # of the codebooks
+
+    def init(params):
+        return cast(optax.PartitionState, both.init(params)).inner_states[WEIGHTS]
+
+    def update(updates, state, params=None):
+        states = optax.PartitionState({WEIGHTS: state, CODEBOOK: no_state})
+        updates, states = both.update(updates, states, params)
+        return updates, cast(optax.PartitionState, states).inner_states[WEIGHTS]
+
+    return optax.GradientTransformation(init, update)
+
+
+def _weights_chain(settings: OptimizerSettings, num_steps: int) -> optax.GradientTransformation:
     directions = {
         "adamw": lambda: optax.scale_by_adam(settings.b1, settings.b2, settings.eps, mu_dtype=jnp.float32),
         "lion": lambda: optax.scale_by_lion(settings.b1, settings.b2, mu_dtype=jnp.bfloat16),
@@ -68,20 +93,20 @@ def make_optimizer(settings: OptimizerSettings, num_steps: int) -> optax.Gradien
     decayed = optax.add_decayed_weights(-settings.weight_decay, mask=_mask(lambda path: not is_vector(path)))
     # Checkpoints have this chain's states by number: each number keeps its place, and `nothing` holds one.
     nothing = optax.identity()
-    steps = [
+    return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else nothing,
         directions[settings.name](),
         optax.scale(settings.learning_rate),
         optax.masked(nothing, _mask(lambda path: not is_vector(path))),
         _followed(scheduled, decayed),
-    ]
-    return optax.masked(optax.chain(*steps), _mask(lambda path: not is_codebook(path)))
+    )
 
 
 def _followed(first: optax.GradientTransformation, then: optax.GradientTransformation) -> optax.GradientTransformation:
     """Returns both, one after the other, with the state of the first; the second must have none."""
 
-    def update(updates, state, params):
+    def update(updates, state, params=None):
+        assert params is not None
         updates, state = first.update(updates, state, params)
         return then.update(updates, then.init(params), params)[0], state
 
@@ -103,12 +128,12 @@ class Factors(NamedTuple):
     columns: jax.Array
 
 
-class AdafactorState(NamedTuple):
+class AdafactorState(flax.struct.PyTreeNode):
     """count: int32 scalar, the number of updates. moments: a tree like the parameters, with `Factors` for large
     matrices and a float32 array of the parameter's shape for other leaves."""
 
     count: jax.Array
-    moments: dict
+    moments: optax.Updates
 
 
 def scale_by_adafactor(multiply_by_parameter_scale: bool) -> optax.GradientTransformation:
@@ -134,7 +159,8 @@ def scale_by_adafactor(multiply_by_parameter_scale: bool) -> optax.GradientTrans
 
         return AdafactorState(jnp.zeros([], jnp.int32), jax.tree_util.tree_map_with_path(zeros, params))
 
-    def update(grads, state, params):
+    def update(updates, state, params=None):
+        assert params is not None
         count = state.count + 1
         kept = 1.0 - count.astype(jnp.float32) ** -MOMENT_DECAY
 
@@ -156,11 +182,12 @@ def scale_by_adafactor(multiply_by_parameter_scale: bool) -> optax.GradientTrans
             step /= jnp.maximum(_rms(step, own) / CLIPPING_THRESHOLD, 1.0)
             return step * jnp.maximum(_rms(param, own), LEAST_SCALE) if multiply_by_parameter_scale else step
 
-        moments = jax.tree_util.tree_map_with_path(next_moments, grads, state.moments)
-        updates = jax.tree_util.tree_map_with_path(direction, grads, moments, params)
+        moments = jax.tree_util.tree_map_with_path(next_moments, updates, state.moments)
+        updates = jax.tree_util.tree_map_with_path(direction, updates, moments, params)
         return updates, AdafactorState(count, moments)
 
-    return optax.GradientTransformation(init, update)
+    # optax's types know states that are tuples or arrays; any pytree will do
+    return optax.GradientTransformation(cast(optax.TransformInitFn, init), cast(optax.TransformUpdateFn, update))
 
 
 def _own_axes(path: tuple, x) -> tuple[int, ...]:

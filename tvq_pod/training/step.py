@@ -5,6 +5,7 @@
 
 import functools
 import time
+from typing import cast
 
 import flax.linen as nn
 import flax.struct
@@ -17,9 +18,10 @@ from tvq_pod.config.settings import Settings
 from tvq_pod.data import digest
 from tvq_pod.host.terminal import say
 from tvq_pod.nn.axes import placed_by
-from tvq_pod.nn.model import Transformer, codebook_counts, is_codebook
+from tvq_pod.nn.codebook import DEAD_COUNT, codebook_counts, is_codebook
+from tvq_pod.nn.model import Transformer
 from tvq_pod.nn.types import VQSpec
-from tvq_pod.nn.vq import DEAD_COUNT, code_metrics, ema_update
+from tvq_pod.nn.vq import code_metrics
 from tvq_pod.parallel.mesh import compiler_options
 from tvq_pod.parallel.sharding import (
     OnMesh,
@@ -62,11 +64,15 @@ def _train_state_of(params: dict, settings: Settings) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=make_optimizer(settings.optimizer, settings.train.num_steps).init(params),
+        opt_state=_optimizer_of(settings).init(params),
         recurrent=initial_recurrent(settings),
         bad_steps=bad_steps.start(),
         digest=digest.start(),
     )
+
+
+def _optimizer_of(settings: Settings) -> optax.GradientTransformation:
+    return make_optimizer(settings.optimizer, settings.train.num_steps, settings.model.c_gamma)
 
 
 def initial_recurrent(settings: Settings) -> dict:
@@ -84,7 +90,7 @@ def abstract_train_state(settings: Settings, mesh: jax.sharding.Mesh) -> TrainSt
     shapes = jax.eval_shape(lambda params: _train_state_of(params, settings), nn.meta.unbox(boxed))
     on_params = param_shardings(boxed, mesh, settings.mesh.fsdp)
     everywhere = replicated(mesh)
-    shardings = TrainState(
+    shardings = shapes.replace(
         step=everywhere,
         params=on_params,
         opt_state=_like_params(shapes.opt_state, shapes.params, on_params, everywhere),
@@ -128,7 +134,7 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh):
     grad_norm, learning_rate; those of `code_report`; n_bad, int32: bad steps in a row, this one included, none of them
     applied (see bad_steps.py); digest, uint32 [2].
     """
-    optimizer = make_optimizer(settings.optimizer, settings.train.num_steps)
+    optimizer = _optimizer_of(settings)
     share = schedule(settings.optimizer, settings.train.num_steps)
     gradients = make_gradients(settings)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_train_state(settings, mesh))
@@ -140,7 +146,7 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh):
             grads, recurrent, metrics = gradients(state.params, state.recurrent, batch, key)
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = apply_updates(state.params, updates, grads, settings.model.c_gamma)
+        params = cast(dict, optax.apply_updates(state.params, updates))
         metrics |= code_report(grads, params) | dict(grad_norm=grad_norm(grads))
         metrics["learning_rate"] = settings.optimizer.learning_rate * share(state.step)
         good, known = bad_steps.judge(state.bad_steps, metrics, codebook_sums(grads), settings.bad_steps)
@@ -172,15 +178,9 @@ def make_gradients(settings: Settings):
 
     def loss_fn(params, recurrent, batch, n_positions, rngs):
         mask = batch["loss_mask"]
-        new_recurrent, out = Transformer(config).apply(
-            {"params": params},
-            recurrent,
-            batch["inputs"],
-            batch["doc_ids"],
-            VQSpec(mask, n_positions),
-            batch["targets"],
-            rngs=rngs,
-        )
+        tokens = batch["inputs"], batch["doc_ids"], VQSpec(mask, n_positions), batch["targets"]
+        applied = Transformer(config).apply({"params": params}, recurrent, *tokens, rngs=rngs)
+        new_recurrent, out = cast(tuple[dict, dict], applied)
         loss = jnp.sum(out["losses"] * mask) / jnp.maximum(n_positions, 1.0)
         metrics = dict(loss=loss, l_commit=out["l_commit"])
         # l_codebook is 0: its gradient carries the codebook's sums (see nn/vq.py)
@@ -224,18 +224,6 @@ def _parts(tree, axis: int, n_parts: int):
     return jax.tree.map(parts, tree)
 
 
-def apply_updates(params: dict, updates: dict, grads: dict, gamma: float) -> dict:
-    """Weights move by the optimizer's updates, each quantizer by its moving average over the sums in its gradient."""
-    if not isinstance(params, dict):
-        return params + updates.astype(params.dtype)
-    return {
-        name: ema_update(params[name], grads[name], gamma)
-        if name == "quantizer"
-        else apply_updates(params[name], updates[name], grads[name], gamma)
-        for name in params
-    }
-
-
 def codebook_sums(grads: dict) -> list[jax.Array]:
     """The codebooks' sums, from the gradients' tree."""
     return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(grads) if is_codebook(path)]
@@ -246,7 +234,7 @@ def code_report(grads: dict, params: dict) -> dict:
     update, 1 .. S), code_usage (share of codes used in it), dead_codes (share whose moving average is next to nothing),
     code_count_max (the largest moving average: keys an update)."""
     used, averages = codebook_counts(grads), codebook_counts(params)
-    if used is None:
+    if used is None or averages is None:
         return {}
     dead = jnp.mean((averages < DEAD_COUNT).astype(jnp.float32), axis=(-2, -1))
     return code_metrics(used) | dict(dead_codes=dead, code_count_max=jnp.max(averages, axis=(-2, -1)))

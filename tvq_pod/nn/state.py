@@ -1,0 +1,120 @@
+"""The state of one attention layer: what a stream carries from block to block and from update to update.
+
+It is a dict: the window (`xlcache`, see window.py), the cache (`aggcache`, see cache.py), and `pos_offset`, the number
+of tokens that were read of the current document. VQAttention hands it in and out; model.py stacks one for each layer.
+Here is how it starts, how its axes are named, and how it moves on, whether the blocks lie on one device or are spread
+over several (sequence.py).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from tvq_pod.nn.axes import placement
+from tvq_pod.nn.cache import NO_DOC, caches, initial_cache
+from tvq_pod.nn.sequence import at_shard
+from tvq_pod.nn.types import TransformerConfig
+from tvq_pod.nn.window import join_blocks, leaving_chunks, next_window, split_blocks, window_of_blocks
+
+
+def initial_state(config: TransformerConfig, batch_size: int) -> dict:
+    """Returns the state of `batch_size` streams that have read nothing.
+
+    pos_offset [B] int32: tokens read of the current document.
+    xlcache: the window, oldest first: z [B, H, M] int32, k_hat [B, H, M, K] and v [B, H, M, V] in `dtype`,
+      doc_ids [B, M] int32.
+    aggcache: the cache, see `initial_cache`.
+    With attn_type full there is no z and no aggcache.
+    """
+    c, n_head = config, config.n_key_head
+    state = dict(
+        pos_offset=jnp.zeros([batch_size], jnp.int32),
+        xlcache=dict(
+            z=jnp.zeros([batch_size, n_head, c.mem_len], jnp.int32),
+            k_hat=jnp.zeros([batch_size, n_head, c.mem_len, c.d_k], c.dtype),
+            v=jnp.zeros([batch_size, n_head, c.mem_len, c.d_v], c.dtype),
+            doc_ids=jnp.full([batch_size, c.mem_len], NO_DOC, jnp.int32),
+        ),
+        aggcache=initial_cache(batch_size, n_head, c.n_code, c.d_v),
+    )
+    return state if c.attn_type == "vq" else _without_cache(state)
+
+
+def state_axes(config: TransformerConfig) -> dict:
+    """Returns the logical name of every axis of `initial_state`, in the same tree."""
+    heads, value = config.value_names
+    axes = dict(
+        pos_offset=("batch",),
+        xlcache=dict(
+            z=("batch", heads, "window"),
+            k_hat=("batch", heads, "window", "key"),
+            v=("batch", heads, "window", value),
+            doc_ids=("batch", "window"),
+        ),
+        aggcache=dict(
+            upper_div_lower=("batch", heads, "cached_codes", value),
+            lower=("batch", heads, "cached_codes"),
+            latest_doc_id=("batch",),
+        ),
+    )
+    return axes if config.attn_type == "vq" else _without_cache(axes)
+
+
+def _without_cache(state: dict) -> dict:
+    window = {name: leaf for name, leaf in state["xlcache"].items() if name != "z"}
+    return dict(pos_offset=state["pos_offset"], xlcache=window)
+
+
+def surroundings(config: TransformerConfig, present: dict, state: dict) -> tuple[dict, dict, jax.Array, dict]:
+    """What the fast attention must know of what comes before each block, and the state after the last one.
+
+    Returns `window_of_blocks`, the `caches` that blocks look at, `doc_positions`, and the next state.
+    """
+
+    def of_shard(present, state, axis):
+        state, new_state = at_shard(state, next_state(present, state), present, axis)
+        before, after = caches(state["aggcache"], leaving_chunks(state["xlcache"], present), config.reduction, axis)
+        positions = doc_positions(state, present["doc_ids"])
+        return window_of_blocks(state["xlcache"], present), before, positions, new_state | dict(aggcache=after)
+
+    heads, value = config.value_names
+    blocks, axes = ("blocks", "batch"), state_axes(config)
+    codes, values = (*blocks, heads, "token"), (*blocks, heads, "token", value)
+    in_axes = dict(z=codes, k_hat=(*codes, "key"), v=values, doc_ids=(*blocks, "token")), axes
+    past = dict(k_hat=(*codes, "key"), v=values)
+    before = dict(
+        upper_div_lower=(*blocks, heads, "codes", value), lower=(*blocks, heads, "codes"), latest_doc_id=blocks
+    )
+    return placement().over_blocks(of_shard, in_axes, (past, before, (*blocks, "token"), axes))(present, state)
+
+
+def next_state(present: dict, state: dict) -> dict:
+    """Returns pos_offset and xlcache after the blocks `present`; the cache is not moved on."""
+    doc_ids, last_before = present["doc_ids"], state["xlcache"]["doc_ids"][:, -1]
+    last = doc_ids[-1, :, -1]
+    n_present = jnp.sum(doc_ids == last[None, :, None], axis=(0, 2), dtype=jnp.int32)
+    pos_offset = n_present + jnp.where(last_before == last, state["pos_offset"], 0)
+    return dict(pos_offset=pos_offset, xlcache=next_window(state["xlcache"], present))
+
+
+def doc_positions(state: dict, doc_ids: jax.Array) -> jax.Array:
+    """Position of each token in its document, int32 [R, B, L]. doc_ids: [R, B, L], after what `state` has read."""
+    block_len = doc_ids.shape[2]
+    doc_ids = join_blocks(doc_ids)
+    before = jnp.concatenate([state["xlcache"]["doc_ids"][:, -1:], doc_ids[:, :-1]], axis=1)
+    t = jnp.broadcast_to(jnp.arange(doc_ids.shape[1], dtype=jnp.int32), doc_ids.shape)
+    latest_start = jax.lax.cummax(jnp.where(doc_ids != before, t, -1), axis=1)
+    return split_blocks(jnp.where(latest_start < 0, state["pos_offset"][:, None] + t, t - latest_start), block_len)
+
+
+def positions_of(state: dict, doc_ids: jax.Array) -> jax.Array:
+    """`doc_positions`, of blocks that may be spread over devices: int32 [R, B, L]."""
+
+    def of_shard(pos_offset, before, doc_ids, axis):
+        last = dict(pos_offset=pos_offset, xlcache=dict(doc_ids=before[:, None]))
+        own_next = dict(pos_offset=pos_offset, xlcache=dict(doc_ids=doc_ids[-1, :, -1:]))
+        last, _ = at_shard(last, own_next, dict(doc_ids=doc_ids), axis)
+        return doc_positions(last, doc_ids)
+
+    blocks = ("blocks", "batch", "token")
+    mapped = placement().over_blocks(of_shard, (("batch",), ("batch",), blocks), blocks)
+    return mapped(state["pos_offset"], state["xlcache"]["doc_ids"][:, -1], doc_ids)
