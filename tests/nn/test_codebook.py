@@ -1,0 +1,139 @@
+"""The codebooks' moving average as an optax transformation: it moves codes exactly, and the weights' optimizer never
+sees them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tvq_pod.nn.codebook import (
+    CODEBOOK,
+    MIN_COUNT,
+    WEIGHTS,
+    codebook_average,
+    ema_update,
+    is_codebook,
+    optimizer_labels,
+)
+
+GAMMA = 0.9
+
+
+def quantizer(rng, *lead):
+    codebook, count = rng.normal(size=[*lead, 5, 3]), rng.uniform(0.5, 3.0, size=[*lead, 5])
+    return dict(codebook=codebook.astype(np.float32), count=count.astype(np.float32))
+
+
+def params_and_sums(seed=0):
+    """Parameters with a quantizer alone and one of two stacked layers; sums in which codes 1 and 3 were not chosen, and
+    code 4 was chosen very often."""
+    rng = np.random.default_rng(seed)
+    params = dict(
+        embedding=rng.normal(size=[4, 3]).astype(np.float32),
+        attention=dict(u=rng.normal(size=[2, 3]).astype(np.float32), quantizer=quantizer(rng, 2)),
+        layers=dict(unit0=dict(quantizer=quantizer(rng, 2, 1), kernel=rng.normal(size=[2, 3, 3]).astype(np.float32))),
+    )
+    n = np.array([2, 0, 1, 0, 1000], np.float32)
+
+    def gradient(path, leaf):
+        if not is_codebook(path):
+            return rng.normal(size=leaf.shape).astype(np.float32)
+        if path[-1].key == "count":
+            return np.broadcast_to(n, leaf.shape)
+        return (rng.normal(size=leaf.shape) * n[:, None]).astype(np.float32)
+
+    return params, jax.tree_util.tree_map_with_path(gradient, params)
+
+
+def moved(weights: optax.GradientTransformation, params, gradients, n_steps=1):
+    """The parameters after some steps of the combined optimizer, which all have the same gradients."""
+    optimizer = optax.multi_transform({WEIGHTS: weights, CODEBOOK: codebook_average(GAMMA)}, optimizer_labels)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for _ in range(n_steps):
+        params, state = step(params, state)
+    return params
+
+
+def quantizers_of(tree):
+    return [tree["attention"]["quantizer"], tree["layers"]["unit0"]["quantizer"]]
+
+
+def test_apply_updates_moves_codes_by_the_papers_equations():
+    params, sums = params_and_sums()
+    after = moved(optax.sgd(0.5), params, sums)
+    for old, s, new in zip(*map(quantizers_of, (params, sums, after)), strict=True):
+        count, n = np.float64(old["count"]), np.float64(s["count"])
+        expected = GAMMA * count + (1 - GAMMA) * n
+        np.testing.assert_allclose(new["count"], expected, rtol=1e-6)
+        codebook = (GAMMA * count)[..., None] * old["codebook"] + (1 - GAMMA) * s["codebook"]
+        np.testing.assert_allclose(new["codebook"], codebook / expected[..., None], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(after["embedding"], params["embedding"] - 0.5 * sums["embedding"], rtol=1e-6)
+
+
+def test_codes_that_nothing_chose_keep_their_place_bit_for_bit_and_their_counts_end_at_the_least():
+    params, sums = params_and_sums()
+    after = moved(optax.sgd(0.5), params, sums, n_steps=300)  # 0.9 ** 300 is far below the least count
+    for old, new in zip(*map(quantizers_of, (params, after)), strict=True):
+        np.testing.assert_array_equal(new["codebook"][..., [1, 3], :], old["codebook"][..., [1, 3], :])
+        np.testing.assert_array_equal(new["count"][..., [1, 3]], np.float32(MIN_COUNT))
+        assert (new["codebook"][..., [0, 2, 4], :] != old["codebook"][..., [0, 2, 4], :]).all()
+
+
+def test_counts_that_at_most_double_or_halve_are_exact():
+    """A count and its update add up to the moving average as float32 has it, operation by operation."""
+    old, sums = (quantizers_of(tree)[1] for tree in params_and_sums())
+    count, n = (tree["count"][..., :4] for tree in (old, sums))
+    expected = GAMMA * count + (1.0 - GAMMA) * n
+    assert expected.dtype == np.float32
+    assert (expected <= 2 * count).all()
+    new = np.asarray(optax.apply_updates(old, ema_update(old, sums, GAMMA))["count"])
+    np.testing.assert_array_equal(new[..., :4], expected)
+
+
+@pytest.mark.parametrize("name", ["clip", "decay"])
+def test_what_is_done_to_weights_sees_no_codebook(name):
+    """Clipping's global norm is that of the gradients, however large the sums are; decay shrinks no code."""
+    weights = optax.chain(
+        optax.clip_by_global_norm(1.0) if name == "clip" else optax.add_decayed_weights(0.1), optax.sgd(0.5)
+    )
+    params, sums = params_and_sums()
+
+    def scaled(path, leaf):
+        return leaf * np.float32(1e6) if is_codebook(path) else leaf
+
+    larger = jax.tree_util.tree_map_with_path(scaled, sums)
+    after, after_larger = moved(weights, params, sums), moved(weights, params, larger)
+    for path in (("embedding",), ("attention", "u"), ("layers", "unit0", "kernel")):
+        ours, others = after, after_larger
+        for key in path:
+            ours, others = ours[key], others[key]
+        np.testing.assert_array_equal(ours, others)
+    undecayed = moved(optax.sgd(0.5), params, sums)
+    jax.tree.map(np.testing.assert_array_equal, quantizers_of(after), quantizers_of(undecayed))
+
+
+def test_the_average_has_no_state_and_a_model_without_codes_needs_none():
+    params, sums = params_and_sums()
+    assert not jax.tree.leaves(codebook_average(GAMMA).init(params))
+    plain, gradients = (dict(embedding=tree["embedding"]) for tree in (params, sums))
+    after = moved(optax.sgd(0.5), plain, gradients)
+    np.testing.assert_allclose(after["embedding"], plain["embedding"] - 0.5 * gradients["embedding"], rtol=1e-6)
+
+
+def test_use_without_parameters_or_on_weights_is_refused():
+    params, sums = params_and_sums()
+    average = codebook_average(GAMMA)
+    only = dict(quantizer=params["attention"]["quantizer"])
+    with pytest.raises(ValueError, match="give them to update"):
+        average.update(only, average.init(only))
+    with pytest.raises(ValueError, match="was given weights too; combine it"):
+        average.update(sums, average.init(params), params)
+    updates, _ = average.update(jax.tree.map(jnp.zeros_like, only), average.init(only), only)
+    np.testing.assert_array_equal(updates["quantizer"]["codebook"], 0.0)
