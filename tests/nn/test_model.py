@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.common import rngs_fixture, small_config
-from tvq_pod.nn.attn import doc_positions
 from tvq_pod.nn.codebook import is_codebook
 from tvq_pod.nn.model import Transformer, embed, is_vector
+from tvq_pod.nn.state import doc_positions
 from tvq_pod.nn.types import TransformerConfig
 
 TOTAL = 24
