@@ -2,6 +2,7 @@
 invariant to blocks, exact for documents, equal to the plain implementation and to the quadratic softmax."""
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -153,7 +154,7 @@ def layer_and_gradients(config):
         for begin in range(0, x.shape[1], step):
             part = slice(begin, begin + step)
             inputs = dict(input_features=x[:, part], doc_ids=doc_ids[:, part], vq_spec=None)
-            state, out = cls(config).apply({"params": params}, state=state, input_dict=inputs)
+            state, out = cast(tuple[dict, dict], cls(config).apply({"params": params}, state=state, input_dict=inputs))
             parts.append(out["res"])
             l_codebook += out["l_codebook"]
         res = jnp.concatenate(parts, axis=1).astype(jnp.float32)
@@ -316,7 +317,8 @@ def test_grad_thru_cache_decides_whether_gradients_cross_blocks(grad_thru_cache)
 
     def second_block(x):
         inputs = dict(input_features=x, doc_ids=one_doc([1, T]), vq_spec=None)
-        _, out = cls(config).apply({"params": params}, cls.initial_state(config, 1), inputs)
+        applied = cls(config).apply({"params": params}, cls.initial_state(config, 1), inputs)
+        _, out = cast(tuple[dict, dict], applied)
         return jnp.sum(jnp.square(out["res"][:, 8:]))
 
     x = jax.random.normal(jax.random.key(0), [1, T, config.d_model])

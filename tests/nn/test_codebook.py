@@ -1,6 +1,8 @@
 """The codebooks' moving average as an optax transformation: it moves codes exactly, and the weights' optimizer never
 sees them."""
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,12 +22,12 @@ from tvq_pod.nn.codebook import (
 GAMMA = 0.9
 
 
-def quantizer(rng, *lead):
+def quantizer(rng, *lead) -> dict:
     codebook, count = rng.normal(size=[*lead, 5, 3]), rng.uniform(0.5, 3.0, size=[*lead, 5])
     return dict(codebook=codebook.astype(np.float32), count=count.astype(np.float32))
 
 
-def params_and_sums(seed=0):
+def params_and_sums(seed=0) -> tuple[dict, dict]:
     """Parameters with a quantizer alone and one of two stacked layers; sums in which codes 1 and 3 were not chosen, and
     code 4 was chosen very often."""
     rng = np.random.default_rng(seed)
@@ -46,14 +48,14 @@ def params_and_sums(seed=0):
     return params, jax.tree_util.tree_map_with_path(gradient, params)
 
 
-def moved(weights: optax.GradientTransformation, params, gradients, n_steps=1):
+def moved(weights: optax.GradientTransformation, params: dict, gradients: dict, n_steps: int = 1) -> dict:
     """The parameters after some steps of the combined optimizer, which all have the same gradients."""
     optimizer = optax.multi_transform({WEIGHTS: weights, CODEBOOK: codebook_average(GAMMA)}, optimizer_labels)
 
     @jax.jit
     def step(params, state):
         updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
+        return cast(dict, optax.apply_updates(params, updates)), state
 
     state = optimizer.init(params)
     for _ in range(n_steps):
@@ -69,7 +71,7 @@ def test_apply_updates_moves_codes_by_the_papers_equations():
     params, sums = params_and_sums()
     after = moved(optax.sgd(0.5), params, sums)
     for old, s, new in zip(*map(quantizers_of, (params, sums, after)), strict=True):
-        count, n = np.float64(old["count"]), np.float64(s["count"])
+        count, n = old["count"].astype(np.float64), s["count"].astype(np.float64)
         expected = GAMMA * count + (1 - GAMMA) * n
         np.testing.assert_allclose(new["count"], expected, rtol=1e-6)
         codebook = (GAMMA * count)[..., None] * old["codebook"] + (1 - GAMMA) * s["codebook"]
@@ -93,7 +95,7 @@ def test_counts_that_at_most_double_or_halve_are_exact():
     expected = GAMMA * count + (1.0 - GAMMA) * n
     assert expected.dtype == np.float32
     assert (expected <= 2 * count).all()
-    new = np.asarray(optax.apply_updates(old, ema_update(old, sums, GAMMA))["count"])
+    new = np.asarray(cast(dict, optax.apply_updates(old, ema_update(old, sums, GAMMA)))["count"])
     np.testing.assert_array_equal(new[..., :4], expected)
 
 
@@ -136,4 +138,4 @@ def test_use_without_parameters_or_on_weights_is_refused():
     with pytest.raises(ValueError, match="was given weights too; combine it"):
         average.update(sums, average.init(params), params)
     updates, _ = average.update(jax.tree.map(jnp.zeros_like, only), average.init(only), only)
-    np.testing.assert_array_equal(updates["quantizer"]["codebook"], 0.0)
+    np.testing.assert_array_equal(cast(dict, updates)["quantizer"]["codebook"], 0.0)

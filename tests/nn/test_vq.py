@@ -1,5 +1,7 @@
 """The quantizer: nearest codes, straight-through gradients, and codes that follow the mean of their keys."""
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ N_HEAD, N_CODE, WIDTH, ROWS, LENGTH, GAMMA = 2, 5, 6, 8, 7, 0.9
 CONFIG = small_config(n_head=N_HEAD, n_code=N_CODE, d_k=WIDTH)
 
 
-def random_params():
+def random_params() -> dict:
     rng = np.random.default_rng(0)
     return dict(
         codebook=rng.normal(size=[N_HEAD, N_CODE, WIDTH]).astype(np.float32),
@@ -50,10 +52,16 @@ def numpy_ema(params, keys, mask):
     return dict(codebook=new_codebook, count=new_count)
 
 
+def quantize(params, keys, mask) -> dict:
+    """What the quantizer returns; mask: float32 [B, T], or None."""
+    spec = None if mask is None else VQSpec(loss_mask=jnp.asarray(mask))
+    return cast(dict, VectorQuantizer(CONFIG).apply({"params": params}, keys, spec))
+
+
 @jax.jit
 def one_update(params, keys, mask):
     def l_codebook(params):
-        return VectorQuantizer(CONFIG).apply({"params": params}, keys, VQSpec(loss_mask=mask))["l_codebook"]
+        return quantize(params, keys, mask)["l_codebook"]
 
     return optax.apply_updates(params, ema_update(params, jax.grad(l_codebook)(params), GAMMA))
 
@@ -90,7 +98,7 @@ def test_a_code_that_nothing_chose_keeps_its_place_exactly_and_for_ever():
 
 def test_shortcodes_are_the_nearest_codes_and_the_value_is_exactly_the_code():
     params, keys = random_params(), random_keys()
-    out = VectorQuantizer(CONFIG).apply({"params": params}, keys, None)
+    out = quantize(params, keys, None)
     for b, h, t in np.ndindex(ROWS, N_HEAD, LENGTH):
         distances = [np.sum((keys[b, h, t] - code) ** 2) for code in params["codebook"][h]]
         nearest = int(np.argmin(distances))
@@ -100,11 +108,11 @@ def test_shortcodes_are_the_nearest_codes_and_the_value_is_exactly_the_code():
 
 def test_gradients_go_straight_through_to_keys_and_never_to_codes():
     def value(params, keys):
-        return jnp.sum(jnp.sin(VectorQuantizer(CONFIG).apply({"params": params}, keys, None)["quantized"]))
+        return jnp.sum(jnp.sin(quantize(params, keys, None)["quantized"]))
 
     params, keys = random_params(), random_keys()
     by_params, by_keys = jax.grad(value, argnums=(0, 1))(params, keys)
-    quantized = VectorQuantizer(CONFIG).apply({"params": params}, keys, None)["quantized"]
+    quantized = quantize(params, keys, None)["quantized"]
     np.testing.assert_allclose(by_keys, jnp.cos(quantized), atol=1e-6)
     assert not np.asarray(by_params["codebook"]).any()
 
@@ -113,7 +121,7 @@ def test_the_commit_loss_pulls_keys_towards_their_codes():
     params, keys, mask = random_params(), random_keys(), random_mask()
 
     def commit(keys):
-        out = VectorQuantizer(CONFIG).apply({"params": params}, keys, VQSpec(loss_mask=mask))
+        out = quantize(params, keys, mask)
         return out["l_commit"], out["quantized"]
 
     (value, quantized), grad = jax.value_and_grad(commit, has_aux=True)(keys)
@@ -127,6 +135,6 @@ def test_perplexity_and_usage_of_codes():
     params = random_params()
     codebook = params["codebook"]
     keys = np.stack([codebook[:, [0, 0, 1, 1]]])  # [1, H, 4, K]: two codes, each twice
-    metrics = VectorQuantizer(CONFIG).apply({"params": params}, keys, None)["metrics"]
+    metrics = quantize(params, keys, None)["metrics"]
     np.testing.assert_allclose(metrics["code_perplexity"], 2.0, rtol=1e-5)
     np.testing.assert_allclose(metrics["code_usage"], 2 / N_CODE, rtol=1e-6)

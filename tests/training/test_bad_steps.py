@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import types
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +30,7 @@ from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.run.checkpoint import Checkpoints
 from tvq_pod.run.checkpoint_reader import CheckpointReader
 from tvq_pod.run.hashes import sha256_of
+from tvq_pod.run.preemption import Preemption
 from tvq_pod.training import bad_steps
 from tvq_pod.training.step import abstract_train_state, create_recurrent, create_train_state, make_train_step
 
@@ -144,10 +144,22 @@ def poison(monkeypatch):
     return updates
 
 
+class NoSignals(Preemption):
+    """None comes, and none is watched for."""
+
+    def __init__(self):
+        self.can_save = False
+
+    @property
+    def requested(self):
+        return False
+
+    def take_save(self):
+        return False
+
+
 def run(settings, workdir):
-    train(
-        settings, epath.Path(workdir), types.SimpleNamespace(requested=False, can_save=False, take_save=lambda: False)
-    )
+    train(settings, epath.Path(workdir), NoSignals())
     return state_of(settings, workdir, STEPS)
 
 
@@ -243,9 +255,7 @@ def test_going_back_holds_one_state_and_not_two(corpus, tmp_path, poison, monkey
     monkeypatch.setattr(Checkpoints, "restore", restored)
     poison |= {12, 13, 14}
     before = sum(array.nbytes for array in jax.live_arrays())
-    train(
-        settings, epath.Path(tmp_path), types.SimpleNamespace(requested=False, can_save=False, take_save=lambda: False)
-    )
+    train(settings, epath.Path(tmp_path), NoSignals())
     state = create_train_state(settings, make_mesh(settings.mesh))
     assert live[0] - before < sum(array.nbytes for array in jax.tree.leaves(state)) / 2
 
@@ -291,21 +301,17 @@ def test_saves_that_fail_are_not_the_last(corpus, tmp_path, monkeypatch):
     assert CheckpointReader(epath.Path(tmp_path)).steps() == [5, 20, 24]
 
 
-class AskedAt:
+class AskedAt(NoSignals):
     """SIGTERM that comes in a step: after each, the run asks once."""
 
-    can_save = False
-
     def __init__(self, step):
+        super().__init__()
         self._left = step
 
     @property
     def requested(self):
         self._left -= 1
         return self._left <= 0
-
-    def take_save(self):
-        return False
 
 
 def test_a_run_that_is_preempted_between_bad_steps_can_still_go_back(corpus, tmp_path, poison):

@@ -52,8 +52,8 @@ class VQAttention(nn.Module):
     the same calls. With `config.attention="plain"` any transformation goes through the module, forward-mode
     differentiation included; "xla" has a hand-written gradient and is reverse-mode only.
 
-    Of these our own model (model.py) uses `initial_state` alone, and `blocks` where a library's user calls the module;
-    what is there only for the contract stands last, under a heading that says so.
+    Our own model uses `initial_state`, `blocks` and, to decode, `biases`. `__call__` is for other models (see
+    docs/library.md). What exists for the contract alone comes last, under a heading that says so.
 
     Parameters: norm, w_q, w_k, w_v, w_g (shga), w_o, w_r, u, v and quantizer; all but the quantizer's have
     `param_dtype`.

@@ -6,6 +6,8 @@ recurrent state stay as they were, as if its data had not been there; with confi
 anew. train.py sees to several in a row.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -21,7 +23,7 @@ def start() -> dict:
     return dict(loss_mean=zero, loss_var=zero, n_losses=none, n_bad=none)
 
 
-def judge(before: dict, metrics: dict, sums: list[jax.Array], settings: BadStepsSettings):
+def judge(before: dict, metrics: dict, sums: Sequence[jax.typing.ArrayLike], settings: BadStepsSettings):
     """Whether a step is good, a bool scalar, and what to remember: (good, the next `before`).
 
     before: see `start`. metrics: of the step: loss, l_commit, grad_norm, which is finite only if all gradients are, and
