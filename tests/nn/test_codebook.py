@@ -99,6 +99,17 @@ def test_counts_that_at_most_double_or_halve_are_exact():
     np.testing.assert_array_equal(new[..., :4], expected)
 
 
+def test_the_step_of_a_code_is_not_rounded_to_the_grid_of_its_place():
+    """As new minus old would be: of a step a millionth as large as the place, one part in twenty would be left over."""
+    old, sums = (quantizers_of(tree)[1] for tree in params_and_sums())
+    step = ema_update(old, sums, gamma=1.0 - 1e-6)["codebook"]
+    codebook, count, key_sums, n = (
+        tree[name].astype(np.float64) for tree in (old, sums) for name in ("codebook", "count")
+    )
+    new_count = (1.0 - 1e-6) * count + 1e-6 * n
+    np.testing.assert_allclose(step, 1e-6 * (key_sums - n[..., None] * codebook) / new_count[..., None], rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["clip", "decay"])
 def test_what_is_done_to_weights_sees_no_codebook(name):
     """Clipping's global norm is that of the gradients, however large the sums are; decay shrinks no code."""
