@@ -65,7 +65,7 @@ def _record_of(settings: Settings, names: tuple[str, ...]) -> dict[str, str]:
 def differing(record: dict[str, str], saved: dict[str, str]) -> tuple[str, str, str] | None:
     """Name, value and saved value of the first setting in which `record` differs from a checkpoint's; None: in none.
 
-    An entry that the checkpoint does not have is not compared, unless LATER has it: an older version saved the checkpoint.
+    An entry that a checkpoint of an older version does not have is compared only if LATER has it.
     """
     for name, value in record.items():
         made_with = saved.get(name, LATER.get(name, value))
