@@ -1,13 +1,13 @@
 """What a checkpoint belongs to: which settings make another model, another run, or neither.
 
-A checkpoint keeps these as its record, and one whose record differs is refused by the name of the setting.
+A checkpoint keeps the first two as its record. It is refused, with the name of the setting, if its record differs.
 """
 
 from tvq_pod.config.settings import Settings
 
 FINGERPRINT = "config.data.store, fingerprint"
 OPTIMIZER_STATE = "config.optimizer.name, state"
-# Of each optimizer's state in a checkpoint; another one is refused. adafactor 1 had one scale for all layers.
+# Version of each optimizer's state. A checkpoint with another one is refused: adafactor 1 had one scale for all layers.
 STATE_VERSIONS = dict(adamw="1", lion="1", adafactor="2")
 # Fields of TransformerConfig that change the shape of a parameter or of the state, or the function that the model is.
 MODEL_IDENTITY = (
@@ -16,7 +16,7 @@ MODEL_IDENTITY = (
 )
 # Fields that a run keeps, and in which an evaluation or a sample may differ.
 RUN_IDENTITY = ("dtype", "param_dtype")
-# Fields that may change from one start to the next, and why. Every field is in one of the three: a test walks them all.
+# Fields that may change from one start to the next, and why. A test checks that every field is in one of the three.
 MAY_CHANGE = {
     "block_len": "any gives the same outputs; only gradients know of it (docs/design.md)",
     "grad_thru_cache": "changes gradients, not the function",
@@ -32,11 +32,11 @@ MAY_CHANGE = {
     "c_gamma": "the decay of a moving average that only training moves",
     "is_train": "the mode decides",
 }
-# Entries that the first checkpoints do not have, as they were then
+# Entries that the first checkpoints do not have, with the values that held then.
 LATER = {"config.model.window_bias": "0.0", OPTIMIZER_STATE: "1"}
 
 
-def model_record(settings: Settings, vocab_name: str) -> dict:
+def model_record(settings: Settings, vocab_name: str) -> dict[str, str]:
     """What parameters belong to, as {setting's name: value}."""
     record = _record_of(settings, MODEL_IDENTITY)
     # What d_ff=0 stands for is a width, too; without an MLP it stands for nothing.
@@ -44,7 +44,7 @@ def model_record(settings: Settings, vocab_name: str) -> dict:
     return record | {"config.data.vocab": vocab_name}
 
 
-def run_record(settings: Settings, vocab_name: str, fingerprint: str) -> dict:
+def run_record(settings: Settings, vocab_name: str, fingerprint: str) -> dict[str, str]:
     """What a whole checkpoint belongs to: the model, and all that the data function depends on but its schedule."""
     return (
         model_record(settings, vocab_name)
@@ -58,14 +58,14 @@ def run_record(settings: Settings, vocab_name: str, fingerprint: str) -> dict:
     )
 
 
-def _record_of(settings: Settings, names: tuple[str, ...]) -> dict:
+def _record_of(settings: Settings, names: tuple[str, ...]) -> dict[str, str]:
     return {f"config.model.{name}": str(getattr(settings.model, name)) for name in names}
 
 
-def differing(record: dict, saved: dict) -> tuple[str, str, str] | None:
+def differing(record: dict[str, str], saved: dict[str, str]) -> tuple[str, str, str] | None:
     """Name, value and saved value of the first setting in which `record` differs from a checkpoint's; None: in none.
 
-    A setting that the checkpoint does not name is not compared: it was saved before there was such an entry.
+    An entry that a checkpoint of an older version does not have is compared only if LATER has it.
     """
     for name, value in record.items():
         made_with = saved.get(name, LATER.get(name, value))

@@ -1,10 +1,11 @@
-"""Which flags belong to which modes: a flag that a mode would not look at is refused, so that nobody relies on it."""
+"""Which flags belong to which modes. A flag that a mode would ignore is refused, so that nobody relies on it."""
 
+import os
 from collections.abc import Iterable
 
 from tvq_pod.errors import UserError
 
-MODES_OF = {
+MODES_OF = {  # by flag; all other flags are for every mode
     "split": ("eval",),
     "step": ("eval", "sample", "inspect"),
     "prompt": ("sample",),
@@ -19,8 +20,11 @@ MODES_OF = {
 }
 
 
-def check_flags(mode: str, given: Iterable[str], workdir: str, step: int | None) -> None:
-    """Raises UserError if a flag was given that is for other modes. given: names of flags on the command line."""
+def check_flags(mode: str, given: Iterable[str], workdir: str | os.PathLike[str], step: int | None) -> None:
+    """Raises UserError if a flag was given that is for other modes.
+
+    given: names of flags on the command line. workdir, step: values of these flags, for the error.
+    """
     for name in given:
         if mode in MODES_OF.get(name, (mode,)):
             continue

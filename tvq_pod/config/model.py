@@ -1,60 +1,93 @@
 """The settings of one model, as a frozen dataclass. No jax here: the command line reads it before it chooses a mode."""
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+
+from tvq_pod.config.bounds import FloatType, Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 UNITS = ("unit0", "unit1")  # of one layer
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Settings of one Transformer-VQ model. `config.model.*` has these names, `is_train` apart.
+    """Settings of one Transformer-VQ model. All but `is_train` are in `config.model`.
 
     Letters: D d_model, K d_k, V d_v, H n_head, S n_code, L block_len, M mem_len.
     """
 
-    d_model: int = 128  # D: width of the residual stream
-    d_k: int = 64  # K: width of a head's queries and keys
-    d_v: int = 256  # V: width of a head's values and gates
-    n_head: int = 1  # H: each head has its own keys, values and codebook
-    n_code: int = 128  # S: codes per head
-    n_layer: int = 2  # layers of two units each
-    n_vocab: int = 259  # 256 bytes + pad, end-of-document, unknown
-    block_len: int = 128  # L: tokens that are attended to at once
-    mem_len: int = 128  # M: keys kept exact before they go to the cache
-    # Added to the scores of keys up to M back; 0: as in the paper. To a new model all keys are alike, so of a long
-    # document it sees next to nothing of what is near, and learns it late; with 8, soon
-    window_bias: float = 0.0
-    agg_cache: bool = True  # False: attention ends with the window
-    grad_thru_cache: bool = True  # False: gradients stay inside a block
-    attn_type: str = "vq"  # full: quadratic attention over exact keys, for comparison; no codes, no cache
-    # How attention of attn_type vq is computed. plain: readable and slow, any JAX transformation goes through it, the
-    # oracle of the others; xla: all blocks at once, with a hand-written gradient (reverse mode only); auto: xla
-    attention: str = "auto"
-    # shga: layers of two gated units, of n_head heads each. mha: attention of n_head heads, then an MLP. mqa: the same,
-    # with one key head, value head and codebook for all n_head query heads
-    head_type: str = "shga"
-    d_ff: int = 0  # width of the MLP; 0: as many parameters in a layer as two gated units with d_v = 2 d_model have
-    # How the caches of an update's blocks are made. cumulative: the fastest; serial: quicker to compile, since its
-    # program does not grow with T / L
-    reduction: str = "cumulative"
-    # What each unit keeps for the backward pass. projections: q, k, v and gate before their activations, shortcodes,
-    # what attention returns, and what is as small; dots: every matmul without a batch axis; full: its input; none: all
-    remat: str = "projections"
-    unroll: int = 1  # layers in one turn of the loop over layers: with n_layer, no loop; faster, and slower to compile
-    dtype: Any = "float32"  # of activations; softmax, logits, counts and means stay float32
-    param_dtype: Any = "float32"  # of weights; the codebook stays float32
-    pe_abs: bool = False  # add sinusoids of the position in the document, times a learned scale
-    p_dropemb: float = 0.0  # dropout on embeddings
-    p_dropsin: float = 0.0  # dropout on the table of relative sinusoids
-    p_dropres: float = 0.0  # dropout on each unit's residual
-    p_droplyr: float = 0.0  # LayerDrop: a stream skips a unit for one update
-    e_tie: bool = False  # output embeddings are the input embeddings
-    e_norm: bool = True  # RMSNorm before the output embeddings
-    e_scale: float = 1.0  # factor on the logits; tied embeddings, of variance 1, want about d_model ** -0.5 or less
-    c_beta: float = 1e-4  # weight of the commit loss
-    c_gamma: float = 0.99  # decay of the codebook's moving average, per update
-    is_train: bool = False  # dropout on
+    d_model: PositiveInt = 128
+    """D: width of the residual stream."""
+    d_k: PositiveInt = 64
+    """K: width of a head's queries and keys."""
+    d_v: PositiveInt = 256
+    """V: width of a head's values and gates."""
+    n_head: PositiveInt = 1
+    """H: query heads. Each has its own keys, values and codebook; with head_type=mqa they share one of each."""
+    n_code: PositiveInt = 128
+    """S: codes per key head."""
+    n_layer: PositiveInt = 2
+    """Layers, of two units each."""
+    n_vocab: Annotated[int, Ge(4)] = 259
+    """Token ids; bytes need 259: 256 and those of padding, end-of-document and unknown."""
+    block_len: PositiveInt = 128
+    """L: tokens that are attended to at once."""
+    mem_len: PositiveInt = 128
+    """M: keys that are kept exact before they go to the cache."""
+    window_bias: NonNegativeFloat = 0.0
+    """Added to the scores of keys up to M back; 0: as in the paper. All keys are alike to a new model, so in a long
+    document it hardly sees what is near, and learns to see it late; with 8, it does so soon."""
+    agg_cache: bool = True
+    """Attend to the cache. False: attention ends with the window."""
+    grad_thru_cache: bool = True
+    """Let gradients pass through the cache. False: they stay inside a block."""
+    attn_type: Literal["vq", "full"] = "vq"
+    """full: quadratic attention over exact keys, for comparison; it has no codes and no cache."""
+    attention: Literal["auto", "plain", "xla"] = "auto"
+    """How attention of attn_type=vq is computed. plain: readable and slow; any JAX transformation goes through it, and
+    the others are tested against it. xla: all blocks at once, with a hand-written gradient (reverse mode only). auto:
+    xla."""
+    head_type: Literal["shga", "mqa", "mha"] = "shga"
+    """shga: layers of two gated units, of n_head heads each. mha: attention of n_head heads, then an MLP. mqa: the same
+    with one key head, value head and codebook for all n_head query heads."""
+    d_ff: NonNegativeInt = 0
+    """Width of the MLP; 0: as many parameters in a layer as two gated units with d_v = 2 d_model have."""
+    reduction: Literal["cumulative", "serial"] = "cumulative"
+    """How the caches of an update's blocks are made. cumulative: the fastest. serial: quicker to compile, since its
+    program does not grow with T / L."""
+    remat: Literal["projections", "dots", "full", "none"] = "projections"
+    """What each unit keeps for the backward pass. projections: q, k, v and gate before their activations, shortcodes,
+    the output of attention, and what is as small. dots: every matmul without a batch axis. full: only its input. none:
+    everything."""
+    unroll: PositiveInt = 1
+    """Layers in one turn of the loop over layers. With n_layer there is no loop: faster, but slower to compile."""
+    dtype: FloatType = "float32"
+    """Type of activations. Softmax, logits, counts and means stay float32."""
+    param_dtype: FloatType = "float32"
+    """Type of weights. The codebook stays float32."""
+    pe_abs: bool = False
+    """Add sinusoids of the position in the document, times a learned scale."""
+    p_dropemb: Fraction = 0.0
+    """Dropout rate of embeddings."""
+    p_dropsin: Fraction = 0.0
+    """Dropout rate of the table of relative sinusoids."""
+    p_dropres: Fraction = 0.0
+    """Dropout rate of each unit's residual."""
+    p_droplyr: Fraction = 0.0
+    """LayerDrop: rate at which a stream skips a unit for one update."""
+    e_tie: bool = False
+    """Use the input embeddings as output embeddings."""
+    e_norm: bool = True
+    """RMSNorm before the output embeddings."""
+    e_scale: NonNegativeFloat = 1.0
+    """Factor on the logits. Tied embeddings, of variance 1, want about d_model ** -0.5 or less."""
+    c_beta: NonNegativeFloat = 1e-4
+    """Weight of the commit loss."""
+    c_gamma: Fraction = 0.99
+    """Decay of the codebook's moving average, per update."""
+    is_train: bool = False
+    """Dropout is on. The mode decides, so it is not in config files."""
 
     @property
     def n_key_head(self) -> int:

@@ -8,7 +8,7 @@ from tvq_pod.config.settings import NOT_IN_CONFIG, Settings
 from tvq_pod.errors import UserError
 
 
-def _groups(cls, path: str) -> dict[str, tuple[str, ...]]:
+def _groups(cls: type, path: str) -> dict[str, tuple[str, ...]]:
     fields = {field.name: field.default for field in dataclasses.fields(cls) if field.name not in NOT_IN_CONFIG}
     groups = {path: tuple(fields)}
     for name, default in fields.items():
@@ -20,7 +20,7 @@ def _groups(cls, path: str) -> dict[str, tuple[str, ...]]:
 GROUPS = _groups(Settings, "config")  # names of settings and groups, by the path of the group that they are in
 
 
-# Settings by the names that older versions gave them, and those that they have now; of a group, all of its settings.
+# Old names of settings, and those that they have now; a group's old name stands for all of its settings.
 RENAMED = {
     "config.sanity.bad_steps": "config.bad_steps.rollback_after",
     "config.sanity": "config.bad_steps",
@@ -28,39 +28,49 @@ RENAMED = {
 }
 
 
-def name_now(path: str) -> str | None:
-    """The name of today of a setting or group that was renamed; None for others."""
+def current_name(path: str) -> str | None:
+    """The name that a renamed setting or group has now; None for others."""
     for old, new in RENAMED.items():
         if path == old or path.startswith(f"{old}."):
             return new + path.removeprefix(old)
     return None
 
 
-def with_names_of_now(tree: dict) -> dict:
-    """A config.json of an older version, as nested dicts, with its settings under the names of today."""
-    tree = {name: dict(value) if isinstance(value, dict) else value for name, value in tree.items()}
-    for group, names in list(tree.items()):
-        for name in list(names) if isinstance(names, dict) else []:
-            if now := name_now(f"config.{group}.{name}"):
-                _, new_group, new_name = now.split(".")
-                tree.setdefault(new_group, {})[new_name] = tree[group].pop(name)
-        if name_now(f"config.{group}"):
-            del tree[group]
-    return tree
+def with_current_names(tree: dict) -> dict:
+    """Settings as nested dicts, from the config.json of any version, under the names that they have now.
+
+    A setting that is there under both names keeps both, so that nothing chooses between them.
+    """
+    renamed = {name: dict(value) if isinstance(value, dict) else value for name, value in tree.items()}
+    for group, values in tree.items():
+        if not isinstance(values, dict):
+            continue
+        for name, value in values.items():
+            if new := current_name(f"config.{group}.{name}"):
+                _, new_group, new_name = new.split(".")
+                others = renamed.setdefault(new_group, {})
+                if isinstance(others, dict) and new_name not in others:
+                    others[new_name] = value
+                    del renamed[group][name]
+        if current_name(f"config.{group}") and not renamed[group]:
+            del renamed[group]
+    return renamed
 
 
 def check_name(path: str, value: str | None = None) -> None:
     """Raises UserError if there is no such setting or group of settings. path: as config.model.d_model."""
-    group, _, name = path.rpartition(".")
-    if path not in GROUPS and name not in GROUPS.get(group, ()):
+    if not _is_name(path):
         raise UserError(unknown(path, value))
 
 
 def unknown(path: str, value: str | None = None) -> str:
-    """What to say of a name that is not a setting: the nearest names that there are."""
+    """What to say of a name that is not a setting: what it is called now, or the nearest names that there are."""
     here = path if value is None else f"{path}={value}"
-    if now := name_now(path):
-        return f"{here}: is called {now} now"
+    if new := current_name(path):
+        if _is_name(new):
+            inside = [f"{old} is called {now} now" for old, now in RENAMED.items() if old.startswith(f"{path}.")]
+            return "; ".join([f"{here}: is called {new} now", *inside])
+        path = new  # of a renamed group, which never had such a setting
     *parts, last = path.split(".")
     group, rest = parts[0], [*parts[1:], last]
     while f"{group}.{rest[0]}" in GROUPS:
@@ -72,6 +82,11 @@ def unknown(path: str, value: str | None = None) -> str:
         return f"{here}: is not a setting; {group} has {', '.join(GROUPS[group])}"
     near = [name for name in dict.fromkeys(near) if not any(other.startswith(f"{name}.") for other in near)]
     return f"{here}: is not a setting; did you mean {' or '.join(near)}?"
+
+
+def _is_name(path: str) -> bool:
+    group, _, name = path.rpartition(".")
+    return path in GROUPS or name in GROUPS.get(group, ())
 
 
 def _within(group: str, names: list[str]) -> list[str]:

@@ -1,14 +1,14 @@
 """A run's own config, WORKDIR/config.json; and the config file that main takes when none is given, which reads it."""
 
-import dataclasses
 import json
+import os
 
 import ml_collections
 from etils import epath
 
-from tvq_pod.config.names import with_names_of_now
-from tvq_pod.config.resolve import build, config_of, default_config
-from tvq_pod.config.settings import NOT_IN_CONFIG, Settings
+from tvq_pod.config.names import with_current_names
+from tvq_pod.config.resolve import build, config_of, tree_of
+from tvq_pod.config.settings import Settings
 from tvq_pod.errors import UserError
 from tvq_pod.host.paths import check_path, check_reached
 
@@ -20,14 +20,15 @@ def get_config(workdir: str) -> ml_collections.ConfigDict:
 
 def to_json(settings: Settings) -> str:
     """The resolved config as it is kept in a run's config.json."""
-    tree = dataclasses.asdict(settings)
-    for name in NOT_IN_CONFIG:
-        del tree["model"][name]
-    return json.dumps(tree, indent=2) + "\n"
+    return json.dumps(tree_of(settings), indent=2) + "\n"
 
 
-def read_run_config(workdir) -> ml_collections.ConfigDict:
-    """The config of the run in `workdir`. Raises UserError if there is none, or it has names or types of its own."""
+def read_run_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
+    """The config of the run in `workdir`. It may be of an older version: settings that were renamed since are read, and
+    those that it did not have get their defaults.
+
+    Raises UserError if there is none, or one with other names or types.
+    """
     check_path("--workdir", str(workdir))
     check_reached("--workdir", str(workdir))
     path = epath.Path(workdir) / "config.json"
@@ -43,20 +44,17 @@ def read_run_config(workdir) -> ml_collections.ConfigDict:
         raise UserError(f"--workdir={workdir}: config.json is not JSON ({error}); give --config=FILE") from None
     if not isinstance(tree, dict):
         raise UserError(f"--workdir={workdir}: config.json is no config; give --config=FILE")
-    filled = _filled(with_names_of_now(tree), default_config().to_dict())
+    filled = _filled(with_current_names(tree), tree_of(Settings()))
     try:
-        build(Settings, filled, "config")
+        return config_of(build(Settings, filled, "config"))
     except UserError as error:
         raise UserError(f"{error} (in {path})") from None
-    return config_of(filled)
 
 
 def _filled(tree: dict, default: dict) -> dict:
-    """With the defaults of settings that the version that wrote it did not know."""
+    """A tree of settings, with those of `default` that it does not have."""
     filled = default | tree
-    return {
-        name: _filled(value, default[name])
-        if isinstance(value, dict) and isinstance(default.get(name), dict)
-        else value
-        for name, value in filled.items()
-    }
+    for name, value in filled.items():
+        if isinstance(value, dict) and isinstance(default.get(name), dict):
+            filled[name] = _filled(value, default[name])
+    return filled

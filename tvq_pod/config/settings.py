@@ -1,124 +1,211 @@
-"""Settings: their names, types, defaults and meanings. The frozen dataclasses below are the one place where they are
-defined; `resolve.py` turns a config file into them, and says what is refused.
+"""Settings: their names, types, bounds, defaults and meanings. These frozen dataclasses, and the model's in model.py,
+are the one place where they are defined. docs/settings.md is made from them.
 """
 
 import dataclasses
+from typing import Annotated, Literal
 
+from annotated_types import Ge, Gt, Le
+
+from tvq_pod.config.bounds import Except, Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Seed
 from tvq_pod.config.model import TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    source: str = ""  # "stdlib", "novels", or a path: see docs/data.md
-    format: str = "auto"  # auto | stdlib | novels | folder | lines | jsonl | parquet | enwik8 | pg19 | imagenet64
-    text_field: str = "text"  # of jsonl and parquet: the field or column with the text
-    glob: str = "**/*"  # which files of a folder
-    # "bytes", the path of a SentencePiece model or of a Hugging Face tokenizer.json, or "sentencepiece": BPE with
-    # byte fallback, trained on the training documents when the store is made
+    """The corpus, its vocabulary and the token store that is made of it."""
+
+    source: str = ""
+    """The corpus: `stdlib`, `novels`, or a path; see docs/data.md."""
+    format: Literal[
+        "auto", "stdlib", "novels", "folder", "lines", "jsonl", "parquet", "enwik8", "pg19", "imagenet64"
+    ] = "auto"
+    """What the source is."""
+    text_field: str = "text"
+    """The field (jsonl) or column (parquet) that has the text."""
+    glob: str = "**/*"
+    """Which files of a folder are read."""
     vocab: str = "bytes"
-    vocab_size: int = 32_000  # of "sentencepiece"
-    mixture: str = ""  # train on several stores, instead of one: "STORE=WEIGHT,STORE=WEIGHT", weights of tokens
-    invalid_utf8: str = "error"  # with a SentencePiece model: error | replace | skip. Byte models take any bytes
-    store: str = ""  # folder of the token store; "" is WORKDIR/store
-    validation_share: float = 0.02  # of documents, chosen by a hash of their content
-    test_share: float = 0.02
-    prepare_processes: int = 0  # that encode text when a store is made; 0: one a core
-    num_threads: int = 2  # that read batches ahead
-    prefetch_batches: int = 8
+    """`bytes`; the path of a SentencePiece model or of a Hugging Face tokenizer.json; or `sentencepiece`: BPE with byte
+    fallback, trained on the training documents when the store is made."""
+    vocab_size: Annotated[int, Ge(300)] = 32_000
+    """Size of the vocabulary that `sentencepiece` trains."""
+    mixture: str = ""
+    """Several stores to train on, instead of one: `STORE=WEIGHT,STORE=WEIGHT`. Weights are shares of tokens."""
+    invalid_utf8: Literal["error", "replace", "skip"] = "error"
+    """What happens to text that is not UTF-8 if the vocabulary is a SentencePiece model. Byte models take any bytes."""
+    store: str = ""
+    """Folder of the token store; empty: WORKDIR/store."""
+    validation_share: Fraction = 0.02
+    """Share of documents held out for validation, chosen by a hash of their content."""
+    test_share: Fraction = 0.02
+    """Share of documents held out for the test, chosen in the same way."""
+    prepare_processes: NonNegativeInt = 0
+    """Processes that encode text when a store is made; 0: one per core."""
+    num_threads: PositiveInt = 2
+    """Threads that read batches ahead."""
+    prefetch_batches: PositiveInt = 8
+    """Batches that are read ahead."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-    batch_size: int = 8  # B: streams, over all hosts
-    update_len: int = 512  # T: tokens of each stream that one step consumes
-    microbatches: int = 1  # parts of the batch's rows, one after the other, whose gradients are added: less memory
-    on_batch_change: str = "refuse"  # of a run that goes on with another batch_size or update_len | restart_streams
-    num_steps: int = 1000  # step n has consumed updates 0 .. n - 1
-    log_every_steps: int = 20
+    """The batch, and how long training lasts."""
+
+    batch_size: PositiveInt = 8
+    """B: streams, over all hosts."""
+    update_len: PositiveInt = 512
+    """T: tokens of each stream that one step consumes."""
+    microbatches: PositiveInt = 1
+    """Parts of the batch's rows that are computed one after the other, to save memory; their gradients are added."""
+    on_batch_change: Literal["refuse", "restart_streams"] = "refuse"
+    """What happens if a run resumes with another batch_size or update_len."""
+    num_steps: PositiveInt = 1000
+    """Step at which training ends. Step n has consumed updates 0 to n - 1."""
+    log_every_steps: PositiveInt = 20
+    """Steps between two lines of training metrics."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
-    name: str = "adamw"  # adamw | lion | adafactor
-    learning_rate: float = 1e-3  # at the end of warm-up
-    schedule: str = "cosine"  # cosine | linear | inverse_sqrt
-    warmup_steps: int = 100  # from 0, at the first step, to the full learning rate
-    final_fraction: float = 0.1  # of the learning rate, at the last step (cosine, linear)
-    b1: float = 0.9  # adamw, lion; the original code uses 0.95 with lion
-    b2: float = 0.98
-    eps: float = 1e-8  # adamw
-    # adafactor: the learning rate is a share of the root mean square of each matrix, as in the paper; False: it is the
-    # size of a step itself, which must then be far smaller
+    """The optimizer and its learning-rate schedule; see docs/optimizer.md."""
+
+    name: Literal["adamw", "lion", "adafactor"] = "adamw"
+    """The optimizer."""
+    learning_rate: NonNegativeFloat = 1e-3
+    """Learning rate at the end of warm-up."""
+    schedule: Literal["cosine", "linear", "inverse_sqrt"] = "cosine"
+    """How the learning rate falls after warm-up."""
+    warmup_steps: NonNegativeInt = 100
+    """Steps in which the learning rate rises from 0, at the first step, to its full value."""
+    final_fraction: NonNegativeFloat = 0.1
+    """The learning rate at the last step, as a share of learning_rate (cosine, linear)."""
+    b1: Fraction = 0.9
+    """Decay of the first moment (adamw, lion). The original code uses 0.95 with lion."""
+    b2: Fraction = 0.98
+    """Decay of the second moment (adamw), or of lion's moment."""
+    eps: NonNegativeFloat = 1e-8
+    """Added to the denominator of adamw."""
     multiply_by_parameter_scale: bool = True
-    weight_decay: float = 0.0  # share of a matrix lost at every step, whatever the schedule says; vectors are spared
-    clip_norm: float = 1.0  # of the gradient's global norm; 0: never
+    """adafactor: the learning rate is a share of the root mean square of each matrix, as in the paper. False: it is the
+    size of a step itself, and must then be far smaller."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Share of each matrix that is lost at every step, whatever the schedule says. Vectors are not decayed."""
+    clip_norm: NonNegativeFloat = 1.0
+    """Largest global norm of the gradient; 0: it is never clipped."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
-    data: int = -1  # rows, and storage of parameters; -1: the devices that are left in a slice
-    sequence: int = 1  # the tokens of an update
-    model: int = 1  # heads; with one head, the width of its values
-    slices: int = 1  # rows; the network between slices is slow
-    fsdp: bool = True  # parameters and optimizer state spread over data; False: whole, quicker for a small model
+    """How many devices each axis of the mesh has; see docs/parallel.md."""
+
+    data: Annotated[int, Ge(-1), Except(0, "a number of devices, or -1 for all")] = -1
+    """Devices that split the batch's rows and store the parameters; -1: all that are left in a slice."""
+    sequence: PositiveInt = 1
+    """Devices that split the tokens of an update."""
+    model: PositiveInt = 1
+    """Devices that split the heads; with one head, the width of its values."""
+    slices: PositiveInt = 1
+    """Slices, which split the batch's rows. The network between them is slow."""
+    fsdp: bool = True
+    """Spread parameters and optimizer state over the data axis. False: each of its devices has all of them, which is
+    quicker for a small model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSettings:
-    every_steps: int = 500  # and at the end; 0: only at the end
-    keep: int = 3  # newest steps that stay; 0: all
-    keep_every_steps: int = 0  # one every so many steps stays for ever; 0: none
-    keep_best: int = 1  # steps of the lowest validation loss that stay, by the run's own evaluations; 0: none
-    timeout_seconds: int = 600  # that a save may take in the background
-    restore_timeout_seconds: int = 1800  # that verifying or reading a checkpoint may take; then the job ends
-    grace_seconds: float = 120.0  # from SIGTERM, SIGINT or SIGHUP until the process ends, saved or not
+    """When checkpoints are saved, and which of them stay; see docs/durability.md."""
+
+    every_steps: NonNegativeInt = 500
+    """Steps between two saves; the last step is always saved. 0: only the last."""
+    keep: NonNegativeInt = 3
+    """How many of the newest checkpoints stay; 0: all."""
+    keep_every_steps: NonNegativeInt = 0
+    """One checkpoint in this many steps stays forever; 0: none."""
+    keep_best: NonNegativeInt = 1
+    """How many checkpoints stay for the lowest validation loss in the run's own evaluations; 0: none."""
+    timeout_seconds: PositiveInt = 600
+    """Time that a save may take in the background."""
+    restore_timeout_seconds: PositiveInt = 1800
+    """Time that verifying or reading a checkpoint may take; then the job ends."""
+    grace_seconds: NonNegativeFloat = 120.0
+    """Time from SIGTERM, SIGINT or SIGHUP until the process ends, whether it has saved or not."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BadStepsSettings:
-    spike_deviations: float = 12.0  # a loss this many deviations above the mean makes a step bad; 0: never
-    spike_after_steps: int = 100  # steps that mean and deviation are taken from, before that
-    min_code_perplexity: float = 0.0  # of any unit's codes in an update; below it, the codebook has collapsed. 0: never
-    max_dead_codes: float = 1.0  # share of any unit's codes; above it, the codebook has collapsed. 1: never
-    # After a bad step streams begin with empty states, in the middle of a document, instead of those from before it.
-    forget_state: bool = False  # a second copy of the state then needs no memory
-    rollback_after: int = 5  # in a row, then the run goes back to the last good step and skips their data
-    max_rollbacks: int = 10  # of a run, then it gives up
+    """Which steps are bad and not applied, and when a run rolls back; see docs/durability.md."""
+
+    spike_deviations: NonNegativeFloat = 12.0
+    """A step is bad if its loss is this many standard deviations above the mean; 0: never."""
+    spike_after_steps: Annotated[int, Ge(2)] = 100
+    """Steps from which the mean and the deviation are taken before any loss can be a spike."""
+    min_code_perplexity: NonNegativeFloat = 0.0
+    """A step is bad if the perplexity of any unit's codes is below this: its codebook has collapsed. 0: never."""
+    max_dead_codes: NonNegativeFloat = 1.0
+    """A step is bad if a larger share of any unit's codes is dead: its codebook has collapsed. 1: never."""
+    forget_state: bool = False
+    """After a bad step, streams continue from empty states, in the middle of a document, instead of from the states
+    before the step. This saves the memory of a second copy of the states."""
+    rollback_after: PositiveInt = 5
+    """Bad steps in a row after which the run rolls back to the last good step, and skips their data."""
+    max_rollbacks: NonNegativeInt = 10
+    """Most rollbacks of a run. When it needs another one, it gives up."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalSettings:
-    every_steps: int = 0  # evaluate validation while training; 0: never
-    at_end: bool = True  # evaluate validation after the last step
-    # Rows that documents are laid out on. 0: as many as leave at most 5% of the positions to padding, up to
-    # train.batch_size
-    batch_size: int = 0
-    cache: str = "on"  # off: without the compressed cache, attention ends with the window
-    max_tokens: int = 0  # stop adding documents once there are so many tokens; 0: the whole split
+    """Evaluation, of --mode=eval and while training."""
+
+    every_steps: NonNegativeInt = 0
+    """Steps between two evaluations of the validation split while training; 0: never."""
+    at_end: bool = True
+    """Evaluate the validation split after the last step."""
+    batch_size: NonNegativeInt = 0
+    """Rows that documents are laid out on. 0: as many as leave at most 5% of the positions to padding, and no more than
+    train.batch_size."""
+    cache: Literal["on", "off"] = "on"
+    """off: without the compressed cache, so that attention ends with the window."""
+    max_tokens: NonNegativeInt = 0
+    """No more documents are added once there are this many tokens; 0: the whole split."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleSettings:
-    prompt: str = ""  # of the sample at the end of training, and where --prompt is not given
-    length: int = 512  # tokens, at most: end-of-document ends a sample; 0: no sample at the end of training
-    count: int = 1  # samples of each prompt, or images
-    temperature: float = 1.0  # 0: always the likeliest token
-    top_p: float = 0.95  # sample from the likeliest tokens that have this probability together; 1: from all
-    seed: int = 0
+    """Samples, of --mode=sample and at the end of training."""
+
+    prompt: str = ""
+    """Prompt of the sample at the end of training, and of --mode=sample without --prompt."""
+    length: NonNegativeInt = 512
+    """Most tokens of a sample, which ends earlier at end-of-document; 0: no sample at the end of training."""
+    count: PositiveInt = 1
+    """Samples of each prompt, or images."""
+    temperature: NonNegativeFloat = 1.0
+    """Temperature of sampling; 0: always the likeliest token."""
+    top_p: Annotated[float, Gt(0), Le(1)] = 0.95
+    """Sample from the likeliest tokens that have this probability together; 1: from all."""
+    seed: Seed = 0
+    """Seed of sampling."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MetricsSettings:
+    """Where metrics go, besides WORKDIR/metrics.jsonl."""
+
     tensorboard: bool = True
-    wandb_project: str = ""  # needs the extra [wandb]; "": off
+    """Write TensorBoard events."""
+    wandb_project: str = ""
+    """Project of Weights & Biases, which needs the extra [wandb]; empty: off."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All of a run's settings, resolved and checked."""
+    """All settings of a run: those that belong to no group, and the groups."""
 
-    seed: int = 0  # of parameters, dropout and the order of documents
-    compile_cache: str = "auto"  # folder of compiled programs, for restarts; auto: WORKDIR/compile_cache; "": none
+    seed: Seed = 0
+    """Seed of parameters, dropout and the order of documents."""
+    compile_cache: str = "auto"
+    """Folder of compiled programs, for quicker restarts. `auto`: WORKDIR/compile_cache; empty: none."""
     model: TransformerConfig = TransformerConfig()
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()
@@ -131,8 +218,7 @@ class Settings:
     metrics: MetricsSettings = MetricsSettings()
 
 
-NOT_IN_CONFIG = ("is_train",)  # the mode decides
+NOT_IN_CONFIG = ("is_train",)  # fields that the mode decides
 IMAGE_SHAPE = (64, 64, 3)  # of imagenet64: rows, columns, colors
 IMAGE_BYTES = 64 * 64 * 3
-FORMATS = ("auto", "stdlib", "novels", "folder", "lines", "jsonl", "parquet", "enwik8", "pg19", "imagenet64")
-OWN_SPLITS = ("enwik8", "pg19", "imagenet64")  # corpora that say themselves what is held out
+OWN_SPLITS = ("enwik8", "pg19", "imagenet64")  # formats whose corpora say themselves what is held out

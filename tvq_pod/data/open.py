@@ -4,7 +4,7 @@ import os
 
 from etils import epath
 
-from tvq_pod.config.resolve import check_vocab_fits
+from tvq_pod.config.relations import check_vocab_fits
 from tvq_pod.config.settings import DataSettings, Settings
 from tvq_pod.data.build import make_store
 from tvq_pod.data.corpora import documents

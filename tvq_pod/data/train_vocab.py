@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import sentencepiece
 from etils import epath
 
-from tvq_pod.config.resolve import check_vocab_fits
+from tvq_pod.config.relations import check_vocab_fits
 from tvq_pod.config.settings import DataSettings, Settings
 from tvq_pod.data.corpora import documents
 from tvq_pod.data.store import MADE_WITH, split_of, store_path

@@ -7,7 +7,7 @@ import jax
 from etils import epath
 
 from tvq_pod.config.identity import model_record
-from tvq_pod.config.resolve import check_vocab_fits
+from tvq_pod.config.relations import check_vocab_fits
 from tvq_pod.config.settings import MeshSettings, Settings
 from tvq_pod.data.open import run_vocab
 from tvq_pod.inference import images

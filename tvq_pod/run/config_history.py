@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from etils import epath
 
-from tvq_pod.config.names import with_names_of_now
+from tvq_pod.config.names import with_current_names
 from tvq_pod.config.resolve import default_config
 from tvq_pod.config.run_config import to_json
 from tvq_pod.config.settings import OptimizerSettings, Settings
@@ -41,7 +41,7 @@ def last_start(workdir: epath.Path) -> dict | None:
         return None
     if not isinstance(tree, dict):
         return None
-    return dict(_leaves(default_config().to_dict())) | dict(_leaves(with_names_of_now(tree)))
+    return dict(_leaves(default_config().to_dict())) | dict(_leaves(with_current_names(tree)))
 
 
 def changes(before: dict | None, settings: Settings) -> dict[str, list]:

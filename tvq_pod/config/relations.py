@@ -1,0 +1,82 @@
+"""Rules between several settings. What one setting may be by itself stands beside it, in settings.py and model.py."""
+
+from tvq_pod.config.settings import IMAGE_BYTES, Settings
+from tvq_pod.errors import UserError
+
+
+def check_relations(settings: Settings) -> None:
+    """Raises UserError for settings that do not go together, with the name of one of them."""
+    model, train, data = settings.model, settings.train, settings.data
+    if train.update_len % model.block_len:
+        divisors = [n for n in range(1, train.update_len + 1) if train.update_len % n == 0]
+        nearest = min(divisors, key=lambda n: abs(n - model.block_len))
+        raise UserError(
+            f"config.model.block_len={model.block_len}: must divide config.train.update_len={train.update_len}, "
+            f"as {nearest} does"
+        )
+    if train.batch_size % train.microbatches:
+        raise UserError(
+            f"config.train.microbatches={train.microbatches}: must divide config.train.batch_size={train.batch_size}"
+        )
+    if data.validation_share + data.test_share >= 1:
+        raise UserError(
+            f"config.data.validation_share={data.validation_share}: with config.data.test_share={data.test_share} "
+            "nothing is left to train on; their sum must be below 1"
+        )
+    if data.format == "imagenet64":
+        if data.vocab != "bytes":
+            raise UserError(f"config.data.vocab={data.vocab}: must be bytes with config.data.format=imagenet64")
+        if settings.sample.length not in (0, IMAGE_BYTES):
+            raise UserError(
+                f"config.sample.length={settings.sample.length}: must be {IMAGE_BYTES}, an image, with "
+                "config.data.format=imagenet64; or 0"
+            )
+    if settings.eval.cache == "off" and model.attn_type != "vq":
+        raise UserError(
+            f"config.eval.cache=off: there is no cache with config.model.attn_type={model.attn_type}; give on"
+        )
+    _check_sequence_axis(settings)
+    _check_model_axis(settings)
+
+
+def _check_sequence_axis(settings: Settings) -> None:
+    """What must divide over the mesh's axis `sequence`, whatever devices there are."""
+    model, mesh, update_len = settings.model, settings.mesh, settings.train.update_len
+    if mesh.sequence == 1:
+        return
+    here = f"config.mesh.sequence={mesh.sequence}"
+    if model.attn_type != "vq":
+        raise UserError(f"{here}: must be 1 with config.model.attn_type={model.attn_type}")
+    least = mesh.sequence * model.block_len
+    if update_len % least:
+        raise UserError(
+            f"config.train.update_len={update_len}: must be a multiple of {least}, so that each part of "
+            f"{here} has whole blocks of {model.block_len}, for example {-(-update_len // least) * least}"
+        )
+    if update_len // mesh.sequence < model.mem_len:
+        raise UserError(
+            f"{here}: each part has {update_len // mesh.sequence} tokens, which must be at least "
+            f"config.model.mem_len={model.mem_len}; give at most {max(1, update_len // model.mem_len)}"
+        )
+    if model.n_code % mesh.sequence:
+        raise UserError(f"{here}: must divide config.model.n_code={model.n_code}")
+
+
+def _check_model_axis(settings: Settings) -> None:
+    """What must divide over the mesh's axis `model`."""
+    model, here = settings.model, f"config.mesh.model={settings.mesh.model}"
+    has_heads = model.n_head > 1 or model.head_type == "mqa"
+    name, size = ("n_head", model.n_head) if has_heads else ("d_v", model.d_v)
+    if size % settings.mesh.model:
+        raise UserError(f"{here}: must divide config.model.{name}={size}")
+    if model.head_type != "shga" and model.hidden_width % settings.mesh.model:
+        raise UserError(f"{here}: must divide the MLP's width, {model.hidden_width} (config.model.d_ff)")
+
+
+def check_vocab_fits(settings: Settings, n_vocab: int) -> None:
+    """Raises UserError if the model has fewer tokens than the vocabulary. n_vocab: size of the vocabulary."""
+    if settings.model.n_vocab < n_vocab:
+        raise UserError(
+            f"config.model.n_vocab={settings.model.n_vocab}: must be at least {n_vocab}, the size of the vocabulary "
+            f"{settings.data.vocab}"
+        )
