@@ -5,9 +5,9 @@
     python -m launch.pod watch --name=RUN
     python -m launch.pod status | logs | ssh | stop | down
 
-Needs gcloud on the PATH and logged in, and nothing else of this project's packages but absl. Every command may be
-given again at any time: what is there already stays, and what would disturb a training is refused. --dry_run prints the
-commands, and does none of them.
+Needs gcloud on the PATH and logged in, and of this project's packages only absl and filelock. Every command may
+be given again at any time: what is there already stays, and what would disturb a training is refused. --dry_run prints
+the commands, and does none of them.
 """
 
 import pathlib

@@ -7,6 +7,7 @@ import tarfile
 import tempfile
 
 from tvq_pod.errors import UserError
+from tvq_pod.host.files import replacing
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -33,10 +34,10 @@ def pack(folder: pathlib.Path, allow_dirty: bool, write: bool = True) -> str:
     if not write:
         return name
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path, draft = folder / f"{name}.tar.gz", folder / f".{name}.{os.getpid()}.tar.gz"
+    path = folder / f"{name}.tar.gz"
     if not path.exists():
-        _git("archive", "--format=tar.gz", f"--prefix={name}/", f"--output={draft}", tree)
-        os.replace(draft, path)
+        with replacing(path, by_many=True) as draft:
+            _git("archive", "--format=tar.gz", f"--prefix={name}/", f"--output={draft}", tree)
     return name
 
 

@@ -10,7 +10,6 @@ right of there, and memory stays small.
 
 import codecs
 import hashlib
-import importlib.util
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ import sentencepiece
 from etils import epath
 
 from tvq_pod.errors import UserError
+from tvq_pod.host.extras import require
 
 PAD, END_OF_DOC, UNKNOWN = 0, 1, 2
 N_SPECIAL = 3
@@ -187,8 +187,7 @@ class HuggingFaceVocab:
         self._open(path)
 
     def _open(self, path: epath.PathLike) -> None:
-        if not importlib.util.find_spec("tokenizers"):
-            raise UserError(f"config.data.vocab={path}: a Hugging Face tokenizer needs pip install -e '.[data]'")
+        require("tokenizers", f"config.data.vocab={path}: a Hugging Face tokenizer")
         import tokenizers
 
         try:

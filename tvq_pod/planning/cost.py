@@ -5,7 +5,6 @@ train runs, with the shardings that train uses. No accelerator is touched.
 """
 
 import dataclasses
-import importlib.util
 import os
 import re
 import time
@@ -17,6 +16,7 @@ from jax.experimental import topologies
 
 from tvq_pod.config.settings import Settings
 from tvq_pod.errors import UserError
+from tvq_pod.host.extras import require
 from tvq_pod.parallel.mesh import AXES_MEAN, check_rows, make_mesh, n_row_shards, named_axes, sizes
 from tvq_pod.planning.chips import CHIPS, Chip
 from tvq_pod.planning.flops import train_flops
@@ -52,8 +52,7 @@ def topology_devices(topology: str, slices: int) -> tuple[Chip | None, list]:
     example = "x".join("2" * CHIPS[name].dimensions)
     if not re.fullmatch(r"\d+" + r"x\d+" * (CHIPS[name].dimensions - 1), shape):
         raise UserError(f"--topology={topology}: must give the slice's shape in chips, as {name}:{example} does")
-    if not importlib.util.find_spec("libtpu"):
-        raise UserError(f"--topology={topology}: needs the TPU compiler; pip install -e '.[tpu]'")
+    require("libtpu", f"--topology={topology}: the TPU compiler")
     for variable, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     try:

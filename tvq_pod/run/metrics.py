@@ -1,7 +1,6 @@
 """Where numbers go: metrics.jsonl, TensorBoard events, and, on request, W&B. Process 0 writes, the others don't."""
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
@@ -13,6 +12,7 @@ from etils import epath
 from tvq_pod.config.settings import MetricsSettings
 from tvq_pod.errors import UserError
 from tvq_pod.host.bucket_file import BucketFile
+from tvq_pod.host.extras import require
 from tvq_pod.host.files import write_whole
 from tvq_pod.host.paths import is_bucket
 from tvq_pod.host.terminal import say
@@ -28,8 +28,8 @@ def bits_per_byte(nats_per_token: float, tokens_per_byte: float) -> float:
 
 def check_packages(settings: MetricsSettings) -> None:
     """Raises UserError if W&B is asked for and not installed."""
-    if settings.wandb_project and not importlib.util.find_spec("wandb"):
-        raise UserError(f"config.metrics.wandb_project={settings.wandb_project}: needs pip install -e '.[wandb]'")
+    if settings.wandb_project:
+        require("wandb", f"config.metrics.wandb_project={settings.wandb_project}: W&B")
 
 
 class MetricsWriter:
