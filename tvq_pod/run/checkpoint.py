@@ -7,7 +7,6 @@ import contextlib
 import math
 import secrets
 import shutil
-import threading
 import time
 from collections.abc import Callable
 from typing import NoReturn
@@ -28,7 +27,7 @@ from tvq_pod.parallel.processes import (
     on_process_zero,
     text_from_process_zero,
 )
-from tvq_pod.run import manifest
+from tvq_pod.run import manifest, orbax_files
 from tvq_pod.run.checkpoint_reader import FORMAT, CheckpointReader, handler
 from tvq_pod.run.saved_state import State, train_item
 from tvq_pod.run.step_folders import stale_steps
@@ -42,7 +41,7 @@ def _wait_for_writers() -> None:
     were removed. (To join one raises its error.)"""
     deadline = time.monotonic() + WRITERS_SECONDS
     while time.monotonic() < deadline:
-        if not any(type(thread).__module__.startswith("orbax.") for thread in threading.enumerate()):
+        if not orbax_files.is_writing():
             return
         time.sleep(0.05)
 
@@ -220,7 +219,7 @@ class Checkpoints(CheckpointReader):
         """Called by orbax on process 0, when all of a step is written and before it gets its name."""
         self._before_named()
         final = self.path / str(self._saving)
-        draft = next(self._folders.entries(f"{self._saving}.orbax-checkpoint-tmp*"), final)
+        draft = next(self._folders.entries(orbax_files.drafts(str(self._saving))), final)
         manifest.write_manifest(draft)
 
     def _finish(self, step: int, retain_all: bool) -> None:

@@ -16,6 +16,7 @@ from tvq_pod.host.extras import require
 from tvq_pod.host.files import write_whole
 from tvq_pod.host.paths import is_bucket
 from tvq_pod.host.terminal import say
+from tvq_pod.run.tensorboard import Events
 
 LOG_2 = math.log(2.0)
 FLUSH_SECONDS = 10.0  # that a checkpoint waits for a bucket to have the lines before it
@@ -146,58 +147,6 @@ class LocalFile:
         if self._pending:
             self.write(b"")
         self._file.close()
-
-
-class Events:
-    """TensorBoard's event files. tensorboardX writes them in a thread, which ends for good at its first error, such as
-    a full disk; then another file is begun."""
-
-    def __init__(self, folder: str):
-        self._folder = folder
-        self._writer = None
-
-    def add(self, points: dict[str, float], step: int) -> None:
-        """Of one step: numbers by name."""
-        # This takes a while: tensorboardX imports what it finds of clouds.
-        from tensorboardX import SummaryWriter, record_writer
-
-        try:
-            if self._writer is None or not self._writer.file_writer.event_writer._worker.is_alive():
-                record_writer.register_writer_factory("gs", EventsInBucket())
-                own = f".{os.getpid()}"  # of two processes that start in the same second, each has a file
-                self._writer = SummaryWriter(self._folder, max_queue=1000, flush_secs=30, filename_suffix=own)
-            for name, value in points.items():
-                self._writer.add_scalar(name, value, step)
-        except OSError:  # the next step may have more luck; metrics.jsonl has the numbers
-            self._writer = None
-
-    def flush(self) -> None:
-        """Begins to write what was added, and does not wait for it."""
-        if self._writer is not None:
-            self._writer.file_writer.flush()
-
-    def close(self) -> None:
-        """Flushes."""
-        if self._writer is not None:
-            with contextlib.suppress(OSError):
-                self._writer.close()
-
-
-class EventsInBucket:
-    """Opens event files in a bucket for tensorboardX, whose own writer uploads the complete file each time."""
-
-    def directory_check(self, path: str) -> None:
-        """Buckets have no folders."""
-
-    def open(self, path: str) -> "EventFile":
-        return EventFile(epath.Path(path), is_text=False)
-
-
-class EventFile(BucketFile):
-    """What tensorboardX calls a record writer."""
-
-    def flush(self, seconds: float = 0.0) -> bool:
-        return super().flush(seconds)
 
 
 class Wandb:

@@ -9,9 +9,9 @@ import itertools
 import threading
 
 import jax
-from jax._src import distributed  # what multihost_utils is built on; jax has no public name for it
 
 from tvq_pod.host.terminal import tell
+from tvq_pod.parallel import coordination
 from tvq_pod.run.preemption import SAVE, STOP, Preemption
 
 ASKED, PASSED, MET = "tvq_pod/stop/asked", "tvq_pod/stop/passed", "tvq_pod/stop/met"
@@ -35,7 +35,7 @@ class StopTogether:
         self._passed = 0
         self._saves: set[int] = set()  # places to save at
         self._last: int | None = None  # the place to stop at
-        self._client = distributed.global_state.client if jax.process_count() > 1 else None
+        self._client = coordination.client() if jax.process_count() > 1 else None
         self._listener = threading.Thread(target=self._listen, daemon=True)
         if self._client:
             self._listener.start()
