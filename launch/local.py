@@ -107,6 +107,7 @@ def main(argv: list[str]) -> None:
     for index, process in enumerate(processes):
         prefix = f"[{index}] ".encode() if index else b""
         for source, target in ((process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer)):
+            assert source is not None, "it is a pipe"
             readers.append(in_background(functools.partial(_copy, source, target, prefix)))
     code = wait(processes, _GRACE.value)
     for reader in readers:

@@ -194,7 +194,7 @@ def watch(records: Records) -> None:
 def status(records: Records) -> None:
     """A line for each run."""
     names = [slices.check_name(_NAME.value)] if _NAME.value else records.names()
-    rows = [HEADS]
+    rows: list[tuple[str, ...]] = [HEADS]
     for name in names:
         try:
             rows.append(row(_own(records) if _NAME.value else _machines(records.get(name), records)))
@@ -319,14 +319,18 @@ def _give_back(machines: Machines, state: str = "ACTIVE") -> None:
 # ----------------------------------------------------------------------
 
 
+COMMANDS = ("up", "run", "watch", "status", "logs", "ssh", "stop", "down")
+
+
 def main(argv: list[str]) -> None:
     """argv: the program, the command, and what is for the training or the shell."""
-    commands = dict(up=up, run=run, watch=watch, status=status, logs=logs, ssh=ssh, stop=stop, down=down)
-    if len(argv) < 2 or argv[1] not in commands:
-        raise UserError(f"{' '.join(argv[1:2]) or 'no command'}: must be one of {', '.join(commands)}")
+    commands = dict(up=up, watch=watch, status=status, logs=logs, stop=stop, down=down)
+    with_arguments = dict(run=run, ssh=ssh)
+    if len(argv) < 2 or argv[1] not in COMMANDS:
+        raise UserError(f"{' '.join(argv[1:2]) or 'no command'}: must be one of {', '.join(COMMANDS)}")
     command, arguments, records = argv[1], argv[2:], Records(_RECORDS.value)
-    if command in ("run", "ssh"):
-        commands[command](records, arguments)
+    if command in with_arguments:
+        with_arguments[command](records, arguments)
     elif arguments:
         raise UserError(f"{arguments[0]}: {command} takes flags only, as --name=value")
     else:

@@ -48,8 +48,8 @@ def files(tarball: pathlib.Path, may_lack: bool = False) -> dict[str, bytes | No
     """
     try:
         with tarfile.open(tarball) as tar:
-            members = [member for member in tar.getmembers() if member.isfile()]
-            return {member.name.partition("/")[2]: tar.extractfile(member).read() for member in members}
+            opened = {member.name: tar.extractfile(member) for member in tar.getmembers() if member.isfile()}
+            return {name.partition("/")[2]: file.read() for name, file in opened.items() if file is not None}
     except FileNotFoundError:
         if may_lack:
             return dict.fromkeys(_git("ls-tree", "-r", "--name-only", "-z", "HEAD").split("\0"))

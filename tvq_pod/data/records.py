@@ -69,15 +69,14 @@ def _opened(path: pathlib.Path) -> Iterator[Iterable[bytes]]:
             import zstandard
 
             damage = (*damage, zstandard.ZstdError)
+            decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+        else:
+            decompressor = None
         try:
             if path.suffix == ".gz":
                 yield opened.enter_context(gzip.open(path))
-            elif path.suffix == ".zst":
-                yield _lines_of(
-                    _decompressed(
-                        opened.enter_context(path.open("rb")), zstandard.ZstdDecompressor(max_window_size=2**31)
-                    )
-                )
+            elif decompressor is not None:
+                yield _lines_of(_decompressed(opened.enter_context(path.open("rb")), decompressor))
             else:
                 yield opened.enter_context(path.open("rb"))
         except damage as error:

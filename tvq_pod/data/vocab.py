@@ -42,17 +42,21 @@ class Vocab(Protocol):
     name: str
     n_vocab: int
     takes_any_bytes: bool
-    file_name: str | None
     file_bytes: bytes
     drops_space: bool
     can_be_cut: bool
 
+    @property
+    def file_name(self) -> str | None: ...
+
     def encode(self, text: bytes) -> np.ndarray:
         """Token ids, uint16 or uint32 [n], of a whole text or one of its `pieces`, without an end-of-document. Raises
         UnicodeDecodeError."""
+        ...
 
     def decoder(self) -> "Decoder":
         """A decoder for one stream of tokens."""
+        ...
 
 
 class Decoder(Protocol):
@@ -60,6 +64,7 @@ class Decoder(Protocol):
 
     def decode(self, token: int, final: bool = False) -> str:
         """The text that `token` completes. Special tokens have none."""
+        ...
 
 
 def pieces(text: bytes | memoryview, vocab: Vocab, at_most: int | None = None) -> Iterator[bytes]:

@@ -170,7 +170,7 @@ class SplitWriter:
     ):
         """written: what `commit` returned."""
         arrays = written["arrays"] if written else dict.fromkeys(ARRAYS)
-        dtypes = dict(tokens=token_dtype, starts=np.int64, doc_bytes=np.int64)
+        dtypes = dict(tokens=token_dtype, starts=np.dtype(np.int64), doc_bytes=np.dtype(np.int64))
         self._arrays = {name: ArrayWriter(path / name, dtypes[name], threads, arrays[name]) for name in ARRAYS}
         self._sums = collections.Counter(written["sums"] if written else {})
         self._begins = True  # whether the next token is a document's first

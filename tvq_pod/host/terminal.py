@@ -6,6 +6,7 @@ left (`| head -1`), quietly.
 """
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -30,7 +31,8 @@ def prepare() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
     out, err = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
-    out.reconfigure(errors="replace")  # a terminal that can't show a character must not end a run
+    if isinstance(out, io.TextIOWrapper):  # else a test has taken its place
+        out.reconfigure(errors="replace")  # a terminal that can't show a character must not end a run
     sys.stdout, sys.stderr = _Stream(out, must_write=True), _Stream(err, must_write=False)
 
 

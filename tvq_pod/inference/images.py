@@ -1,6 +1,5 @@
 """Samples of a model of images: 12,288 bytes each, pixel by pixel, as PNG files and a contact sheet of all."""
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -26,9 +25,7 @@ def check_packages(settings: Settings) -> None:
         require("PIL", "config.data.format=imagenet64: writing samples as PNG")
 
 
-def draw_images(
-    params: dict, config: TransformerConfig, settings: SampleSettings, devices: list[jax.Device]
-) -> np.ndarray:
+def draw_images(params: dict, config: TransformerConfig, settings: SampleSettings, devices: list) -> np.ndarray:
     """`settings.count` images, uint8 [count, 64, 64, 3], each from an empty document, drawn side by side."""
     ids = np.arange(config.n_vocab)
     is_byte = (ids >= N_SPECIAL) & (ids < N_SPECIAL + 256)
