@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from typing import Any
 
 import jax
 from etils import epath
@@ -34,7 +35,7 @@ def bench(settings: Settings, workdir: epath.Path, against: str | None, lengths:
     mesh = make_mesh(settings.mesh)
     check_rows(settings, mesh)
     unwritten = Unwritten()
-    result = dict(
+    result: dict[str, Any] = dict(
         device=jax.devices()[0].device_kind,
         devices=mesh.size,
         jax=jax.__version__,

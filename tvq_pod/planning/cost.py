@@ -9,6 +9,7 @@ import os
 import re
 import time
 from importlib import metadata
+from typing import Any
 
 import jax
 import numpy as np
@@ -56,7 +57,7 @@ def topology_devices(topology: str, slices: int) -> tuple[Chip | None, list]:
     for variable, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     try:
-        more = dict(num_slices=slices) if slices > 1 else {}
+        more: dict[str, Any] = dict(num_slices=slices) if slices > 1 else {}
         if CHIPS[name].is_megacore:
             more["chip_config_name"] = "megacore"
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
@@ -82,7 +83,7 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
         recurrent_state=local_bytes(state.recurrent),
         batch=local_bytes(batch),
     )
-    result = dict(
+    result: dict[str, Any] = dict(
         chips=n_chips,
         chip_kind=chip.name if chip else "cpu",
         hosts=len({device.process_index for device in devices}),
@@ -112,6 +113,7 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
         )
     result["compile_seconds"] = time.monotonic() - began
     memory = compiled.memory_analysis()
+    assert memory is not None, "XLA knows what it gave to a program"
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     # the compiler's own count knows which arrays are there at the same time; a jax without it gives 0
     peak = memory.peak_memory_in_bytes or held + memory.temp_size_in_bytes

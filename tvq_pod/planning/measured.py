@@ -35,7 +35,8 @@ class Run:
 
     def __init__(self, settings: Settings, mesh: jax.sharding.Mesh):
         self._settings, self._mesh = settings, mesh
-        self._seconds = dict(train_step=[], eval_step=[]) | {_sampling(rows): [] for rows in SAMPLED}
+        names = ("train_step", "eval_step", *map(_sampling, SAMPLED))
+        self._seconds: dict[str, list[float]] = {name: [] for name in names}
 
     def warm_up(self) -> None:
         """Compiles everything and runs it once."""
@@ -112,6 +113,7 @@ class Run:
         }
         seconds = summary["train_step_seconds"]["median"]
         memory = self._train_step.memory_analysis()
+        assert memory is not None, "XLA knows what it gave to a program"
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         stats = jax.local_devices()[0].memory_stats() or {}
         return dict(

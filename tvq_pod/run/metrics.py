@@ -6,6 +6,7 @@ import math
 import os
 import secrets
 import tempfile
+from typing import Any
 
 from etils import epath
 
@@ -164,7 +165,7 @@ class Wandb:
         self._step, self._row, self._failed = None, 0, False
         for line in all_lines(workdir):
             self._next_row(line["step"])
-        settings = dict(
+        settings: dict[str, Any] = dict(
             project=project, name=workdir.name, id=_wandb_id(workdir), resume="allow", config=config,
             dir=os.environ.get("WANDB_DIR") or _wandb_folder(workdir),
         )  # fmt: skip
