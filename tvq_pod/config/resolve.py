@@ -5,6 +5,7 @@ starts from; `resolve()` turns a ConfigDict, overrides included, back into them.
 """
 
 import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 
@@ -65,6 +66,10 @@ class Config(ml_collections.ConfigDict):
     """The ConfigDict of a config file. A name that it does not have is refused by its full path, with the nearest
     setting that there is; so is a value of another type."""
 
+    if TYPE_CHECKING:  # config files read and write groups and settings as attributes, whatever their types
+
+        def __getattr__(self, attribute: str) -> Any: ...
+
     def __getitem__(self, key):
         try:
             return super().__getitem__(key)
@@ -91,7 +96,7 @@ class Config(ml_collections.ConfigDict):
         return next((path for path, names in GROUPS.items() if own == set(names)), "config")
 
 
-def default_config() -> ml_collections.ConfigDict:
+def default_config() -> Config:
     """A locked ConfigDict with every setting at its default. Files in configs/ change values, never add names."""
     tree = dataclasses.asdict(Settings())
     for name in NOT_IN_CONFIG:

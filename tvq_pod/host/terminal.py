@@ -10,6 +10,7 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from typing import TextIO
 
 _is_silent = False
@@ -43,14 +44,18 @@ class _Stream:
         self._stream, self._must_write = stream, must_write
 
     def write(self, text: str) -> int:
-        return self._attempt(self._stream.write, text)
+        with self._named_errors():
+            self._stream.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        self._attempt(self._stream.flush)
+        with self._named_errors():
+            self._stream.flush()
 
-    def _attempt(self, function, *arguments):
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
         try:
-            return function(*arguments)
+            yield
         except OSError as error:
             if self._must_write:
                 raise OutputError(error.strerror) from error

@@ -13,7 +13,7 @@ from tvq_pod.parallel.deadlines import waiting
 
 # A name that maps to () is not split. An axis whose size doesn't divide, and one that meets a mesh axis taken by an
 # axis before it, is not split either: with several heads the heads are, with one head the width of its values.
-RULES = dict(
+RULES: dict[str, tuple[str, ...]] = dict(
     batch=("slice", "data", "data_inner"),
     heads=("model",),
     key_heads=("model",),

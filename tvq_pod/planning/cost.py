@@ -121,7 +121,9 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
     result["fits"] = None if chip is None else True  # who knows what memory there is
     if chip is None:
         return result
-    program = Program(compiled.as_text())
+    text = compiled.as_text()
+    assert text is not None, "XLA prints its programs"
+    program = Program(text)
     cycles = program.cycles()
     seconds = cycles / chip.clock_hz
     by_source = list(program.cycles_by_source().items())

@@ -99,16 +99,19 @@ class Program:
     def collectives(self, mesh_axes: Iterable[tuple[str, int]]) -> list[Collective]:
         """What a device sends and receives in one run; mesh_axes: names and sizes in the mesh's order. Axes of one name
         are one."""
-        count, size = collections.Counter(), collections.Counter()
+        count: collections.Counter[tuple[str, tuple[str, ...]]] = collections.Counter()
+        size: collections.Counter[tuple[str, tuple[str, ...]]] = collections.Counter()
         for kind, instruction, times in self._sent(self._entry):
             try:
                 groups = replica_groups(instruction.rest)
-                key = kind, crossed_axes(groups, mesh_axes)
+                axes = crossed_axes(groups, mesh_axes)
             except ValueError:  # libtpu's next version may write them in another way: say so, and count all the same
-                groups, key = [[0]], (kind, ("unknown",))
+                groups, axes = [[0]], ("unknown",)
+            key = kind, axes
             count[key] += times
             size[key] += times * _returned_bytes(instruction) * (len(groups[0]) if _is_scattered(instruction) else 1)
-        return [Collective(*key, count[key], size[key]) for key in sorted(count, key=lambda key: -size[key])]
+        found = sorted(count, key=lambda key: -size[key])
+        return [Collective(kind, axes, count[kind, axes], size[kind, axes]) for kind, axes in found]
 
     def _sent(self, computation: str):
         """Every collective that is run: its kind, the instruction, and how often.

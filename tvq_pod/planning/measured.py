@@ -93,10 +93,12 @@ class Run:
         return self._state, metrics
 
     def _evaluate(self):
+        assert self._state is not None, "warm_up made it"
         self._eval_state, sums = self._eval_step(self._state.params, self._eval_state, self._batch)
         return self._eval_state, sums
 
     def _sample(self, rows: int):
+        assert self._state is not None, "warm_up made it"
         sampler, prompts = self._samplers[rows], [np.zeros([0], np.int32)] * rows
         for first in range(0, rows, sampler.batch_size):
             group = prompts[first : first + sampler.batch_size]

@@ -65,7 +65,7 @@ class Checkpoints(CheckpointReader):
         self._saved: concurrent.futures.Future | None = None
         self._failed_at = 0.0
         self._losses: dict[int, float] = {}
-        self._checkpointer: ocp.AsyncCheckpointer = ocp.AsyncCheckpointer(
+        self._checkpointer = self._writer = ocp.AsyncCheckpointer(
             handler(),
             async_options=ocp.AsyncOptions(
                 timeout_secs=settings.timeout_seconds, post_finalization_callback=self._add_manifest
@@ -155,7 +155,7 @@ class Checkpoints(CheckpointReader):
             ),
         )
         try:
-            self._checkpointer.save(self.path / str(step), args=items)
+            self._writer.save(self.path / str(step), args=items)
         except Exception as error:  # each store has its own
             self._saved = self._pool.submit(self._clear, error)
             return
@@ -192,7 +192,7 @@ class Checkpoints(CheckpointReader):
 
     def wait(self) -> bool:
         """Until the last save is on disk. Whether it is."""
-        if self.busy:
+        if self._saved is not None and self.busy:
             with self._writing():
                 concurrent.futures.wait([self._saved])
         return not self.error
@@ -225,7 +225,7 @@ class Checkpoints(CheckpointReader):
     def _finish(self, step: int, retain_all: bool) -> None:
         """In the background: raises if the save fails; afterwards process 0 deletes what need not stay."""
         try:
-            self._checkpointer.wait_until_finished()
+            self._writer.wait_until_finished()
         except BaseException as error:
             self._clear(error)
         if not is_process_zero():
@@ -247,7 +247,7 @@ class Checkpoints(CheckpointReader):
         self._failed_at = time.monotonic()
         for _ in range(2):  # orbax keeps errors of two kinds, and would raise the other one at the next save
             with contextlib.suppress(Exception):
-                self._checkpointer.wait_until_finished()
+                self._writer.wait_until_finished()
         _wait_for_writers()
         if is_process_zero():  # what was written of it is in the way, and takes room
             self._folders.tidy()

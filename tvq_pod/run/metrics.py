@@ -161,6 +161,7 @@ class Wandb:
     def __init__(self, workdir: epath.Path, project: str, config: dict | None):
         """Raises UserError if W&B refuses the run. If it can't be reached, the run is kept on this machine."""
         import wandb
+        from wandb import errors
 
         self._step, self._row, self._failed = None, 0, False
         for line in all_lines(workdir):
@@ -171,14 +172,14 @@ class Wandb:
         )  # fmt: skip
         try:
             self._run = wandb.init(**settings)
-        except wandb.errors.AuthenticationError as error:
+        except errors.AuthenticationError as error:
             raise _refused(project, error) from None
-        except wandb.errors.CommError as error:
+        except errors.CommError as error:
             why = " ".join(str(error).split())[:200]
             say(f"WARNING: W&B can't be reached ({why}): its run is kept in {settings['dir']}/wandb for `wandb sync`")
             wandb.teardown()  # which takes the run's id for one that is in use
             self._run = wandb.init(**settings, mode="offline")
-        except wandb.errors.Error as error:
+        except errors.Error as error:
             raise _refused(project, error) from None
         self._step, self._row = None, max(self._row, self._run.step - 1)  # what other sessions sent
         self._run.define_metric("step")

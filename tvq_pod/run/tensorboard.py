@@ -35,7 +35,7 @@ class Events:
 
     def flush(self) -> None:
         """Begins to write what was added, and does not wait for it."""
-        if self._writer is not None:
+        if self._writer is not None and self._writer.file_writer is not None:
             self._writer.file_writer.flush()
 
     def close(self) -> None:
