@@ -33,6 +33,7 @@ from launch.show import HEADS, progress, row
 from launch.source import pack
 from launch.watch import Watch
 from tvq_pod.errors import UserError
+from tvq_pod.host.terminal import tell
 
 _NAME = flags.DEFINE_string("name", None, "The run's name, and that of its slice.")
 _DIRTY = flags.DEFINE_bool("allow_dirty", False, "up: install files that differ from the commit, under another name.")
@@ -342,10 +343,10 @@ def start() -> None:
     try:
         app.run(main)
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        tell("error: " + " ".join(str(error).split()))
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted: nothing is lost; the same command goes on", file=sys.stderr)
+        tell("interrupted: nothing is lost; the same command goes on")
         sys.exit(130)
 
 
