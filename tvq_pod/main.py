@@ -80,7 +80,7 @@ def main(argv: list[str], preemption: Preemption) -> None:
         raise UserError("--workdir=: must be given: the run's folder")
     check_path("--workdir", _WORKDIR.value)
     workdir, mode = epath.Path(_WORKDIR.value), _MODE.value
-    check_flags(mode, [name for name in flags.FLAGS if flags.FLAGS[name].present], _WORKDIR.value, _STEP.value)
+    check_flags(mode, [name for name in flags.FLAGS if flags.FLAGS[name].present], str(workdir), _STEP.value)
     settings = _settings()
     _check_paths(settings, mode, _WORKDIR.value)
     preemption.grace_seconds = settings.checkpoint.grace_seconds
