@@ -164,8 +164,9 @@ def _cache_compiled(folder: str, workdir: epath.Path) -> None:
 
     if folder == "auto":
         folder = str(workdir / "compile_cache") if is_bucket(workdir) or may_write(workdir) else ""
-    if folder and not jax.config.read("jax_compilation_cache_dir"):
-        jax.config.update("jax_compilation_cache_dir", folder)
+    name = "jax_compilation_cache_dir"
+    if folder and not getattr(jax.config, name):  # jax's own types leave its settings out
+        jax.config.update(name, folder)
 
 
 def _lengths() -> list[int]:
