@@ -13,7 +13,7 @@ from tests.command import ROOT
 # For each file: what stands there, and in no other file of the program.
 PRIVATE = {
     "tvq_pod.parallel.coordination": r"\bjax\._src\b",
-    "tvq_pod.run.tensorboard": r"\btensorboardX\b|\bevent_writer\b",
+    "tvq_pod.run.event_files": r"\btensorboardX\b|\bevent_writer\b",
     "tvq_pod.run.orbax_files": r"commit_success|orbax-checkpoint-tmp|_CHECKPOINT_METADATA|\"orbax\.\"",
 }
 

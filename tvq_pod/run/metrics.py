@@ -17,7 +17,7 @@ from tvq_pod.host.extras import require
 from tvq_pod.host.files import write_whole
 from tvq_pod.host.paths import is_bucket
 from tvq_pod.host.terminal import say
-from tvq_pod.run.tensorboard import Events
+from tvq_pod.run.event_files import Events
 
 LOG_2 = math.log(2.0)
 FLUSH_SECONDS = 10.0  # that a checkpoint waits for a bucket to have the lines before it
