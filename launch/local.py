@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from absl import app, flags
 
@@ -84,7 +84,7 @@ def in_background(function: Callable[[], object]) -> threading.Thread:
     return thread
 
 
-def _copy(source: BinaryIO, target: BinaryIO, prefix: bytes) -> None:
+def _copy(source: IO[bytes], target: BinaryIO, prefix: bytes) -> None:
     for line in source:
         target.write(prefix + line)
         target.flush()
@@ -107,6 +107,7 @@ def main(argv: list[str]) -> None:
     for index, process in enumerate(processes):
         prefix = f"[{index}] ".encode() if index else b""
         for source, target in ((process.stdout, sys.stdout.buffer), (process.stderr, sys.stderr.buffer)):
+            assert source is not None, "it is a pipe"
             readers.append(in_background(functools.partial(_copy, source, target, prefix)))
     code = wait(processes, _GRACE.value)
     for reader in readers:

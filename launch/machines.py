@@ -217,6 +217,7 @@ class Machines:
 
     def _until_all(self, wanted: str | tuple[str, ...], command: str) -> dict[str, Said]:
         wanted = (wanted,) if isinstance(wanted, str) else wanted
+        bad, lost, why = [], 0, ""
         for attempt in range(TRIES):
             said, error = {}, None
             try:

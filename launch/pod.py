@@ -5,9 +5,9 @@
     python -m launch.pod watch --name=RUN
     python -m launch.pod status | logs | ssh | stop | down
 
-Needs gcloud on the PATH and logged in, and nothing else of this project's packages but absl. Every command may be
-given again at any time: what is there already stays, and what would disturb a training is refused. --dry_run prints the
-commands, and does none of them.
+Needs gcloud on the PATH and logged in, and of this project's packages only absl and filelock. Every command may
+be given again at any time: what is there already stays, and what would disturb a training is refused. --dry_run prints
+the commands, and does none of them.
 """
 
 import pathlib
@@ -33,6 +33,7 @@ from launch.show import HEADS, progress, row
 from launch.source import pack
 from launch.watch import Watch
 from tvq_pod.errors import UserError
+from tvq_pod.host.terminal import tell
 
 _NAME = flags.DEFINE_string("name", None, "The run's name, and that of its slice.")
 _DIRTY = flags.DEFINE_bool("allow_dirty", False, "up: install files that differ from the commit, under another name.")
@@ -194,7 +195,7 @@ def watch(records: Records) -> None:
 def status(records: Records) -> None:
     """A line for each run."""
     names = [slices.check_name(_NAME.value)] if _NAME.value else records.names()
-    rows = [HEADS]
+    rows: list[tuple[str, ...]] = [HEADS]
     for name in names:
         try:
             rows.append(row(_own(records) if _NAME.value else _machines(records.get(name), records)))
@@ -319,14 +320,18 @@ def _give_back(machines: Machines, state: str = "ACTIVE") -> None:
 # ----------------------------------------------------------------------
 
 
+COMMANDS = ("up", "run", "watch", "status", "logs", "ssh", "stop", "down")
+
+
 def main(argv: list[str]) -> None:
     """argv: the program, the command, and what is for the training or the shell."""
-    commands = dict(up=up, run=run, watch=watch, status=status, logs=logs, ssh=ssh, stop=stop, down=down)
-    if len(argv) < 2 or argv[1] not in commands:
-        raise UserError(f"{' '.join(argv[1:2]) or 'no command'}: must be one of {', '.join(commands)}")
+    commands = dict(up=up, watch=watch, status=status, logs=logs, stop=stop, down=down)
+    with_arguments = dict(run=run, ssh=ssh)
+    if len(argv) < 2 or argv[1] not in COMMANDS:
+        raise UserError(f"{' '.join(argv[1:2]) or 'no command'}: must be one of {', '.join(COMMANDS)}")
     command, arguments, records = argv[1], argv[2:], Records(_RECORDS.value)
-    if command in ("run", "ssh"):
-        commands[command](records, arguments)
+    if command in with_arguments:
+        with_arguments[command](records, arguments)
     elif arguments:
         raise UserError(f"{arguments[0]}: {command} takes flags only, as --name=value")
     else:
@@ -338,10 +343,10 @@ def start() -> None:
     try:
         app.run(main)
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        tell("error: " + " ".join(str(error).split()))
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted: nothing is lost; the same command goes on", file=sys.stderr)
+        tell("interrupted: nothing is lost; the same command goes on")
         sys.exit(130)
 
 

@@ -6,14 +6,15 @@ so that a command that was killed at any point goes on where it was.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import pathlib
 import secrets
 from collections.abc import Iterator
 
+import filelock
+
 from tvq_pod.errors import UserError
+from tvq_pod.host.files import write_whole
 
 # How far the work has come: what a later one needs is there.
 ASKED, PREPARED, STARTING, STARTED = "asked", "prepared", "starting", "started"
@@ -90,17 +91,18 @@ class Records:
 
     def save(self, record: Record) -> None:
         """The old one or the new, never a part. Only its owner may read it."""
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        draft = self.folder / f".{record.name}.writing-{os.getpid()}"
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump(dataclasses.asdict(record), file, indent=1)
-        os.replace(draft, self.path(record.name))
+        with self._lock(record.name, "change"):
+            self._write(record)
+
+    def _write(self, record: Record) -> None:
+        """For whoever has the lock."""
+        write_whole(self.path(record.name), json.dumps(dataclasses.asdict(record), indent=1), mode=0o600)
 
     def change(self, record: Record, changes: dict, again: bool = False) -> None:
         """Changes some fields of what is on disk, which another command may have changed since, and brings `record` up
         to date: whoever wants another phase must look at what it is then. It stays as it is, unless `again`, if the run
         was stopped or is done, or another attempt was begun than `record` knows. Raises Gone."""
-        with self._locked(record.name, "change", fcntl.LOCK_EX):
+        with self._lock(record.name, "change"):
             now = self.load(record.name)
             if now is None:
                 raise Gone(f"--name={record.name}: was deleted meanwhile")
@@ -109,14 +111,14 @@ class Records:
                 changes = {name: value for name, value in changes.items() if name not in ("phase", "attempt")}
             for name, value in (dataclasses.asdict(now) | changes).items():
                 setattr(record, name, value)
-            self.save(record)
+            self._write(record)
 
     def forget(self, name: str) -> None:
         """Deletes it, and what belongs to it; whoever is about to change it finds it gone."""
-        with self._locked(name, "change", fcntl.LOCK_EX):
+        with self._lock(name, "change"):
             self.path(name).unlink(missing_ok=True)
             for path in self.folder.iterdir():
-                if path.name.startswith(f".{name}."):
+                if path.name.startswith((f".{name}.", f"{name}.json.")):
                     path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
@@ -124,15 +126,14 @@ class Records:
         """Whether this process alone watches the run, for as long as it lasts; the kernel lets go when it dies."""
         with contextlib.ExitStack() as locked:
             try:
-                locked.enter_context(self._locked(name, "watch", fcntl.LOCK_EX | fcntl.LOCK_NB))
+                locked.enter_context(self._lock(name, "watch").acquire(blocking=False))
                 alone = True
-            except BlockingIOError:
+            except filelock.Timeout:
                 alone = False
             yield alone
 
-    @contextlib.contextmanager
-    def _locked(self, name: str, what: str, how: int) -> Iterator[None]:
+    def _lock(self, name: str, what: str) -> filelock.BaseFileLock:
+        """A lock between processes of this machine, to be entered. The kernel's own or an error: the package's
+        replacement for file systems without one would outlive a process that is killed."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with open(self.folder / f".{name}.{what}", "a+") as file:
-            fcntl.flock(file, how)
-            yield
+        return filelock.FileLock(self.folder / f".{name}.{what}", fallback_to_soft=False)

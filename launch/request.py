@@ -40,9 +40,10 @@ def asked_for(name: str, there: Record | None, default: Callable[[str], str]) ->
 
     default: gcloud's own value of a setting, as core/project: project and zone stay what they are now.
     """
-    if _ACCELERATOR.value is None and there is None:
+    accelerator = _ACCELERATOR.value or (there.accelerator if there else None)
+    if not accelerator:
         raise UserError("--accelerator=: must be given, as v5litepod-16, v5p-128 or v6e-256")
-    asked = slices.parse(_ACCELERATOR.value or there.accelerator)
+    asked = slices.parse(accelerator)
     if _SPOT.value and _RESERVED.value:
         raise UserError("--spot --reserved: must be one of them, or none")
     create = [f"--runtime-version={_checked('runtime_version', asked.chip.runtime_version)}"]

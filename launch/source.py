@@ -7,6 +7,7 @@ import tarfile
 import tempfile
 
 from tvq_pod.errors import UserError
+from tvq_pod.host.files import replacing
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -33,10 +34,10 @@ def pack(folder: pathlib.Path, allow_dirty: bool, write: bool = True) -> str:
     if not write:
         return name
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path, draft = folder / f"{name}.tar.gz", folder / f".{name}.{os.getpid()}.tar.gz"
+    path = folder / f"{name}.tar.gz"
     if not path.exists():
-        _git("archive", "--format=tar.gz", f"--prefix={name}/", f"--output={draft}", tree)
-        os.replace(draft, path)
+        with replacing(path, by_many=True) as draft:
+            _git("archive", "--format=tar.gz", f"--prefix={name}/", f"--output={draft}", tree)
     return name
 
 
@@ -47,8 +48,8 @@ def files(tarball: pathlib.Path, may_lack: bool = False) -> dict[str, bytes | No
     """
     try:
         with tarfile.open(tarball) as tar:
-            members = [member for member in tar.getmembers() if member.isfile()]
-            return {member.name.partition("/")[2]: tar.extractfile(member).read() for member in members}
+            opened = {member.name: tar.extractfile(member) for member in tar.getmembers() if member.isfile()}
+            return {name.partition("/")[2]: file.read() for name, file in opened.items() if file is not None}
     except FileNotFoundError:
         if may_lack:
             return dict.fromkeys(_git("ls-tree", "-r", "--name-only", "-z", "HEAD").split("\0"))

@@ -80,9 +80,9 @@ def main(argv: list[str], preemption: Preemption) -> None:
         raise UserError("--workdir=: must be given: the run's folder")
     check_path("--workdir", _WORKDIR.value)
     workdir, mode = epath.Path(_WORKDIR.value), _MODE.value
-    check_flags(mode, [name for name in flags.FLAGS if flags.FLAGS[name].present], workdir, _STEP.value)
+    check_flags(mode, [name for name in flags.FLAGS if flags.FLAGS[name].present], str(workdir), _STEP.value)
     settings = _settings()
-    _check_paths(settings, mode)
+    _check_paths(settings, mode, _WORKDIR.value)
     preemption.grace_seconds = settings.checkpoint.grace_seconds
 
     # Modes are imported here: a wrong flag should not wait for jax.
@@ -134,10 +134,10 @@ def main(argv: list[str], preemption: Preemption) -> None:
             plan(settings, workdir, _TOPOLOGY.value, _SLICES.value, _TOKENS.value)
 
 
-def _check_paths(settings: Settings, mode: str) -> None:
+def _check_paths(settings: Settings, mode: str, workdir: str) -> None:
     """Raises UserError if a path can't be used, or a bucket not reached."""
     data = settings.data
-    remote = [("--workdir", _WORKDIR.value), ("config.data.store", data.store)]
+    remote = [("--workdir", workdir), ("config.data.store", data.store)]
     remote += [("config.data.mixture", part.strip().rpartition("=")[0]) for part in data.mixture.split(",")]
     if data.vocab not in NAMED_VOCABS:
         remote.append(("config.data.vocab", data.vocab))
@@ -149,9 +149,9 @@ def _check_paths(settings: Settings, mode: str) -> None:
     for name, path in remote:
         if path:
             check_path(name, path)
-    check_folder("--workdir", _WORKDIR.value)
+    check_folder("--workdir", workdir)
     if mode == "train":
-        check_saving("--workdir", _WORKDIR.value)
+        check_saving("--workdir", workdir)
     buckets = {path.split("/")[2]: (name, path) for name, path in reversed(remote) if is_bucket(path)}
     for name, path in reversed(buckets.values()):
         check_reached(name, path)
@@ -164,8 +164,9 @@ def _cache_compiled(folder: str, workdir: epath.Path) -> None:
 
     if folder == "auto":
         folder = str(workdir / "compile_cache") if is_bucket(workdir) or may_write(workdir) else ""
-    if folder and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", folder)
+    name = "jax_compilation_cache_dir"
+    if folder and not getattr(jax.config, name):  # jax's own types leave its settings out
+        jax.config.update(name, folder)
 
 
 def _lengths() -> list[int]:

@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import dataclasses
+import errno
+import fcntl
 import itertools
 import json
 import os
@@ -10,6 +12,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -187,6 +190,29 @@ def test_of_two_at_once_the_second_may_want_another_store(corpus, tmp_path):
         store_of(path, [b"other"])
     with pytest.raises(UserError, match=r"config.data.source=.*corpus: the store .* was prepared with stdlib"):
         second.result()
+
+
+def test_a_version_that_calls_flock_itself_and_this_one_wait_for_each_other(tmp_path, capfd):
+    with (tmp_path / "s.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        threading.Timer(0.3, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
+        began = time.monotonic()
+        with writer_module.only_one(tmp_path / "s"), (tmp_path / "s.lock").open("w") as other:
+            assert time.monotonic() - began >= 0.3
+            assert "waits: another process prepares" in capfd.readouterr().err
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks_is_named_and_gets_no_lock_that_outlives_its_holder(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    refused = pytest.raises(UserError, match=r"config.data.store: can't be written \(.*Function not implemented")
+    with refused, writer_module.only_one(tmp_path / "s"):
+        pass
 
 
 def test_a_store_that_only_lacks_its_name_is_not_made_again(tmp_path, monkeypatch):

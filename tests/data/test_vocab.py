@@ -1,5 +1,6 @@
 """Vocabularies: text comes back from its tokens, also when it was too long to be encoded at once."""
 
+import importlib.util
 import itertools
 import json
 import random
@@ -12,7 +13,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.common import store_of
-from tvq_pod.data import vocab as vocab_module
 from tvq_pod.data.train_vocab import sample, train_sentencepiece
 from tvq_pod.data.vocab import (
     END_OF_DOC,
@@ -223,6 +223,6 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path, monkeypatch):
         load_vocab(tmp_path / "x.json")
     with pytest.raises(UserError, match=r"config.data.vocab=.*y.json: must be 'bytes', 'sentencepiece'"):
         load_vocab(tmp_path / "y.json")
-    monkeypatch.setattr(vocab_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"config.data.vocab=.*x.json: .* needs pip install -e '\.\[data\]'"):
         load_vocab(tmp_path / "x.json")

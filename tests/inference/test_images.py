@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 
 import flax.linen as nn
 import jax
@@ -72,9 +73,9 @@ def test_a_folder_that_can_not_be_written_loses_the_images_only(tmp_path, capsys
 
 
 def test_pillow_is_asked_for_before_anything_is_trained(monkeypatch):
-    monkeypatch.setattr(images.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     settings = Settings(data=DataSettings(format="imagenet64"))
-    with pytest.raises(UserError, match=r"samples as PNG need pip install -e '\.\[data\]'"):
+    with pytest.raises(UserError, match=r"writing samples as PNG needs pip install -e '\.\[data\]'"):
         images.check_packages(settings)
     images.check_packages(dataclasses.replace(settings, sample=SampleSettings(length=0)))
     images.check_packages(Settings())

@@ -17,7 +17,7 @@ import yaml
 from kubeflow_trainer_api import models
 
 from launch import libtpu, slices
-from launch.record import Record
+from launch.record import Record, Records
 from tests.launch.conftest import ROOT, write_program
 from tests.launch.gcloud_program import TABLE
 from tests.launch.test_pod import status_of
@@ -265,7 +265,6 @@ def test_python_that_is_too_old_is_replaced(laptop):
 
 
 def test_a_record_is_whole_or_the_one_before(tmp_path):
-    from launch.record import Records
     from tvq_pod.errors import UserError
 
     records = Records(tmp_path / "records")
@@ -275,3 +274,43 @@ def test_a_record_is_whole_or_the_one_before(tmp_path):
     records.path("a").write_text("")
     with pytest.raises(UserError, match="can't be read"):
         records.load("a")
+
+
+def test_a_laptop_needs_no_package_but_absl_and_filelock():
+    code = "import launch.pod, sys; print(*{name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = {name for name in done.stdout.split() if not name.startswith("_")}  # what pip itself adds begins so
+    assert found - {"launch", "tvq_pod"} == {"absl", "filelock"}
+
+
+def test_what_two_commands_change_at_once_is_all_there(tmp_path):
+    """Each in a process of its own, as two terminals are."""
+    records = Records(tmp_path / "records")
+    records.save(Record(name="a", project=None, zone=None, accelerator="v4-8"))
+    code = (
+        "import sys; from launch.record import Records; records = Records(sys.argv[1]); record = records.get('a')\n"
+        "for number in range(1, 101): records.change(record, {sys.argv[2]: number})"
+    )
+    fields = ("attempt", "restarts", "failures", "refusals")
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, records.folder, field], cwd=ROOT) for field in fields[1:]
+    ]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    found = records.get("a")
+    assert [getattr(found, field) for field in fields] == [0, 100, 100, 100]
+
+
+def test_only_one_process_watches_and_the_kernel_lets_go_when_it_is_killed(tmp_path):
+    records = Records(tmp_path / "records")
+    code = (
+        "import sys, time; from launch.record import Records\n"
+        "with Records(sys.argv[1]).held('a') as alone: print(alone, flush=True); time.sleep(100)"
+    )
+    first = subprocess.Popen([sys.executable, "-c", code, records.folder], cwd=ROOT, stdout=subprocess.PIPE)
+    assert first.stdout.readline() == b"True\n"
+    with records.held("a") as alone:
+        assert not alone
+    first.kill()
+    first.wait()
+    with records.held("a") as alone:
+        assert alone

@@ -277,5 +277,5 @@ def test_clocks_are_peak_over_operations_a_cycle():
 
 def test_without_libtpu_plan_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"--topology=v5e:2x2: needs the TPU compiler; pip install -e '.\[tpu\]'"):
+    with pytest.raises(UserError, match=r"--topology=v5e:2x2: the TPU compiler needs pip install -e '.\[tpu\]'"):
         topology_devices("v5e:2x2", 1)

@@ -1,5 +1,7 @@
 """The lock of a run's folder: one run at a time, and a dead one is no hindrance."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -61,6 +63,27 @@ def test_a_second_process_is_refused_by_name_until_the_first_is_dead(tmp_path, h
     capfd.readouterr()
     with locked(epath.Path(tmp_path)):  # the one before said goodbye
         assert "takes over" not in capfd.readouterr().err
+
+
+def test_a_version_that_calls_flock_itself_and_this_one_keep_each_other_out(tmp_path, holder):
+    with (tmp_path / "lock").open("r+") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    holder.kill()
+    holder.wait()
+    with (tmp_path / "lock").open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(UserError, match="is in use by another process"), locked(epath.Path(tmp_path)):
+            pass
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    refused = pytest.raises(UserError, match=r"--workdir=.*: can't be locked \(Function not implemented\)")
+    with refused, locked(epath.Path(tmp_path)):
+        pass
 
 
 def test_another_host_that_gives_signs_of_life_is_not_disturbed(tmp_path, quick):

@@ -48,7 +48,7 @@ def test_only_one_process_writes(tmp_path):
 def test_wandb_without_its_package_is_one_line(monkeypatch):
     check_packages(MetricsSettings())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"config.metrics.wandb_project=mine: needs pip install -e '.\[wandb\]'"):
+    with pytest.raises(UserError, match=r"config.metrics.wandb_project=mine: W&B needs pip install -e '.\[wandb\]'"):
         check_packages(MetricsSettings(wandb_project="mine"))
 
 

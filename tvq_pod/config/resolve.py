@@ -6,7 +6,7 @@ starts from; `resolve()` turns a ConfigDict, overrides included, back into them.
 
 import dataclasses
 import typing
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ml_collections
 
@@ -31,6 +31,10 @@ class UnknownSettingError(UserError, KeyError):
 class Config(ml_collections.ConfigDict):
     """The ConfigDict of a config file. A name that it does not have is refused by its full path, with the nearest
     setting that there is; so is a value of another type."""
+
+    if TYPE_CHECKING:  # config files read and write groups and settings as attributes, whatever their types
+
+        def __getattr__(self, attribute: str) -> Any: ...
 
     def __getitem__(self, key):
         try:
@@ -58,7 +62,7 @@ class Config(ml_collections.ConfigDict):
         return next((path for path, names in GROUPS.items() if own == set(names)), "config")
 
 
-def default_config() -> ml_collections.ConfigDict:
+def default_config() -> Config:
     """A locked ConfigDict with every setting at its default. Files in configs/ change values, never add names."""
     return config_of(Settings())
 

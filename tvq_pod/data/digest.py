@@ -7,6 +7,8 @@ It is no cryptographic hash; it is there to show two runs' data to be the same, 
 import jax
 import jax.numpy as jnp
 
+from tvq_pod.nn.mix import MURMUR3, mixed
+
 SEEDS = (0x9E3779B1, 0x85EBCA77)  # one for each of two 32-bit halves
 
 
@@ -24,18 +26,12 @@ def roll(digest: jax.Array, batch: dict) -> jax.Array:
     columns = jax.lax.broadcasted_iota(jnp.uint32, batch["targets"].shape, 1)
     place = rows * jnp.uint32(0x01000193) + columns
     tokens = batch["targets"].astype(jnp.uint32) * jnp.uint32(0xC2B2AE3D) + batch["doc_ids"].astype(jnp.uint32)
-    sums = [jnp.sum(_mixed(tokens ^ _mixed(place + jnp.uint32(seed))), dtype=jnp.uint32) for seed in SEEDS]
-    return _mixed(digest * jnp.uint32(0x27D4EB2F) + jnp.stack(sums))
+    places = [mixed(place + jnp.uint32(seed), MURMUR3) for seed in SEEDS]
+    sums = [jnp.sum(mixed(tokens ^ place, MURMUR3), dtype=jnp.uint32) for place in places]
+    return mixed(digest * jnp.uint32(0x27D4EB2F) + jnp.stack(sums), MURMUR3)
 
 
 def as_text(digest) -> str:
     """16 hexadecimal digits."""
     high, low = (int(half) for half in digest)
     return f"{high:08x}{low:08x}"
-
-
-def _mixed(x: jax.Array) -> jax.Array:
-    """Each uint32 to another, all of whose bits depend on all of its own (a finalizer as in MurmurHash3)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, resource_tracker
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -23,19 +24,22 @@ ALONE_BYTES = 2**22  # of text that is encoded before other processes are starte
 AHEAD = 3  # batches a process that wait, so that none has to
 
 
+D = TypeVar("D")  # what a document is given as
+
+
 @dataclasses.dataclass(frozen=True)
-class Tokens:
+class Tokens(Generic[D]):
     """Of one piece of a document.
 
     document: whatever it was given as. ids: uint16 or uint32 [n]. ends: whether this is the document's last piece.
     """
 
-    document: object
+    document: D
     ids: np.ndarray
     ends: bool
 
 
-def encoded(documents: Iterable[tuple[object, bytes | memoryview]], vocab: Vocab, n_processes: int) -> Iterator[Tokens]:
+def encoded(documents: Iterable[tuple[D, bytes | memoryview]], vocab: Vocab, n_processes: int) -> Iterator[Tokens[D]]:
     """The tokens of documents, given as (anything, text), in their order; long ones come in several pieces.
 
     n_processes: 0: one a core. Bytes need no others. Raises UserError if one was killed.
@@ -115,7 +119,7 @@ def _with_end(parts: Iterator[bytes]) -> Iterator[tuple[bytes, bool]]:
     yield part, True
 
 
-def _batches(cut: Iterator[tuple[object, bytes, bool]]) -> Iterator[list]:
+def _batches(cut: Iterator[tuple[D, bytes, bool]]) -> Iterator[list[tuple[D, bytes, bool]]]:
     batch, n_bytes = [], 0
     for item in cut:
         batch.append(item)
@@ -127,13 +131,14 @@ def _batches(cut: Iterator[tuple[object, bytes, bool]]) -> Iterator[list]:
         yield batch
 
 
-def _result(batch: list, future: concurrent.futures.Future) -> Iterator[Tokens]:
+def _result(batch: list[tuple[D, bytes, bool]], future: concurrent.futures.Future) -> Iterator[Tokens[D]]:
     for (document, _, ends), ids in zip(batch, future.result(), strict=True):
         yield Tokens(document, ids, ends)
 
 
 # ------------------------------------------------- in the other processes
-_vocab, _dtype = None, None
+_vocab: Vocab | None = None
+_dtype: type | None = None
 
 
 def _begin(vocab: Vocab, dtype: type) -> None:
@@ -144,9 +149,12 @@ def _begin(vocab: Vocab, dtype: type) -> None:
 
 
 def _end_with_parent() -> None:
-    connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
     os._exit(1)
 
 
 def _encode(texts: list[bytes]) -> list[np.ndarray]:
+    assert _vocab is not None
     return [_vocab.encode(text).astype(_dtype) for text in texts]

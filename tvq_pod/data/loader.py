@@ -18,7 +18,7 @@ def local_part(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> tuple
 
     A host of a TPU slice is a rectangle of chips: its tokens need not be one range.
     """
-    indices = sharding.addressable_devices_indices_map(shape).values()
+    indices = [index for index in sharding.addressable_devices_indices_map(shape).values() if index is not None]
     rows = sorted({row for row_slice, _ in indices for row in range(*row_slice.indices(shape[0]))})
     tokens = sorted({token_slice.indices(shape[1])[:2] for _, token_slice in indices})
     return rows, [range(begin, end) for begin, end in tokens]

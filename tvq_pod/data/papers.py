@@ -11,6 +11,7 @@ import csv
 import pathlib
 import zipfile
 import zlib
+from typing import IO
 
 import numpy as np
 
@@ -51,7 +52,7 @@ def enwik8(path: pathlib.Path) -> Documents:
         at += n_bytes
 
 
-def _member(archive: zipfile.ZipFile, name: str, path: pathlib.Path) -> zipfile.ZipExtFile:
+def _member(archive: zipfile.ZipFile, name: str, path: pathlib.Path) -> IO[bytes]:
     """A file in a zip, open. Raises UserError if it is not there, or can't be read without a password or at all."""
     try:
         info = archive.getinfo(name)

@@ -3,7 +3,6 @@ their paths; a folder may hold several."""
 
 import contextlib
 import gzip
-import importlib.util
 import json
 import pathlib
 import zlib
@@ -13,6 +12,7 @@ from typing import BinaryIO
 from tvq_pod.config.settings import DataSettings
 from tvq_pod.data.document import Document, Documents, files_of
 from tvq_pod.errors import UserError
+from tvq_pod.host.extras import require
 
 SUFFIXES = {"jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"), "parquet": (".parquet",)}
 BLOCK_BYTES = 2**12  # of a zstd file that are decompressed at a time: they may become 2**25
@@ -65,20 +65,18 @@ def _opened(path: pathlib.Path) -> Iterator[Iterable[bytes]]:
     damage: tuple = (OSError, EOFError, zlib.error)
     with contextlib.ExitStack() as opened:
         if path.suffix == ".zst":
-            if not importlib.util.find_spec("zstandard"):
-                raise UserError(f"config.data.source={path}: .zst needs pip install -e '.[data]'")
+            require("zstandard", f"config.data.source={path}: .zst")
             import zstandard
 
             damage = (*damage, zstandard.ZstdError)
+            decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+        else:
+            decompressor = None
         try:
             if path.suffix == ".gz":
                 yield opened.enter_context(gzip.open(path))
-            elif path.suffix == ".zst":
-                yield _lines_of(
-                    _decompressed(
-                        opened.enter_context(path.open("rb")), zstandard.ZstdDecompressor(max_window_size=2**31)
-                    )
-                )
+            elif decompressor is not None:
+                yield _lines_of(_decompressed(opened.enter_context(path.open("rb")), decompressor))
             else:
                 yield opened.enter_context(path.open("rb"))
         except damage as error:
@@ -113,8 +111,7 @@ def _lines_of(blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 def parquet(path: pathlib.Path, data: DataSettings) -> Documents:
     """Each row's column `config.data.text_field` is a document."""
-    if not importlib.util.find_spec("pyarrow"):
-        raise UserError(f"config.data.source={path}: Parquet needs pip install -e '.[data]'")
+    require("pyarrow", f"config.data.source={path}: Parquet")
     import pyarrow
     import pyarrow.types as types
     from pyarrow.parquet import ParquetFile

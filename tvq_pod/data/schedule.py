@@ -41,7 +41,17 @@ class DataSchedule:
     @staticmethod
     def from_json(phases: list[dict]) -> "DataSchedule":
         """What `to_json` gave."""
-        return DataSchedule(tuple(Phase(**phase | dict(skips=tuple(map(tuple, phase["skips"])))) for phase in phases))
+        return DataSchedule(
+            tuple(
+                Phase(
+                    phase["first_step"],
+                    phase["batch_size"],
+                    phase["update_len"],
+                    tuple((update, count) for update, count in phase["skips"]),
+                )
+                for phase in phases
+            )
+        )
 
     def to_json(self) -> list[dict]:
         """As lists and dicts."""

@@ -55,6 +55,7 @@ class Plan(Protocol):
 
     def segments(self, row: int, begin: int, end: int) -> Iterator[Segment]:
         """The segments of tokens [begin, end) of a row's stream, in order; fewer tokens only where the row ends."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,14 +150,14 @@ class TrainStreams:
         for row, (index, offset) in enumerate(places):
             begin = int(round_.borders[row]) + (offset if index == latest else 0)
             parts.append(round_.between(begin, int(round_.borders[row + 1])))
-        rest = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        starts, lengths = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         next_epoch = self._first_epoch + latest + (self._rest is None)
         return TrainStreams(
             self._starts,
             batch_size,
             self._seed,
             next_epoch,
-            rest if rest[1].sum() >= batch_size else None,
+            (starts, lengths) if lengths.sum() >= batch_size else None,
             self._parts,
         )
 

@@ -119,9 +119,7 @@ def vocab_for(settings: Settings, workdir: epath.Path) -> Vocab:
         with _disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(beside, json.dumps(made_with))
-            draft = path.with_name(f"{path.name}.writing")
-            draft.write_bytes(model)
-            draft.replace(path)
+            write_whole(path, model)
     try:
         there = json.loads(beside.read_text())
     except (OSError, ValueError):

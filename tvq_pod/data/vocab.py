@@ -10,7 +10,6 @@ right of there, and memory stays small.
 
 import codecs
 import hashlib
-import importlib.util
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ import sentencepiece
 from etils import epath
 
 from tvq_pod.errors import UserError
+from tvq_pod.host.extras import require
 
 PAD, END_OF_DOC, UNKNOWN = 0, 1, 2
 N_SPECIAL = 3
@@ -42,17 +42,21 @@ class Vocab(Protocol):
     name: str
     n_vocab: int
     takes_any_bytes: bool
-    file_name: str | None
     file_bytes: bytes
     drops_space: bool
     can_be_cut: bool
 
+    @property
+    def file_name(self) -> str | None: ...
+
     def encode(self, text: bytes) -> np.ndarray:
         """Token ids, uint16 or uint32 [n], of a whole text or one of its `pieces`, without an end-of-document. Raises
         UnicodeDecodeError."""
+        ...
 
     def decoder(self) -> "Decoder":
         """A decoder for one stream of tokens."""
+        ...
 
 
 class Decoder(Protocol):
@@ -60,6 +64,7 @@ class Decoder(Protocol):
 
     def decode(self, token: int, final: bool = False) -> str:
         """The text that `token` completes. Special tokens have none."""
+        ...
 
 
 def pieces(text: bytes | memoryview, vocab: Vocab, at_most: int | None = None) -> Iterator[bytes]:
@@ -187,8 +192,7 @@ class HuggingFaceVocab:
         self._open(path)
 
     def _open(self, path: epath.PathLike) -> None:
-        if not importlib.util.find_spec("tokenizers"):
-            raise UserError(f"config.data.vocab={path}: a Hugging Face tokenizer needs pip install -e '.[data]'")
+        require("tokenizers", f"config.data.vocab={path}: a Hugging Face tokenizer")
         import tokenizers
 
         try:

@@ -10,13 +10,13 @@ import collections
 import concurrent.futures
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import time
 from collections.abc import Iterator
 
+import filelock
 import google_crc32c
 import numpy as np
 import tensorstore
@@ -170,7 +170,7 @@ class SplitWriter:
     ):
         """written: what `commit` returned."""
         arrays = written["arrays"] if written else dict.fromkeys(ARRAYS)
-        dtypes = dict(tokens=token_dtype, starts=np.int64, doc_bytes=np.int64)
+        dtypes = dict(tokens=token_dtype, starts=np.dtype(np.int64), doc_bytes=np.dtype(np.int64))
         self._arrays = {name: ArrayWriter(path / name, dtypes[name], threads, arrays[name]) for name in ARRAYS}
         self._sums = collections.Counter(written["sums"] if written else {})
         self._begins = True  # whether the next token is a document's first
@@ -334,24 +334,21 @@ def only_one(path: epath.PathLike) -> Iterator[None]:
         yield
         return
     path = followed(path)
-    lock = path.with_name(f"{path.name}.lock")
+    file = path.with_name(f"{path.name}.lock")
+    # The kernel's own lock or an error: the package's replacement would outlive a process that is killed.
+    lock = filelock.FileLock(file, fallback_to_soft=False)
     with _named_errors():
-        lock.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as opened:
-        while True:
-            with _named_errors():
-                file = opened.enter_context(open(lock, "w"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                say(f"waits: another process prepares {path}")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if lock.exists() and os.fstat(file.fileno()).st_ino == os.stat(lock).st_ino:
-                break  # else the one before has removed it, and somebody may have the next
+        file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            say(f"waits: another process prepares {path}")
+            lock.acquire()
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # before it is released: whoever waits finds its file gone, and makes the next
+        lock.release()
 
 
 def adopted(path: epath.PathLike, vocab: Vocab, made_with: dict) -> TokenStore | None:

@@ -9,6 +9,7 @@ import contextlib
 import secrets
 import threading
 import time
+from typing import Any
 
 from etils import epath
 
@@ -107,13 +108,13 @@ class BucketFile:
 
         if self._bucket is None:
             self._bucket = storage.Client(project=None).bucket(self._bucket_name)
-        once = dict(timeout=REQUEST_SECONDS, retry=None)  # it is this class that tries again
+        once: dict[str, Any] = dict(timeout=REQUEST_SECONDS, retry=None)  # it is this class that tries again
         found = self._bucket.get_blob(self._name, **once)
         try:
             if found is None:
                 self._bucket.blob(self._name).upload_from_string(piece, if_generation_match=0, **once)
                 return True
-            last = found.size - 1
+            last = (found.size or 0) - 1
             torn = self._may_be_torn and last >= 0 and found.download_as_bytes(start=last, end=last, **once) != b"\n"
             piece = b"\n" + piece if torn else piece
             part, whole = self._bucket.blob(f"{self._name}.part-{self._token}"), self._bucket.blob(self._name)

@@ -2,32 +2,47 @@
 
 import contextlib
 import os
+import pathlib
 from collections.abc import Iterator
-
-from etils import epath
+from typing import TYPE_CHECKING
 
 from tvq_pod.host.paths import is_bucket
 from tvq_pod.host.terminal import say
 
+if TYPE_CHECKING:  # launch writes files where no package but absl and filelock may be installed
+    from etils import epath
 
-def write_whole(path: epath.Path, text: str, sync: bool = False) -> None:
-    """Writes a file so that whoever reads it finds the old text or the new, never a part.
 
-    sync: returns only when the disk has it, so that it outlives the machine's sudden end.
+def write_whole(path: "epath.Path | pathlib.Path", content: str | bytes, sync: bool = False, mode: int = 0o666) -> None:
+    """Writes a file so that whoever reads it finds the old content or the new, never a part.
+
+    content: bytes, or text, which is written as UTF-8. sync: returns only when the disk has it, so that it outlives the
+    machine's sudden end. mode: of a file that is made, as in os.open. At most one process may write a path at a time.
     """
+    data = content.encode() if isinstance(content, str) else content
     if is_bucket(path):  # an object appears at once
-        path.write_text(text)
+        path.write_bytes(data)
         return
-    draft = path.with_name(path.name + ".writing")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
+    with replacing(path) as draft, open(draft, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        file.write(data)
         if sync:
             file.flush()
             os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: "epath.Path | pathlib.Path", by_many: bool = False) -> Iterator[pathlib.Path]:
+    """The path of a draft, to be written in the block; then it takes the place of the local file `path`, at once.
+
+    by_many: several processes may write the file at the same time, so that each has a draft of its own. Otherwise all
+    drafts have one name, and what a killed process left there is written over by the next.
+    """
+    draft = pathlib.Path(f"{path}.writing-{os.getpid()}" if by_many else f"{path}.writing")
+    yield draft
     os.replace(draft, path)
 
 
-def free_name(path: epath.Path) -> epath.Path:
+def free_name(path: "epath.Path") -> "epath.Path":
     """The path, or with -2, -3 ... behind it if something is there already."""
     candidate, n = path, 1
     while candidate.exists():
@@ -43,7 +58,7 @@ class Unwritten:
         self._failed: dict[str, str] = {}  # by path: why
 
     @contextlib.contextmanager
-    def unless(self, path: epath.Path) -> Iterator[None]:
+    def unless(self, path: "epath.Path") -> Iterator[None]:
         """Writes a file, or keeps its path and what went wrong."""
         try:
             yield

@@ -4,14 +4,13 @@ What is refused here is refused before anything is read or written.
 """
 
 import glob
-import importlib.util
 import logging
 import os
+import pathlib
 import re
 
-from etils import epath
-
 from tvq_pod.errors import UserError
+from tvq_pod.host.extras import require
 
 BUCKET = "gs://"
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # s3://bucket, file:///folder; gs:/bucket, with a slash too few
@@ -20,7 +19,7 @@ PATH_BYTES = 3800  # of 4095 that Linux takes: what is written in a folder has n
 NAME_BYTES = 220  # of 255, for the same reason
 
 
-def is_bucket(path: epath.PathLike) -> bool:
+def is_bucket(path: str | os.PathLike[str]) -> bool:
     """Whether a path is in an object store (gs://), where nothing can be appended to, renamed at once, or locked."""
     return str(path).startswith(BUCKET)
 
@@ -41,8 +40,7 @@ def check_path(setting: str, path: str, local_only: bool = False) -> None:
             raise UserError(f"{here}: has no bucket; must be gs://BUCKET/FOLDER")
         if bad := sorted(set(path) & set("*?[]#\\\r\n")):  # of a#b, orbax writes a
             raise UserError(f"{here}: has {' '.join(map(repr, bad))}, which no name in a bucket may have; rename it")
-        if not importlib.util.find_spec("gcsfs"):
-            raise UserError(f"{here}: a bucket needs pip install -e '.[gcs]'")
+        require("gcsfs", f"{here}: a bucket")
     elif SCHEME.match(path) or "://" in path:
         raise UserError(f"{here}: {_remedy(path, local_only)}")
     elif not local_only:
@@ -80,7 +78,7 @@ def check_folder(setting: str, path: str) -> None:
     """Raises UserError if a local path that must be a folder, or one above it, is a file."""
     if is_bucket(path):
         return
-    full = epath.Path(path).absolute()
+    full = pathlib.Path(path).absolute()
     for here in (full, *full.parents):
         if os.path.isfile(here):
             raise UserError(f"{setting}={path}: can't be used ({here} is a file); give a folder")
@@ -119,7 +117,8 @@ def check_reached(setting: str, path: str) -> None:
         raise UserError(f"{here}: the bucket gs://{bucket} can't be reached ({said}); try again") from None
 
 
-def may_write(folder: epath.Path) -> bool:
+def may_write(folder: os.PathLike[str]) -> bool:
     """Whether a local folder, or the nearest above it that exists, can be written to."""
-    there = next((path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()), folder)
+    full = pathlib.Path(folder).absolute()
+    there = next((path for path in (full, *full.parents) if path.exists()), full)
     return os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)

@@ -6,9 +6,11 @@ left (`| head -1`), quietly.
 """
 
 import contextlib
+import io
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from typing import TextIO
 
 _is_silent = False
@@ -30,7 +32,8 @@ def prepare() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
     out, err = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
-    out.reconfigure(errors="replace")  # a terminal that can't show a character must not end a run
+    if isinstance(out, io.TextIOWrapper):  # else a test has taken its place
+        out.reconfigure(errors="replace")  # a terminal that can't show a character must not end a run
     sys.stdout, sys.stderr = _Stream(out, must_write=True), _Stream(err, must_write=False)
 
 
@@ -41,14 +44,18 @@ class _Stream:
         self._stream, self._must_write = stream, must_write
 
     def write(self, text: str) -> int:
-        return self._attempt(self._stream.write, text)
+        with self._named_errors():
+            self._stream.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        self._attempt(self._stream.flush)
+        with self._named_errors():
+            self._stream.flush()
 
-    def _attempt(self, function, *arguments):
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
         try:
-            return function(*arguments)
+            yield
         except OSError as error:
             if self._must_write:
                 raise OutputError(error.strerror) from error

@@ -1,12 +1,12 @@
 """Loss by place in the document: what a long context is worth, as a table, tab-separated values and a plot."""
 
 import dataclasses
-import importlib.util
 from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
 
+from tvq_pod.host.extras import is_installed
 from tvq_pod.host.terminal import say
 from tvq_pod.run.metrics import LOG_2
 
@@ -49,7 +49,7 @@ def write_positions(positions: Positions, folder: epath.Path, name: str) -> None
     ]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.tsv").write_text("\n".join(["first_position\ttokens\tloss\tbits_per_byte", *rows]) + "\n")
-    if importlib.util.find_spec("matplotlib"):
+    if is_installed("matplotlib"):
         _plot(positions, folder / f"{name}.png")
         say(f"loss by place in the document: {folder / name}.tsv, .png")
     else:

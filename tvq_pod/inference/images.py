@@ -1,14 +1,11 @@
 """Samples of a model of images: 12,288 bytes each, pixel by pixel, as PNG files and a contact sheet of all."""
 
-import importlib.util
-
-import jax
 import numpy as np
 from etils import epath
 
 from tvq_pod.config.settings import IMAGE_SHAPE, SampleSettings, Settings
 from tvq_pod.data.vocab import N_SPECIAL
-from tvq_pod.errors import UserError
+from tvq_pod.host.extras import require
 from tvq_pod.host.terminal import say
 from tvq_pod.inference.sampler import Sampler, Sampling
 from tvq_pod.nn.types import TransformerConfig
@@ -24,13 +21,11 @@ def are_images(settings: Settings) -> bool:
 
 def check_packages(settings: Settings) -> None:
     """Raises UserError if images are to be drawn and can't be written."""
-    if are_images(settings) and settings.sample.length and not importlib.util.find_spec("PIL"):
-        raise UserError("config.data.format=imagenet64: samples as PNG need pip install -e '.[data]'")
+    if are_images(settings) and settings.sample.length:
+        require("PIL", "config.data.format=imagenet64: writing samples as PNG")
 
 
-def draw_images(
-    params: dict, config: TransformerConfig, settings: SampleSettings, devices: list[jax.Device]
-) -> np.ndarray:
+def draw_images(params: dict, config: TransformerConfig, settings: SampleSettings, devices: list) -> np.ndarray:
     """`settings.count` images, uint8 [count, 64, 64, 3], each from an empty document, drawn side by side."""
     ids = np.arange(config.n_vocab)
     is_byte = (ids >= N_SPECIAL) & (ids < N_SPECIAL + 256)

@@ -51,7 +51,7 @@ class Sampling:
 class Sampler:
     """Continues documents with one model and one way to draw; compiled functions are kept from call to call."""
 
-    def __init__(self, config: TransformerConfig, sampling: Sampling, n_rows: int, devices: list[jax.Device]):
+    def __init__(self, config: TransformerConfig, sampling: Sampling, n_rows: int, devices: list):
         """n_rows: how many rows there will be; `batch_size` of them, or fewer, go side by side.
 
         devices: of this process, of which no more are used than there are rows; or all devices of a job, whose

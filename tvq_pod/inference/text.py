@@ -35,7 +35,7 @@ def continuations(
     vocab: Vocab,
     settings: SampleSettings,
     prompts: list[bytes],
-    devices: list[jax.Device],
+    devices: list,
 ) -> Iterator[Iterator[str]]:
     """For each prompt, the prompt and what the model makes of it, as an iterator over pieces of text. All are sampled
     side by side on `devices`, so they must be read in order. Raises UserError if a prompt must be text, for a

@@ -1,15 +1,16 @@
 """--mode=bench: what a config's steps take on the devices that are there; and against quadratic attention."""
 
 import dataclasses
-import importlib.util
 import io
 import json
+from typing import Any
 
 import jax
 from etils import epath
 
 from tvq_pod.config.settings import Settings
 from tvq_pod.errors import UserError
+from tvq_pod.host.extras import require
 from tvq_pod.host.files import Unwritten, write_whole
 from tvq_pod.host.terminal import say
 from tvq_pod.parallel.mesh import check_rows, make_mesh
@@ -29,12 +30,12 @@ def bench(settings: Settings, workdir: epath.Path, against: str | None, lengths:
             raise UserError(
                 f"--lengths={length}: must be a multiple of config.model.block_len={settings.model.block_len}"
             )
-    if len(lengths) > 1 and not importlib.util.find_spec("matplotlib"):
-        raise UserError(f"--lengths={','.join(map(str, lengths))}: the picture needs pip install -e '.[bench]'")
+    if len(lengths) > 1:
+        require("matplotlib", f"--lengths={','.join(map(str, lengths))}: the picture")
     mesh = make_mesh(settings.mesh)
     check_rows(settings, mesh)
     unwritten = Unwritten()
-    result = dict(
+    result: dict[str, Any] = dict(
         device=jax.devices()[0].device_kind,
         devices=mesh.size,
         jax=jax.__version__,

@@ -42,6 +42,7 @@ def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | No
     evaluator = Evaluator(settings, mesh, store, split)
     params = checkpoints.restore_params(step, abstract_train_state(settings, mesh).params)
     result = evaluator.evaluate(params)
+    assert result is not None, "nobody told it to stop"
     name = _name(settings, split, record)
     report(result, step, name)
     numbers = result.numbers() | subject(settings, store, checkpoints.identity(step))

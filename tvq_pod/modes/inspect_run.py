@@ -3,6 +3,7 @@
 Arrays are read, hashed and printed one after the other on the host, so any machine can look that holds the largest.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax
@@ -61,7 +62,7 @@ def _rest(folder: epath.Path, abstract: TrainState) -> Iterator[tuple[str, np.nd
         "recurrent": _reader(folder / "recurrent", abstract.recurrent),
     }
     arrays = {}  # by the name that they are hashed with, which is that of the checkpoint
-    for path, _ in jax.tree_util.tree_leaves_with_path(abstract.replace(params=None)):
+    for path, _ in jax.tree_util.tree_leaves_with_path(dataclasses.replace(abstract, params=None)):
         name, below = saved_name(path[0].name), jax.tree_util.keystr(path[1:])
         arrays[f".{name}{below}"] = ("recurrent", below) if name == "recurrent" else ("train", f"[{name!r}]{below}")
     for name, (item, place) in sorted(arrays.items()):

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 import jax
 from etils import epath
@@ -23,7 +24,7 @@ def plan(settings: Settings, workdir: epath.Path, topology: str, slices: int, to
     jax.config.update("jax_platforms", "cpu")  # never a real accelerator
     settings = dataclasses.replace(settings, mesh=dataclasses.replace(settings.mesh, slices=slices))
     chip, devices = topology_devices(topology, slices)
-    result = dict(topology=topology, slices=slices) | plan_step(settings, chip, devices)
+    result: dict[str, Any] = dict(topology=topology, slices=slices) | plan_step(settings, chip, devices)
     if tokens and result.get("predicted_tokens_per_second"):
         result["days"] = tokens / result["predicted_tokens_per_second"] / 86400
     unwritten = Unwritten()

@@ -9,6 +9,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from tvq_pod.nn.axes import constrain, gathered
+from tvq_pod.nn.mix import LOWBIAS32, mixed
 from tvq_pod.nn.scores import as_last_axes
 from tvq_pod.nn.types import TransformerConfig
 
@@ -37,10 +38,9 @@ def with_names(initializer: nn.initializers.Initializer, *names: str | None) -> 
 class Dropout(nn.Module):
     """Zeroes a share `rate` of x and scales the rest by 1 / (1 - rate), in training.
 
-    Random bits are a hash of (key, place of the element) by the 32-bit mixer `lowbias32` (C. Wellons, Prospecting for
-    hash functions, 2018). Jax's threefry is much more arithmetic, which the vector unit of a TPU feels: see
-    docs/attention.md. Like it, the mask depends on the key and on places in the global array alone, so it is the same
-    on any mesh.
+    Random bits are a hash of (key, place of the element) by the 32-bit mixer lowbias32 (see mix.py). Jax's threefry is
+    much more arithmetic, which the vector unit of a TPU feels: see docs/attention.md. Like it, the mask depends on the
+    key and on places in the global array alone, so it is the same on any mesh.
     """
 
     rate: float
@@ -67,7 +67,7 @@ def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     first, second = jax.random.bits(key, [2])
     n_outer = max(len(shape) - 2, 0)
     outer, inner = _index(shape, range(n_outer)), _index(shape, range(n_outer, len(shape)))
-    return _mixed(_mixed(inner ^ first) + _mixed(outer ^ second))
+    return mixed(mixed(inner ^ first, LOWBIAS32) + mixed(outer ^ second, LOWBIAS32), LOWBIAS32)
 
 
 def _index(shape: tuple[int, ...], axes: range) -> jax.Array:
@@ -78,13 +78,6 @@ def _index(shape: tuple[int, ...], axes: range) -> jax.Array:
         index += jax.lax.broadcasted_iota(jnp.uint32, own, axis) * np.uint32(stride)
         stride *= shape[axis]
     return index
-
-
-def _mixed(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 in which every input bit moves every output bit with probability 1/2, nearly."""
-    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-    return x ^ (x >> 16)
 
 
 class HeadProjection(nn.Module):

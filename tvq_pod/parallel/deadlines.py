@@ -12,9 +12,9 @@ import threading
 import time
 
 import jax
-from jax._src import distributed  # what multihost_utils is built on; jax has no public name for it
 
 from tvq_pod.host.terminal import tell
+from tvq_pod.parallel import coordination
 
 SIGNS = "tvq_pod/signs_of_life/"
 SIGN_SECONDS = 5.0  # between two signs of life
@@ -80,7 +80,7 @@ class Deadline(contextlib.AbstractContextManager):
             f"error: {self._setting}: {self._what} has not ended within {self._seconds:g} s; find the process, "
             "host or storage that hangs and start again, or allow more time"
         )
-        if distributed.global_state.client:
+        if coordination.client():
             time.sleep(LINGER_SECONDS)
         os._exit(1)
 
@@ -104,15 +104,15 @@ def still_working() -> None:
     if _signs_given and time.monotonic() < _last_sign + min(SIGN_SECONDS, _wait_seconds / 4):
         return
     _signs_given, _last_sign = _signs_given + 1, time.monotonic()
-    client = distributed.global_state.client
-    if client and distributed.global_state.process_id == 0:
+    client = coordination.client()
+    if client and coordination.process_index() == 0:
         client.key_value_set(f"{SIGNS}0", str(_signs_given), allow_overwrite=True)
 
 
 def _signs() -> str | int:
     """How many signs of life process 0 has given, as far as this process knows."""
-    client = distributed.global_state.client
-    if client is None or distributed.global_state.process_id == 0:
+    client = coordination.client()
+    if client is None or coordination.process_index() == 0:
         return _signs_given
     with contextlib.suppress(Exception):  # process 0 is gone, or out of reach: then there is no new one
         return dict(client.key_value_dir_get(SIGNS)).get(f"{SIGNS}0", "")

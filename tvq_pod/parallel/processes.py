@@ -41,24 +41,31 @@ def join(
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from preemption.py
     given = dict(coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id)
     missing = [f"--{name}" for name, value in given.items() if value is None]
-    if multihost and len(missing) < 3:
-        raise UserError("--multihost: finds the other processes by itself; leave --coordinator_address and others out")
-    if not multihost and len(missing) == 3:
-        return
-    if not multihost and missing:
-        raise UserError(f"{missing[0]}=: must be given with the others of --{', --'.join(given)}")
-    if not multihost and not 0 <= process_id < num_processes:
-        raise UserError(f"--process_id={process_id}: must be 0 .. {num_processes - 1}, below --num_processes")
-    how = "--multihost" if multihost else f"--coordinator_address={coordinator_address}"
-    if not multihost and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\s]+):[0-9]{1,5}", coordinator_address):
-        raise UserError(f"{how}: must be HOST:PORT of process 0")
+    if multihost:
+        if len(missing) < 3:
+            raise UserError(
+                "--multihost: finds the other processes by itself; leave --coordinator_address and others out"
+            )
+        how = "--multihost"
+    else:
+        if len(missing) == 3:
+            return
+        if coordinator_address is None or num_processes is None or process_id is None:
+            raise UserError(f"{missing[0]}=: must be given with the others of --{', --'.join(given)}")
+        if not 0 <= process_id < num_processes:
+            raise UserError(f"--process_id={process_id}: must be 0 .. {num_processes - 1}, below --num_processes")
+        how = f"--coordinator_address={coordinator_address}"
+        if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\s]+):[0-9]{1,5}", coordinator_address):
+            raise UserError(f"{how}: must be HOST:PORT of process 0")
     # jax itself would wait as long and then abort, with a page of C++.
     alarm = threading.Timer(join_timeout_seconds, _end_alone, [how, join_timeout_seconds])
     alarm.daemon = True
     alarm.start()
     try:
         jax.distributed.initialize(
-            **({} if multihost else given),
+            coordinator_address,  # this and the next two are None with multihost
+            num_processes,
+            process_id,
             heartbeat_timeout_seconds=peer_timeout_seconds,
             initialization_timeout=join_timeout_seconds + 60,
         )

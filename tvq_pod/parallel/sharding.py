@@ -13,7 +13,7 @@ from tvq_pod.parallel.deadlines import waiting
 
 # A name that maps to () is not split. An axis whose size doesn't divide, and one that meets a mesh axis taken by an
 # axis before it, is not split either: with several heads the heads are, with one head the width of its values.
-RULES = dict(
+RULES: dict[str, tuple[str, ...]] = dict(
     batch=("slice", "data", "data_inner"),
     heads=("model",),
     key_heads=("model",),
@@ -38,7 +38,8 @@ def spec_of(names: tuple, shape: tuple[int, ...], mesh: Mesh, stages: int | None
     stages: of a parameter, along how many of the mesh axes that it is stored over it is split too; None: along all.
     See `_stored`.
     """
-    spec, taken = [()] * len(shape), set()
+    spec: list[tuple[str, ...]] = [()] * len(shape)
+    taken: set[str] = set()
     for axis, name in enumerate(names):
         wanted = RULES[name] if name else ()
         if not taken & set(wanted) and shape[axis] % math.prod(mesh.shape[n] for n in wanted) == 0:

@@ -5,11 +5,11 @@ train runs, with the shardings that train uses. No accelerator is touched.
 """
 
 import dataclasses
-import importlib.util
 import os
 import re
 import time
 from importlib import metadata
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from jax.experimental import topologies
 
 from tvq_pod.config.settings import Settings
 from tvq_pod.errors import UserError
+from tvq_pod.host.extras import require
 from tvq_pod.parallel.mesh import AXES_MEAN, check_rows, make_mesh, n_row_shards, named_axes, sizes
 from tvq_pod.planning.chips import CHIPS, Chip
 from tvq_pod.planning.flops import train_flops
@@ -52,12 +53,11 @@ def topology_devices(topology: str, slices: int) -> tuple[Chip | None, list]:
     example = "x".join("2" * CHIPS[name].dimensions)
     if not re.fullmatch(r"\d+" + r"x\d+" * (CHIPS[name].dimensions - 1), shape):
         raise UserError(f"--topology={topology}: must give the slice's shape in chips, as {name}:{example} does")
-    if not importlib.util.find_spec("libtpu"):
-        raise UserError(f"--topology={topology}: needs the TPU compiler; pip install -e '.[tpu]'")
+    require("libtpu", f"--topology={topology}: the TPU compiler")
     for variable, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     try:
-        more = dict(num_slices=slices) if slices > 1 else {}
+        more: dict[str, Any] = dict(num_slices=slices) if slices > 1 else {}
         if CHIPS[name].is_megacore:
             more["chip_config_name"] = "megacore"
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
@@ -83,7 +83,7 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
         recurrent_state=local_bytes(state.recurrent),
         batch=local_bytes(batch),
     )
-    result = dict(
+    result: dict[str, Any] = dict(
         chips=n_chips,
         chip_kind=chip.name if chip else "cpu",
         hosts=len({device.process_index for device in devices}),
@@ -113,6 +113,7 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
         )
     result["compile_seconds"] = time.monotonic() - began
     memory = compiled.memory_analysis()
+    assert memory is not None, "XLA knows what it gave to a program"
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     # the compiler's own count knows which arrays are there at the same time; a jax without it gives 0
     peak = memory.peak_memory_in_bytes or held + memory.temp_size_in_bytes
@@ -120,7 +121,9 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
     result["fits"] = None if chip is None else True  # who knows what memory there is
     if chip is None:
         return result
-    program = Program(compiled.as_text())
+    text = compiled.as_text()
+    assert text is not None, "XLA prints its programs"
+    program = Program(text)
     cycles = program.cycles()
     seconds = cycles / chip.clock_hz
     by_source = list(program.cycles_by_source().items())

@@ -54,15 +54,17 @@ class Program:
 
     def __init__(self, text: str):
         self._computations: dict[str, list[Instruction]] = {}
-        self._entry, current = None, None
+        entry: str | None = None
+        current: list[Instruction] | None = None
         for line in text.splitlines():
             if opening := _COMPUTATION.match(line):
                 current = self._computations.setdefault(opening[2], [])
-                self._entry = opening[2] if opening[1] else self._entry
+                entry = opening[2] if opening[1] else entry
             elif current is not None and (found := _INSTRUCTION.match(line)):
                 current.append(Instruction(*found.groups()))
-        if self._entry is None:
+        if entry is None:
             raise ValueError("no HLO module: it has no ENTRY computation")
+        self._entry = entry
 
     def cycles(self) -> int:
         """The compiler's estimate for one run, on one device. Collectives carry no estimate and count as 0."""
@@ -97,16 +99,19 @@ class Program:
     def collectives(self, mesh_axes: Iterable[tuple[str, int]]) -> list[Collective]:
         """What a device sends and receives in one run; mesh_axes: names and sizes in the mesh's order. Axes of one name
         are one."""
-        count, size = collections.Counter(), collections.Counter()
+        count: collections.Counter[tuple[str, tuple[str, ...]]] = collections.Counter()
+        size: collections.Counter[tuple[str, tuple[str, ...]]] = collections.Counter()
         for kind, instruction, times in self._sent(self._entry):
             try:
                 groups = replica_groups(instruction.rest)
-                key = kind, crossed_axes(groups, mesh_axes)
+                axes = crossed_axes(groups, mesh_axes)
             except ValueError:  # libtpu's next version may write them in another way: say so, and count all the same
-                groups, key = [[0]], (kind, ("unknown",))
+                groups, axes = [[0]], ("unknown",)
+            key = kind, axes
             count[key] += times
             size[key] += times * _returned_bytes(instruction) * (len(groups[0]) if _is_scattered(instruction) else 1)
-        return [Collective(*key, count[key], size[key]) for key in sorted(count, key=lambda key: -size[key])]
+        found = sorted(count, key=lambda key: -size[key])
+        return [Collective(kind, axes, count[kind, axes], size[kind, axes]) for kind, axes in found]
 
     def _sent(self, computation: str):
         """Every collective that is run: its kind, the instruction, and how often.
@@ -132,7 +137,7 @@ class Program:
             yield instruction, times
             if instruction.opcode == "while":
                 turns = times * self._trip_count(instruction)
-                yield from self._instructions(_called(instruction.rest, "body"), turns)
+                yield from self._instructions(_needed(instruction, "body"), turns)
             elif instruction.opcode in ("call", "async-start"):
                 callee = _called(instruction.rest, "to_apply") or _called(instruction.rest, "calls")
                 if callee:
@@ -140,12 +145,12 @@ class Program:
             elif instruction.opcode == "conditional":  # the dearest branch
                 branches = _branches(instruction.rest)
                 cost = {name: sum(t * _own_cycles(i) for i, t in self._instructions(name, 1)) for name in branches}
-                yield from self._instructions(max(cost, key=cost.get), times)
+                yield from self._instructions(max(cost, key=lambda name: cost[name]), times)
 
     def _trip_count(self, loop: Instruction) -> int:
         if known := _TRIP_COUNT.search(loop.rest):
             return int(known[1])
-        condition = self._computations[_called(loop.rest, "condition")]
+        condition = self._computations[_needed(loop, "condition")]
         limits = [
             int(found[1]) for i in condition if i.opcode == "constant" and (found := re.match(r"(\d+)\)", i.rest))
         ]
@@ -196,8 +201,9 @@ def replica_groups(rest: str) -> list[list[int]]:
             ids = ids.transpose([int(n) for n in named[3].split(",")]) if named[3] else ids
         ids = ids.reshape([int(n) for n in sizes.values()])
         names = list(sizes)
-        order = [names.index(name) for name in names if name not in joined] + [names.index(name) for name in joined]
-        return ids.transpose(order).reshape(-1, math.prod(int(sizes[name]) for name in joined)).tolist()
+        kept = [names.index(name) for name in names if name not in joined]
+        last = [names.index(name) for name in joined]
+        return ids.transpose(kept + last).reshape(-1, math.prod(int(sizes[name]) for name in joined)).tolist()
     raise ValueError(f"replica groups of an unknown form: {rest[:300]}")
 
 
@@ -251,6 +257,14 @@ def _own_cycles(instruction: Instruction) -> int:
 def _called(rest: str, attribute: str) -> str | None:
     found = re.search(rf"\b{attribute}=%([^,\s)}}]+)", rest)
     return found[1] if found else None
+
+
+def _needed(instruction: Instruction, attribute: str) -> str:
+    """As _called, of an attribute that the instruction must have."""
+    called = _called(instruction.rest, attribute)
+    if called is None:
+        raise ValueError(f"{instruction.opcode} {instruction.name}: has no {attribute}")
+    return called
 
 
 def _branches(rest: str) -> list[str]:

@@ -35,7 +35,8 @@ class Run:
 
     def __init__(self, settings: Settings, mesh: jax.sharding.Mesh):
         self._settings, self._mesh = settings, mesh
-        self._seconds = dict(train_step=[], eval_step=[]) | {_sampling(rows): [] for rows in SAMPLED}
+        names = ("train_step", "eval_step", *map(_sampling, SAMPLED))
+        self._seconds: dict[str, list[float]] = {name: [] for name in names}
 
     def warm_up(self) -> None:
         """Compiles everything and runs it once."""
@@ -92,10 +93,12 @@ class Run:
         return self._state, metrics
 
     def _evaluate(self):
+        assert self._state is not None, "warm_up made it"
         self._eval_state, sums = self._eval_step(self._state.params, self._eval_state, self._batch)
         return self._eval_state, sums
 
     def _sample(self, rows: int):
+        assert self._state is not None, "warm_up made it"
         sampler, prompts = self._samplers[rows], [np.zeros([0], np.int32)] * rows
         for first in range(0, rows, sampler.batch_size):
             group = prompts[first : first + sampler.batch_size]
@@ -112,6 +115,7 @@ class Run:
         }
         seconds = summary["train_step_seconds"]["median"]
         memory = self._train_step.memory_analysis()
+        assert memory is not None, "XLA knows what it gave to a program"
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         stats = jax.local_devices()[0].memory_stats() or {}
         return dict(

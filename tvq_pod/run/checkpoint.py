@@ -7,7 +7,6 @@ import contextlib
 import math
 import secrets
 import shutil
-import threading
 import time
 from collections.abc import Callable
 from typing import NoReturn
@@ -28,7 +27,7 @@ from tvq_pod.parallel.processes import (
     on_process_zero,
     text_from_process_zero,
 )
-from tvq_pod.run import manifest
+from tvq_pod.run import manifest, orbax_files
 from tvq_pod.run.checkpoint_reader import FORMAT, CheckpointReader, handler
 from tvq_pod.run.saved_state import State, train_item
 from tvq_pod.run.step_folders import stale_steps
@@ -42,7 +41,7 @@ def _wait_for_writers() -> None:
     were removed. (To join one raises its error.)"""
     deadline = time.monotonic() + WRITERS_SECONDS
     while time.monotonic() < deadline:
-        if not any(type(thread).__module__.startswith("orbax.") for thread in threading.enumerate()):
+        if not orbax_files.is_writing():
             return
         time.sleep(0.05)
 
@@ -66,7 +65,7 @@ class Checkpoints(CheckpointReader):
         self._saved: concurrent.futures.Future | None = None
         self._failed_at = 0.0
         self._losses: dict[int, float] = {}
-        self._checkpointer: ocp.AsyncCheckpointer = ocp.AsyncCheckpointer(
+        self._checkpointer = self._writer = ocp.AsyncCheckpointer(
             handler(),
             async_options=ocp.AsyncOptions(
                 timeout_secs=settings.timeout_seconds, post_finalization_callback=self._add_manifest
@@ -156,7 +155,7 @@ class Checkpoints(CheckpointReader):
             ),
         )
         try:
-            self._checkpointer.save(self.path / str(step), args=items)
+            self._writer.save(self.path / str(step), args=items)
         except Exception as error:  # each store has its own
             self._saved = self._pool.submit(self._clear, error)
             return
@@ -193,7 +192,7 @@ class Checkpoints(CheckpointReader):
 
     def wait(self) -> bool:
         """Until the last save is on disk. Whether it is."""
-        if self.busy:
+        if self._saved is not None and self.busy:
             with self._writing():
                 concurrent.futures.wait([self._saved])
         return not self.error
@@ -220,13 +219,13 @@ class Checkpoints(CheckpointReader):
         """Called by orbax on process 0, when all of a step is written and before it gets its name."""
         self._before_named()
         final = self.path / str(self._saving)
-        draft = next(self._folders.entries(f"{self._saving}.orbax-checkpoint-tmp*"), final)
+        draft = next(self._folders.entries(orbax_files.drafts(str(self._saving))), final)
         manifest.write_manifest(draft)
 
     def _finish(self, step: int, retain_all: bool) -> None:
         """In the background: raises if the save fails; afterwards process 0 deletes what need not stay."""
         try:
-            self._checkpointer.wait_until_finished()
+            self._writer.wait_until_finished()
         except BaseException as error:
             self._clear(error)
         if not is_process_zero():
@@ -248,7 +247,7 @@ class Checkpoints(CheckpointReader):
         self._failed_at = time.monotonic()
         for _ in range(2):  # orbax keeps errors of two kinds, and would raise the other one at the next save
             with contextlib.suppress(Exception):
-                self._checkpointer.wait_until_finished()
+                self._writer.wait_until_finished()
         _wait_for_writers()
         if is_process_zero():  # what was written of it is in the way, and takes room
             self._folders.tidy()

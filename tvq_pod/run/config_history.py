@@ -66,7 +66,9 @@ def tell(workdir: epath.Path, settings: Settings, step: int, rate: Rate) -> None
     for name, (old, new) in changed.items():
         say(f"{name}={new}: was {old} at the last start")
     resumes = 0 < step < settings.train.num_steps
-    if resumes and any(name in changed for name in OF_SCHEDULE) and (warning := jump(before, settings, step, rate)):
+    if before is None or not resumes or not any(name in changed for name in OF_SCHEDULE):
+        return
+    if warning := jump(before, settings, step, rate):
         say(f"WARNING: {warning}")
 
 

@@ -20,6 +20,6 @@ def sha256_of_arrays(named: Iterable[tuple[str, np.ndarray]]) -> str:
     for path, array in named:
         array = np.ascontiguousarray(array)
         digest.update(f"{path} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
+        digest.update(array.reshape(-1).view(np.uint8).data)
         del array  # before the next one is read
     return digest.hexdigest()

@@ -8,7 +8,6 @@ it replaces, and of two that would take the lock at once, one is refused.
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import pathlib
@@ -21,6 +20,7 @@ from collections.abc import Iterator
 
 import tensorstore
 from etils import epath
+from filelock import lock_descriptor
 
 from tvq_pod.data.store import kvstore
 from tvq_pod.errors import UserError
@@ -95,11 +95,11 @@ class _FileLock:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         opened.callback(os.close, self._file)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _in_use(workdir, self.read()) from None
+            is_ours = lock_descriptor(self._file, blocking=False)
         except OSError as error:  # some network file systems
             raise UserError(f"--workdir={workdir}: can't be locked ({error.strerror}); give another folder") from None
+        if not is_ours:
+            raise _in_use(workdir, self.read())
 
     def is_free_of(self, holder: dict) -> bool:
         """Whether the kernel knows that the holder is dead: it was of this host, and its lock is ours now."""

@@ -14,10 +14,10 @@ import google_crc32c
 from etils import epath
 
 from tvq_pod.host.files import write_whole
+from tvq_pod.run.orbax_files import ADDED_LAST
 
 NAME = "manifest.json"
-# Orbax adds to these two once everything else is written, and tvq_pod reads neither.
-LEFT_OUT = (NAME, "_CHECKPOINT_METADATA", "commit_success.txt")
+LEFT_OUT = (NAME, *ADDED_LAST)  # the manifest is written before orbax's last files, which tvq_pod does not read
 CHUNK_BYTES = 8 * 1024 * 1024
 THREADS = 8
 

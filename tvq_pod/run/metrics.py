@@ -1,21 +1,23 @@
 """Where numbers go: metrics.jsonl, TensorBoard events, and, on request, W&B. Process 0 writes, the others don't."""
 
 import contextlib
-import importlib.util
 import json
 import math
 import os
 import secrets
 import tempfile
+from typing import Any
 
 from etils import epath
 
 from tvq_pod.config.settings import MetricsSettings
 from tvq_pod.errors import UserError
 from tvq_pod.host.bucket_file import BucketFile
+from tvq_pod.host.extras import require
 from tvq_pod.host.files import write_whole
 from tvq_pod.host.paths import is_bucket
 from tvq_pod.host.terminal import say
+from tvq_pod.run.event_files import Events
 
 LOG_2 = math.log(2.0)
 FLUSH_SECONDS = 10.0  # that a checkpoint waits for a bucket to have the lines before it
@@ -28,8 +30,8 @@ def bits_per_byte(nats_per_token: float, tokens_per_byte: float) -> float:
 
 def check_packages(settings: MetricsSettings) -> None:
     """Raises UserError if W&B is asked for and not installed."""
-    if settings.wandb_project and not importlib.util.find_spec("wandb"):
-        raise UserError(f"config.metrics.wandb_project={settings.wandb_project}: needs pip install -e '.[wandb]'")
+    if settings.wandb_project:
+        require("wandb", f"config.metrics.wandb_project={settings.wandb_project}: W&B")
 
 
 class MetricsWriter:
@@ -148,58 +150,6 @@ class LocalFile:
         self._file.close()
 
 
-class Events:
-    """TensorBoard's event files. tensorboardX writes them in a thread, which ends for good at its first error, such as
-    a full disk; then another file is begun."""
-
-    def __init__(self, folder: str):
-        self._folder = folder
-        self._writer = None
-
-    def add(self, points: dict[str, float], step: int) -> None:
-        """Of one step: numbers by name."""
-        # This takes a while: tensorboardX imports what it finds of clouds.
-        from tensorboardX import SummaryWriter, record_writer
-
-        try:
-            if self._writer is None or not self._writer.file_writer.event_writer._worker.is_alive():
-                record_writer.register_writer_factory("gs", EventsInBucket())
-                own = f".{os.getpid()}"  # of two processes that start in the same second, each has a file
-                self._writer = SummaryWriter(self._folder, max_queue=1000, flush_secs=30, filename_suffix=own)
-            for name, value in points.items():
-                self._writer.add_scalar(name, value, step)
-        except OSError:  # the next step may have more luck; metrics.jsonl has the numbers
-            self._writer = None
-
-    def flush(self) -> None:
-        """Begins to write what was added, and does not wait for it."""
-        if self._writer is not None:
-            self._writer.file_writer.flush()
-
-    def close(self) -> None:
-        """Flushes."""
-        if self._writer is not None:
-            with contextlib.suppress(OSError):
-                self._writer.close()
-
-
-class EventsInBucket:
-    """Opens event files in a bucket for tensorboardX, whose own writer uploads the complete file each time."""
-
-    def directory_check(self, path: str) -> None:
-        """Buckets have no folders."""
-
-    def open(self, path: str) -> "EventFile":
-        return EventFile(epath.Path(path), is_text=False)
-
-
-class EventFile(BucketFile):
-    """What tensorboardX calls a record writer."""
-
-    def flush(self, seconds: float = 0.0) -> bool:
-        return super().flush(seconds)
-
-
 class Wandb:
     """A run of W&B, which goes on wherever the training does: its id is in WORKDIR/wandb_id.
 
@@ -211,24 +161,25 @@ class Wandb:
     def __init__(self, workdir: epath.Path, project: str, config: dict | None):
         """Raises UserError if W&B refuses the run. If it can't be reached, the run is kept on this machine."""
         import wandb
+        from wandb import errors
 
         self._step, self._row, self._failed = None, 0, False
         for line in all_lines(workdir):
             self._next_row(line["step"])
-        settings = dict(
+        settings: dict[str, Any] = dict(
             project=project, name=workdir.name, id=_wandb_id(workdir), resume="allow", config=config,
             dir=os.environ.get("WANDB_DIR") or _wandb_folder(workdir),
         )  # fmt: skip
         try:
             self._run = wandb.init(**settings)
-        except wandb.errors.AuthenticationError as error:
+        except errors.AuthenticationError as error:
             raise _refused(project, error) from None
-        except wandb.errors.CommError as error:
+        except errors.CommError as error:
             why = " ".join(str(error).split())[:200]
             say(f"WARNING: W&B can't be reached ({why}): its run is kept in {settings['dir']}/wandb for `wandb sync`")
             wandb.teardown()  # which takes the run's id for one that is in use
             self._run = wandb.init(**settings, mode="offline")
-        except wandb.errors.Error as error:
+        except errors.Error as error:
             raise _refused(project, error) from None
         self._step, self._row = None, max(self._row, self._run.step - 1)  # what other sessions sent
         self._run.define_metric("step")

@@ -15,6 +15,7 @@ import math
 import os
 import threading
 import time
+from typing import Any
 
 from etils import epath
 
@@ -33,7 +34,7 @@ class Status(contextlib.AbstractContextManager):
     def __init__(self, workdir: epath.Path, num_steps: int, enabled: bool = True):
         self._path = workdir / "status.json" if enabled else None
         now = time.time()
-        self._values = dict(
+        self._values: dict[str, Any] = dict(
             state="starting", num_steps=num_steps, run_id=os.environ.get("TVQ_POD_RUN_ID", ""), started_at=now
         )
         self._written_at, self._lock = 0.0, threading.Lock()

@@ -17,6 +17,7 @@ from tvq_pod.config.settings import CheckpointSettings
 from tvq_pod.host.files import free_name
 from tvq_pod.host.paths import is_bucket
 from tvq_pod.host.terminal import tell
+from tvq_pod.run import orbax_files
 
 
 def newest_record(workdir: epath.Path) -> tuple[epath.Path, dict] | None:
@@ -25,7 +26,7 @@ def newest_record(workdir: epath.Path) -> tuple[epath.Path, dict] | None:
     path = epath.Path(workdir) / "checkpoints"
     with contextlib.suppress(OSError, ValueError):
         newest = path / str(max(StepFolders(path).steps()))
-        return newest, json.loads((newest / "record" / "metadata").read_text())
+        return newest, json.loads((newest / "record" / orbax_files.JSON_FILE).read_text())
     return None
 
 
@@ -52,7 +53,7 @@ class StepFolders:
         if not self.path.is_dir():
             return []
         named = [step for step in self.path.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", step.name)]
-        return sorted(int(step.name) for step in named if not is_bucket(step) or (step / "commit_success.txt").exists())
+        return sorted(int(step.name) for step in named if orbax_files.is_complete(step))
 
     def entries(self, pattern: str) -> Iterator[epath.Path]:
         """What is in the folder, by name. (epath's glob would take `[` in the folder's own path for a pattern.)"""
@@ -72,12 +73,12 @@ class StepFolders:
             (self.path / str(step)).rename(doomed)
             doomed.rmtree(missing_ok=True)
         else:
-            (self.path / str(step) / "commit_success.txt").unlink(missing_ok=True)
+            orbax_files.uncommit(self.path / str(step))
             (self.path / str(step)).rmtree(missing_ok=True)
 
     def tidy(self) -> None:
         """Removes what a killed or failed save, or deletion, left behind."""
-        for pattern in ("*.orbax-checkpoint-tmp*", "*.deleting"):
+        for pattern in (orbax_files.drafts(), "*.deleting"):
             for path in self.entries(pattern):
                 with contextlib.suppress(OSError):  # a thread of the failed save may still write there
                     path.rmtree(missing_ok=True)

@@ -9,9 +9,9 @@ import itertools
 import threading
 
 import jax
-from jax._src import distributed  # what multihost_utils is built on; jax has no public name for it
 
 from tvq_pod.host.terminal import tell
+from tvq_pod.parallel import coordination
 from tvq_pod.run.preemption import SAVE, STOP, Preemption
 
 ASKED, PASSED, MET = "tvq_pod/stop/asked", "tvq_pod/stop/passed", "tvq_pod/stop/met"
@@ -35,7 +35,7 @@ class StopTogether:
         self._passed = 0
         self._saves: set[int] = set()  # places to save at
         self._last: int | None = None  # the place to stop at
-        self._client = distributed.global_state.client if jax.process_count() > 1 else None
+        self._client = coordination.client() if jax.process_count() > 1 else None
         self._listener = threading.Thread(target=self._listen, daemon=True)
         if self._client:
             self._listener.start()
@@ -60,6 +60,11 @@ class StopTogether:
                 self._say(NO_MORE)
             self._listener.join(timeout=10)
 
+    @property
+    def _others(self) -> coordination.Client:
+        assert self._client is not None, "only a job of several processes asks"
+        return self._client
+
     def _ask(self) -> None:
         while True:
             wanted = self._preemption.wait()
@@ -76,12 +81,12 @@ class StopTogether:
         for number in itertools.count(self._round):
             key = f"{ASKED}/{number}"
             try:
-                self._client.key_value_set(key, wanted)  # the first one to say something there is heard
+                self._others.key_value_set(key, wanted)  # the first one to say something there is heard
                 return
             except jax.errors.JaxRuntimeError as error:
                 if "ALREADY_EXISTS" not in str(error):
                     raise
-            if self._client.blocking_key_value_get(key, self._timeout_ms) in (wanted, NO_MORE):
+            if self._others.blocking_key_value_get(key, self._timeout_ms) in (wanted, NO_MORE):
                 return
 
     def _listen(self) -> None:
@@ -99,9 +104,9 @@ class StopTogether:
         with self._lock:
             try:
                 passed = f"{PASSED}/{self._round}"
-                self._client.key_value_set(f"{passed}/{jax.process_index()}", str(self._passed))
-                self._client.wait_at_barrier(f"{MET}/{self._round}", self._timeout_ms)
-                place = max(int(places) for _, places in self._client.key_value_dir_get(passed))
+                self._others.key_value_set(f"{passed}/{jax.process_index()}", str(self._passed))
+                self._others.wait_at_barrier(f"{MET}/{self._round}", self._timeout_ms)
+                place = max(int(places) for _, places in self._others.key_value_dir_get(passed))
                 if asked == STOP:
                     self._last = place
                 else:
@@ -112,7 +117,7 @@ class StopTogether:
     def _asked(self) -> str | None:
         """Waits for what the others say, for an hour at most."""
         try:
-            return self._client.blocking_key_value_get(f"{ASKED}/{self._round}", HOUR_MS)
+            return self._others.blocking_key_value_get(f"{ASKED}/{self._round}", HOUR_MS)
         except jax.errors.JaxRuntimeError as error:
             return None if "DEADLINE_EXCEEDED" in str(error) else NO_MORE  # process 0 is gone, or the job over
 

@@ -1,0 +1,40 @@
+"""The service by which the processes of a job tell each other short texts, beside the devices.
+
+It is what jax.experimental.multihost_utils is built on; jax has no public name for it.
+"""
+
+from typing import Protocol, cast
+
+from jax._src import distributed
+
+CHECKED_WITH = {"jax": "0.10.2"}
+
+
+class Client(Protocol):
+    """What is used of it. All methods raise jax.errors.JaxRuntimeError."""
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
+        """Raises, with ALREADY_EXISTS in its text, if the key is there; unless allow_overwrite."""
+        ...
+
+    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
+        """All keys that begin so, with their values."""
+        ...
+
+    def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str:
+        """Waits until the key is there. Raises with DEADLINE_EXCEEDED in its text if it is not in time."""
+        ...
+
+    def wait_at_barrier(self, barrier_id: str, timeout_in_ms: int) -> None:
+        """Waits until all processes have called it."""
+        ...
+
+
+def client() -> Client | None:
+    """None in a job of one process."""
+    return cast(Client | None, distributed.global_state.client)
+
+
+def process_index() -> int:
+    """As jax.process_index(), which starts the devices' runtime if nothing has yet. This never does."""
+    return distributed.global_state.process_id
