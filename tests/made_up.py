@@ -1,19 +1,18 @@
-"""Trainings without a model's cost: a step that is quick to compile, and a first state that is compiled once.
+"""Trainings without a model's cost: a step that is quick to compile, and a first state that needs no compilation.
 
 For tests of what is around the step: going back, checkpoints, evaluations. They put these in place of
 `make_train_step` and `create_train_state`.
 """
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from tests.common import model_params
 from tvq_pod.config.settings import Settings
-from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.training import bad_steps, digest
-from tvq_pod.training.step import TrainState, abstract_train_state, create_train_state
+from tvq_pod.training.step import TrainState, abstract_train_state, initial_recurrent
 
 
 @functools.cache
@@ -37,13 +36,14 @@ def made_up_step(settings: Settings, mesh: jax.sharding.Mesh):
 
 
 def first_state(settings: Settings, mesh: jax.sharding.Mesh) -> TrainState:
-    """What create_train_state makes."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_train_state(settings, mesh))
-    only = Settings(seed=settings.seed, model=settings.model, optimizer=settings.optimizer, mesh=settings.mesh)
-    rows = dataclasses.replace(only.train, batch_size=settings.train.batch_size)
-    return jax.device_put(_first_state(dataclasses.replace(only, train=rows)), shardings)
-
-
-@functools.cache
-def _first_state(settings: Settings) -> TrainState:
-    return jax.device_get(create_train_state(settings, make_mesh(settings.mesh)))
+    """The state before the first step; its parameters are those of `model_params`."""
+    abstract = abstract_train_state(settings, mesh)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=model_params(settings.model),
+        opt_state=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract.opt_state),
+        recurrent=initial_recurrent(settings),
+        bad_steps=bad_steps.start(),
+        digest=digest.start(),
+    )
+    return jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract))
