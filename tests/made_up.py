@@ -1,7 +1,7 @@
 """Trainings without a model's cost: a step that is quick to compile, and a first state that needs no compilation.
 
 For tests of what is around the step: going back, checkpoints, evaluations. They put these in place of
-`make_train_step` and `create_train_state`.
+`compiled_train_step` and `create_train_state`.
 """
 
 import functools

@@ -10,7 +10,7 @@ from tvq_pod.config.settings import Settings
 from tvq_pod.errors import UserError
 from tvq_pod.modes.bench import bench
 
-QUICK = ["--config.model.n_layer=1", "--config.model.reduction=serial"]  # to compile
+QUICK = ["--config.model.n_layer=1", "--config.model.head_type=mqa", "--config.model.reduction=serial"]  # to compile
 
 
 @pytest.fixture(scope="module")

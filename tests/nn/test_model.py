@@ -76,8 +76,9 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(n_head=1, e_tie=True, e_scale=0.5, unroll=2),
-        slow(dict(n_head=3, head_type="mqa", e_norm=False)),
+        dict(n_head=1, e_tie=True, e_scale=0.5, n_layer=1),
+        slow(dict(n_head=3, e_norm=False, unroll=2)),
+        slow(dict(head_type="mqa")),
         slow(dict(head_type="mha", d_v=4, agg_cache=False, n_layer=1)),
     ],
     ids=str,
@@ -90,7 +91,7 @@ def test_updates_are_seamless(changes):
 
 
 def test_tied_embeddings_have_no_output_matrix_and_e_scale_scales_logits():
-    tied, untied = (small_config(e_tie=e_tie, n_layer=1) for e_tie in (True, False))
+    tied, untied = (small_config(e_tie=e_tie, n_layer=1, head_type="mqa") for e_tie in (True, False))
     assert "w_out" in model_params(untied)
     assert "w_out" not in model_params(tied)
     inputs, doc_ids = random_tokens(), np.zeros([1, TOTAL], np.int32)
@@ -109,24 +110,25 @@ def test_positions_of_tokens_in_their_documents():
 
 
 DROPOUTS = ["p_dropemb", "p_dropsin", "p_dropres", "p_droplyr"]
+DROPPING = small_config(n_layer=1, head_type="mqa")
 
 
 @functools.cache
 def without_dropout():
     inputs = random_tokens()
-    return run(small_config(n_layer=1), inputs, np.zeros_like(inputs))
+    return run(DROPPING, inputs, np.zeros_like(inputs))
 
 
 def test_no_dropout_acts_in_evaluation():
     inputs, rates = random_tokens(), dict.fromkeys(DROPOUTS, 0.5)
-    evaluated = run(small_config(n_layer=1, **rates), inputs, np.zeros_like(inputs))
+    evaluated = run(DROPPING.replace(**rates), inputs, np.zeros_like(inputs))
     np.testing.assert_allclose(evaluated, without_dropout(), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [slow(name) for name in DROPOUTS])
 def test_each_dropout_acts_in_training(name):
     inputs = random_tokens()
-    trained = run(small_config(n_layer=1, is_train=True, **{name: 0.5}), inputs, np.zeros_like(inputs))
+    trained = run(DROPPING.replace(is_train=True, **{name: 0.5}), inputs, np.zeros_like(inputs))
     assert np.abs(trained - without_dropout()).max() > 1e-3
 
 
@@ -180,7 +182,7 @@ def test_absolute_positions_have_a_learned_scale():
 
 @pytest.mark.parametrize("n_vocab", [8, 11])  # at most d_model: at once; above: block by block
 def test_losses_are_the_cross_entropy_of_the_logits(n_vocab):
-    config = small_config(n_vocab=n_vocab, e_scale=0.7, n_layer=1)
+    config = small_config(n_vocab=n_vocab, e_scale=0.7, n_layer=1, head_type="mqa")
     inputs, targets = random_tokens(2) % n_vocab, random_tokens(2, seed=1) % n_vocab
     logits = run(config, inputs, np.zeros_like(inputs))
     state = Transformer.initial_state(config, 2)

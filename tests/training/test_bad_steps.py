@@ -34,7 +34,7 @@ from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.run.checkpoint import Checkpoints
 from tvq_pod.run.checkpoint_reader import CheckpointReader
 from tvq_pod.run.hashes import sha256_of
-from tvq_pod.training import bad_steps
+from tvq_pod.training import bad_steps, restore
 from tvq_pod.training.step import abstract_train_state, make_train_step
 
 STEPS, EVERY, UPDATE_LEN = 24, 5, 8
@@ -140,8 +140,8 @@ real_step = functools.cache(make_train_step)
 def make_step(request, monkeypatch):
     """What makes the steps of a run: made up, or the real ones for tests that say so."""
     make_step = getattr(request, "param", made_up_step)
-    monkeypatch.setattr(train_module, "make_train_step", make_step)
-    monkeypatch.setattr(train_module, "create_train_state", first_state)
+    monkeypatch.setattr(train_module, "compiled_train_step", make_step)
+    monkeypatch.setattr(restore, "create_train_state", first_state)
     return make_step
 
 
