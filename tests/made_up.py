@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from tests.common import model_params
 from tvq_pod.config.settings import Settings
-from tvq_pod.training import bad_steps, digest
+from tvq_pod.data import digest
+from tvq_pod.training import bad_steps
 from tvq_pod.training.step import TrainState, abstract_train_state, initial_recurrent
 
 
