@@ -79,7 +79,10 @@ MAY = {name: OTHER[name] for name in MAY_CHANGE if name != "is_train"}
 
 
 # The plain implementation has no reduction: those that have one are asked without it.
-@pytest.mark.parametrize("changes", [{name: MAY[name] for name in MAY if name != "attention"}, dict(attention="plain")])
+ALL_BUT_PLAIN = {name: MAY[name] for name in MAY if name != "attention"}
+
+
+@pytest.mark.parametrize("changes", [dict(attention="plain"), pytest.param(ALL_BUT_PLAIN, marks=pytest.mark.slow)])
 def test_fields_that_may_change_make_the_same_function_of_the_same_parameters(changes):
     other = CONFIG.replace(**changes)
     assert kinds_of(other) == kinds_of(CONFIG)

@@ -77,8 +77,8 @@ def outputs_and_jacobians(attention, block_len, mem_len, agg_cache):
 # the other, longer, equal, a multiple and none. The plain implementation is held to all of them in test_contract.py.
 QUICK = [(4, True, (3,)), (4, False, (3,))]
 LENGTHS = [
-    (1, True, (1, 3)), (2, True, (4,)), (3, True, (2,)), (4, True, (2, 4, 6)), (6, True, (1, 4)), (12, True, (3, 6)),
-    (1, False, (4,)), (2, False, (2,)), (3, False, (6,)), (6, False, (1,)),
+    (1, True, (1, 3)), (2, True, (4,)), (3, True, (2,)), (4, True, (4, 6)), (6, True, (1,)), (12, True, (3,)),
+    (1, False, (4,)), (2, False, (2,)), (6, False, (1,)),
 ]  # fmt: skip
 by_lengths = pytest.mark.parametrize(("mem_len", "agg_cache", "block_lens"), [*QUICK, *(slow(*row) for row in LENGTHS)])
 by_attention = pytest.mark.parametrize("attention", FAST)
@@ -124,6 +124,7 @@ def test_gradients_by_queries_do_not_depend_on_block_len(mem_len, agg_cache, blo
         np.testing.assert_allclose(by_q, one_block, atol=1e-5, rtol=1e-4, err_msg=f"block_len={block_len}")
 
 
+@pytest.mark.slow
 def test_values_may_have_any_width():
     config = layer_config(4, 4, True, max(WIDENINGS))
     _, params = attn_fixture(config)
@@ -228,7 +229,7 @@ def test_an_update_is_its_blocks_one_by_one_in_bfloat16():
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(head_type="mqa"), dict(head_type="mqa", n_head=3), dict(head_type="mha")], ids=str
+    "changes", [dict(head_type="mqa", n_head=3), slow(dict(head_type="mqa")), slow(dict(head_type="mha"))], ids=str
 )
 def test_every_head_type_is_the_quadratic_softmax(changes):
     config = small_config(block_len=3, mem_len=4, **changes)
@@ -244,9 +245,10 @@ document_lengths = st.lists(st.integers(1, 14), min_size=1, max_size=6)
 
 
 @settings(max_examples=30, deadline=None)
-@given(lengths=document_lengths, mem_len=st.sampled_from([1, 3, 4]), agg_cache=st.booleans())
-def test_a_document_never_sees_its_neighbours(lengths, mem_len, agg_cache):
+@given(lengths=document_lengths, window=st.sampled_from([(1, True), (3, True), (4, False)]))
+def test_a_document_never_sees_its_neighbours(lengths, window):
     """Documents back to back in a stream give what each gives alone, from a fresh state."""
+    mem_len, agg_cache = window
     config = small_config(block_len=4, mem_len=mem_len, agg_cache=agg_cache)
     layer, total = compiled_layer(config), 48
     lengths = [*lengths, max(total - sum(lengths), 0)]
@@ -310,6 +312,7 @@ def test_a_count_beyond_bfloat16_still_grows():
         assert state["aggcache"]["lower"][0, 0, 0] == 64 * (step + 1) - config.mem_len
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32():
     arrays = random_qkv(small_config(), 2, T)
     doc_ids = one_doc([2, T])
