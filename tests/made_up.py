@@ -1,4 +1,4 @@
-"""Trainings without a model's cost: a step that is quick to compile, and a first state that needs no compilation.
+"""Trainings without a model's cost: a step that is quick to compile, and a first state that is quick to make.
 
 For tests of what is around the step: going back, checkpoints, evaluations. They put these in place of
 `compiled_train_step` and `create_train_state`.
@@ -38,13 +38,21 @@ def made_up_step(settings: Settings, mesh: jax.sharding.Mesh):
 
 def first_state(settings: Settings, mesh: jax.sharding.Mesh) -> TrainState:
     """The state before the first step; its parameters are those of `model_params`."""
+    return _first_state(settings, mesh)(model_params(settings.model))
+
+
+@functools.cache
+def _first_state(settings: Settings, mesh: jax.sharding.Mesh):
     abstract = abstract_train_state(settings, mesh)
-    state = TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=model_params(settings.model),
-        opt_state=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract.opt_state),
-        recurrent=initial_recurrent(settings),
-        bad_steps=bad_steps.start(),
-        digest=digest.start(),
-    )
-    return jax.device_put(state, jax.tree.map(lambda x: x.sharding, abstract))
+
+    def state_with(params):
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=jax.tree.map(jnp.copy, params),  # a step may donate them
+            opt_state=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract.opt_state),
+            recurrent=initial_recurrent(settings),
+            bad_steps=bad_steps.start(),
+            digest=digest.start(),
+        )
+
+    return jax.jit(state_with, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))
