@@ -199,10 +199,9 @@ def lines_of(workdir):
 
 
 @pytest.mark.parametrize("forget_state", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_bad_step_changes_nothing_but_its_count(forget_state):
+def test_a_bad_step_changes_nothing_but_its_count(corpus, forget_state):
     """The real step. With forget_state, the streams' states begin anew."""
-    settings = settings_for("", forget_state=forget_state)
-    settings = dataclasses.replace(settings, model=settings.model.replace(head_type="shga"))
+    settings = settings_for(corpus, forget_state=forget_state)
     mesh = make_mesh(settings.mesh)
     tokens = np.random.default_rng(0).integers(0, 260, size=[8, UPDATE_LEN]).astype(np.int32)
     mask = np.ones(tokens.shape, np.float32)
@@ -221,6 +220,7 @@ def test_a_bad_step_changes_nothing_but_its_count(forget_state):
     assert int(metrics["n_bad"]) == 0
 
 
+@pytest.mark.slow
 def test_a_bad_step_is_not_applied_and_the_run_goes_on(corpus, tmp_path, poison):
     settings = settings_for(corpus)
     poison |= {6, 14, 15}
