@@ -165,6 +165,7 @@ def test_one_document_that_is_longer_than_all_others_has_as_few_rows_as_the_mesh
     assert plan.padding(64) > 0.8
 
 
+@pytest.mark.slow
 def test_as_many_rows_are_taken_as_leave_little_padding(store):
     result = evaluate(store, batch_size=0)
     assert result.padding <= PADDING

@@ -38,6 +38,7 @@ def test_greedy_images_are_the_likeliest_bytes_one_after_the_other(monkeypatch):
     np.testing.assert_array_equal(bytes_ - N_SPECIAL, allowed.argmax(axis=1))
 
 
+@pytest.mark.slow
 def test_any_byte_may_be_drawn_and_nothing_else(monkeypatch):
     monkeypatch.setattr(images, "IMAGE_SHAPE", (8, 8, 3))
     flat = jax.tree.map(jnp.zeros_like, model_params(CONFIG))  # all tokens equally likely
@@ -47,6 +48,7 @@ def test_any_byte_may_be_drawn_and_nothing_else(monkeypatch):
     assert counts.max() < 40
 
 
+@pytest.mark.slow
 def test_images_are_written_one_by_one_and_together(monkeypatch, tmp_path):
     monkeypatch.setattr(images, "IMAGE_SHAPE", (2, 4, 3))
     expected = images.draw_images(model_params(CONFIG), CONFIG, SampleSettings(count=3, seed=1), jax.devices()[:1])

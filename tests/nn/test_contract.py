@@ -110,7 +110,7 @@ def test_rows_may_be_mapped_over(rng_fixture, attn_fixture):
 
 
 # Widths do not enter the cutting into blocks: all lengths with one width, some with the other.
-FORWARD = [(T, 4, 6, 2), (T, 3, 2, 2)] + [slow(*lengths, 1) for lengths in gen_len_tuples("tlm", T)]
+FORWARD = [(T, 4, 6, 2), slow(T, 3, 2, 2)] + [slow(*lengths, 1) for lengths in gen_len_tuples("tlm", T)]
 
 
 @pytest.mark.parametrize("agg_cache", [True, False])

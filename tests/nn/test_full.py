@@ -77,6 +77,7 @@ def test_the_model_has_no_codes_and_documents_do_not_meet():
     np.testing.assert_array_equal(state["unit0"]["pos_offset"], [[15]])
 
 
+@pytest.mark.slow
 def test_the_window_is_carried_to_the_next_update():
     config = small_config(attn_type="full", block_len=4, mem_len=6, n_layer=1)
     _, apply = model(config)

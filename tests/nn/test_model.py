@@ -90,6 +90,7 @@ def test_updates_are_seamless(changes):
     np.testing.assert_allclose(run(config, inputs, doc_ids, 8), run(config, inputs, doc_ids, TOTAL), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_tied_embeddings_have_no_output_matrix_and_e_scale_scales_logits():
     tied, untied = (small_config(e_tie=e_tie, n_layer=1, head_type="mqa") for e_tie in (True, False))
     assert "w_out" in model_params(untied)
@@ -132,6 +133,7 @@ def test_each_dropout_acts_in_training(name):
     assert np.abs(trained - without_dropout()).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_layerdrop_skips_whole_units_for_whole_streams():
     config = small_config(is_train=True, p_droplyr=0.5, n_layer=1, e_norm=False)
     rows = 32
@@ -193,6 +195,7 @@ def test_losses_are_the_cross_entropy_of_the_logits(n_vocab):
     np.testing.assert_allclose(losses, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_no_array_holds_all_logits_of_a_large_vocabulary():
     config = small_config(n_vocab=1000, remat="projections", is_train=True, n_layer=1, head_type="mqa")
     tokens = random_tokens()

@@ -41,7 +41,7 @@ def test_over_data_layers_are_gathered_twice_and_gradients_cross_once(eight_devi
     """Gathered: 2 P, P being the bytes of the kernels as they are used, forward and again in the backward pass; the
     embeddings once each; not a byte of activations. Of gradients, at most the bytes of all parameters once, though the
     vocabulary is so wide that its losses go block by block."""
-    settings = settings_of((1, 8, 1, 1), **TWO_LAYERS, n_vocab=40)
+    settings = settings_of((1, 8, 1, 1), **TWO_LAYERS, head_type="mqa", d_ff=64, n_vocab=40)
     params = abstract_train_state(settings, mesh_of(settings)).params
     stored = [
         (path, leaf.size * 4)

@@ -118,6 +118,7 @@ def test_a_line_counts_only_if_all_it_is_about_is_the_runs_own(tmp_path, store):
     assert found(own, own | dict(tokens=some, loss=3.0), own, settings=part) == {4: 3.0}
 
 
+@pytest.mark.slow
 def test_only_complete_evaluations_of_its_own_split_decide_which_step_is_the_best(
     tmp_path, store, losses, monkeypatch, capsys
 ):
