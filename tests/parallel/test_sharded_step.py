@@ -14,7 +14,7 @@ from tests.parallel.sharded import N_VOCAB, ROWS, STEPS, UPDATE_LEN, mesh_of, se
 from tvq_pod.config.settings import MeshSettings, Settings
 from tvq_pod.inference.evaluator import make_eval_state, make_eval_step
 from tvq_pod.parallel.sharding import batch_sharding
-from tvq_pod.training.step import abstract_train_state, create_train_state, make_train_step
+from tvq_pod.training.step import TrainState, abstract_train_state, create_train_state, make_train_step
 
 ALONE = (1, 1, 1, 1)  # slices, data, sequence, model
 STILL = dict(p_dropemb=0.0, p_dropsin=0.0, p_dropres=0.0, p_droplyr=0.0)
@@ -48,14 +48,14 @@ class Trained:
     """The parameters after the first step, the state after the last, and the metrics of each."""
 
     first_params: dict
-    state: object
-    metrics: list
+    state: TrainState
+    metrics: list[dict]
 
 
 @functools.cache
 def trained(settings: Settings, made_there: bool = False) -> Trained:
     """made_there: whether the state is made on the mesh, where it must be compiled for, or by one device."""
-    mesh, first_params, metrics = mesh_of(settings), None, []
+    mesh, params, metrics = mesh_of(settings), [], []
     if made_there:
         state = create_train_state(settings, mesh)
     else:
@@ -65,8 +65,9 @@ def trained(settings: Settings, made_there: bool = False) -> Trained:
     for batch in batches(batch_sharding(mesh)):
         state, step_metrics = step_fn(state, batch)
         metrics.append(step_metrics)
-        first_params = first_params or jax.device_get(state.params)
-    return Trained(first_params, jax.device_get(state), jax.device_get(metrics))
+        if not params:
+            params.append(jax.tree.map(np.array, state.params))  # copies: the next step takes the state
+    return Trained(params[0], jax.device_get(state), jax.device_get(metrics))
 
 
 def assert_same_as_alone(mesh: tuple, made_there: bool = False, microbatches: int = 1, fsdp: bool = True, **changes):
