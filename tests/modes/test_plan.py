@@ -38,7 +38,7 @@ def planned(tmp_path_factory) -> dict:
     """A layer on v5e:2x2, and what does not fit, planned at once."""
     folder = tmp_path_factory.mktemp("plan")
     fits = start("--mode=plan", *SMALL, "--topology=v5e:2x2", f"--workdir={folder / 'fits'}", "--tokens=1e9")
-    huge = ["--config.train.batch_size=4096", "--config.train.update_len=65536"]
+    huge = ["--config.model.head_type=mqa", "--config.train.batch_size=4096", "--config.train.update_len=65536"]
     lacks = start("--mode=plan", *SMALL, *huge, "--topology=v5e:2x2", f"--workdir={folder / 'lacks'}")
     results = {}
     for name, process in (("fits", fits), ("lacks", lacks)):
@@ -154,7 +154,7 @@ def test_what_is_missing_is_read_from_the_compilers_words():
 def swept(tmp_path_factory) -> tuple[pathlib.Path, str]:
     """The folder and output of a sweep over simulated devices, one of whose points is in error."""
     folder = tmp_path_factory.mktemp("sweep")
-    flags = ["--mode=plan", *SMALL, "--topology=cpu:8", f"--workdir={folder}"]
+    flags = ["--mode=plan", *SMALL, "--config.model.head_type=mqa", "--topology=cpu:8", f"--workdir={folder}"]
     out, _ = run(*flags, "--sweep", "config.model.block_len=64,100;config.train.batch_size=8")
     return folder, out
 
