@@ -5,6 +5,7 @@ The functions named *_fixture are plain functions; conftest.py offers each as a 
 
 import functools
 import itertools
+import zlib
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,7 @@ from tvq_pod.data.document import Document
 from tvq_pod.data.store import TokenStore
 from tvq_pod.data.vocab import ByteVocab
 from tvq_pod.nn.attn import VQAttention
+from tvq_pod.nn.model import Transformer
 from tvq_pod.nn.types import TransformerConfig, VQSpec
 
 DTYPES = [jnp.float32]  # of parameters and of compute alike
@@ -106,6 +108,34 @@ def attn_fixture(config: TransformerConfig) -> tuple[type[VQAttention], dict]:
         block_len=4, mem_len=4, agg_cache=True, grad_thru_cache=True, attention="plain", is_train=False
     )
     return VQAttention, _attn_params(sizes)
+
+
+def model_params(config: TransformerConfig) -> dict:
+    """Random parameters of a Transformer, all of them at work. Numpy draws them: to compile the model's own way to do
+    it takes a second. A parameter is the same in all configs where it has the same shape."""
+    defaults, no_part_in_shapes = small_config(), (
+        "block_len", "mem_len", "agg_cache", "grad_thru_cache", "is_train", "dtype", "remat", "unroll", "reduction",
+        "window_bias", "e_scale", "p_dropemb", "p_dropsin", "p_dropres", "p_droplyr",
+    )  # fmt: skip
+    return _model_params(config.replace(**{name: getattr(defaults, name) for name in no_part_in_shapes}))
+
+
+@functools.cache
+def _model_params(config: TransformerConfig) -> dict:
+    tokens = jnp.zeros([1, config.block_len], jnp.int32)
+    init = functools.partial(Transformer(config).init, jax.random.key(0))
+    shapes = jax.eval_shape(init, Transformer.initial_state(config, 1), tokens, tokens)["params"]
+    deviations = dict(embedding=1.0, codebook=config.d_k**-0.25, u=1.0, v=1.0)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name in ("scale", "pe_scale", "count"):
+            return jnp.ones(leaf.shape, leaf.dtype)
+        rng = np.random.default_rng(zlib.crc32(jax.tree_util.keystr(path).encode()))
+        array = rng.normal(size=leaf.shape) * deviations.get(name, config.d_model**-0.5)
+        return jnp.array(array, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, nn.meta.unbox(shapes))
 
 
 def basic_vq_spec_fixture(batch_size: int, block_len: int) -> VQSpec:

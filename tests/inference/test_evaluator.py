@@ -1,6 +1,7 @@
 """Evaluation: each document whole, with its full context, whatever lies beside it."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from tests.common import pg19_like, small_config, store_of
+from tests.common import model_params, pg19_like, small_config, store_of
 from tvq_pod.config.identity import run_record
 from tvq_pod.config.settings import EvalSettings, MeshSettings, Settings, TrainSettings
 from tvq_pod.data.streams import PADDING, PackedDocuments
@@ -21,7 +22,6 @@ from tvq_pod.inference.evaluator import Evaluator
 from tvq_pod.modes import evaluate as evaluate_module
 from tvq_pod.nn.model import Transformer
 from tvq_pod.parallel.mesh import make_mesh
-from tvq_pod.training.step import create_train_state
 
 SETTINGS = Settings(
     model=small_config(n_vocab=ByteVocab.n_vocab, pe_abs=True, block_len=4, mem_len=2, n_layer=1),
@@ -36,24 +36,42 @@ def store(tmp_path_factory):
     return store_of(tmp_path_factory.mktemp("eval") / "store", TEXTS)
 
 
-@pytest.fixture(scope="module")
-def params(eight_devices):
-    return create_train_state(SETTINGS, make_mesh(MeshSettings(), eight_devices[:1])).params
+@pytest.fixture
+def small_buckets(monkeypatch):
+    """Losses by place in the document, for every 16 places."""
+    monkeypatch.setattr(positions, "BUCKET", 16)
+    monkeypatch.setattr(eval_module, "BUCKET", 16)
 
 
-def evaluate(store, params, eight_devices, n_devices=1, **changes):
+@pytest.fixture(autouse=True)
+def _compiled_once(monkeypatch):
+    monkeypatch.setattr(eval_module, "make_eval_step", compiled_step)
+
+
+real_make_eval_step = eval_module.make_eval_step
+
+
+def compiled_step(settings, mesh, n_rows):
+    # how many tokens are evaluated is no part of the step
+    return _compiled_step(dataclasses.replace(settings, eval=EvalSettings(cache=settings.eval.cache)), mesh, n_rows)
+
+
+@functools.cache
+def _compiled_step(settings, mesh, n_rows):
+    return real_make_eval_step(settings, mesh, n_rows)
+
+
+def evaluate(store, n_devices=1, **changes):
     settings = dataclasses.replace(SETTINGS, eval=EvalSettings(**(dict(batch_size=8) | changes)))
-    mesh = make_mesh(MeshSettings(), eight_devices[:n_devices])
-    params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
+    mesh = make_mesh(MeshSettings(), jax.devices()[:n_devices])
+    params = jax.device_put(model_params(SETTINGS.model), jax.NamedSharding(mesh, jax.P()))
     return Evaluator(settings, mesh, store, "train").evaluate(params)
 
 
-@pytest.mark.parametrize("cache", ["on", "off"])
-def test_loss_is_that_of_each_document_alone(store, params, eight_devices, cache, monkeypatch):
+@pytest.mark.parametrize("cache", ["on", pytest.param("off", marks=pytest.mark.slow)])
+def test_loss_is_that_of_each_document_alone(store, small_buckets, cache):
     """The slow version: one document at a time, in one block, from a fresh state; without the cache, in blocks of which
     each sees the window before it. At every place of the documents, too."""
-    monkeypatch.setattr(positions, "BUCKET", 16)
-    monkeypatch.setattr(eval_module, "BUCKET", 16)
     length = 100
     config = SETTINGS.model.replace(block_len=length if cache == "on" else 4, agg_cache=cache == "on")
 
@@ -69,11 +87,11 @@ def test_loss_is_that_of_each_document_alone(store, params, eight_devices, cache
         targets = [*ByteVocab().encode(text).tolist(), END_OF_DOC]
         inputs = np.zeros([1, length], np.int32)
         inputs[0, : len(targets)] = [END_OF_DOC, *targets[:-1]]
-        probs = np.asarray(log_probs(params, inputs))
+        probs = np.asarray(log_probs(model_params(SETTINGS.model), inputs))
         for i, target in enumerate(targets):
             nats[i // 16] -= float(probs[i, target])
             n_tokens[i // 16] += 1
-    result = evaluate(store, params, eight_devices, cache=cache)
+    result = evaluate(store, cache=cache)
     assert result.tokens == n_tokens.sum()
     assert result.documents == len(TEXTS)
     assert result.loss == pytest.approx(nats.sum() / n_tokens.sum(), rel=1e-5)
@@ -84,10 +102,10 @@ def test_loss_is_that_of_each_document_alone(store, params, eight_devices, cache
     assert everywhere == pytest.approx(result.bits_per_byte, rel=1e-5)
 
 
-@pytest.mark.parametrize(("n_devices", "batch_size"), [(1, 1), (1, 16), (8, 8)])
-def test_the_result_depends_on_neither_rows_nor_mesh(store, params, eight_devices, n_devices, batch_size):
-    expected = evaluate(store, params, eight_devices)
-    result = evaluate(store, params, eight_devices, n_devices, batch_size=batch_size)
+@pytest.mark.parametrize(("n_devices", "batch_size"), [(1, 1), pytest.param(8, 16, marks=pytest.mark.slow)])
+def test_the_result_depends_on_neither_rows_nor_mesh(store, small_buckets, n_devices, batch_size):
+    expected = evaluate(store)
+    result = evaluate(store, n_devices, batch_size=batch_size)
     assert (result.tokens, result.documents) == (expected.tokens, expected.documents)
     assert result.loss == pytest.approx(expected.loss, rel=1e-5)
     np.testing.assert_allclose(result.by_position.nats, expected.by_position.nats, rtol=1e-5)
@@ -104,8 +122,8 @@ def test_lines_of_an_evaluation_unlike_that_of_training_have_another_name():
     assert name("off", dtype="bfloat16", param_dtype="half") == "test_cache_off_dtype_bfloat16_param_dtype_half"
 
 
-def test_max_tokens_evaluates_fewer_documents(store, params, eight_devices):
-    result = evaluate(store, params, eight_devices, max_tokens=50)
+def test_max_tokens_evaluates_fewer_documents(store):
+    result = evaluate(store, max_tokens=50)
     assert result.documents < len(TEXTS)
     assert result.tokens >= 50
 
@@ -147,17 +165,18 @@ def test_one_document_that_is_longer_than_all_others_has_as_few_rows_as_the_mesh
     assert plan.padding(64) > 0.8
 
 
-def test_as_many_rows_are_taken_as_leave_little_padding(store, params, eight_devices):
-    result = evaluate(store, params, eight_devices, batch_size=0)
+@pytest.mark.slow
+def test_as_many_rows_are_taken_as_leave_little_padding(store):
+    result = evaluate(store, batch_size=0)
     assert result.padding <= PADDING
-    assert result.loss == pytest.approx(evaluate(store, params, eight_devices).loss, rel=1e-5)
+    assert result.loss == pytest.approx(evaluate(store).loss, rel=1e-5)
 
 
-def test_perplexity_of_words_is_over_all_words_of_the_split(store, params, eight_devices, monkeypatch):
+def test_perplexity_of_words_is_over_all_words_of_the_split(store, monkeypatch):
     monkeypatch.setattr(eval_module, "words_of", lambda store, split: 77)
-    result = evaluate(store, params, eight_devices)
+    result = evaluate(store)
     assert result.word_perplexity == pytest.approx(math.exp(result.loss * result.tokens / 77))
-    assert evaluate(store, params, eight_devices, max_tokens=50).word_perplexity is None
+    assert evaluate(store, max_tokens=50).word_perplexity is None
     assert set(result.numbers()) >= {"loss", "bits_per_byte", "word_perplexity", "padding"}
 
 
@@ -174,15 +193,16 @@ def test_the_table_and_files_have_every_token(tmp_path):
     assert (tmp_path / "step_1_test.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_many_small_losses_add_up(eight_devices, tmp_path):
     """65,536 positions a step, all of the same loss: float32 would lose a thousandth."""
+    model = SETTINGS.model.replace(block_len=64, head_type="mqa", reduction="serial", pe_abs=False)
     settings = dataclasses.replace(
-        SETTINGS, train=TrainSettings(batch_size=64, update_len=1024), eval=EvalSettings(batch_size=64),
-        model=SETTINGS.model.replace(block_len=64, n_layer=1),
-    )  # fmt: skip
+        SETTINGS, train=TrainSettings(batch_size=64, update_len=1024), eval=EvalSettings(batch_size=64), model=model
+    )
     store = store_of(tmp_path / "store", [b"x" * 1023] * 64)
     mesh = make_mesh(MeshSettings(), eight_devices[:1])
-    params = jax.tree.map(jnp.zeros_like, create_train_state(settings, mesh).params)
+    params = jax.tree.map(jnp.zeros_like, model_params(model))
     result = Evaluator(settings, mesh, store, "train").evaluate(params)
     assert result.tokens == 65_536
     assert result.loss == pytest.approx(math.log(ByteVocab.n_vocab), rel=1e-6)

@@ -3,38 +3,32 @@ are drawn."""
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.common import small_config
+from tests.common import model_params, small_config
 from tvq_pod.config.settings import SampleSettings
 from tvq_pod.data.vocab import END_OF_DOC, PAD, UNKNOWN, ByteVocab
-from tvq_pod.inference import sampler
+from tvq_pod.inference import sampler, text
 from tvq_pod.inference.draw import draw_tokens
 from tvq_pod.inference.sampler import NO_TOKEN, Sampler, Sampling
 from tvq_pod.inference.text import continuations, rows_of, text_of
 from tvq_pod.nn.model import Transformer
 from tvq_pod.nn.scores import NEVER
 
-CONFIG = small_config(n_vocab=ByteVocab.n_vocab + 5, block_len=8, mem_len=4, pe_abs=True)
+CONFIG = small_config(n_vocab=ByteVocab.n_vocab + 5, block_len=8, mem_len=4, pe_abs=True, n_layer=1)
 LENGTH = 40
-
-
-@functools.cache
-def params():
-    state, tokens = Transformer.initial_state(CONFIG, 1), jnp.zeros([1, 8], jnp.int32)
-    return nn.meta.unbox(jax.jit(Transformer(CONFIG).init)(jax.random.key(0), state, tokens, tokens)["params"])
 
 
 def forward(tokens):
     """Logits [T, n_vocab] of one pass in blocks of 8 over T tokens, padded behind."""
     padded = np.zeros([1, 64], np.int32)
     padded[0, : len(tokens)] = tokens
-    return np.asarray(_forward(params(), padded))[0, : len(tokens)]
+    return np.asarray(_forward(model_params(CONFIG), padded))[0, : len(tokens)]
 
 
 @jax.jit
@@ -47,13 +41,17 @@ ALLOWED = tuple(n not in (PAD, UNKNOWN) and n < ByteVocab.n_vocab for n in range
 
 
 @functools.cache
+def compiled_sampler(config, sampling, n_rows, devices):
+    return Sampler(config, sampling, n_rows, list(devices))
+
+
 def sampler_of(n_rows, n_devices=1, temperature=1.0):
-    return Sampler(CONFIG, Sampling(ALLOWED, temperature, 0.9), n_rows, jax.devices()[:n_devices])
+    return compiled_sampler(CONFIG, Sampling(ALLOWED, temperature, 0.9), n_rows, tuple(jax.devices()[:n_devices]))
 
 
 def sampled(a_sampler, prompts, seed=0, length=12, **how):
     """The tokens of each row, a list of lists."""
-    chunks = a_sampler.sample(params(), prompts, seed, length, **how)
+    chunks = a_sampler.sample(model_params(CONFIG), prompts, seed, length, **how)
     return [list(row) for row in rows_of(chunks, len(prompts))]
 
 
@@ -72,6 +70,7 @@ def test_greedy_samples_are_the_argmax_of_the_whole_text_so_far():
         np.testing.assert_array_equal(drawn, logits.argmax(axis=-1))
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(0, 2**31 - 1), st.integers(0, 100))
 def test_a_row_yields_what_it_yields_alone(lengths, seed, first_row):
@@ -102,14 +101,14 @@ def test_what_is_drawn_does_not_depend_on_how_often_the_loop_returns(monkeypatch
     assert [len(row) for row in expected] == [70, 70]
     monkeypatch.setattr(sampler, "CHUNK_SECONDS", 0.0)
     monkeypatch.setattr(sampler, "FEWEST", 1)  # one token at a time
-    chunks = list(sampler_of(6).sample(params(), prompts, 0, 70, stop_at_end=False))
+    chunks = list(sampler_of(6).sample(model_params(CONFIG), prompts, 0, 70, stop_at_end=False))
     assert len(chunks) > 50
     assert [row[row != NO_TOKEN].tolist() for row in np.concatenate(chunks, axis=1)] == expected
 
 
 def indifferent():
     """A model to which all tokens are alike."""
-    return params() | dict(w_out=jnp.zeros_like(params()["w_out"]))
+    return model_params(CONFIG) | dict(w_out=jnp.zeros_like(model_params(CONFIG)["w_out"]))
 
 
 def test_an_end_of_document_ends_its_row_alone():
@@ -120,12 +119,13 @@ def test_an_end_of_document_ends_its_row_alone():
     assert not any((chunk == END_OF_DOC).any() for chunk in chunks)
 
 
+@pytest.mark.slow
 def test_the_loop_ends_with_its_last_row(monkeypatch):
     only_end = Sampling(tuple(n == END_OF_DOC for n in range(CONFIG.n_vocab)), temperature=0.0)
     a_sampler, states = Sampler(CONFIG, only_end, 1, jax.devices()[:1]), []
     draw = a_sampler._draw
     monkeypatch.setattr(a_sampler, "_draw", lambda *args: states.append(draw(*args)) or states[-1])
-    (chunk,) = a_sampler.sample(params(), [prompt_of(3)], 0, 1000)
+    (chunk,) = a_sampler.sample(model_params(CONFIG), [prompt_of(3)], 0, 1000)
     assert (chunk == NO_TOKEN).all()
     ((state, _, _),) = states
     assert state["position"] == 4  # the document's start and the prompt; nothing after that was read
@@ -188,20 +188,23 @@ def test_what_can_not_be_is_not_drawn_at_the_ends_of_the_interval():
     np.testing.assert_array_equal(draw_tokens(logits, uniforms, temperature=1.0, top_p=1.0), [1, 2])
 
 
-def test_samples_are_a_function_of_the_seed_and_the_prompt_starts_them():
+def test_samples_are_a_function_of_the_seed_and_the_prompt_starts_them(monkeypatch):
+    monkeypatch.setattr(text, "Sampler", lambda *args: compiled_sampler(*args[:-1], tuple(args[-1])))
+
     def texts(seed):
-        how, devices = SampleSettings(length=12, seed=seed, top_p=0.9), jax.devices()[:1]
-        return ["".join(text) for text in continuations(params(), CONFIG, ByteVocab(), how, [b"ab", b"ab"], devices)]
+        how, prompts = SampleSettings(length=12, seed=seed, top_p=0.9), [b"ab"] * 6
+        found = continuations(model_params(CONFIG), CONFIG, ByteVocab(), how, prompts, jax.devices()[:1])
+        return ["".join(pieces) for pieces in found]
 
     first = texts(0)
     assert texts(0) == first
     assert texts(1) != first
     assert first[0] != first[1]  # two samples, not one twice
-    assert all(text.startswith("ab") for text in first)
+    assert all(sample.startswith("ab") for sample in first)
 
 
 def test_every_token_is_drawn_anew():
-    chunks = list(sampler_of(1).sample(indifferent(), [prompt_of(0)], 0, 60, stop_at_end=False))
+    chunks = list(sampler_of(6).sample(indifferent(), [prompt_of(0)], 0, 60, stop_at_end=False))
     (drawn,) = np.concatenate(chunks, axis=1)
     drawn = drawn[drawn != NO_TOKEN]
     assert len(drawn) == 60

@@ -28,16 +28,17 @@ SMALL = [
     "--config.model.n_code=128",
     "--config.model.block_len=128",
     "--config.model.mem_len=128",
+    "--config.model.n_layer=1",
     "--config.train.update_len=256",
 ]
 
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory) -> dict:
-    """Two layers on v5e:2x2, and what does not fit, planned at once."""
+    """A layer on v5e:2x2, and what does not fit, planned at once."""
     folder = tmp_path_factory.mktemp("plan")
     fits = start("--mode=plan", *SMALL, "--topology=v5e:2x2", f"--workdir={folder / 'fits'}", "--tokens=1e9")
-    huge = ["--config.train.batch_size=4096", "--config.train.update_len=65536", "--config.model.n_layer=1"]
+    huge = ["--config.model.head_type=mqa", "--config.train.batch_size=4096", "--config.train.update_len=65536"]
     lacks = start("--mode=plan", *SMALL, *huge, "--topology=v5e:2x2", f"--workdir={folder / 'lacks'}")
     results = {}
     for name, process in (("fits", fits), ("lacks", lacks)):
@@ -47,9 +48,10 @@ def planned(tmp_path_factory) -> dict:
     return results
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_the_step_takes(planned):
     plan = planned["fits"]
-    d, k, v, s, n_vocab, n_layer = 256, 128, 256, 128, 259, 2
+    d, k, v, s, n_vocab, n_layer = 256, 128, 256, 128, 259, 1
     unit = d + 3 * d * k + 3 * d * v + 2 * k + s * k + s  # norm; q, k, r; v, gate, output; u, v; codebook and counts
     n_params = n_vocab * d + n_layer * 2 * unit + d + d * n_vocab
     assert plan["parameter_count"] == n_params
@@ -68,6 +70,7 @@ def test_a_plan_says_what_the_step_takes(planned):
     assert plan["versions"]["libtpu"]
 
 
+@pytest.mark.slow
 def test_a_plan_says_how_long_the_step_takes(planned):
     plan = planned["fits"]
     seconds = plan["predicted_step_seconds"]
@@ -81,6 +84,7 @@ def test_a_plan_says_how_long_the_step_takes(planned):
     assert "tokens/s" in plan["printed"]
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_is_sent_between_chips(planned):
     """Gradients and codebook sums are summed over the chips, in bfloat16 or float32, over data alone."""
     plan = planned["fits"]
@@ -124,6 +128,7 @@ def test_what_is_gathered_beside_matmuls_and_scattered_is_counted_once():
     assert sent["all-gather"] in [(("data",), 3 * size), (("data",), 5 * size)]  # again in the backward pass, or not
 
 
+@pytest.mark.slow
 def test_a_config_that_does_not_fit_is_an_answer(planned):
     plan = planned["lacks"]
     assert plan["fits"] is False
@@ -149,11 +154,12 @@ def test_what_is_missing_is_read_from_the_compilers_words():
 def swept(tmp_path_factory) -> tuple[pathlib.Path, str]:
     """The folder and output of a sweep over simulated devices, one of whose points is in error."""
     folder = tmp_path_factory.mktemp("sweep")
-    flags = ["--mode=plan", *SMALL, "--config.model.n_layer=1", "--topology=cpu:8", f"--workdir={folder}"]
+    flags = ["--mode=plan", *SMALL, "--config.model.head_type=mqa", "--topology=cpu:8", f"--workdir={folder}"]
     out, _ = run(*flags, "--sweep", "config.model.block_len=64,100;config.train.batch_size=8")
     return folder, out
 
 
+@pytest.mark.slow
 def test_simulated_devices_have_no_estimate_of_cycles(swept):
     folder, _ = swept
     plan = json.loads((folder / "sweep/64_8/plan.json").read_text())
@@ -162,6 +168,7 @@ def test_simulated_devices_have_no_estimate_of_cycles(swept):
     assert plan["bytes_per_chip"]["temp"] > 0
 
 
+@pytest.mark.slow
 def test_a_sweep_is_one_table_and_a_point_that_fails_is_a_row_of_it(swept):
     _, out = swept
     lines = out.splitlines()

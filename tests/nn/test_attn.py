@@ -32,6 +32,7 @@ from tvq_pod.nn.types import VQSpec
 T = 12
 REDUCTIONS = ("cumulative", "serial")
 one_doc = functools.partial(jnp.zeros, dtype=jnp.int32)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def layer_config(block_len, mem_len, agg_cache, widening=1, attention="auto"):
@@ -73,61 +74,78 @@ def outputs_and_jacobians(attention, block_len, mem_len, agg_cache):
     return [np.asarray(array) for array in jax.jit(everything)(**arrays)]
 
 
-@pytest.mark.parametrize("attention", FAST)
-@pytest.mark.parametrize("agg_cache", [True, False])
-@pytest.mark.parametrize(("t", "block_len", "mem_len"), gen_len_tuples("tlm"))
-def test_a_token_sees_nothing_that_comes_after_it(t, block_len, mem_len, agg_cache, attention):
-    _, by_v, _ = outputs_and_jacobians(attention, block_len, mem_len, agg_cache)
-    jacobian = by_v[:, 0, :, 0]  # [T, T], of the first head and value
-    np.testing.assert_allclose(np.triu(jacobian, 1), 0.0, atol=1e-9)
-    reach = t if agg_cache else mem_len
-    seen = np.tril(np.ones([t, t], bool)) & ~np.tril(np.ones([t, t], bool), -reach - 1)
-    assert (np.abs(jacobian[seen]) > 1e-8).all()
-    np.testing.assert_allclose(jacobian[~seen], 0.0, atol=1e-9)
+# mem_len, agg_cache and the block_lens that are held against one block. Every divisor of T is among both: shorter than
+# the other, longer, equal, a multiple and none. The plain implementation is held to all of them in test_contract.py.
+QUICK = [(4, True, (3,))]
+LENGTHS = [
+    (1, True, (1, 3)), (2, True, (4,)), (3, True, (2,)), (4, True, (4, 6)), (6, True, (1,)), (12, True, (3,)),
+    (1, False, (4,)), (4, False, (3,)), (2, False, (2,)), (6, False, (1,)),
+]  # fmt: skip
+by_lengths = pytest.mark.parametrize(("mem_len", "agg_cache", "block_lens"), [*QUICK, *(slow(*row) for row in LENGTHS)])
+by_attention = pytest.mark.parametrize("attention", FAST)
 
 
-@pytest.mark.parametrize("attention", FAST)
-@pytest.mark.parametrize("agg_cache", [True, False])
-@pytest.mark.parametrize(("t", "block_len", "mem_len"), gen_len_tuples("tlm"))
-def test_outputs_are_the_quadratic_softmax_for_every_block_len(t, block_len, mem_len, agg_cache, attention):
-    out, _, _ = outputs_and_jacobians(attention, block_len, mem_len, agg_cache)
-    config = layer_config(t, mem_len, agg_cache)
+def test_every_length_is_among_them():
+    divisors = {block_len for _, block_len, _ in gen_len_tuples("tlm", T)}
+    assert {mem_len for mem_len, _, _ in LENGTHS} == divisors
+    assert {T, *(block_len for _, _, block_lens in QUICK + LENGTHS for block_len in block_lens)} == divisors
+
+
+@by_attention
+@by_lengths
+def test_a_token_sees_nothing_that_comes_after_it(mem_len, agg_cache, block_lens, attention):
+    for block_len in (T, *block_lens):
+        _, by_v, _ = outputs_and_jacobians(attention, block_len, mem_len, agg_cache)
+        jacobian = by_v[:, 0, :, 0]  # [T, T], of the first head and value
+        np.testing.assert_allclose(np.triu(jacobian, 1), 0.0, atol=1e-9)
+        reach = T if agg_cache else mem_len
+        seen = np.tril(np.ones([T, T], bool)) & ~np.tril(np.ones([T, T], bool), -reach - 1)
+        assert (np.abs(jacobian[seen]) > 1e-8).all()
+        np.testing.assert_allclose(jacobian[~seen], 0.0, atol=1e-9)
+
+
+@by_attention
+@by_lengths
+def test_outputs_are_the_quadratic_softmax_for_every_block_len(mem_len, agg_cache, block_lens, attention):
+    config = layer_config(T, mem_len, agg_cache)
     _, params = attn_fixture(config)
-    expected = quadratic_attention(config, params, **random_qkv(config, 1, t), doc_ids=one_doc([1, t]))
-    np.testing.assert_allclose(out, expected, atol=2e-5)
-    one_block, _, _ = outputs_and_jacobians(attention, t, mem_len, agg_cache)
-    np.testing.assert_allclose(out, one_block, atol=2e-5)
+    expected = quadratic_attention(config, params, **random_qkv(config, 1, T), doc_ids=one_doc([1, T]))
+    for block_len in (T, *block_lens):
+        out, _, _ = outputs_and_jacobians(attention, block_len, mem_len, agg_cache)
+        np.testing.assert_allclose(out, expected, atol=2e-5, err_msg=f"block_len={block_len}")
 
 
-@pytest.mark.parametrize("attention", FAST)
-@pytest.mark.parametrize("agg_cache", [True, False])
-@pytest.mark.parametrize(("t", "block_len", "mem_len"), gen_len_tuples("tlm"))
-def test_gradients_by_queries_do_not_depend_on_block_len(t, block_len, mem_len, agg_cache, attention):
-    _, _, by_q = outputs_and_jacobians(attention, block_len, mem_len, agg_cache)
-    _, _, one_block = outputs_and_jacobians(attention, t, mem_len, agg_cache)
+@by_attention
+@by_lengths
+def test_gradients_by_queries_do_not_depend_on_block_len(mem_len, agg_cache, block_lens, attention):
+    _, _, one_block = outputs_and_jacobians(attention, T, mem_len, agg_cache)
     assert np.abs(one_block).max() > 1e-3
-    np.testing.assert_allclose(by_q, one_block, atol=1e-5, rtol=1e-4)
+    for block_len in block_lens:
+        _, _, by_q = outputs_and_jacobians(attention, block_len, mem_len, agg_cache)
+        np.testing.assert_allclose(by_q, one_block, atol=1e-5, rtol=1e-4, err_msg=f"block_len={block_len}")
 
 
-@pytest.mark.parametrize("widening", WIDENINGS)
-def test_values_may_have_any_width(widening):
-    config = layer_config(4, 4, True, widening)
+@pytest.mark.slow
+def test_values_may_have_any_width():
+    config = layer_config(4, 4, True, max(WIDENINGS))
     _, params = attn_fixture(config)
     arrays = random_qkv(config, 2, T)
     _, out = compiled_attention(config)(**arrays, doc_ids=one_doc([2, T]))
     np.testing.assert_allclose(out, quadratic_attention(config, params, **arrays, doc_ids=one_doc([2, T])), atol=2e-5)
 
 
-@pytest.mark.parametrize("mem_len", [1, 3, 5, 7, 12, 30])
-def test_mem_len_need_not_fit_the_blocks(mem_len):
+@pytest.mark.parametrize(
+    ("block_len", "mem_len"),
+    [(2, 5), *(pytest.param(*row, marks=pytest.mark.slow) for row in [(1, 7), (6, 5), (6, 30), (12, 7)])],
+)
+def test_mem_len_need_not_fit_the_blocks(block_len, mem_len):
     arrays = random_qkv(small_config(), 2, T, seed=5)
     doc_ids = jnp.array([[0] * 5 + [1] * 7, [0] * 11 + [1]], jnp.int32)
-    for block_len in (1, 2, 6, 12):
-        config = small_config(block_len=block_len, mem_len=mem_len, window_bias=1.5)
-        _, params = attn_fixture(config)
-        _, out = compiled_attention(config)(**arrays, doc_ids=doc_ids)
-        expected = quadratic_attention(config, params, **arrays, doc_ids=doc_ids)
-        np.testing.assert_allclose(out, expected, atol=2e-5, err_msg=f"block_len={block_len}")
+    config = small_config(block_len=block_len, mem_len=mem_len, window_bias=1.5)
+    _, params = attn_fixture(config)
+    _, out = compiled_attention(config)(**arrays, doc_ids=doc_ids)
+    expected = quadratic_attention(config, params, **arrays, doc_ids=doc_ids)
+    np.testing.assert_allclose(out, expected, atol=2e-5)
 
 
 @functools.cache
@@ -145,21 +163,22 @@ def compiled_layer(config):
 
 @functools.cache
 def layer_and_gradients(config):
-    """The unit with its gradients, over T tokens at once or in blocks of `step` tokens, the state carried: (x, doc_ids,
-    step) -> (last state, res, gradients of a fixed sum of squares by parameters and x)."""
+    """The unit with its gradients, over T tokens at once or in updates of `step` tokens, the state carried:
+    (x [1, T, D], doc_ids [1, T], step) -> (last state, res, gradients of a fixed sum by parameters and x)."""
     cls, params = attn_fixture(config)
 
     def run(params, x, doc_ids, step):
-        state, parts, l_codebook = cls.initial_state(config, len(x)), [], 0.0
-        for begin in range(0, x.shape[1], step):
-            part = slice(begin, begin + step)
-            inputs = dict(input_features=x[:, part], doc_ids=doc_ids[:, part], vq_spec=None)
-            state, out = cast(tuple[dict, dict], cls(config).apply({"params": params}, state=state, input_dict=inputs))
-            parts.append(out["res"])
-            l_codebook += out["l_codebook"]
-        res = jnp.concatenate(parts, axis=1).astype(jnp.float32)
+        def update(state, inputs):
+            features, ids = inputs
+            inputs = dict(input_features=features[None], doc_ids=ids[None], vq_spec=None)
+            state, out = cls(config).apply({"params": params}, state=state, input_dict=inputs)
+            return state, (out["res"][0], out["l_codebook"])
+
+        updates = x[0].reshape(-1, step, x.shape[-1]), doc_ids[0].reshape(-1, step)
+        state, (res, l_codebook) = jax.lax.scan(update, cls.initial_state(config, 1), updates)
+        res = res.reshape(x.shape).astype(jnp.float32)
         weights = jnp.sin(jnp.arange(res.size, dtype=jnp.float32)).reshape(res.shape)
-        return jnp.sum(weights * res) + l_codebook, (state, res)
+        return jnp.sum(weights * res) + jnp.sum(l_codebook), (state, res)
 
     @functools.partial(jax.jit, static_argnums=2)
     def apply(x, doc_ids, step):
@@ -172,14 +191,11 @@ def layer_and_gradients(config):
 @pytest.mark.parametrize(
     "changes",
     [
-        *(dict(reduction=reduction) for reduction in REDUCTIONS),
-        dict(head_type="mqa"),
-        dict(head_type="mha", n_head=3),
-        dict(agg_cache=False, mem_len=5),
-        dict(grad_thru_cache=False, window_bias=1.5),
         dict(mem_len=5),
-        dict(mem_len=1, n_head=1),
-        dict(block_len=2, mem_len=6),
+        slow(dict(reduction="serial", head_type="mqa")),
+        slow(dict(block_len=2, mem_len=6, head_type="mha", n_head=3)),
+        slow(dict(agg_cache=False, mem_len=5)),
+        slow(dict(grad_thru_cache=False, window_bias=1.5, mem_len=1, n_head=1)),
     ],
     ids=str,
 )
@@ -197,6 +213,7 @@ def test_an_update_is_its_blocks_one_by_one_and_the_plain_implementation_gradien
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), at_once, other)
 
 
+@pytest.mark.slow
 def test_an_update_is_its_blocks_one_by_one_in_bfloat16():
     config = small_config(block_len=4, mem_len=4, dtype=jnp.bfloat16)
     x = np.random.default_rng(0).normal(size=[1, T, config.d_model]).astype(np.float32)
@@ -213,7 +230,7 @@ def test_an_update_is_its_blocks_one_by_one_in_bfloat16():
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(head_type="mqa"), dict(head_type="mqa", n_head=3), dict(head_type="mha")], ids=str
+    "changes", [slow(dict(head_type="mqa", n_head=3)), slow(dict(head_type="mqa")), dict(head_type="mha")], ids=str
 )
 def test_every_head_type_is_the_quadratic_softmax(changes):
     config = small_config(block_len=3, mem_len=4, **changes)
@@ -229,9 +246,10 @@ document_lengths = st.lists(st.integers(1, 14), min_size=1, max_size=6)
 
 
 @settings(max_examples=30, deadline=None)
-@given(lengths=document_lengths, mem_len=st.sampled_from([1, 3, 4]), agg_cache=st.booleans())
-def test_a_document_never_sees_its_neighbours(lengths, mem_len, agg_cache):
+@given(lengths=document_lengths, window=st.sampled_from([(1, True), (3, True), (4, False)]))
+def test_a_document_never_sees_its_neighbours(lengths, window):
     """Documents back to back in a stream give what each gives alone, from a fresh state."""
+    mem_len, agg_cache = window
     config = small_config(block_len=4, mem_len=mem_len, agg_cache=agg_cache)
     layer, total = compiled_layer(config), 48
     lengths = [*lengths, max(total - sum(lengths), 0)]
@@ -281,6 +299,7 @@ def test_the_cache_counts_and_averages_one_document(reduction, data):
                 np.testing.assert_allclose(mean[code], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_count_beyond_bfloat16_still_grows():
     config = small_config(dtype=jnp.bfloat16, n_code=1, block_len=8, mem_len=8)
     _, params = attn_fixture(small_config(n_code=1))
@@ -295,6 +314,7 @@ def test_a_count_beyond_bfloat16_still_grows():
         assert state["aggcache"]["lower"][0, 0, 0] == 64 * (step + 1) - config.mem_len
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32():
     arrays = random_qkv(small_config(), 2, T)
     doc_ids = one_doc([2, T])
@@ -330,8 +350,8 @@ def test_grad_thru_cache_decides_whether_gradients_cross_blocks(grad_thru_cache)
         assert (grad[:8] == 0).all()
 
 
-@pytest.mark.parametrize("n_rows", [1, 40])  # turned row by row, and by the shift theorem
-@pytest.mark.parametrize(("block_len", "mem_len"), [(4, 4), (4, 8), (8, 4), (6, 4), (3, 5), (1, 6)])
+@pytest.mark.parametrize("n_rows", [slow(1), 40])  # turned row by row, and by the shift theorem
+@pytest.mark.parametrize(("block_len", "mem_len"), [(4, 8), (6, 4), (3, 5), (1, 6)])
 def test_relative_biases_land_on_their_distance(block_len, mem_len, n_rows):
     rng = np.random.default_rng(0)
     q = rng.normal(size=[n_rows, 2, 1, block_len, 5]).astype(np.float32)

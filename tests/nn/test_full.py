@@ -1,14 +1,14 @@
 """Quadratic attention: exactly the softmax over all keys of the update and the window before it."""
 
+import functools
 import itertools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.common import random_qkv, small_config
+from tests.common import model_params, random_qkv, small_config
 from tvq_pod.nn.attn import VQAttention
 from tvq_pod.nn.full import full_attention
 from tvq_pod.nn.model import Transformer
@@ -32,7 +32,7 @@ def oracle(config, biases, q, recent):
     return out
 
 
-@pytest.mark.parametrize(("block_len", "mem_len"), [(1, 3), (2, 6), (4, 4), (8, 2), (24, 5)])
+@pytest.mark.parametrize(("block_len", "mem_len"), [(1, 3), (4, 6), (8, 2), (24, 5)])
 def test_it_is_the_softmax_over_all_that_came_before(block_len, mem_len):
     config = small_config(attn_type="full", block_len=block_len, mem_len=mem_len, window_bias=1.5)
     arrays = random_qkv(config, 2, mem_len + T)
@@ -54,10 +54,9 @@ def test_it_is_the_softmax_over_all_that_came_before(block_len, mem_len):
     np.testing.assert_allclose(out, oracle(config, biases, q, recent), atol=2e-5)
 
 
+@functools.cache
 def model(config):
-    tokens = jnp.zeros([1, config.block_len], jnp.int32)
-    init = jax.jit(Transformer(config).init)
-    params = nn.meta.unbox(init(jax.random.key(0), Transformer.initial_state(config, 1), tokens, tokens)["params"])
+    params = model_params(config)
     return params, jax.jit(lambda state, tokens, ids: Transformer(config).apply({"params": params}, state, tokens, ids))
 
 
@@ -78,6 +77,7 @@ def test_the_model_has_no_codes_and_documents_do_not_meet():
     np.testing.assert_array_equal(state["unit0"]["pos_offset"], [[15]])
 
 
+@pytest.mark.slow
 def test_the_window_is_carried_to_the_next_update():
     config = small_config(attn_type="full", block_len=4, mem_len=6, n_layer=1)
     _, apply = model(config)

@@ -1,54 +1,32 @@
-"""One global jit over a mesh: rows, tokens and heads over eight devices give what one device gives."""
+"""One global jit over a mesh: rows, tokens and heads over eight devices give what one device gives.
+
+Few meshes, each compiled once: between them they have every axis, and most of the axes at once.
+"""
 
 import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.common import small_config
-from tvq_pod.config.settings import MeshSettings, OptimizerSettings, Settings, TrainSettings
+from tests.parallel.sharded import N_VOCAB, ROWS, STEPS, UPDATE_LEN, mesh_of, settings_of
+from tvq_pod.config.settings import MeshSettings, Settings
 from tvq_pod.inference.evaluator import make_eval_state, make_eval_step
-from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.parallel.sharding import batch_sharding
-from tvq_pod.planning.hlo import Program
-from tvq_pod.training.step import abstract_train_state, create_train_state, make_train_step
+from tvq_pod.training.step import TrainState, abstract_train_state, create_train_state, make_train_step
 
-ROWS, UPDATE_LEN, STEPS, N_VOCAB = 8, 24, 20, 16
-MODEL = dict(
-    d_model=16, d_k=8, d_v=16, n_code=8, n_head=1, n_layer=1, n_vocab=N_VOCAB, block_len=3, mem_len=3, c_gamma=0.9,
-    pe_abs=True, p_dropemb=0.1, p_dropsin=0.1, p_dropres=0.2, p_droplyr=0.2,
-)  # fmt: skip
-# Of mqa, the vocabulary is wider than the model: its losses go block by block.
-HEADS = dict(
-    shga={},
-    mqa=dict(head_type="mqa", n_head=8, d_ff=16, n_vocab=24),
-    mha=dict(head_type="mha", n_head=8, d_ff=16, window_bias=2.0),
-)
-ALONE = MeshSettings(data=1)
-MESHES = [(1, 8, 1, 1), (1, 4, 1, 2), (1, 2, 2, 2), (1, 1, 8, 1), (1, 1, 1, 8), (1, 2, 4, 1), (2, 2, 1, 2)]
+ALONE = (1, 1, 1, 1)  # slices, data, sequence, model
+STILL = dict(p_dropemb=0.0, p_dropsin=0.0, p_dropres=0.0, p_droplyr=0.0)
+# A vocabulary that is wider than the model: its losses go block by block. A window of two blocks.
+MQA = dict(head_type="mqa", n_head=8, d_ff=16, n_vocab=24, mem_len=6, weight_decay=0.01)
+# Microbatches draw other masks of dropout than the batch that they are parts of.
+MHA = dict(head_type="mha", n_head=8, d_ff=16, window_bias=2.0, mem_len=6, agg_cache=False, **STILL)
 
 
-def settings_of(mesh: tuple, microbatches: int = 1, update_len: int = UPDATE_LEN, **model) -> Settings:
-    slices, data, sequence, heads = mesh
-    return Settings(
-        model=small_config(**(MODEL | model)),
-        train=TrainSettings(batch_size=ROWS, update_len=update_len, num_steps=STEPS, microbatches=microbatches),
-        optimizer=OptimizerSettings(learning_rate=0.01, warmup_steps=0, weight_decay=0.01),
-        mesh=MeshSettings(slices=slices, data=data, sequence=sequence, model=heads),
-    )
-
-
-def mesh_of(settings: Settings) -> jax.sharding.Mesh:
-    sizes = settings.mesh
-    return make_mesh(sizes, jax.devices()[: sizes.slices * sizes.data * sizes.sequence * sizes.model])
-
-
-def batches(sharding, n_steps: int = STEPS):
+def batches(sharding):
     rng, first_id = np.random.default_rng(0), 0
-    for _ in range(n_steps):
+    for _ in range(STEPS):
         tokens = rng.integers(0, N_VOCAB, size=[2, ROWS, UPDATE_LEN]).astype(np.int32)
         doc_ids = first_id + np.sort(rng.integers(0, 3, size=[ROWS, UPDATE_LEN]), axis=1).astype(np.int32)
         mask = (rng.uniform(size=[ROWS, UPDATE_LEN]) < 0.9).astype(np.float32)
@@ -59,35 +37,44 @@ def batches(sharding, n_steps: int = STEPS):
 @functools.cache
 def start_alone(settings: Settings):
     """The state before the first step, made by one device."""
-    return jax.device_get(create_train_state(settings, mesh_of(settings)))
+    alone = dataclasses.replace(
+        settings, mesh=MeshSettings(data=1), train=dataclasses.replace(settings.train, microbatches=1)
+    )
+    return jax.device_get(create_train_state(alone, mesh_of(alone)))
 
 
-def trained(settings: Settings, made_there: bool = False):
-    """The state after 20 steps, and the metrics of each.
+@dataclasses.dataclass
+class Trained:
+    """The parameters after the first step, the state after the last, and the metrics of each."""
 
-    made_there: whether the state is made on the mesh, where it must be compiled for, or by one device."""
-    mesh = mesh_of(settings)
+    first_params: dict
+    state: TrainState
+    metrics: list[dict]
+
+
+@functools.cache
+def trained(settings: Settings, made_there: bool = False) -> Trained:
+    """made_there: whether the state is made on the mesh, where it must be compiled for, or by one device."""
+    mesh, params, metrics = mesh_of(settings), [], []
     if made_there:
         state = create_train_state(settings, mesh)
     else:
         shardings = jax.tree.map(lambda x: x.sharding, abstract_train_state(settings, mesh))
-        state = jax.device_put(start_alone(dataclasses.replace(settings, mesh=ALONE)), shardings)
-    step_fn, metrics = make_train_step(settings, mesh), []
+        state = jax.device_put(start_alone(settings), shardings)
+    step_fn = make_train_step(settings, mesh)
     for batch in batches(batch_sharding(mesh)):
         state, step_metrics = step_fn(state, batch)
         metrics.append(step_metrics)
-    return state, jax.device_get(metrics)
+        if not params:
+            params.append(jax.tree.map(np.array, state.params))  # copies: the next step takes the state
+    return Trained(params[0], jax.device_get(state), jax.device_get(metrics))
 
 
-@pytest.fixture(scope="module")
-def alone(eight_devices):
-    """By head type: what one device gives."""
-    return {name: trained(settings_of((1, 1, 1, 1), **model)) for name, model in HEADS.items()}
-
-
-def assert_same(ours, others):
-    (state, metrics), (other_state, other_metrics) = ours, others
-    for a, b in zip(metrics, other_metrics, strict=True):
+def assert_same_as_alone(mesh: tuple, made_there: bool = False, microbatches: int = 1, fsdp: bool = True, **changes):
+    """The training on the mesh is that of one device: metrics of every step, parameters, codebooks, states."""
+    ours = trained(settings_of(mesh, microbatches, fsdp, **changes), made_there)
+    alone = trained(settings_of(ALONE, **{name: value for name, value in changes.items() if name != "reduction"}))
+    for a, b in zip(ours.metrics, alone.metrics, strict=True):
         assert a["grad_norm"] > 0.01
         for name in a:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=name)
@@ -95,50 +82,39 @@ def assert_same(ours, others):
     def same(path, a, b):
         np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-3, err_msg=jax.tree_util.keystr(path))
 
-    jax.tree_util.tree_map_with_path(same, state.params, other_state.params)
-    jax.tree_util.tree_map_with_path(same, state.recurrent, other_state.recurrent)
+    for part in ("params", "recurrent"):
+        jax.tree_util.tree_map_with_path(same, getattr(ours.state, part), getattr(alone.state, part))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_losses_parameters_codebooks_and_states_do_not_depend_on_the_mesh(alone, mesh):
-    """Dropout and LayerDrop on, documents that go on over updates, positions that are masked."""
-    assert_same(alone["shga"], trained(settings_of(mesh), made_there=True))
+def test_losses_parameters_codebooks_and_states_do_not_depend_on_the_mesh(eight_devices):
+    """Dropout and LayerDrop on, documents that go on over updates, positions that are masked; rows, tokens and widths
+    over two devices each, parameters over those of the rows."""
+    assert_same_as_alone((1, 2, 2, 2), made_there=True)
 
 
-@pytest.mark.parametrize("heads", ["mqa", "mha"])
-def test_heads_of_every_type_are_spread(alone, heads):
-    assert_same(alone[heads], trained(settings_of((1, 2, 2, 2), **HEADS[heads])))
+@pytest.mark.slow
+def test_nor_do_they_on_several_slices(eight_devices):
+    assert_same_as_alone((2, 2, 1, 2), made_there=True)
 
 
-def test_a_window_of_several_blocks_and_no_cache_are_spread(eight_devices):
-    model = dict(mem_len=6, agg_cache=False)
-    (state, metrics), (other_state, other_metrics) = (
-        trained(settings_of(mesh, **model)) for mesh in [(1, 1, 1, 1), (1, 2, 2, 2)]
-    )
-    # Not parameters: some relative biases here have next to no gradient, and Adam makes large steps of its noise.
-    for a, b in zip(metrics, other_metrics, strict=True):
-        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4)
-        np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-3)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-2), state.recurrent, other_state.recurrent)
+@pytest.mark.slow
+def test_the_serial_reduction_goes_over_shards_of_one_block_each(eight_devices):
+    assert_same_as_alone((1, 1, 8, 1), reduction="serial")
 
 
-def test_the_serial_reduction_goes_over_shards_too(alone):
-    assert_same(alone["shga"], trained(settings_of((1, 1, 8, 1), reduction="serial")))
+@pytest.mark.slow
+def test_query_heads_and_the_losses_of_a_wide_vocabulary_are_spread(eight_devices):
+    assert_same_as_alone((1, 2, 2, 2), **MQA)
 
 
-def test_parameters_that_are_whole_everywhere_train_alike(alone):
-    settings = settings_of((1, 4, 1, 2))
-    settings = dataclasses.replace(settings, mesh=dataclasses.replace(settings.mesh, fsdp=False))
-    assert_same(alone["shga"], trained(settings, made_there=True))
+@pytest.mark.slow
+def test_heads_are_spread_and_microbatches_add_up_to_the_batch(eight_devices):
+    """Losses, gradients, the codebook's moving average and the states; without the cache, and with parameters that are
+    whole everywhere."""
+    assert_same_as_alone((1, 2, 2, 2), microbatches=4, fsdp=False, **MHA)
 
 
-def test_microbatches_add_up_to_the_batch(eight_devices):
-    """Losses, gradients, the codebook's moving average and the states; without dropout, whose masks are others."""
-    still = dict(p_dropemb=0.0, p_dropsin=0.0, p_dropres=0.0, p_droplyr=0.0)
-    whole = trained(settings_of((1, 1, 1, 1), **still))
-    assert_same(whole, trained(settings_of((1, 2, 2, 1), microbatches=4, **still)))
-
-
+@pytest.mark.slow
 def test_a_document_may_be_cut_at_any_place_of_any_shard(eight_devices):
     """Row t has cuts at t and some places on; losses and states as on one device."""
     rows, update_len = 24, 24
@@ -152,80 +128,23 @@ def test_a_document_may_be_cut_at_any_place_of_any_shard(eight_devices):
     doc_ids = np.stack(doc_ids).reshape(2, rows, update_len).astype(np.int32)
     tokens = rng.integers(0, N_VOCAB, size=[2, rows, update_len]).astype(np.int32)
     results = []
-    for sizes in [(1, 1, 1, 1), (1, 1, 8, 1), (1, 1, 4, 2)]:
+    for sizes in [ALONE, (1, 1, 4, 2)]:
         settings = settings_of(sizes)
         mesh = mesh_of(settings)
-        params = create_train_state(settings, mesh).params
+        shardings = jax.tree.map(lambda x: x.sharding, abstract_train_state(settings, mesh).params)
+        params = jax.device_put(start_alone(settings).params, shardings)
         state, step = make_eval_state(settings, mesh, rows), make_eval_step(settings, mesh, rows)
         for ids, x in zip(doc_ids, tokens, strict=True):
             ones = np.ones(x.shape, np.float32)
             batch = dict(inputs=x, targets=np.roll(x, 1), doc_ids=ids, loss_mask=ones * (t % 5 > 0))
             state, sums = step(params, state, jax.device_put(batch, batch_sharding(mesh)))
         results.append(jax.device_get((state, sums)))
-    for other in results[1:]:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), results[0], other)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), *results)
 
 
-def collectives_of(settings: Settings) -> dict:
-    mesh = mesh_of(settings)
-    batch = {
-        name: jax.ShapeDtypeStruct((ROWS, settings.train.update_len), dtype, sharding=batch_sharding(mesh))
-        for name, dtype in dict(inputs=jnp.int32, targets=jnp.int32, doc_ids=jnp.int32, loss_mask=jnp.float32).items()
-    }
-    compiled = make_train_step(settings, mesh).lower(abstract_train_state(settings, mesh), batch).compile()
-    return {(c.kind, c.axes): c.bytes for c in Program(compiled.as_text()).collectives(mesh.shape.items())}
-
-
-@pytest.mark.parametrize("n_vocab", [16, 40])
-def test_what_shards_of_tokens_send_does_not_grow_with_the_update(n_vocab):
-    """All-to-alls and halos of the scan over shards, and gradients, those of a wide vocabulary's block by block losses
-    too: byte for byte."""
-    few, many = (
-        collectives_of(settings_of((1, 2, 4, 1), update_len=length, reduction="serial", n_vocab=n_vocab))
-        for length in (48, 96)
-    )
-    assert few == many
-    assert few["all-to-all", ("sequence",)] > 0
-
-
-def test_layers_are_gathered_twice_and_nothing_else_is(eight_devices):
-    """2 P over data: P, the bytes of the kernels as they are used, forward and again in the backward pass. The
-    embeddings once each. Not a byte of activations."""
-    model = dict(n_layer=2, d_model=32, d_v=64, remat="full", reduction="serial", pe_abs=False)
-    settings = settings_of((1, 8, 1, 1), **model)
-    params = abstract_train_state(settings, mesh_of(settings)).params
-    stored = [
-        (path, leaf.size * 4)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if not leaf.sharding.is_fully_replicated
-    ]
-    in_layers = sum(size for path, size in stored if "layers" in jax.tree_util.keystr(path))
-    others = sum(size for path, size in stored if "layers" not in jax.tree_util.keystr(path))
-    sent = collectives_of(settings)
-    assert in_layers > others > 0
-    assert sent["all-gather", ("data",)] == 2 * in_layers + others
-
-
-def test_gradients_cross_data_once_and_residuals_cross_model_four_times_a_unit(eight_devices):
-    """At most: over data the bytes of all parameters once, whatever the vocabulary; over model, of a unit, the residual
-    stream's sum forward, again in the backward pass, and its gradient, and the scores' gradient."""
-    model = dict(n_layer=2, d_model=32, d_v=64, remat="full", reduction="serial", pe_abs=False, n_vocab=40)
-    scalars = 1024
-    settings = settings_of((1, 8, 1, 1), **model)
-    params = abstract_train_state(settings, mesh_of(settings)).params
-    sent = collectives_of(settings)
-    assert sum(size for (kind, _), size in sent.items() if kind in ("all-reduce", "reduce-scatter")) <= scalars + sum(
-        leaf.size * 4 for leaf in jax.tree.leaves(params)
-    )
-    residual = ROWS * UPDATE_LEN * 32 * 4
-    sent = collectives_of(settings_of((1, 1, 1, 8), **model | dict(n_vocab=16)))
-    assert {axes for _, axes in sent} == {("model",)}
-    assert 3 * 4 * residual < sum(sent.values()) <= 4 * 4 * residual + scalars
-
-
-def test_every_part_of_the_state_moves(alone):
-    start = start_alone(settings_of((1, 1, 1, 1)))
-    end, _ = alone["shga"]
+def test_every_part_of_the_state_moves(eight_devices):
+    settings = settings_of(ALONE)
+    start, end = start_alone(settings), trained(settings).state
     for path, before in jax.tree_util.tree_leaves_with_path((start.params, start.recurrent)):
         after = dict(jax.tree_util.tree_leaves_with_path((end.params, end.recurrent)))[path]
         assert np.abs(np.asarray(after, np.float32) - np.asarray(before, np.float32)).max() > 0, path
@@ -233,14 +152,11 @@ def test_every_part_of_the_state_moves(alone):
 
 
 def test_the_codebook_is_moved_by_its_average_and_not_by_the_optimizer(eight_devices):
-    """With a learning rate of 0 weights stand still and codes move."""
-    still = dataclasses.replace(
-        settings_of((1, 1, 1, 1)), optimizer=OptimizerSettings(learning_rate=0.0, weight_decay=0.0)
-    )
-    mesh = mesh_of(still)
-    batch = next(batches(batch_sharding(mesh)))
-    before = start_alone(still).params
-    after, _ = make_train_step(still, mesh)(jax.device_put(start_alone(still)), batch)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(after.params):
-        moved = not np.array_equal(leaf, dict(jax.tree_util.tree_leaves_with_path(before))[path])
+    """In a step whose learning rate is 0, the first of the warm-up, weights stand still and codes move."""
+    settings = settings_of(ALONE)
+    result = trained(settings)
+    assert result.metrics[0]["learning_rate"] == 0.0
+    before = dict(jax.tree_util.tree_leaves_with_path(start_alone(settings).params))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(result.first_params):
+        moved = not np.array_equal(leaf, before[path])
         assert moved == ("quantizer" in jax.tree_util.keystr(path)), path

@@ -9,6 +9,7 @@ import pytest
 from etils import epath
 
 from tests.common import small_config, store_of
+from tests.made_up import first_state
 from tvq_pod.config.settings import (
     CheckpointSettings,
     DataSettings,
@@ -26,6 +27,7 @@ from tvq_pod.modes import evaluate as evaluate_module
 from tvq_pod.modes import train as train_module
 from tvq_pod.modes.evaluate import evaluate
 from tvq_pod.run.checkpoint_reader import CheckpointReader
+from tvq_pod.training import restore
 
 TEXTS = [f"document {n} says {n * n}, and no more than that. ".encode() * 8 for n in range(20)]
 
@@ -47,6 +49,7 @@ def losses(monkeypatch):
     """What evaluations come to: "own", those of the run, one after the other; "next", all while it is there."""
     losses = {}
     monkeypatch.setattr(train_module, "compiled_train_step", lambda *args: Step())
+    monkeypatch.setattr(restore, "create_train_state", first_state)
 
     def made_up(self, params, told_to_stop=lambda: False):
         loss = losses["next"] if "next" in losses else losses["own"].pop(0)
@@ -63,7 +66,7 @@ def data_of(store) -> DataSettings:
 
 def settings_for(store, num_steps, **eval_settings) -> Settings:
     return Settings(
-        model=small_config(n_layer=1, n_vocab=260, dtype="float32", param_dtype="float32"),
+        model=small_config(n_layer=1, n_vocab=260, head_type="mqa", dtype="float32", param_dtype="float32"),
         data=data_of(store),
         train=TrainSettings(batch_size=8, update_len=8, num_steps=num_steps, log_every_steps=4),
         checkpoint=CheckpointSettings(every_steps=4, keep=1, keep_best=1),
@@ -115,6 +118,7 @@ def test_a_line_counts_only_if_all_it_is_about_is_the_runs_own(tmp_path, store):
     assert found(own, own | dict(tokens=some, loss=3.0), own, settings=part) == {4: 3.0}
 
 
+@pytest.mark.slow
 def test_only_complete_evaluations_of_its_own_split_decide_which_step_is_the_best(
     tmp_path, store, losses, monkeypatch, capsys
 ):

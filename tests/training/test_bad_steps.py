@@ -1,6 +1,7 @@
 """Bad steps: which are, that they change nothing, and that a run goes back from many of them and skips their data."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from etils import epath
 
 from tests.common import small_config
+from tests.made_up import first_state, made_up_step
 from tvq_pod.config.settings import (
     BadStepsSettings,
     CheckpointSettings,
@@ -25,14 +27,15 @@ from tvq_pod.data import streams
 from tvq_pod.data.loader import Feed
 from tvq_pod.data.store import TokenStore
 from tvq_pod.errors import Preempted, UserError
+from tvq_pod.modes import train as train_module
 from tvq_pod.modes.train import train
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.run.checkpoint import Checkpoints
 from tvq_pod.run.checkpoint_reader import CheckpointReader
 from tvq_pod.run.hashes import sha256_of
 from tvq_pod.run.preemption import Preemption
-from tvq_pod.training import bad_steps
-from tvq_pod.training.step import abstract_train_state, create_recurrent, create_train_state, make_train_step
+from tvq_pod.training import bad_steps, restore
+from tvq_pod.training.step import abstract_train_state, make_train_step
 
 STEPS, EVERY, UPDATE_LEN = 24, 5, 8
 GOOD = dict(
@@ -108,7 +111,8 @@ def test_a_codebook_that_collapses_in_any_layer_is_bad():
 def settings_for(corpus, **bad_step_settings) -> Settings:
     return Settings(
         model=small_config(
-            n_layer=1, n_vocab=260, block_len=8, mem_len=8, p_dropres=0.1, dtype="float32", param_dtype="float32"
+            n_layer=1, n_vocab=260, block_len=8, mem_len=8, p_dropres=0.1, dtype="float32", param_dtype="float32",
+            head_type="mqa",
         ),
         data=DataSettings(source=str(corpus), validation_share=0.0, test_share=0.0),
         train=TrainSettings(batch_size=8, update_len=UPDATE_LEN, num_steps=STEPS, log_every_steps=1),
@@ -118,7 +122,7 @@ def settings_for(corpus, **bad_step_settings) -> Settings:
         eval=EvalSettings(at_end=False),
         sample=SampleSettings(length=0),
         metrics=MetricsSettings(tensorboard=False),
-    )
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +131,18 @@ def corpus(tmp_path_factory):
     for n in range(20):
         (folder / f"{n}.txt").write_text(f"document {n} says {n * n}, and no more than that. " * 8)
     return folder
+
+
+real_step = functools.cache(make_train_step)
+
+
+@pytest.fixture(autouse=True)
+def make_step(request, monkeypatch):
+    """What makes the steps of a run: made up, or the real ones for tests that say so."""
+    make_step = getattr(request, "param", made_up_step)
+    monkeypatch.setattr(train_module, "compiled_train_step", make_step)
+    monkeypatch.setattr(restore, "create_train_state", first_state)
+    return make_step
 
 
 @pytest.fixture
@@ -170,17 +186,15 @@ def state_of(settings, workdir, step):
     return state
 
 
-def by_hand(settings, workdir, updates, bad=(), forget=False):
-    """The slow, obvious way: these updates, one after the other; of those in `bad`, only the step is counted, and with
-    forget, states begin anew."""
+def by_hand(settings, workdir, updates, bad=(), make_step=made_up_step):
+    """The slow, obvious way: these updates, one after the other; of those in `bad`, only the step is counted."""
     mesh = make_mesh(settings.mesh)
     split = TokenStore(f"{workdir}/store").split("train")
     plan = streams.TrainStreams(split.starts, settings.train.batch_size, settings.seed)
-    state, step_fn = create_train_state(settings, mesh), make_train_step(settings, mesh)
+    state, step_fn = first_state(settings, mesh), make_step(settings, mesh)
     for update in updates:
         if update in bad:
             state = state.replace(step=state.step + 1)
-            state = state.replace(recurrent=create_recurrent(settings, mesh)) if forget else state
             continue
         (batch,) = Feed(split, plan, mesh, 8, UPDATE_LEN, threads=1, ahead=1).batches(update, update + 1)
         state, _ = step_fn(state, batch)
@@ -196,6 +210,29 @@ def lines_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("forget_state", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_bad_step_changes_nothing_but_its_count(corpus, forget_state):
+    """The real step. With forget_state, the streams' states begin anew."""
+    settings = settings_for(corpus, forget_state=forget_state)
+    mesh = make_mesh(settings.mesh)
+    tokens = np.random.default_rng(0).integers(0, 260, size=[8, UPDATE_LEN]).astype(np.int32)
+    mask = np.ones(tokens.shape, np.float32)
+    batch = dict(inputs=tokens, targets=tokens, doc_ids=np.zeros_like(tokens), loss_mask=mask)
+    step_fn = real_step(settings, mesh)
+    fresh = first_state(settings, mesh).recurrent
+    before, _ = step_fn(first_state(settings, mesh), batch)
+    assert sha256_of(before.recurrent) != sha256_of(fresh)
+    kept = jax.device_get(before)
+    after, metrics = step_fn(before, batch | dict(loss_mask=np.where(tokens == tokens[2, 0], np.nan, mask)))
+    assert (int(metrics["n_bad"]), int(after.step)) == (1, 2)
+    for name in ("params", "opt_state"):
+        assert sha256_of(getattr(after, name)) == sha256_of(getattr(kept, name)), name
+    assert sha256_of(after.recurrent) == sha256_of(fresh if forget_state else kept.recurrent)
+    _, metrics = step_fn(after, batch)
+    assert int(metrics["n_bad"]) == 0
+
+
+@pytest.mark.slow
 def test_a_bad_step_is_not_applied_and_the_run_goes_on(corpus, tmp_path, poison):
     settings = settings_for(corpus)
     poison |= {6, 14, 15}
@@ -207,21 +244,15 @@ def test_a_bad_step_is_not_applied_and_the_run_goes_on(corpus, tmp_path, poison)
     assert not (tmp_path / "skipped.jsonl").exists()
 
 
-def test_the_state_from_before_a_bad_step_may_be_forgotten(corpus, tmp_path, poison):
-    settings = settings_for(corpus, forget_state=True)
-    poison |= {20}
-    state = run(settings, tmp_path)
-    assert_same(state, by_hand(settings, tmp_path, range(STEPS), poison, forget=True))
-
-
-def test_after_several_in_a_row_the_run_goes_back_and_skips_their_data(corpus, tmp_path, poison):
+@pytest.mark.parametrize("make_step", [made_up_step, pytest.param(real_step, marks=pytest.mark.slow)], indirect=True)
+def test_after_several_in_a_row_the_run_goes_back_and_skips_their_data(corpus, tmp_path, poison, make_step):
     settings = settings_for(corpus)
     poison |= {12, 13, 14}
     state = run(settings, tmp_path)
     (line,) = [json.loads(text) for text in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert (line["update"], line["count"], line["bad_steps"], line["back_to"]) == (12, 3, [13, 15], 10)
     left = [update for update in range(STEPS + 3) if update not in poison]
-    expected = by_hand(settings, tmp_path, left)
+    expected = by_hand(settings, tmp_path, left, make_step=make_step)
     assert_same(state, expected)
     assert sha256_of(state.digest) == sha256_of(expected.digest)  # the tokens that were skipped are not among them
     # A run that falls back to a checkpoint of before skips the same data.
@@ -231,6 +262,7 @@ def test_after_several_in_a_row_the_run_goes_back_and_skips_their_data(corpus, t
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_the_last_steps_are_no_exception(corpus, tmp_path, poison):
     """Bad to the end: it goes back all the same. Not often enough: what is saved then drives out no good step."""
     settings = settings_for(corpus)
@@ -244,6 +276,7 @@ def test_the_last_steps_are_no_exception(corpus, tmp_path, poison):
     assert_same(state, by_hand(settings, tmp_path / "many", left))
 
 
+@pytest.mark.slow
 def test_going_back_holds_one_state_and_not_two(corpus, tmp_path, poison, monkeypatch):
     settings, live = settings_for(corpus), []
     restore = Checkpoints.restore
@@ -256,7 +289,7 @@ def test_going_back_holds_one_state_and_not_two(corpus, tmp_path, poison, monkey
     poison |= {12, 13, 14}
     before = sum(array.nbytes for array in jax.live_arrays())
     train(settings, epath.Path(tmp_path), NoSignals())
-    state = create_train_state(settings, make_mesh(settings.mesh))
+    state = first_state(settings, make_mesh(settings.mesh))
     assert live[0] - before < sum(array.nbytes for array in jax.tree.leaves(state)) / 2
 
 
@@ -273,6 +306,7 @@ def test_a_skipped_line_that_was_cut_off_is_none_and_a_damaged_one_is_said(tmp_p
         Skipped(path)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_and_metrics_of_other_tokens_are_not_of_one_run(corpus, tmp_path):
     settings = settings_for(corpus)
     run(settings, tmp_path)
@@ -283,6 +317,7 @@ def test_a_checkpoint_and_metrics_of_other_tokens_are_not_of_one_run(corpus, tmp
         run(settings, tmp_path)
 
 
+@pytest.mark.slow
 def test_saves_that_fail_are_not_the_last(corpus, tmp_path, monkeypatch):
     """Two in the middle of a run can't be written; the one after them is."""
     settings = settings_for(corpus)
@@ -314,6 +349,7 @@ class AskedAt(NoSignals):
         return self._left <= 0
 
 
+@pytest.mark.slow
 def test_a_run_that_is_preempted_between_bad_steps_can_still_go_back(corpus, tmp_path, poison):
     """Its only regular checkpoint is of before them, and is not driven out by the one of SIGTERM."""
     settings = settings_for(corpus)
@@ -327,6 +363,7 @@ def test_a_run_that_is_preempted_between_bad_steps_can_still_go_back(corpus, tmp
     assert_same(state, by_hand(settings, tmp_path, [update for update in range(STEPS + 3) if update not in poison]))
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_back_too_often_gives_up(corpus, tmp_path, poison):
     poison |= set(range(2, 100))
     settings = settings_for(corpus, max_rollbacks=2)

@@ -5,6 +5,7 @@ one array for each of the layers.
 """
 
 import dataclasses
+import functools
 import importlib
 from typing import cast
 
@@ -25,6 +26,7 @@ from tvq_pod.training.step import abstract_train_state
 BASE = OptimizerSettings(learning_rate=0.5, schedule="linear", final_fraction=1.0, warmup_steps=0, clip_norm=0.0)
 STEPS, WARMUP, FINAL, GAMMA = 20, 4, 0.1, 0.9
 NAMES = ["adamw", "lion", "adafactor"]
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def tree(seed) -> dict:
@@ -85,7 +87,7 @@ def lion_direction(g, memory, t, settings):
     return np.sign(settings.b1 * m + (1 - settings.b1) * g), np.float64(kept.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("schedule_name", ["cosine", "linear", "inverse_sqrt"])
+@pytest.mark.parametrize("schedule_name", ["cosine", slow("linear"), slow("inverse_sqrt")])
 @pytest.mark.parametrize(("name", "direction"), [("adamw", adamw_direction), ("lion", lion_direction)])
 def test_twenty_steps_are_those_of_the_original(name, direction, schedule_name):
     """The gradient is clipped first, by the norm of all weights; then comes the optimizer, then the learning rate and
@@ -148,7 +150,7 @@ def one_per_layer(params) -> dict:
     return arrays
 
 
-@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("relative", [True, slow(False)])
 def test_twenty_steps_of_adafactor_are_those_of_optax(relative):
     settings = OptimizerSettings(
         name="adafactor", learning_rate=0.01, schedule="cosine", warmup_steps=WARMUP, final_fraction=FINAL,
@@ -199,7 +201,7 @@ def test_moments_of_large_matrices_are_factored_and_layers_have_their_own():
     assert unit["norm"]["scale"].shape == (2, 130)  # though as an array it has two axes
 
 
-@pytest.mark.parametrize("sizes", [dict(data=4, model=2), dict(data=8)])
+@pytest.mark.parametrize("sizes", [dict(data=4, model=2), slow(dict(data=8))])
 def test_adafactor_sends_no_matrix_over_the_mesh(eight_devices, sizes):
     """Of several heads too, whose kernels may be split along the width and the heads at once."""
     settings = Settings(
