@@ -54,7 +54,8 @@ def table(path: str) -> str:
         if f"{path}.{name}" not in GROUPS:
             default = getattr(group, name)
             text = json.dumps(default) if isinstance(default, str) else repr(default)
-            rows.append(f"| `{name}` | {values(hints[name], default)} | `{text}` | {linked(meaning[name])} |")
+            cells = f"`{name}`", values(hints[name], default), f"`{text}`", linked(meaning.get(name, ""))
+            rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 

@@ -49,6 +49,16 @@ def test_settings_that_an_older_version_did_not_write_have_their_defaults(tmp_pa
         resolve(read_run_config(tmp_path))
 
 
+def test_a_whole_number_in_a_run_folder_stands_for_a_float_and_can_be_overridden_by_one(tmp_path):
+    tree = json.loads(to_json(Settings()))
+    tree["optimizer"]["learning_rate"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    config = read_run_config(tmp_path)
+    assert resolve(config).optimizer.learning_rate == 1.0
+    config.optimizer.learning_rate = 0.5
+    assert resolve(config).optimizer.learning_rate == 0.5
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_file_sets_everything_and_is_valid(path):
     scope = runpy.run_path(str(path))
