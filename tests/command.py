@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+from tests import forked
+
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = """
 from tvq_pod.config import default_config
@@ -36,7 +38,7 @@ def environment(devices=1):
 
 def start(*flags, devices=1, prefix=()) -> subprocess.Popen:
     command = [*prefix, sys.executable, "-m", "tvq_pod.main", *map(str, flags)]
-    return subprocess.Popen(
+    return forked.Popen(
         command, env=environment(devices), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
