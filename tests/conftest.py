@@ -1,12 +1,13 @@
 """Runs before any test module is imported: eight simulated devices, quick compilation, no silent rank promotion."""
 
+import fcntl
 import gc
 import importlib.metadata
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
@@ -63,22 +64,55 @@ def eight_devices() -> list:
     return devices
 
 
-@pytest.fixture(scope="module")
+def _made_once(tmp_path_factory, name: str, make: Callable[[pathlib.Path], object]) -> pathlib.Path:
+    """A folder that all workers of pytest-xdist share. make: fills it, once."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / name).exists():
+            draft = shared / f"{name}.making"
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir()
+            make(draft)
+            draft.rename(shared / name)
+    return shared / name
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> pathlib.Path:
-    """A folder of 40 text files."""
-    path = tmp_path_factory.mktemp("corpus")
-    for i in range(40):
-        (path / f"{i}.txt").write_text(
-            f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (i % 7 + 1)
-        )
-    return path
+    """A folder of 40 text files, to read."""
+
+    def make(folder):
+        for i in range(40):
+            text = f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (i % 7 + 1)
+            (folder / f"{i}.txt").write_text(text)
+
+    return _made_once(tmp_path_factory, "corpus", make)
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory, corpus) -> pathlib.Path:
+    text = command.SMALL.format(source=str(corpus))
+    return _made_once(tmp_path_factory, "config", lambda folder: (folder / "small.py").write_text(text)) / "small.py"
+
+
+@pytest.fixture(scope="session")
+def _trained_once(tmp_path_factory, config_file) -> pathlib.Path:
+    def make(folder):
+        out, err = command.run(f"--config={config_file}", f"--workdir={folder / 'run'}", devices=8)
+        (folder / "out").write_text(out)
+        (folder / "err").write_text(err)
+
+    return _made_once(tmp_path_factory, "trained", make)
 
 
 @pytest.fixture(scope="module")
-def config_file(tmp_path_factory, corpus) -> pathlib.Path:
-    path = tmp_path_factory.mktemp("config") / "small.py"
-    path.write_text(command.SMALL.format(source=str(corpus)))
-    return path
+def trained(tmp_path_factory, _trained_once) -> tuple[pathlib.Path, str, str]:
+    """The folder, output and messages of a run of 40 steps on eight devices; the folder is a copy for this module."""
+    workdir = tmp_path_factory.mktemp("runs") / "trained"
+    shutil.copytree(_trained_once / "run", workdir)
+    return workdir, (_trained_once / "out").read_text(), (_trained_once / "err").read_text()
 
 
 @pytest.fixture(scope="module")

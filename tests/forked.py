@@ -1,5 +1,5 @@
-"""Real processes that start quickly. `Popen` is subprocess.Popen, except that `python -m MODULE` and `python -c CODE` run
-in a fork of one process that has imported all packages already, which is most of the time that a start takes.
+"""Real processes that start quickly. `Popen` is subprocess.Popen, except that `python -m MODULE` and `python -c CODE`
+run in a fork of one process that has imported all packages already, which is most of the time that a start takes.
 
 The forks have their own environment, folder, streams and signals, as any process has. Three things differ from a
 process that Python starts anew, so one test of every program starts it with subprocess.Popen: the options of Python
@@ -178,10 +178,12 @@ def _become(program: dict, streams: list[int]) -> None:
     for number, stream in enumerate([os.dup(stream) for stream in streams]):  # a stream may have another one's number
         os.dup2(stream, number)
         os.close(stream)
-    encoding = sys.stdout.encoding
-    sys.stdin = sys.__stdin__ = open(0, encoding=encoding, closefd=False)
-    sys.stdout = sys.__stdout__ = open(1, "w", encoding=encoding, closefd=False)
-    sys.stderr = sys.__stderr__ = open(2, "w", 1, encoding=encoding, errors="backslashreplace", closefd=False)
+    for name, mode in dict(stdin="r", stdout="w", stderr="w").items():
+        settings = dict(buffering=1, errors="backslashreplace") if name == "stderr" else {}
+        number = getattr(sys, name).fileno()
+        stream = os.fdopen(number, mode, encoding=sys.stdout.encoding, closefd=False, **settings)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     os.environ.clear()
     os.environ.update(program["environment"])
     os.chdir(program["folder"])
@@ -219,6 +221,8 @@ def _serve(requests: socket.socket) -> None:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a fork that looked through these objects would copy them
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run in the background, or under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     statuses: dict[int, socket.socket] = {}
     ended, wakes = os.pipe()
     os.set_blocking(wakes, False)

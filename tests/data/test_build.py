@@ -282,10 +282,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     megabytes = []
-    for n in (100, 300):
+    for n in (30, 130):
         command = [sys.executable, "-c", MEMORY, str(tmp_path / str(n)), str(n)]
         megabytes.append(int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout))
-    assert megabytes[1] < megabytes[0] + 100
+    assert megabytes[1] < megabytes[0] + 50
 
 
 # ------------------------------------------------- settings and vocabularies

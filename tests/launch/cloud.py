@@ -116,7 +116,11 @@ class Cloud:
 
 def pids(folder: pathlib.Path) -> list[int]:
     """Main processes of a machine's running services; each leads a group."""
-    return [int(path.read_text()) for path in folder.glob("services/*.pid") if path.read_text()]
+    found = []
+    for path in folder.glob("services/*.pid"):
+        with contextlib.suppress(FileNotFoundError):  # a service that ends meanwhile
+            found.append(path.read_text())
+    return [int(text) for text in found if text]
 
 
 def fail(text: str, code: int = 1):

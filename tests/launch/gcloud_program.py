@@ -1,4 +1,4 @@
-"""gcloud, as a program on the PATH of a test: python gcloud_program.py ARGUMENTS
+"""gcloud, as a program on the PATH of a test (see resident.py).
 
 Flags that gcloud's reference does not have are refused; error texts have the form that gcloud 528.0.0 gives them (seen
 from the real one, against an API that answered as the public ones do). The environment's STANDIN names its cloud.
@@ -12,11 +12,9 @@ import signal
 import subprocess
 import sys
 
+from tests.launch.cloud import MACHINES, Cloud, fail
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))  # a program: nobody says where its modules are
-
-from tests.launch.cloud import MACHINES, Cloud, fail  # noqa: E402
-
 TABLE = json.loads((ROOT / "tests/launch/gcloud_flags.json").read_text())
 # Behind what is denied or not found.
 TAIL = (
@@ -38,12 +36,12 @@ def gcloud(arguments: list[str]) -> None:
                 "Please run:\n\n  $ gcloud auth login\n\nto obtain new credentials.\n"
             )
     if doomed == "before":
-        os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(int(os.environ["STANDIN_CALLER"]), signal.SIGKILL)
     try:
         COMMANDS[command](cloud, flags, places, f"ERROR: (gcloud.{command.replace(' ', '.')})")
     finally:
         if doomed == "after":  # whoever called never hears of what was done
-            os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(int(os.environ["STANDIN_CALLER"]), signal.SIGKILL)
 
 
 def parsed(arguments: list[str]) -> tuple[str, dict, list[str]]:
@@ -270,6 +268,3 @@ COMMANDS = {
     "storage cat": storage_cat,
     "storage cp": storage_cp,
 }
-
-if __name__ == "__main__":
-    gcloud(sys.argv[1:])

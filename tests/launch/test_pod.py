@@ -365,7 +365,7 @@ def test_a_service_that_did_not_start_is_started_by_the_next_call(laptop):
     laptop.must("up", *UP)
     systemctl = laptop.cloud.folder / "bin/systemctl"
     whole = systemctl.read_text()
-    write_program(systemctl, f'[ "$1" != start ] || exit 1\n{whole.splitlines()[1]}')
+    write_program(systemctl, f'[ "$1" != start ] || exit 1\n{whole}')
     assert "run/0: failed systemctl start: no reason given" in error_of_many(laptop, "run", "--poll_seconds=0.1", *RUN)
     systemctl.write_text(whole)
     assert "run: done" in laptop.must("watch", *WATCH)

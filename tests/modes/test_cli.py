@@ -1,6 +1,7 @@
 """The command line as a user has it: real processes, their exit codes and their last words."""
 
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -10,17 +11,8 @@ import shutil
 import pytest
 import sentencepiece
 
-from tests import forked
-from tests.command import ROOT, environment, fingerprint, finish, metrics_of, packages_of, run, start
+from tests.command import fingerprint, finish, metrics_of, packages_of, run, start
 from tvq_pod.run import packages
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, config_file) -> tuple[pathlib.Path, str, str]:
-    """The folder, output and messages of a run on eight devices."""
-    workdir = tmp_path_factory.mktemp("runs") / "trained"
-    out, err = run(f"--config={config_file}", f"--workdir={workdir}", devices=8)
-    return workdir, out, err
 
 
 def test_training_shows_progress_evaluates_samples_and_saves(trained):
@@ -60,27 +52,23 @@ def test_eval_gives_what_training_gave_on_another_mesh(trained):
     assert result["step"] == 40
     assert result["tokens"] == during["tokens"]
     assert result["loss"] == pytest.approx(during["loss"], rel=1e-5)
-    test_out, _ = run(f"--workdir={workdir}", "--mode=eval", "--split=test", "--step=20")
-    test_result = json.loads(test_out)
-    assert (test_result["split"], test_result["step"]) == ("test", 20)
-    assert test_result["loss"] != pytest.approx(result["loss"], rel=1e-5)
-    assert metrics_of(workdir, "test")[0]["loss"] == test_result["loss"]
 
 
+@pytest.mark.slow
 def test_eval_and_sample_in_another_dtype_than_the_run_trained_in(trained):
     workdir, _, _ = trained
     (during,) = metrics_of(workdir, "validation")[:1]
     given = (f"--workdir={workdir}", "--config.model.dtype=bfloat16")
-    flags = (*given, "--mode=eval"), (*given, "--mode=sample", "--prompt=the quick", "--config.sample.length=5")
-    evaluated, sampled = forked.run_all(flags, env=environment(), cwd=ROOT, timeout=300)
-    result = json.loads(evaluated[1])
+    evaluated, _ = run(*given, "--mode=eval")
+    sampled, _ = run(*given, "--mode=sample", "--prompt=the quick", "--config.sample.length=5")
+    result = json.loads(evaluated)
     assert (result["split"], result["step"], result["tokens"]) == ("validation_dtype_bfloat16", 40, during["tokens"])
     assert result["loss"] == pytest.approx(during["loss"], rel=0.02)
     assert result["loss"] != during["loss"]
-    assert sampled[:1] == (0,)
-    assert sampled[1].startswith("the quick")
+    assert sampled.startswith("the quick")
 
 
+@pytest.mark.slow
 def test_sample_goes_on_from_each_prompt(trained, tmp_path):
     workdir, _, _ = trained
     odd = tmp_path / "a [p]rompt? 100% #*é.txt"
@@ -111,6 +99,7 @@ def test_inspect_shows_the_run_and_a_fingerprint(trained):
 READ_ONLY = ["setpriv", "--bounding-set=-dac_override"] if os.getuid() == 0 else []  # root, too, asks for permission
 
 
+@pytest.mark.slow
 def test_a_run_that_can_only_be_read_is_evaluated_all_the_same(trained, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(trained[0], workdir)
@@ -129,6 +118,7 @@ def test_a_run_that_can_only_be_read_is_evaluated_all_the_same(trained, tmp_path
     workdir.chmod(0o755)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sample", "inspect", "eval"])
 def test_output_that_nobody_reads_ends_a_mode_quietly(mode, trained, tmp_path):
     workdir = tmp_path / "copy"
@@ -144,6 +134,7 @@ def test_output_that_nobody_reads_ends_a_mode_quietly(mode, trained, tmp_path):
         assert not err
 
 
+@pytest.mark.slow
 def test_prepare_makes_a_store_that_training_uses(tmp_path, config_file):
     flags = [f"--config={config_file}", f"--workdir={tmp_path / 'run'}", f"--config.data.store={tmp_path / 'store'}"]
     _, err = run(*flags, "--mode=prepare")
@@ -160,6 +151,7 @@ def contents(workdir):
     return {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != "lock"}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_done_says_so_and_changes_nothing(trained):
     workdir, out, _ = trained
     before = contents(workdir)
@@ -169,6 +161,7 @@ def test_a_run_that_is_done_says_so_and_changes_nothing(trained):
     assert again == out  # the same sample
 
 
+@pytest.mark.slow
 def test_settings_and_packages_may_change_on_the_way(trained, tmp_path):
     workdir, _, _ = trained
     shutil.copytree(workdir, tmp_path / "copy")
@@ -193,6 +186,7 @@ def test_settings_and_packages_may_change_on_the_way(trained, tmp_path):
     assert metrics_of(tmp_path / "copy", "validation")[-1]["step"] == 45
 
 
+@pytest.mark.slow
 def test_a_damaged_corpus_ends_a_run_in_one_line(trained, tmp_path):
     workdir, _, _ = trained
     shutil.copytree(workdir, tmp_path / "copy")
@@ -204,6 +198,7 @@ def test_a_damaged_corpus_ends_a_run_in_one_line(trained, tmp_path):
     assert str(chunk) in err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_before(trained, tmp_path):
     workdir, _, _ = trained
     shutil.copytree(workdir, tmp_path / "copy")
@@ -214,23 +209,27 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_befo
     assert metrics_of(tmp_path / "copy", "train")[-1]["loss"] == metrics_of(workdir, "train")[-1]["loss"]
 
 
+@pytest.mark.slow
 def test_eval_shows_what_the_cache_is_worth_place_by_place(trained):
+    """Of a split and a step that are not those of the run's own evaluation."""
     workdir, _, _ = trained
-    losses = []
-    for flags, name in (((), "step_40_test"), (("--config.eval.cache=off",), "step_40_test_cache_off")):
-        out, err = run(f"--workdir={workdir}", "--mode=eval", "--split=test", *flags)
+    losses = [metrics_of(workdir, "validation")[0]["loss"]]
+    for flags, name in (((), "step_20_test"), (("--config.eval.cache=off",), "step_20_test_cache_off")):
+        out, err = run(f"--workdir={workdir}", "--mode=eval", "--split=test", "--step=20", *flags)
         assert "0 - 1,023" in err
         result = json.loads(out)
+        assert (result["split"], result["step"]) == (name.removeprefix("step_20_"), 20)
         header, row = (line.split("\t") for line in (workdir / f"eval/{name}.tsv").read_text().splitlines())
         assert header == ["first_position", "tokens", "loss", "bits_per_byte"]
         assert int(row[1]) == result["tokens"]
         assert float(row[2]) == pytest.approx(result["loss"], abs=1e-5)
         assert (workdir / f"eval/{name}.png").exists()
         losses.append(result["loss"])
-    assert losses[0] != pytest.approx(losses[1], rel=1e-5)
-    assert metrics_of(workdir, "test_cache_off")[-1]["loss"] == losses[1]
+    assert all(one != pytest.approx(other, rel=1e-5) for one, other in itertools.combinations(losses, 2))
+    assert [metrics_of(workdir, split)[-1]["loss"] for split in ("test", "test_cache_off")] == losses[1:]
 
 
+@pytest.mark.slow
 def test_a_run_on_several_stores(tmp_path, config_file, corpus):
     for name, glob in (("a", "?.txt"), ("b", "??.txt")):
         run(f"--config={config_file}", f"--workdir={tmp_path}", "--mode=prepare", f"--source={corpus}",
@@ -245,6 +244,7 @@ def test_a_run_on_several_stores(tmp_path, config_file, corpus):
     assert err.splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.slow
 def test_a_sentencepiece_model_on_json_lines(tmp_path, config_file):
     texts = [f"the quick brown fox number {i} jumps over the lazy dog" for i in range(60)]
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps(dict(body=text)) + "\n" for text in texts))
@@ -269,16 +269,32 @@ def test_a_sentencepiece_model_on_json_lines(tmp_path, config_file):
     assert out.startswith("the quick")
 
 
-def test_each_mistake_is_one_line_and_costs_nothing(trained, tmp_path, config_file):
-    workdir, _, _ = trained
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "blank.txt").write_text("\n\n")
-    (tmp_path / "broken.py").write_text("def get_config():\n    return 1 / 0\n")
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "file").write_text("")
-    (tmp_path / "linked").mkdir()
-    (tmp_path / "linked/store").symlink_to(tmp_path / "nowhere")
-    config, fresh, folder = f"--config={config_file}", f"--workdir={tmp_path / 'fresh'}", config_file.parent
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    """Files that are not what they should be."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    for name in ("empty", "taken", "linked"):
+        (folder / name).mkdir()
+    (folder / "blank.txt").write_text("\n\n")
+    (folder / "broken.py").write_text("def get_config():\n    return 1 / 0\n")
+    (folder / "file").write_text("")
+    (folder / "linked/store").symlink_to(folder / "nowhere")
+    return folder
+
+
+def check_mistakes(cases: dict[tuple[str, ...], tuple[str, ...]], folder: pathlib.Path) -> None:
+    """Each command fails, and the words are in the one line that it says; nothing is written."""
+    for flags, words in cases.items():
+        code, out, err = finish(start(*flags))
+        assert code == 1, (flags, out, err)
+        assert "Traceback" not in err, (flags, err)
+        last = err.strip().splitlines()[-1] if "Pass --help" not in err else err
+        assert all(word in last for word in words), (flags, err)
+    assert not any((folder / name).exists() for name in ("fresh", "new", "nowhere"))
+
+
+def test_each_mistake_is_one_line_and_costs_nothing(folder, config_file):
+    config, fresh, configs = f"--config={config_file}", f"--workdir={folder / 'fresh'}", config_file.parent
     cases = {
         (config, fresh, "--config.model.d_modle=3"): ("d_modle", "d_model"),
         (config, fresh, "--config.modle.d_model=3"): ("modle", "model"),
@@ -286,11 +302,11 @@ def test_each_mistake_is_one_line_and_costs_nothing(trained, tmp_path, config_fi
         (config, fresh, "--config.model.block_len=7"): ("config.model.block_len=7", "must divide", "as 8 does"),
         (config, fresh, "--config.mesh.data=3"): ("config.mesh.data=3", "-1"),
         (config, fresh, "--config.model.n_vocab=100"): ("config.model.n_vocab=100", "at least 259"),
-        (config, fresh, f"--config.data.source={tmp_path / 'empty'}"): ("config.data.source=", "is empty"),
-        (config, fresh, f"--config.data.source={tmp_path / 'blank.txt'}"): ("config.data.source=", "is empty"),
-        (config, fresh, f"--config.data.source={tmp_path / 'nowhere'}"): ("config.data.source=", "is not there"),
+        (config, fresh, f"--config.data.source={folder / 'empty'}"): ("config.data.source=", "is empty"),
+        (config, fresh, f"--config.data.source={folder / 'blank.txt'}"): ("config.data.source=", "is empty"),
+        (config, fresh, f"--config.data.source={folder / 'nowhere'}"): ("config.data.source=", "is not there"),
         (config, fresh, "--config.data.source="): ("config.data.source=", "is not there"),
-        (config, f"--workdir={folder}/run", f"--config.data.source={folder}"): ("holds the token store",),
+        (config, f"--workdir={configs}/run", f"--config.data.source={configs}"): ("holds the token store",),
         (config, fresh, "--mode=trian"): ("mode", "trian"),
         (config, fresh, "stray"): ("stray",),
         (config, fresh, "--mode=eval"): ("--workdir=", "has no checkpoint"),
@@ -300,8 +316,33 @@ def test_each_mistake_is_one_line_and_costs_nothing(trained, tmp_path, config_fi
         (fresh,): ("--workdir=", "config.json", "--config=FILE"),
         (config,): ("--workdir=", "must be given"),
         ("--config=configs/nowhere.py", fresh): ("configs/nowhere.py",),
-        (f"--config={tmp_path / 'broken.py'}", fresh): ("division by zero",),
-        (config, f"--workdir={tmp_path / 'file'}"): ("--workdir=", "can't be used"),
+        (f"--config={folder / 'broken.py'}", fresh): ("division by zero",),
+        (config, f"--workdir={folder / 'file'}"): ("--workdir=", "can't be used"),
+        (config, fresh, "--config.data.glob=/x"): ("config.data.glob=/x", "is no pattern"),
+        (config, fresh, "--config.seed=99999999999999999999"): ("config.seed=", "below 2 ** 31"),
+        (config, fresh, "--config.optimizer.learning_rate=nan"): ("config.optimizer.learning_rate=nan",),
+        (f"--workdir={folder / 'file'}", "--mode=eval"): ("--workdir=", "has no config.json"),
+        (config, fresh, "--config.data.mixture=x"): ("config.data.mixture=x", "is no STORE=WEIGHT"),
+        (config, fresh, "--config.eval.cache=maybe"): ("config.eval.cache=maybe", "on, off"),
+        (config, fresh, "--config.eval.cache=off"): ("config.eval.cache=off", "is for --mode=eval"),
+        (config, fresh, "--mode=train_vocab"): ("config.data.vocab=bytes", "must be sentencepiece"),
+        ("--config=configs/enwik8.py", fresh, f"--source={folder / 'blank.txt'}"): ("has 2 bytes, and enwik8",),
+        ("--config=configs/imagenet64.py", fresh, "--config.sample.length=9"): ("sample.length=9", "12288, an image"),
+        (config, fresh, "--split=test"): ("--split", "is for --mode=eval"),
+        (config, f"--workdir={folder / 'linked'}"): ("config.data.store=", "is a symbolic link to", "not exist"),
+        (config, f"--workdir={folder / 'taken'}"): ("--workdir=", "in use by another process"),
+    }  # fmt: skip
+    with (folder / "taken/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        check_mistakes(cases, folder)
+    assert [path.name for path in (folder / "taken").iterdir()] == ["lock"]
+
+
+@pytest.mark.slow
+def test_each_mistake_about_an_earlier_run_is_one_line_and_changes_nothing(trained, folder, config_file):
+    workdir, _, _ = trained
+    config, fresh = f"--config={config_file}", f"--workdir={folder / 'fresh'}"
+    cases = {
         (config, f"--workdir={workdir}", "--config.model.d_v=24"): ("config.model.d_v=24", "was made with 16"),
         (config, f"--workdir={workdir}", "--config.train.batch_size=16"): ("config.train.batch_size=16", "made with 8"),
         (config, f"--workdir={workdir}", "--config.train.update_len=16"): ("config.train.update_len=16", "with 32"),
@@ -310,41 +351,19 @@ def test_each_mistake_is_one_line_and_costs_nothing(trained, tmp_path, config_fi
         (config, f"--workdir={workdir}", "--mode=eval", "--step=7"): ("--step=7", "20, 40"),
         (f"--workdir={workdir}", "--mode=eval", "--config.model.agg_cache=False"): ("agg_cache=False", "with True"),
         (f"--workdir={workdir}", "--mode=inspect", "--config.train.batch_size=16"): ("batch_size=16", "with 8"),
-        (f"--workdir={workdir}", "--mode=eval", f"--config.data.store={tmp_path / 'empty'}"): ("is no token store",),
+        (f"--workdir={workdir}", "--mode=eval", f"--config.data.store={folder / 'empty'}"): ("is no token store",),
         (f"--workdir={workdir}", "--mode=eval", "--config.data.vocab=byte"): ("config.data.vocab=byte",),
         (f"--workdir={workdir}", "--config.data.glob=*.md"): ("config.data.glob=*.md", "with **/*"),
         (config, fresh, f"--config.data.store={workdir}"): ("config.data.store=", "no whole token store"),
-        (config, fresh, "--config.data.glob=/x"): ("config.data.glob=/x", "is no pattern"),
-        (config, fresh, "--config.seed=99999999999999999999"): ("config.seed=", "below 2 ** 31"),
-        (config, fresh, "--config.optimizer.learning_rate=nan"): ("config.optimizer.learning_rate=nan",),
-        (f"--workdir={tmp_path / 'file'}", "--mode=eval"): ("--workdir=", "has no config.json"),
         (config, f"--workdir={workdir}", "--mode=sample", "--prompt_file=/nowhere"): ("--prompt_file=/nowhere",),
-        (config, fresh, "--config.data.mixture=x"): ("config.data.mixture=x", "is no STORE=WEIGHT"),
-        (config, fresh, "--config.eval.cache=maybe"): ("config.eval.cache=maybe", "on, off"),
-        (config, fresh, "--config.eval.cache=off"): ("config.eval.cache=off", "is for --mode=eval"),
-        (config, fresh, "--mode=train_vocab"): ("config.data.vocab=bytes", "must be sentencepiece"),
-        ("--config=configs/enwik8.py", fresh, f"--source={tmp_path / 'blank.txt'}"): ("has 2 bytes, and enwik8",),
-        ("--config=configs/imagenet64.py", fresh, "--config.sample.length=9"): ("sample.length=9", "12288, an image"),
         (f"--workdir={workdir}", "--step=20"): ("--step=20", "to go back to step 20, rename every later step"),
-        (config, fresh, "--split=test"): ("--split", "is for --mode=eval"),
-        (f"--workdir={workdir}", f"--source={tmp_path / 'blank.txt'}", f"--config.data.store={tmp_path / 'new'}"): (
-            f"config.data.source={tmp_path / 'blank.txt'}", "checkpoints/40 was trained on a corpus with"),
-        (f"--workdir={workdir}", "--config.seed=1", f"--config.data.store={tmp_path / 'new'}"): ("seed=1", "with 0"),
+        (f"--workdir={workdir}", f"--source={folder / 'blank.txt'}", f"--config.data.store={folder / 'new'}"): (
+            f"config.data.source={folder / 'blank.txt'}", "checkpoints/40 was trained on a corpus with"),
+        (f"--workdir={workdir}", "--config.seed=1", f"--config.data.store={folder / 'new'}"): ("seed=1", "with 0"),
         (f"--workdir={workdir}", "--config.model.dtype=bfloat16"): ("config.model.dtype=bfloat16", "with float32"),
-        (config, f"--workdir={tmp_path / 'linked'}"): ("config.data.store=", "is a symbolic link to", "not exist"),
-        (config, f"--workdir={tmp_path / 'taken'}"): ("--workdir=", "in use by another process"),
     }  # fmt: skip
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.name != "lock"}
-    with (tmp_path / "taken/lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        results = forked.run_all(list(cases), env=environment(), cwd=ROOT, timeout=300)
-    for (flags, words), (code, out, err) in zip(cases.items(), results, strict=True):
-        assert code == 1, (flags, out, err)
-        assert "Traceback" not in err, (flags, err)
-        last = err.strip().splitlines()[-1] if "Pass --help" not in err else err
-        assert all(word in last for word in words), (flags, err)
-    assert not any((tmp_path / name).exists() for name in ("fresh", "new", "nowhere"))
-    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["lock"]
+    check_mistakes(cases, folder)
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.name != "lock"} == before
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from launch import local
+from tests import forked
 from tests.command import ROOT, environment
 from tests.common import store_of
 from tvq_pod.run import manifest
@@ -28,7 +29,7 @@ class Ended(NamedTuple):
 def started(scenario: str, folder, index: int = 0, port: int = 0) -> subprocess.Popen:
     command = [sys.executable, "-m", "tests.parallel.deadline_program", port, index, scenario, folder]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen(list(map(str, command)), env=environment(), cwd=ROOT, text=True, **pipes)
+    return forked.Popen(list(map(str, command)), env=environment(), cwd=ROOT, text=True, **pipes)
 
 
 def ended(process: subprocess.Popen) -> Ended:

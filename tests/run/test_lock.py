@@ -10,6 +10,7 @@ import time
 import pytest
 from etils import epath
 
+from tests import forked
 from tests.command import ROOT
 from tvq_pod.errors import UserError
 from tvq_pod.run import lock as workdir_module
@@ -29,7 +30,7 @@ with locked(epath.Path(sys.argv[1])):
 def holder(tmp_path):
     """A real process that holds the lock."""
     environment = os.environ | dict(PYTHONPATH=str(ROOT))
-    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, env=environment)
+    process = forked.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, env=environment)
     assert process.stdout.readline() == b"held\n"
     yield process
     process.kill()
@@ -107,7 +108,7 @@ def test_a_lock_that_is_held_shows_that_its_holder_lives(tmp_path, quick):
 def test_a_holder_whose_lock_was_taken_over_ends(tmp_path):
     code = HOLD.replace("with locked", "import tvq_pod.run.lock as w\nw.BEAT_SECONDS = 0.1\nwith locked")
     environment = os.environ | dict(PYTHONPATH=str(ROOT))
-    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    process = forked.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env=environment)  # fmt: skip
     assert process.stdout.readline() == b"held\n"
     write_lock(tmp_path)
@@ -120,7 +121,7 @@ def holder_that_ends(tmp_path, change):
     """A holder of which nobody reads the last words, after a change to its lock."""
     code = HOLD.replace("with locked", "import tvq_pod.run.lock as w\nw.BEAT_SECONDS = 0.1\nwith locked")
     environment = os.environ | dict(PYTHONPATH=str(ROOT))
-    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    process = forked.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env=environment)  # fmt: skip
     assert process.stdout.readline() == b"held\n"
     process.stderr.close()

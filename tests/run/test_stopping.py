@@ -10,6 +10,7 @@ import types
 import pytest
 
 from launch import local
+from tests import forked
 from tests.command import ROOT
 from tvq_pod.run.preemption import SAVE, STOP
 from tvq_pod.run.stopping import StopTogether
@@ -32,7 +33,7 @@ time.sleep(float(late))
 place = 0
 while place < int(last) and (asked := stop.now()) != "stop":
     print("saves" if asked else "passes", place := place + 1, flush=True)
-    time.sleep(0.2)
+    time.sleep(0.1)
 stop.close()
 print("ends after", place, file=sys.stderr, flush=True)
 """
@@ -41,7 +42,7 @@ print("ends after", place, file=sys.stderr, flush=True)
 def started(last: int) -> list[subprocess.Popen]:
     port = str(local.free_port())
     return [
-        subprocess.Popen(
+        forked.Popen(
             [sys.executable, "-c", PROGRAM, port, str(index), str(late), str(last)],
             env=os.environ | QUIET, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
