@@ -131,6 +131,7 @@ class _Zygote:
     """The process that has imported everything, seen from the one that asks it for forks."""
 
     is_one_of_its_forks = False
+    own_files: frozenset[int] = frozenset()  # that are open before there are forks
 
     def __init__(self):
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -177,7 +178,10 @@ def _become(program: dict, streams: list[int]) -> None:
         os.setpgid(0, 0)
     for number, stream in enumerate([os.dup(stream) for stream in streams]):  # a stream may have another one's number
         os.dup2(stream, number)
-        os.close(stream)
+    for other in map(int, os.listdir("/proc/self/fd")):
+        if other not in _Zygote.own_files:
+            with contextlib.suppress(OSError):  # the folder that was looked in
+                os.close(other)
     for name, mode in dict(stdin="r", stdout="w", stderr="w").items():
         settings = dict(buffering=1, errors="backslashreplace") if name == "stderr" else {}
         number = getattr(sys, name).fileno()
@@ -191,20 +195,20 @@ def _become(program: dict, streams: list[int]) -> None:
     subprocess.Popen = Popen
     kind, name, *arguments = program["arguments"]
     sys.argv = [kind, *arguments]
-    code = 1
+    code = 0
     try:
         if kind == "-m":
             runpy.run_module(name, run_name="__main__", alter_sys=True)
         else:
             main = sys.modules["__main__"] = types.ModuleType("__main__")
             exec(name, main.__dict__)
-        code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if code and not isinstance(end.code, int):
             print(end.code, file=sys.stderr)
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
+        code = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     threading._shutdown()  # joins the threads that are no daemons
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -212,6 +216,9 @@ def _become(program: dict, streams: list[int]) -> None:
             stream.flush()
         except OSError:
             code = 120  # as Python has it
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
     os._exit(code)
 
 
@@ -223,6 +230,8 @@ def _serve(requests: socket.socket) -> None:
     gc.freeze()  # a fork that looked through these objects would copy them
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run in the background, or under nohup
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    files = [name for name in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{name}")]
+    _Zygote.own_files = frozenset(map(int, files)) - {requests.fileno()}
     statuses: dict[int, socket.socket] = {}
     ended, wakes = os.pipe()
     os.set_blocking(wakes, False)
@@ -246,10 +255,6 @@ def _serve(requests: socket.socket) -> None:
         if not pid:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for other in (requests, *statuses.values()):
-                other.close()
-            for number in (ended, wakes, status):
-                os.close(number)
             _Zygote.is_one_of_its_forks = True
             _become(json.loads(message), streams)
         statuses[pid] = socket.socket(fileno=status)

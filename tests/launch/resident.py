@@ -11,6 +11,7 @@ import select
 import signal
 import socket
 import sys
+import traceback
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))  # a program: nobody says where its modules are
@@ -27,10 +28,10 @@ PROGRAMS = dict(
 
 def script(name: str, port: int) -> str:
     """The lines of a bash script that has a program run in its own environment, folder and streams."""
-    return (
-        f"exec 3<>/dev/tcp/127.0.0.1/{port}\n"
+    return (  # its own streams are others while it writes and reads
+        f"exec 3<>/dev/tcp/127.0.0.1/{port} 4<&0 5>&1 6>&2\n"
         f'printf \'%s\\0\' "$$" "$PPID" {name} "$@" end >&3\n'
-        'read -r code <&3 && exit "$code"'
+        'read -r -u 3 code && exit "$code"'
     )
 
 
@@ -49,13 +50,15 @@ def answer(connection: socket.socket) -> None:
         os.environ["STANDIN_CALLER"] = parent
         os.chdir(there / "cwd")
         for number in range(3):
-            stream = os.open(there / f"fd/{number}", os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY)
+            stream = os.open(there / f"fd/{4 + number}", os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY)
             os.dup2(stream, number)
             os.close(stream)
         PROGRAMS[name](arguments)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception:
+        traceback.print_exc()
     finally:
         with contextlib.suppress(OSError):
             sys.stdout.flush()

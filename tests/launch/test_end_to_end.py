@@ -5,15 +5,19 @@ TPU_WORKER_HOSTNAMES, as on GKE.)"""
 
 import os
 import pathlib
+import subprocess
 import sys
 import sysconfig
 import time
 
+import pytest
+
+from tests import forked
 from tests.buckets import reached_at
 from tests.command import environment, fingerprint, run
 from tests.launch.conftest import write_program
 
-UP = ("--name=run", "--accelerator=v4-16", "--zone=us-central2-b", "--spot", "--allow_dirty", "--poll_seconds=0.5")
+UP = ("--name=run", "--accelerator=v4-16", "--zone=us-central2-b", "--spot", "--allow_dirty", "--poll_seconds=0.1")
 TRAINING = [
     "--config=configs/stdlib.py",
     "--config.model.d_model=16",
@@ -32,24 +36,29 @@ TRAINING = [
 ]
 
 
+@pytest.mark.slow
 def test_a_training_on_two_machines_that_are_taken_back_ends_as_one_that_was_left_alone(
     laptop, tmp_path, server, monkeypatch
 ):
     store = f"--config.data.store={tmp_path / 'store'}"
     run("--mode=prepare", *TRAINING, store, f"--workdir={tmp_path / 'alone'}")
-    as_on_two_machines(tmp_path / "alone", store)
+    as_on_two_machines(tmp_path / "alone", store, monkeypatch)
     expected, _ = run("--mode=inspect", f"--workdir={tmp_path / 'alone'}")
 
     files = reached_at(monkeypatch, server)
     names = ("STORAGE_EMULATOR_HOST", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "TENSORSTORE_GCS_HTTP_URL")
     bucket = {name: os.environ[name] for name in names}
     laptop.environment |= bucket
-    write_program(laptop.cloud.folder / "bin/python3", f'exec {sys.executable} "$@"')
+    # A virtual environment is made once, and copied whenever a machine makes one.
+    made = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", made], check=True)
+    copied = f'[ "$1 $2" != "-m venv" ] || exec cp --recursive {made} "$3"'
+    write_program(laptop.cloud.folder / "bin/python3", f'{copied}\nexec {sys.executable} "$@"')
     laptop.set(environment=laptop.get("environment") | bucket | machine_settings())
 
     laptop.must("up", *UP)
     laptop.must("run", "--name=run", "--", *TRAINING, store, "--workdir=gs://bucket/pod")
-    watch = laptop.start("watch", "--name=run", "--poll_seconds=0.5")
+    watch = laptop.start("watch", "--name=run", "--poll_seconds=0.1")
     wait_for_step(laptop, 40)
     laptop.cloud.preempt("run", grace=20.0)
     out, err = watch.communicate(timeout=200)
@@ -83,11 +92,13 @@ def fresh(files, pattern: str) -> list[str]:
     return files.glob(pattern)
 
 
-def as_on_two_machines(workdir: pathlib.Path, store: str) -> None:
+def as_on_two_machines(workdir: pathlib.Path, store: str, monkeypatch) -> None:
     """Left alone: two processes with a device each, as the pod has."""
     from launch import local
 
-    processes = local.start(2, 1, [*TRAINING, store, f"--workdir={workdir}"])
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "Popen", forked.Popen)
+        processes = local.start(2, 1, [*TRAINING, store, f"--workdir={workdir}"])
     errors = [process.communicate(timeout=200)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
 
