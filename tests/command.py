@@ -69,3 +69,8 @@ def fingerprint(inspected: str) -> list[str]:
 
 def packages_of(workdir):
     return [json.loads(line) for line in (workdir / "packages.jsonl").read_text().splitlines()]
+
+
+def contents(workdir: pathlib.Path) -> dict[pathlib.Path, bytes]:
+    """Every file of a run but its lock, with what is in it."""
+    return {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != "lock"}

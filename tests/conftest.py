@@ -1,5 +1,6 @@
 """Runs before any test module is imported: eight simulated devices, quick compilation, no silent rank promotion."""
 
+import collections
 import fcntl
 import gc
 import importlib.metadata
@@ -121,6 +122,16 @@ def server() -> Iterator[int]:
     from tests import buckets  # which takes a second to import
 
     yield from buckets.served()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that all workers of pytest-xdist end together. A slow test counts for
+    8 seconds, unless its marker says how many, as slow(40)."""
+    seconds = collections.Counter()
+    for item in items:
+        slow = item.get_closest_marker("slow")
+        seconds[item.path] += (slow.args or (8.0,))[0] if slow else 0.3
+    items.sort(key=lambda item: (-seconds[item.path], item.path))
 
 
 def pytest_sessionfinish(session):

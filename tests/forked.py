@@ -26,6 +26,7 @@ import types
 import warnings
 
 MAX_BYTES = 200_000  # of a request
+_Anew = subprocess.Popen  # which may have been replaced by the one below when it is called
 # Not the programs themselves: each has flags of its own.
 IMPORTED = (
     "fsspec.asyn",
@@ -46,7 +47,7 @@ IMPORTED = (
 )
 
 
-class Popen(subprocess.Popen):
+class Popen(_Anew):
     """A process; see above for what is different."""
 
     _status: socket.socket | None = None  # from which its exit status can be read, once it has ended
@@ -141,7 +142,7 @@ class _Zygote:
             command = [sys.executable, "-m", "tests.forked", str(theirs.fileno())]
             root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
             null = subprocess.DEVNULL
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=root, stdin=null, stdout=null)
+            self._process = _Anew(command, pass_fds=[theirs.fileno()], cwd=root, stdin=null, stdout=null)
         atexit.register(self._end)
 
     def fork(self, program: dict, streams: list[int]) -> tuple[int, socket.socket]:

@@ -15,7 +15,7 @@ import pytest
 from tests import forked
 from tests.buckets import reached_at
 from tests.command import environment, fingerprint, run
-from tests.launch.conftest import write_program
+from tests.launch.conftest import ROOT, write_program
 
 UP = ("--name=run", "--accelerator=v4-16", "--zone=us-central2-b", "--spot", "--allow_dirty", "--poll_seconds=0.1")
 TRAINING = [
@@ -36,7 +36,7 @@ TRAINING = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(60)
 def test_a_training_on_two_machines_that_are_taken_back_ends_as_one_that_was_left_alone(
     laptop, tmp_path, server, monkeypatch
 ):
@@ -76,6 +76,27 @@ def test_a_training_on_two_machines_that_are_taken_back_ends_as_one_that_was_lef
     laptop.must("down", "--name=run", "--yes")
     assert laptop.get("queued") == {}
     assert not list((laptop.cloud.folder / "machines").iterdir())
+
+
+def test_two_machines_find_each_other_as_tpu_workers_do(laptop):
+    """By the metadata server and the variables that the training above has."""
+    laptop.set(queued=dict(run=dict(state="ACTIVE", type="v4-16", count=1, prefix="run")))
+    program = """if True:
+        import jax
+        from tvq_pod.parallel import processes
+        processes.join(None, None, None, True)
+        agreed = processes.from_process_zero(7 + jax.process_index())
+        print(jax.process_index(), jax.process_count(), agreed, flush=True)
+    """
+    jobs = []
+    for worker in "01":
+        values = laptop.get("environment") | machine_settings()
+        for name, value in values.items():
+            values[name] = value.replace("MACHINE", f"run/{worker}").replace("WORKER", worker)
+        settings = dict(env=os.environ | values, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        jobs.append(subprocess.Popen([sys.executable, "-c", program], **settings))
+    outs = [job.communicate(timeout=100) for job in jobs]
+    assert [out.splitlines()[-1:] for out, _ in outs] == [["0 2 7"], ["1 2 7"]], outs
 
 
 def wait_for_log(files, pattern: str) -> None:

@@ -18,6 +18,7 @@ from kubeflow_trainer_api import models
 
 from launch import libtpu, slices
 from launch.record import Record
+from tests import forked
 from tests.launch.conftest import ROOT, write_program
 from tests.launch.gcloud_program import TABLE
 from tests.launch.test_pod import status_of
@@ -218,9 +219,7 @@ def test_python_and_shell_boot_the_same_machines():
 def test_libtpu_knows_the_flags(chip, several_slices):
     """It ends a process that gives it one that it does not know."""
     topology = dict(v4="v4:2x2x1", v5e="v5e:2x2", v5p="v5p:2x2x1", v6e="v6e:2x2")[chip]
-    environment = dict(
-        PATH="/usr/bin:/bin",
-        JAX_PLATFORMS="cpu",
+    environment = os.environ | dict(
         TPU_SKIP_MDS_QUERY="1",
         TPU_WORKER_HOSTNAMES="localhost",
         TPU_LOG_DIR="disabled",
@@ -228,8 +227,9 @@ def test_libtpu_knows_the_flags(chip, several_slices):
         LIBTPU_INIT_ARGS=" ".join(libtpu.flags(chip, several_slices)),
     )
     code = f"from jax.experimental import topologies as t; t.get_topology_desc({topology!r}, platform='tpu')"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    process = forked.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
 
 
 def test_python_that_is_too_old_is_replaced(laptop):

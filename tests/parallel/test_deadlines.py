@@ -82,6 +82,7 @@ LINES = dict(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_all_processes_end_when_one_hangs(jobs, scenario):
     for job in jobs[scenario]:
@@ -92,6 +93,7 @@ def test_all_processes_end_when_one_hangs(jobs, scenario):
     assert jobs[scenario][0].code == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["restore", "save", "first", "evaluation"])
 def test_the_process_that_hangs_ends_by_the_same_deadline(jobs, scenario):
     for job in jobs[scenario]:
@@ -99,6 +101,7 @@ def test_the_process_that_hangs_ends_by_the_same_deadline(jobs, scenario):
         assert job.code == 1
 
 
+@pytest.mark.slow
 def test_who_waits_for_process_0_goes_on_waiting_while_it_is_seen_to_work(jobs):
     assert all("worked" in job.out for job in jobs["first"])
 

@@ -49,6 +49,7 @@ def lines_of(workdir, split):
     return {row["step"]: row["loss"] for row in rows if row["split"] == split}
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_how_many_processes_there_are(corpus, tmp_path):
     """2 processes over sequence and heads, and 1 over rows; each writes one line a step, and one sample."""
     losses = []
@@ -68,6 +69,7 @@ def test_losses_do_not_depend_on_how_many_processes_there_are(corpus, tmp_path):
     np.testing.assert_allclose(validation[8], other_validation[8], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_all_processes_go_back_together_and_give_up_together(corpus, tmp_path):
     """Codes that die make every step bad from some step on, after checkpoints of the same session."""
     flags = [*FLAGS, f"--config.data.source={corpus}", f"--workdir={tmp_path / 'run'}", "--config.model.n_code=64",
@@ -94,6 +96,7 @@ def test_a_mistake_ends_all_processes_with_one_line_each(corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_a_corpus_is_prepared_ends_all_processes_with_one_line_each(tmp_path):
     """The terminal sends it to the launcher's process group; SIGUSR1, which all get before, ends none."""
     (tmp_path / "run").mkdir()
@@ -177,6 +180,7 @@ def test_an_address_that_is_none_is_refused_at_once(address):
         processes.join(address, 2, 0, False)
 
 
+@pytest.mark.slow
 def test_a_process_whose_peers_do_not_come_ends_in_one_line(corpus, tmp_path):
     """Process 0 waits for another; process 1 for a process 0 that is not there."""
     flags = [*FLAGS, f"--config.data.source={corpus}", f"--workdir={tmp_path / 'run'}", "--join_timeout_seconds=5"]
