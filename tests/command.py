@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -46,6 +47,17 @@ def start(*flags, devices=1, prefix=()) -> subprocess.Popen:
 def finish(process) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+def said_until(process: subprocess.Popen, beginning: str) -> list[str]:
+    """The messages of a process, until it has ended; when one begins so, the process gets SIGTERM."""
+    lines = []
+    assert process.stderr
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith(beginning):
+            process.send_signal(signal.SIGTERM)
+    return lines
 
 
 def run(*flags, devices=1) -> tuple[str, str]:

@@ -127,7 +127,7 @@ def server() -> Iterator[int]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first, so that all workers of pytest-xdist end together. A slow test counts for
     8 seconds, unless its marker says how many, as slow(40)."""
-    seconds = collections.Counter()
+    seconds = collections.defaultdict(float)
     for item in items:
         slow = item.get_closest_marker("slow")
         seconds[item.path] += (slow.args or (8.0,))[0] if slow else 0.3

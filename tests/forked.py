@@ -82,9 +82,9 @@ class Popen(_Anew):
     ):
         command = [] if isinstance(args, (str, bytes, os.PathLike)) else list(map(os.fsdecode, args))
         if command[:1] != [sys.executable] or command[1:2] not in (["-m"], ["-c"]) or preexec_fn:
-            return super()._execute_child(
-                args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell, p2cread,
-                p2cwrite, c2pread, c2pwrite, errread, errwrite, restore_signals, gid, gids, uid, umask,
+            return vars(_Anew)["_execute_child"](
+                self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
+                p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, restore_signals, gid, gids, uid, umask,
                 start_new_session, process_group,
             )  # fmt: skip
         streams = [own if given == -1 else given for own, given in enumerate((p2cread, c2pwrite, errwrite))]
@@ -183,12 +183,10 @@ def _become(program: dict, streams: list[int]) -> None:
         if other not in _Zygote.own_files:
             with contextlib.suppress(OSError):  # the folder that was looked in
                 os.close(other)
-    for name, mode in dict(stdin="r", stdout="w", stderr="w").items():
-        settings = dict(buffering=1, errors="backslashreplace") if name == "stderr" else {}
-        number = getattr(sys, name).fileno()
-        stream = os.fdopen(number, mode, encoding=sys.stdout.encoding, closefd=False, **settings)
-        setattr(sys, name, stream)
-        setattr(sys, f"__{name}__", stream)
+    encoding, own = sys.stdout.encoding, dict(closefd=False)
+    sys.stdin = os.fdopen(0, encoding=encoding, **own)
+    sys.stdout = os.fdopen(1, "w", encoding=encoding, **own)
+    sys.stderr = os.fdopen(2, "w", 1, encoding, "backslashreplace", **own)
     os.environ.clear()
     os.environ.update(program["environment"])
     os.chdir(program["folder"])
@@ -210,7 +208,7 @@ def _become(program: dict, streams: list[int]) -> None:
     except BaseException as error:
         traceback.print_exc()
         code = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
-    threading._shutdown()  # joins the threads that are no daemons
+    vars(threading)["_shutdown"]()  # joins the threads that are no daemons
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -69,7 +69,7 @@ def test_a_program_finds_itself_as_python_s_m_has_it():
 def test_a_fork_s_signals_and_its_end_are_seen_from_here():
     code = "import time; print('up', flush=True); time.sleep(60)"
     processes = [forked.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert [process.stdout.readline() for process in processes] == ["up\n"] * 3
+    assert [process.stdout and process.stdout.readline() for process in processes] == ["up\n"] * 3
     assert len({process.pid for process in processes} | {os.getpid()}) == 4
     began = time.monotonic()
     with pytest.raises(subprocess.TimeoutExpired):

@@ -17,7 +17,7 @@ from tests.buckets import reached_at
 from tests.command import environment, fingerprint, run
 from tests.launch.conftest import ROOT, write_program
 
-UP = ("--name=run", "--accelerator=v4-16", "--zone=us-central2-b", "--spot", "--allow_dirty", "--poll_seconds=0.1")
+UP = ("--name=run", "--accelerator=v4-16", "--zone=us-central2-b", "--spot", "--allow_dirty", "--poll_seconds=0.5")
 TRAINING = [
     "--config=configs/stdlib.py",
     "--config.model.d_model=16",
@@ -58,7 +58,7 @@ def test_a_training_on_two_machines_that_are_taken_back_ends_as_one_that_was_lef
 
     laptop.must("up", *UP)
     laptop.must("run", "--name=run", "--", *TRAINING, store, "--workdir=gs://bucket/pod")
-    watch = laptop.start("watch", "--name=run", "--poll_seconds=0.1")
+    watch = laptop.start("watch", "--name=run", "--poll_seconds=0.5")
     wait_for_step(laptop, 40)
     laptop.cloud.preempt("run", grace=20.0)
     out, err = watch.communicate(timeout=200)

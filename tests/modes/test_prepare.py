@@ -6,10 +6,9 @@ import math
 import pytest
 import sentencepiece
 
-from tests.command import finish, metrics_of, run, start
+from tests.command import finish, metrics_of, run, said_until, start
 
 
-@pytest.mark.slow
 def test_prepare_makes_a_store_that_training_uses(tmp_path, config_file):
     flags = [f"--config={config_file}", f"--workdir={tmp_path / 'run'}", f"--config.data.store={tmp_path / 'store'}"]
     _, err = run(*flags, "--mode=prepare")
@@ -18,8 +17,11 @@ def test_prepare_makes_a_store_that_training_uses(tmp_path, config_file):
     assert not (tmp_path / "run").exists()
     _, err = run(*flags, "--mode=prepare")
     assert "is there already" in err
-    _, err = run(*flags, "--config.train.num_steps=1", "--config.eval.at_end=False", "--config.sample.length=0")
-    assert "preparing" not in err
+    training = start(*flags)
+    lines = said_until(training, "store ")
+    assert training.wait() == 75, lines
+    assert any(line.startswith(f"store {tmp_path / 'store'}") for line in lines)
+    assert not any("preparing" in line for line in lines)
 
 
 @pytest.mark.slow

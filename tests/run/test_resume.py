@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 
 from tests import chaos, forked
-from tests.command import finish, metrics_of, run, start
+from tests.command import finish, metrics_of, run, said_until, start
 from tests.training.test_bad_steps import settings_for
 from tvq_pod.config.settings import EvalSettings
 from tvq_pod.modes.train import train
@@ -29,26 +29,15 @@ SLOW_STEPS = [
 
 
 @pytest.mark.slow
-def test_a_job_that_is_preempted_and_damaged_ends_with_the_same_bits(tmp_path, monkeypatch):
-    """A short form of `python -m tests.chaos`: two processes, one of which gets SIGTERM; then all are killed, and a bit
-    of the newest checkpoint flips."""
+def test_a_job_that_is_killed_and_damaged_ends_with_the_same_bits(tmp_path, monkeypatch):
+    """A short form of `python -m tests.chaos`: two processes, which are killed at step 23; and a bit of the newest of
+    their checkpoints flips. (tests/launch/test_end_to_end.py has the same bits after SIGTERM.)"""
     monkeypatch.setattr(subprocess, "Popen", forked.Popen)
     monkeypatch.setattr(chaos, "STEPS", 30)
     setting = chaos.Setting(tmp_path / "chaos")
     setting.leave_alone(2, warm_up=False)
-    rng = random.Random(0)
-    faults = ["SIGTERM, one process", "a bit flipped"]
-    chaos.one_run(tmp_path / "chaos/run", setting, faults, rng, exact=2)
-
-
-def said_until(process: subprocess.Popen, beginning: str) -> list[str]:
-    """The messages of a process, until it has ended; when one begins so, the process gets SIGTERM."""
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if line.startswith(beginning):
-            process.send_signal(signal.SIGTERM)
-    return lines
+    chaos.one_run(tmp_path / "chaos/run", setting, ["a bit flipped"], random.Random(24), exact=2)
+    assert list((tmp_path / "chaos/run/checkpoints").glob("*.damaged"))
 
 
 @pytest.mark.slow
@@ -73,6 +62,7 @@ def test_signals_save_and_end_one_process_too_and_the_next_start_goes_on(tmp_pat
     in the same folder is refused, and this one goes on."""
     flags = [f"--config={config_file}", *SLOW_STEPS, f"--workdir={tmp_path / 'run'}"]
     process, lines, second, interrupted_at, saved = start(*flags), [], None, 0, 0
+    assert process.stderr
     for line in process.stderr:
         lines.append(line)
         step = int(line.split()[1].split("/")[0]) if line.startswith("step ") else 0
