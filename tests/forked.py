@@ -114,6 +114,7 @@ class Popen(_Anew):
         with self._reading:
             if self.returncode is None and select.select([self._status], [], [], 0)[0]:
                 self.returncode = int(self._status.recv(100))
+                self._status.send(b"read")  # now its process id may be another one's
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -231,19 +232,27 @@ def _serve(requests: socket.socket) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     files = [name for name in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{name}")]
     _Zygote.own_files = frozenset(map(int, files)) - {requests.fileno()}
-    statuses: dict[int, socket.socket] = {}
+    running: dict[int, socket.socket] = {}  # by process id, where to tell how it ends
+    told: dict[socket.socket, int] = {}  # those whose end is known and not read yet: as zombies, they keep their id
     ended, wakes = os.pipe()
     os.set_blocking(wakes, False)
     signal.set_wakeup_fd(wakes)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     while True:
-        ready, _, _ = select.select([requests, ended], [], [])
+        ready, _, _ = select.select([requests, ended, *told], [], [])
+        for status in told.keys() & set(ready):
+            os.waitpid(told.pop(status), 0)
+            status.close()
         if ended in ready:
             os.read(ended, 1000)
-            with contextlib.suppress(ChildProcessError):
-                while (found := os.waitpid(-1, os.WNOHANG))[0]:
-                    with statuses.pop(found[0]) as status, contextlib.suppress(BrokenPipeError):
-                        status.send(str(os.waitstatus_to_exitcode(found[1])).encode())
+            for pid in list(running):
+                found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if found:
+                    code = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+                    status = running.pop(pid)
+                    with contextlib.suppress(BrokenPipeError):
+                        status.send(str(code).encode())
+                    told[status] = pid
         if requests not in ready:
             continue
         message, descriptors, _, _ = socket.recv_fds(requests, MAX_BYTES, 4)
@@ -256,7 +265,7 @@ def _serve(requests: socket.socket) -> None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             _Zygote.is_one_of_its_forks = True
             _become(json.loads(message), streams)
-        statuses[pid] = socket.socket(fileno=status)
+        running[pid] = socket.socket(fileno=status)
         for stream in streams:
             os.close(stream)
         requests.send(str(pid).encode())

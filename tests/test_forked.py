@@ -81,6 +81,7 @@ def test_a_fork_s_signals_and_its_end_are_seen_from_here():
     processes[0].send_signal(signal.SIGSTOP)
     processes[0].kill()
     processes[2].kill()
+    os.kill(processes[2].pid, 0)  # until somebody asks how it ended, its process id is no other's
     assert [process.wait(timeout=20) for process in processes] == [-signal.SIGKILL, -signal.SIGTERM, -signal.SIGKILL]
 
 

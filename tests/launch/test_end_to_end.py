@@ -28,8 +28,8 @@ TRAINING = [
     "--config.model.block_len=16",
     "--config.model.mem_len=16",
     "--config.train.batch_size=4",
-    "--config.train.num_steps=300",
-    "--config.train.log_every_steps=20",
+    "--config.train.num_steps=100",
+    "--config.train.log_every_steps=5",
     "--config.checkpoint.every_steps=0",
     "--config.eval.at_end=False",
     "--config.sample.length=0",
@@ -59,7 +59,7 @@ def test_a_training_on_two_machines_that_are_taken_back_ends_as_one_that_was_lef
     laptop.must("up", *UP)
     laptop.must("run", "--name=run", "--", *TRAINING, store, "--workdir=gs://bucket/pod")
     watch = laptop.start("watch", "--name=run", "--poll_seconds=0.5")
-    wait_for_step(laptop, 40)
+    wait_for_step(laptop, 10)
     laptop.cloud.preempt("run", grace=20.0)
     out, err = watch.communicate(timeout=200)
     assert watch.returncode == 0, out + err

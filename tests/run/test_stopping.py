@@ -77,6 +77,7 @@ def test_all_stop_at_the_first_place_that_nobody_has_passed(asked):
     assert first <= places.pop() <= first + 2  # on a busy machine one may go on while the message is on its way
 
 
+@pytest.mark.slow
 def test_all_save_at_the_same_places_as_often_as_any_is_asked_and_then_stop_at_one():
     jobs = started(1000)
     saves, asked_at = [[] for _ in jobs], []
