@@ -49,7 +49,7 @@ def lines_of(workdir, split):
     return {row["step"]: row["loss"] for row in rows if row["split"] == split}
 
 
-@pytest.mark.slow
+@pytest.mark.slow(35)
 def test_losses_do_not_depend_on_how_many_processes_there_are(corpus, tmp_path):
     """2 processes over sequence and heads, and 1 over rows; each writes one line a step, and one sample."""
     losses = []

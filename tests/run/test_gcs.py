@@ -70,7 +70,7 @@ def unreliable(server):
     proxy.shutdown()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(40)
 def test_a_run_in_a_bucket_that_fails_now_and_then_goes_on_after_a_kill_and_damage_with_the_same_bits(
     tmp_path, config_file, server, unreliable, monkeypatch
 ):

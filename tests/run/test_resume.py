@@ -28,7 +28,7 @@ SLOW_STEPS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(40)
 def test_a_job_that_is_killed_and_damaged_ends_with_the_same_bits(tmp_path, monkeypatch):
     """A short form of `python -m tests.chaos`: two processes, which are killed at step 23; and a bit of the newest of
     their checkpoints flips. (tests/launch/test_end_to_end.py has the same bits after SIGTERM.)"""
@@ -107,6 +107,7 @@ class AskedToSaveAt:
         return self._asked in self._times
 
 
+@pytest.mark.slow
 def test_sigusr1_in_an_evaluation_saves_at_once(tmp_path, corpus, monkeypatch):
     """The run asks after each of 6 steps, and after each step of the evaluation that follows the 4th."""
     settings = settings_for(corpus)
