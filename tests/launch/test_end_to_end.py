@@ -93,8 +93,8 @@ def test_two_machines_find_each_other_as_tpu_workers_do(laptop):
         values = laptop.get("environment") | machine_settings()
         for name, value in values.items():
             values[name] = value.replace("MACHINE", f"run/{worker}").replace("WORKER", worker)
-        settings = dict(env=os.environ | values, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        jobs.append(subprocess.Popen([sys.executable, "-c", program], **settings))
+        command, pipe = [sys.executable, "-c", program], subprocess.PIPE
+        jobs.append(subprocess.Popen(command, env=os.environ | values, cwd=ROOT, text=True, stdout=pipe, stderr=pipe))
     outs = [job.communicate(timeout=100) for job in jobs]
     assert [out.splitlines()[-1:] for out, _ in outs] == [["0 2 7"], ["1 2 7"]], outs
 
@@ -144,7 +144,7 @@ def machine_settings() -> dict:
 def wait_for_step(laptop, step: int) -> None:
     """Until its line is in the first machine's journal."""
     journal = laptop.cloud.machine("run", 0) / "services/tvq_pod.service.journal"
-    deadline = time.monotonic() + 120
+    deadline, text = time.monotonic() + 120, ""
     while time.monotonic() < deadline:
         text = journal.read_text() if journal.exists() else ""
         if f"step  {step}/" in text or f"step {step}/" in text:

@@ -270,7 +270,7 @@ def test_a_record_is_whole_or_the_one_before(tmp_path):
 
     records = Records(tmp_path / "records")
     records.save(Record(name="a", project=None, zone=None, accelerator="v4-8"))
-    assert records.load("a").accelerator == "v4-8"
+    assert records.get("a").accelerator == "v4-8"
     assert (records.path("a").stat().st_mode & 0o777, records.folder.stat().st_mode & 0o777) == (0o600, 0o700)
     records.path("a").write_text("")
     with pytest.raises(UserError, match="can't be read"):

@@ -93,7 +93,9 @@ def test_output_that_nobody_reads_ends_a_mode_quietly(mode, trained, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(trained[0], workdir)
     process = start(f"--workdir={workdir}", f"--mode={mode}", *(["--split=test"] if mode == "eval" else []))
+    assert process.stdout
     process.stdout.close()
+    assert process.stderr
     err = process.stderr.read()
     assert process.wait(timeout=300) == 141, err
     assert "rror" not in err

@@ -104,6 +104,7 @@ def test_ctrl_c_while_a_corpus_is_prepared_ends_all_processes_with_one_line_each
     with (tmp_path / "run/store.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         job = launched("--processes=2", "--devices_per_process=1", "--", *flags, start_new_session=True)
+        assert job.stdout
         while not (line := job.stdout.readline()).startswith("waits: another process prepares"):
             assert line
         os.killpg(job.pid, signal.SIGUSR1)

@@ -140,7 +140,7 @@ def test_a_store_in_a_bucket_goes_on_where_it_was(corpus, tmp_path, server, monk
     files, progress = reached_at(monkeypatch, server), "bucket/prepared/progress.json"
     process = preparing(corpus, "gs://bucket/prepared", seconds=0.05)
     while not (files.exists(progress) and json.loads(files.cat(progress))["n_taken"] >= 5):
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.kill()
     process.wait()

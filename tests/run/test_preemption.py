@@ -50,6 +50,7 @@ def start():
             preexec_fn=_heed_signals if prefix else None,
         )
         started.append(process)
+        assert process.stdout
         assert process.stdout.readline() == "up\n"
         return process
 
