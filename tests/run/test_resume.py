@@ -30,13 +30,16 @@ SLOW_STEPS = [
 
 @pytest.mark.slow(40)
 def test_a_job_that_is_killed_and_damaged_ends_with_the_same_bits(tmp_path, monkeypatch):
-    """A short form of `python -m tests.chaos`: two processes, which are killed at step 23; and a bit of the newest of
+    """A short form of `python -m tests.chaos`: two processes, which are killed at step 21; and a bit of the newest of
     their checkpoints flips. (tests/launch/test_end_to_end.py has the same bits after SIGTERM.)"""
     monkeypatch.setattr(subprocess, "Popen", forked.Popen)
-    monkeypatch.setattr(chaos, "STEPS", 30)
+    monkeypatch.setattr(chaos, "STEPS", 24)
+    monkeypatch.setattr(chaos, "DEVICES", 2)
+    few = ["--config.checkpoint.every_steps=5", "--config.eval.max_tokens=500"]
+    monkeypatch.setattr(chaos, "TRAIN", [*chaos.TRAIN, *few])
     setting = chaos.Setting(tmp_path / "chaos")
     setting.leave_alone(2, warm_up=False)
-    chaos.one_run(tmp_path / "chaos/run", setting, ["a bit flipped"], random.Random(24), exact=2)
+    chaos.one_run(tmp_path / "chaos/run", setting, ["a bit flipped"], random.Random(27), exact=2)
     assert list((tmp_path / "chaos/run/checkpoints").glob("*.damaged"))
 
 
