@@ -184,10 +184,10 @@ def _become(program: dict, streams: list[int]) -> None:
         if other not in _Zygote.own_files:
             with contextlib.suppress(OSError):  # the folder that was looked in
                 os.close(other)
-    encoding, own = sys.stdout.encoding, dict(closefd=False)
-    sys.stdin = os.fdopen(0, encoding=encoding, **own)
-    sys.stdout = os.fdopen(1, "w", encoding=encoding, **own)
-    sys.stderr = os.fdopen(2, "w", 1, encoding, "backslashreplace", **own)
+    encoding = sys.stdout.encoding
+    sys.stdin = os.fdopen(0, encoding=encoding, closefd=False)
+    sys.stdout = os.fdopen(1, "w", encoding=encoding, closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, encoding, "backslashreplace", closefd=False)
     os.environ.clear()
     os.environ.update(program["environment"])
     os.chdir(program["folder"])

@@ -9,6 +9,7 @@ from tests.command import ROOT
 
 def test_imports_point_downwards_and_there_is_no_cycle():
     program = shutil.which("lint-imports")
+    assert program
     done = subprocess.run([program, "--no-cache"], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout
     assert "4 kept, 0 broken" in done.stdout

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from typing import NoReturn
 
 MACHINES = {"v4-8": 1, "v4-16": 2, "v5litepod-8": 1, "v5litepod-16": 4}
 SPOT_GRACE_SECONDS = 30.0
@@ -123,7 +124,7 @@ def pids(folder: pathlib.Path) -> list[int]:
     return [int(text) for text in found if text]
 
 
-def fail(text: str, code: int = 1):
+def fail(text: str, code: int = 1) -> NoReturn:
     """Ends a program as gcloud ends."""
     print(text, file=sys.stderr)
     sys.exit(code)

@@ -105,7 +105,7 @@ class Metadata(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text)
 
-    def log_message(self, *args):
+    def log_message(self, format, *args):
         pass
 
 

@@ -11,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.parse
+import urllib.request
 
 from tests.launch.cloud import MACHINES, Cloud, fail
 
@@ -223,8 +225,6 @@ def read_object(cloud, url: str) -> str:
     host = os.environ.get("STORAGE_EMULATOR_HOST")
     if not host:
         return (cloud.folder / "buckets" / bucket / name).read_text()
-    import urllib.request  # which takes longer than all the rest
-
     name = urllib.parse.quote(name, safe="")
     return urllib.request.urlopen(f"{host}/storage/v1/b/{bucket}/o/{name}?alt=media").read().decode()
 
@@ -245,8 +245,6 @@ def storage_cp(cloud, flags, places, error):
     data, to = pathlib.Path(places[0]).read_bytes(), places[1]
     host = os.environ.get("STORAGE_EMULATOR_HOST")
     if host:
-        import urllib.request
-
         bucket, _, name = to.removeprefix("gs://").partition("/")
         query = urllib.parse.urlencode(dict(uploadType="media", name=name))
         request = urllib.request.Request(f"{host}/upload/storage/v1/b/{bucket}/o?{query}", data, method="POST")

@@ -55,7 +55,9 @@ def test_the_jobset_is_what_kubernetes_and_jobset_say_it_may_be():
 
 
 def check_jobset(manifest: dict) -> None:
-    assert models.JobsetV1alpha2JobSet.from_dict(manifest).to_dict() == manifest
+    known = models.JobsetV1alpha2JobSet.from_dict(manifest)
+    assert known
+    assert known.to_dict() == manifest
     assert manifest["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
     assert all(rule["action"] in RESTART_ACTIONS for rule in manifest["spec"]["failurePolicy"]["rules"])
     for replicated in manifest["spec"]["replicatedJobs"]:

@@ -304,7 +304,7 @@ def test_a_watch_that_is_killed_at_any_point_is_started_again_and_nothing_is_los
     wait_for(laptop, 7)
     laptop.set(wait_at=9)  # it goes on after step 7
     laptop.cloud.preempt("run", grace=0.0)
-    preempted = False
+    preempted, code, out, err = False, None, "", ""
     for n in range(1, 40):
         laptop.set(calls=0, kill_at=sign * n)
         code, out, err = laptop.pod("watch", *WATCH)

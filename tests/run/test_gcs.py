@@ -52,7 +52,7 @@ def unreliable(server):
             self.send_response(status)
             for name, value in headers:
                 if name.lower() not in ("content-length", "transfer-encoding", "connection", "date"):
-                    self.send_header(name, value.replace(f":{server}", f":{self.server.server_port}"))
+                    self.send_header(name, value.replace(f":{server}", f":{self.server.server_address[1]}"))
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             if self.command != "HEAD":
@@ -61,7 +61,7 @@ def unreliable(server):
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_PATCH = answer
 
-        def log_message(self, *args):
+        def log_message(self, format, *args):
             pass
 
     proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
