@@ -3,8 +3,11 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+
+from tests import forked
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = """
@@ -36,7 +39,7 @@ def environment(devices=1):
 
 def start(*flags, devices=1, prefix=()) -> subprocess.Popen:
     command = [*prefix, sys.executable, "-m", "tvq_pod.main", *map(str, flags)]
-    return subprocess.Popen(
+    return forked.Popen(
         command, env=environment(devices), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
@@ -44,6 +47,17 @@ def start(*flags, devices=1, prefix=()) -> subprocess.Popen:
 def finish(process) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+def said_until(process: subprocess.Popen, beginning: str) -> list[str]:
+    """The messages of a process, until it has ended; when one begins so, the process gets SIGTERM."""
+    lines = []
+    assert process.stderr
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith(beginning):
+            process.send_signal(signal.SIGTERM)
+    return lines
 
 
 def run(*flags, devices=1) -> tuple[str, str]:
@@ -67,3 +81,8 @@ def fingerprint(inspected: str) -> list[str]:
 
 def packages_of(workdir):
     return [json.loads(line) for line in (workdir / "packages.jsonl").read_text().splitlines()]
+
+
+def contents(workdir: pathlib.Path) -> dict[pathlib.Path, bytes]:
+    """Every file of a run but its lock, with what is in it."""
+    return {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file() and path.name != "lock"}

@@ -1,12 +1,14 @@
 """Runs before any test module is imported: eight simulated devices, quick compilation, no silent rank promotion."""
 
+import collections
+import fcntl
 import gc
 import importlib.metadata
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
@@ -63,22 +65,55 @@ def eight_devices() -> list:
     return devices
 
 
-@pytest.fixture(scope="module")
+def _made_once(tmp_path_factory, name: str, make: Callable[[pathlib.Path], object]) -> pathlib.Path:
+    """A folder that all workers of pytest-xdist share. make: fills it, once."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / name).exists():
+            draft = shared / f"{name}.making"
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir()
+            make(draft)
+            draft.rename(shared / name)
+    return shared / name
+
+
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> pathlib.Path:
-    """A folder of 40 text files."""
-    path = tmp_path_factory.mktemp("corpus")
-    for i in range(40):
-        (path / f"{i}.txt").write_text(
-            f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (i % 7 + 1)
-        )
-    return path
+    """A folder of 40 text files, to read."""
+
+    def make(folder):
+        for i in range(40):
+            text = f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (i % 7 + 1)
+            (folder / f"{i}.txt").write_text(text)
+
+    return _made_once(tmp_path_factory, "corpus", make)
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory, corpus) -> pathlib.Path:
+    text = command.SMALL.format(source=str(corpus))
+    return _made_once(tmp_path_factory, "config", lambda folder: (folder / "small.py").write_text(text)) / "small.py"
+
+
+@pytest.fixture(scope="session")
+def _trained_once(tmp_path_factory, config_file) -> pathlib.Path:
+    def make(folder):
+        out, err = command.run(f"--config={config_file}", f"--workdir={folder / 'run'}", devices=8)
+        (folder / "out").write_text(out)
+        (folder / "err").write_text(err)
+
+    return _made_once(tmp_path_factory, "trained", make)
 
 
 @pytest.fixture(scope="module")
-def config_file(tmp_path_factory, corpus) -> pathlib.Path:
-    path = tmp_path_factory.mktemp("config") / "small.py"
-    path.write_text(command.SMALL.format(source=str(corpus)))
-    return path
+def trained(tmp_path_factory, _trained_once) -> tuple[pathlib.Path, str, str]:
+    """The folder, output and messages of a run of 40 steps on eight devices; the folder is a copy for this module."""
+    workdir = tmp_path_factory.mktemp("runs") / "trained"
+    shutil.copytree(_trained_once / "run", workdir)
+    return workdir, (_trained_once / "out").read_text(), (_trained_once / "err").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +122,16 @@ def server() -> Iterator[int]:
     from tests import buckets  # which takes a second to import
 
     yield from buckets.served()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that all workers of pytest-xdist end together. A slow test counts for
+    8 seconds, unless its marker says how many, as slow(40)."""
+    seconds = collections.defaultdict(float)
+    for item in items:
+        slow = item.get_closest_marker("slow")
+        seconds[item.path] += (slow.args or (8.0,))[0] if slow else 0.3
+    items.sort(key=lambda item: (-seconds[item.path], item.path))
 
 
 def pytest_sessionfinish(session):

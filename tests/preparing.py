@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 
+from tests import forked
 from tests.command import ROOT
 from tests.common import store_of
 from tvq_pod.data import store as store_module
@@ -34,7 +35,7 @@ with only_one(path):
 
 def preparing(corpus, path, vocab="bytes", seconds=0.0) -> subprocess.Popen:
     command = [sys.executable, "-c", PROGRAM, str(corpus), str(path), str(vocab), str(seconds)]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    return forked.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 def undisturbed(tmp_path, monkeypatch, corpus, vocab) -> TokenStore:

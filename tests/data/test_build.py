@@ -120,6 +120,7 @@ def kill_after(process, path, n):
     process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bytes", "pieces"])
 def test_a_prepare_that_is_killed_goes_on_where_it_was(corpus, tmp_path, monkeypatch, vocab, kind):
     """Three times with -9, at different documents: nothing has the final name until all is there."""
@@ -140,6 +141,7 @@ def test_a_prepare_that_is_killed_goes_on_where_it_was(corpus, tmp_path, monkeyp
     assert not (path / "progress.json").exists()
 
 
+@pytest.mark.slow
 def test_a_corpus_that_changed_meanwhile_is_read_anew(corpus, tmp_path, monkeypatch):
     path = tmp_path / "s"
     kill_after(preparing(corpus, path, seconds=0.03), path, 20)
@@ -149,6 +151,7 @@ def test_a_corpus_that_changed_meanwhile_is_read_anew(corpus, tmp_path, monkeypa
     assert_same(TokenStore(path), undisturbed(tmp_path, monkeypatch, corpus, None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["progress", "array", "gone"])
 def test_a_draft_that_is_damaged_is_made_anew(corpus, tmp_path, monkeypatch, damage):
     path, draft = tmp_path / "s", tmp_path / "s.preparing"
@@ -170,6 +173,7 @@ def test_a_draft_that_is_damaged_is_made_anew(corpus, tmp_path, monkeypatch, dam
     assert_same(TokenStore(path), undisturbed(tmp_path, monkeypatch, corpus, None))
 
 
+@pytest.mark.slow
 def test_two_at_once_make_one_store(corpus, tmp_path, monkeypatch):
     first = preparing(corpus, tmp_path / "s", seconds=0.03)
     while not (tmp_path / "s.preparing").exists():
@@ -306,12 +310,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     megabytes = []
-    for n in (100, 300):
+    for n in (30, 130):
         command = [sys.executable, "-c", MEMORY, str(tmp_path / str(n)), str(n)]
         megabytes.append(int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout))
-    assert megabytes[1] < megabytes[0] + 100
+    assert megabytes[1] < megabytes[0] + 50
 
 
 # ------------------------------------------------- settings and vocabularies

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from typing import NoReturn
 
 MACHINES = {"v4-8": 1, "v4-16": 2, "v5litepod-8": 1, "v5litepod-16": 4}
 SPOT_GRACE_SECONDS = 30.0
@@ -116,10 +117,14 @@ class Cloud:
 
 def pids(folder: pathlib.Path) -> list[int]:
     """Main processes of a machine's running services; each leads a group."""
-    return [int(path.read_text()) for path in folder.glob("services/*.pid") if path.read_text()]
+    found = []
+    for path in folder.glob("services/*.pid"):
+        with contextlib.suppress(FileNotFoundError):  # a service that ends meanwhile
+            found.append(path.read_text())
+    return [int(text) for text in found if text]
 
 
-def fail(text: str, code: int = 1):
+def fail(text: str, code: int = 1) -> NoReturn:
     """Ends a program as gcloud ends."""
     print(text, file=sys.stderr)
     sys.exit(code)

@@ -9,25 +9,31 @@ import threading
 
 import pytest
 
+from tests import forked
 from tests.launch.cloud import MACHINES, Cloud
+from tests.launch.resident import script
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 HERE = pathlib.Path(__file__).parent
 
 
 class Laptop:
-    """Where launch.pod is typed. Machines find the metadata server at `metadata`."""
+    """Where launch.pod is typed. Machines find the metadata server at `metadata`; resident: the port of resident.py."""
 
-    def __init__(self, folder: pathlib.Path, metadata: str):
+    def __init__(self, folder: pathlib.Path, metadata: str, resident: int):
         self.folder = folder
         self.cloud = Cloud(folder / "cloud")
         self.bin = folder / "bin"
         there = self.cloud.folder / "bin"  # on every machine
         for place in (self.bin, there):
             place.mkdir(parents=True)
-            write_program(place / "gcloud", f'exec {sys.executable} -S {HERE}/gcloud_program.py "$@"')
-        for name, verb in dict(sudo="sudo", systemctl="systemctl", journalctl="journalctl", python3="python").items():
-            write_program(there / name, f'exec {sys.executable} -S {HERE}/machine_program.py {verb} "$@"')
+            write_program(place / "gcloud", script("gcloud", resident))
+        # Only to a machine's own services: what else is done as root would be done to the machine that tests.
+        write_program(there / "sudo", 'case $1 in systemctl | journalctl) exec "$@" ;; esac')
+        for name in ("systemctl", "journalctl"):
+            write_program(there / name, script(name, resident))
+        training = f'[ "$2" != tvq_pod.main ] || exec {sys.executable} -SE {HERE}/machine_program.py "$@"'
+        write_program(there / "python3", f"{training}\n{script('python', resident)}")
         for name in ("python3.11", "python3.12", "python3.13"):
             write_program(there / name, "exit 1")
         self.environment = os.environ | dict(
@@ -39,7 +45,7 @@ class Laptop:
     def start(self, command: str, *flags: str) -> subprocess.Popen:
         """One command of launch.pod."""
         program = [sys.executable, "-m", "launch.pod", command, f"--records={self.folder / 'records'}"]
-        return subprocess.Popen(
+        return forked.Popen(
             [*program, *flags],
             env=self.environment,
             cwd=ROOT,
@@ -72,9 +78,9 @@ class Laptop:
             return state.get(name)
 
 
-def write_program(path: pathlib.Path, line: str) -> None:
+def write_program(path: pathlib.Path, lines: str) -> None:
     """An executable shell script."""
-    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.write_text(f"#!/bin/bash\n{lines}\n")
     path.chmod(0o755)
 
 
@@ -99,7 +105,7 @@ class Metadata(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text)
 
-    def log_message(self, *args):
+    def log_message(self, format, *args):
         pass
 
 
@@ -112,10 +118,19 @@ def metadata():
     server.shutdown()
 
 
+@pytest.fixture(scope="session")
+def resident():
+    """The port of the process that runs the programs on the PATH."""
+    command = [sys.executable, str(HERE / "resident.py")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        yield int(process.stdout.readline())
+
+
 @pytest.fixture
-def laptop(tmp_path, metadata):
+def laptop(tmp_path, metadata, resident):
     """It is taken apart at the end, with all that runs."""
-    laptop = Laptop(tmp_path, metadata)
+    laptop = Laptop(tmp_path, metadata, resident)
     yield laptop
     with laptop.cloud.open() as state:
         for queued in state["queued"].values():

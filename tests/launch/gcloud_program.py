@@ -1,4 +1,4 @@
-"""gcloud, as a program on the PATH of a test: python gcloud_program.py ARGUMENTS
+"""gcloud, as a program on the PATH of a test (see resident.py).
 
 Flags that gcloud's reference does not have are refused; error texts have the form that gcloud 528.0.0 gives them (seen
 from the real one, against an API that answered as the public ones do). The environment's STANDIN names its cloud.
@@ -11,12 +11,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.parse
+import urllib.request
+
+from tests.launch.cloud import MACHINES, Cloud, fail
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))  # a program: nobody says where its modules are
-
-from tests.launch.cloud import MACHINES, Cloud, fail  # noqa: E402
-
 TABLE = json.loads((ROOT / "tests/launch/gcloud_flags.json").read_text())
 # Behind what is denied or not found.
 TAIL = (
@@ -38,12 +38,12 @@ def gcloud(arguments: list[str]) -> None:
                 "Please run:\n\n  $ gcloud auth login\n\nto obtain new credentials.\n"
             )
     if doomed == "before":
-        os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(int(os.environ["STANDIN_CALLER"]), signal.SIGKILL)
     try:
         COMMANDS[command](cloud, flags, places, f"ERROR: (gcloud.{command.replace(' ', '.')})")
     finally:
         if doomed == "after":  # whoever called never hears of what was done
-            os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(int(os.environ["STANDIN_CALLER"]), signal.SIGKILL)
 
 
 def parsed(arguments: list[str]) -> tuple[str, dict, list[str]]:
@@ -225,8 +225,6 @@ def read_object(cloud, url: str) -> str:
     host = os.environ.get("STORAGE_EMULATOR_HOST")
     if not host:
         return (cloud.folder / "buckets" / bucket / name).read_text()
-    import urllib.request  # which takes longer than all the rest
-
     name = urllib.parse.quote(name, safe="")
     return urllib.request.urlopen(f"{host}/storage/v1/b/{bucket}/o/{name}?alt=media").read().decode()
 
@@ -247,8 +245,6 @@ def storage_cp(cloud, flags, places, error):
     data, to = pathlib.Path(places[0]).read_bytes(), places[1]
     host = os.environ.get("STORAGE_EMULATOR_HOST")
     if host:
-        import urllib.request
-
         bucket, _, name = to.removeprefix("gs://").partition("/")
         query = urllib.parse.urlencode(dict(uploadType="media", name=name))
         request = urllib.request.Request(f"{host}/upload/storage/v1/b/{bucket}/o?{query}", data, method="POST")
@@ -270,6 +266,3 @@ COMMANDS = {
     "storage cat": storage_cat,
     "storage cp": storage_cp,
 }
-
-if __name__ == "__main__":
-    gcloud(sys.argv[1:])

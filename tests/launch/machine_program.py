@@ -1,10 +1,12 @@
-"""What a machine of the stand-in cloud has on its PATH: python machine_program.py NAME ARGUMENTS
+"""What a machine of the stand-in cloud has on its PATH (see resident.py): systemctl and journalctl, as much of them as
+worker.sh calls; and python, which pretends to make environments, to install and to train. STANDIN names the
+cloud, STANDIN_MACHINE the machine's folder.
 
-NAME: sudo, systemctl and journalctl, as much of them as worker.sh calls; service, a running unit; and python, which
-pretends to make environments, to install and to train. STANDIN names the cloud, STANDIN_MACHINE the machine's folder.
+    python machine_program.py -m tvq_pod.main ARGUMENTS        a training, which is a process of its own, for signals
 """
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -19,14 +21,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))  # a program: nobody says where its modules are
 
 from tests.launch.cloud import Cloud, fail  # noqa: E402
-
-HERE = pathlib.Path(__file__).resolve()
-
-
-def sudo(arguments: list[str]) -> None:
-    """Only to a machine's own services: what else is done as root would be done to the machine that tests."""
-    if arguments[0] in ("systemctl", "journalctl"):
-        os.execvp(arguments[0], arguments)
 
 
 def services() -> pathlib.Path:
@@ -64,13 +58,15 @@ def start_service(unit: str) -> None:
     text = (services() / unit).read_text()
     pid = services() / f"{unit}.pid"
     pid.write_text("")
-    subprocess.Popen(
-        [sys.executable, "-S", str(HERE), "service", unit, setting(text, "ExecStart"), setting(text, "ExecStopPost")],
-        start_new_session=True,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    if not os.fork():
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for number in range(3):
+            os.dup2(null, number)
+        try:
+            service(unit, setting(text, "ExecStart"), setting(text, "ExecStopPost"))
+        finally:
+            os._exit(0)
     while pid.exists() and not pid.read_text():
         time.sleep(0.01)
 
@@ -80,9 +76,8 @@ def setting(text: str, name: str) -> str:
     return found[1] if found else ""
 
 
-def service(arguments: list[str]) -> None:
+def service(unit: str, command: str, after: str) -> None:
     """Runs one to its end, and what comes after; the log is its journal."""
-    unit, command, after = arguments
     folder = services()
     with open(folder / f"{unit}.journal", "ab") as journal:
         process = subprocess.Popen(command.split(" "), stdout=journal, stderr=journal, process_group=0, cwd="/")
@@ -126,19 +121,22 @@ def python(arguments: list[str]) -> None:
     elif arguments[:2] == ["-m", "tvq_pod.run.packages"]:
         with Cloud(os.environ["STANDIN"]).open() as state:
             versions = state["versions"].get(os.environ["STANDIN_NAME"])
-        if versions:
-            print(versions)
-        else:
-            os.execv(sys.executable, [sys.executable, *arguments])
+        print(versions or versions_here())
     elif arguments[:2] == ["-m", "launch.upload"]:
         cloud = Cloud(os.environ["STANDIN"])
         target = cloud.folder / "buckets" / arguments[3].removeprefix("gs://")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(arguments[2], target)
-    elif arguments[:2] == ["-m", "tvq_pod.main"]:
-        pretend_training(arguments[2:])
-    else:
-        os.execv(sys.executable, [sys.executable, *arguments])
+    elif arguments[0] != "-c":  # with which its version is asked for
+        fail(f"the stand-in has no {arguments}")
+
+
+@functools.cache
+def versions_here() -> str:
+    """Of the packages that this machine has."""
+    from tvq_pod.run import packages  # not for a training: `python -S` does not find what it imports
+
+    return packages.summary(packages.installed())
 
 
 def pretend_training(arguments: list[str]) -> None:
@@ -193,4 +191,4 @@ def pause(cloud: Cloud, step: int) -> None:
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](sys.argv[2:])
+    pretend_training(sys.argv[3:])

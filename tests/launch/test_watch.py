@@ -64,6 +64,7 @@ def test_a_slice_that_is_taken_back_is_asked_for_again_and_the_run_ends(started)
     assert "--force" not in deletes[0]
 
 
+@pytest.mark.slow
 def test_exit_75_is_no_failure(laptop):
     laptop.set(training=[dict(steps=5, exit=75)] * 2 + [{}])
     laptop.must("up", *UP)
@@ -74,6 +75,7 @@ def test_exit_75_is_no_failure(laptop):
     assert sorted(attempts(laptop)) == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_failures_without_a_newer_checkpoint_are_few(laptop):
     """Each fails at step 8, after saving step 5: the first made progress, those that follow did not."""
     laptop.set(training=[dict(steps=8, exit=1)])
@@ -86,6 +88,7 @@ def test_failures_without_a_newer_checkpoint_are_few(laptop):
     assert [line.rpartition(" in ")[2] for line in lines if "tries again" in line] == ["30 s", "60 s", "2 min"]
 
 
+@pytest.mark.slow
 def test_failures_with_progress_are_no_reason_to_give_up(laptop):
     laptop.set(training=[dict(steps=7, exit=1), dict(steps=12, exit=1), dict(steps=17, exit=1), {}])
     laptop.must("up", *UP)
@@ -119,6 +122,7 @@ def _on_this_path(laptop, monkeypatch):
         monkeypatch.setenv(name, laptop.environment[name])
 
 
+@pytest.mark.slow
 def test_a_zone_that_is_full_for_an_hour(started):
     started.cloud.preempt("run", grace=0.0)
     full_until = time.time() + 3600
@@ -131,6 +135,7 @@ def test_a_zone_that_is_full_for_an_hour(started):
     assert status_of(started)["state"] == "done"
 
 
+@pytest.mark.slow
 def test_requests_that_are_refused_or_fail_are_made_again(started):
     started.cloud.preempt("run", grace=0.0)
     started.set(
@@ -171,6 +176,7 @@ def test_gcloud_that_fails_in_passing_ends_nothing(started):
     assert status_of(started)["state"] == "done"
 
 
+@pytest.mark.slow
 def test_two_at_once_do_what_one_does(started):
     """The second waits, and goes on when the first is killed."""
     first = started.start("watch", *WATCH)
@@ -263,6 +269,7 @@ def test_a_machine_that_was_started_anew_trains_again(started):
     assert sorted(attempts(started)) == [1, 2]
 
 
+@pytest.mark.slow
 def test_what_was_given_up_stays_so_until_run(laptop):
     laptop.set(training=[dict(steps=3, exit=1)])
     laptop.must("up", *UP)
@@ -286,6 +293,7 @@ def test_the_log_of_a_slice_that_is_gone_is_in_the_bucket(started):
     assert "begins after step 0" in started.must("logs", "--name=run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_watch_that_is_killed_at_any_point_is_started_again_and_nothing_is_lost(laptop, sign):
     """The n-th watch is killed at its n-th call of gcloud, before or after it was done; the slice is taken back once
@@ -296,7 +304,7 @@ def test_a_watch_that_is_killed_at_any_point_is_started_again_and_nothing_is_los
     wait_for(laptop, 7)
     laptop.set(wait_at=9)  # it goes on after step 7
     laptop.cloud.preempt("run", grace=0.0)
-    preempted = False
+    preempted, code, out, err = False, None, "", ""
     for n in range(1, 40):
         laptop.set(calls=0, kill_at=sign * n)
         code, out, err = laptop.pod("watch", *WATCH)

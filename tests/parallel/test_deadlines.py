@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from launch import local
+from tests import forked
 from tests.command import ROOT, environment
 from tests.common import store_of
 from tvq_pod.run import manifest
@@ -28,7 +29,7 @@ class Ended(NamedTuple):
 def started(scenario: str, folder, index: int = 0, port: int = 0) -> subprocess.Popen:
     command = [sys.executable, "-m", "tests.parallel.deadline_program", port, index, scenario, folder]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen(list(map(str, command)), env=environment(), cwd=ROOT, text=True, **pipes)
+    return forked.Popen(list(map(str, command)), env=environment(), cwd=ROOT, text=True, **pipes)
 
 
 def ended(process: subprocess.Popen) -> Ended:
@@ -81,6 +82,7 @@ LINES = dict(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_all_processes_end_when_one_hangs(jobs, scenario):
     for job in jobs[scenario]:
@@ -91,6 +93,7 @@ def test_all_processes_end_when_one_hangs(jobs, scenario):
     assert jobs[scenario][0].code == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["restore", "save", "first", "evaluation"])
 def test_the_process_that_hangs_ends_by_the_same_deadline(jobs, scenario):
     for job in jobs[scenario]:
@@ -98,6 +101,7 @@ def test_the_process_that_hangs_ends_by_the_same_deadline(jobs, scenario):
         assert job.code == 1
 
 
+@pytest.mark.slow
 def test_who_waits_for_process_0_goes_on_waiting_while_it_is_seen_to_work(jobs):
     assert all("worked" in job.out for job in jobs["first"])
 

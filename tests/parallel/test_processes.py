@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from launch import local
+from tests import forked
 from tvq_pod.data.loader import joined, local_part
 from tvq_pod.errors import UserError
 from tvq_pod.parallel import processes
@@ -29,10 +30,10 @@ FLAGS = [
 ]  # fmt: skip
 
 
-def launched(*arguments: str, **settings) -> subprocess.Popen:
+def launched(*arguments: str, popen: type[subprocess.Popen] = forked.Popen, **settings) -> subprocess.Popen:
     """settings: of Popen."""
     command = [sys.executable, "-m", "launch.local", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **settings)
+    return popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +49,27 @@ def lines_of(workdir, split):
     return {row["step"]: row["loss"] for row in rows if row["split"] == split}
 
 
+@pytest.mark.slow(35)
 def test_losses_do_not_depend_on_how_many_processes_there_are(corpus, tmp_path):
     """2 processes over sequence and heads, and 1 over rows; each writes one line a step, and one sample."""
     losses = []
+    few = ["--config.train.num_steps=8", "--config.checkpoint.every_steps=0"]
     for n, mesh in [(2, ["--config.mesh.sequence=2", "--config.mesh.model=2"]), (1, [])]:
         workdir = tmp_path / str(n)
-        flags = [*FLAGS, *mesh, f"--config.data.source={corpus}", f"--workdir={workdir}"]
+        flags = [*FLAGS, *few, *mesh, f"--config.data.source={corpus}", f"--workdir={workdir}"]
         job = launched(f"--processes={n}", f"--devices_per_process={4 // n}", "--", *flags)
         output, _ = job.communicate(timeout=200)
         assert job.returncode == 0, output
         assert output.count("done:") == 1
-        assert (workdir / "samples" / "step_20.txt").exists()
+        assert (workdir / "samples" / "step_8.txt").exists()
         losses.append((lines_of(workdir, "train"), lines_of(workdir, "validation")))
     (train, validation), (other_train, other_validation) = losses
-    assert list(train) == list(other_train) == list(range(1, 21))
+    assert list(train) == list(other_train) == list(range(1, 9))
     np.testing.assert_allclose(list(train.values()), list(other_train.values()), rtol=1e-4)
-    np.testing.assert_allclose(validation[20], other_validation[20], rtol=1e-4)
+    np.testing.assert_allclose(validation[8], other_validation[8], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_all_processes_go_back_together_and_give_up_together(corpus, tmp_path):
     """Codes that die make every step bad from some step on, after checkpoints of the same session."""
     flags = [*FLAGS, f"--config.data.source={corpus}", f"--workdir={tmp_path / 'run'}", "--config.model.n_code=64",
@@ -84,7 +88,7 @@ def test_all_processes_go_back_together_and_give_up_together(corpus, tmp_path):
 
 def test_a_mistake_ends_all_processes_with_one_line_each(corpus, tmp_path):
     flags = [*FLAGS, f"--config.data.source={corpus}/nothing", f"--workdir={tmp_path / 'run'}"]
-    job = launched("--processes=2", "--devices_per_process=2", "--", *flags)
+    job = launched("--processes=2", "--devices_per_process=2", "--", *flags, popen=subprocess.Popen)
     output, _ = job.communicate(timeout=120)
     assert job.returncode == 1
     assert "error: config.data.source=" in output
@@ -92,6 +96,7 @@ def test_a_mistake_ends_all_processes_with_one_line_each(corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_a_corpus_is_prepared_ends_all_processes_with_one_line_each(tmp_path):
     """The terminal sends it to the launcher's process group; SIGUSR1, which all get before, ends none."""
     (tmp_path / "run").mkdir()
@@ -99,6 +104,7 @@ def test_ctrl_c_while_a_corpus_is_prepared_ends_all_processes_with_one_line_each
     with (tmp_path / "run/store.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         job = launched("--processes=2", "--devices_per_process=1", "--", *flags, start_new_session=True)
+        assert job.stdout
         while not (line := job.stdout.readline()).startswith("waits: another process prepares"):
             assert line
         os.killpg(job.pid, signal.SIGUSR1)
@@ -175,11 +181,12 @@ def test_an_address_that_is_none_is_refused_at_once(address):
         processes.join(address, 2, 0, False)
 
 
+@pytest.mark.slow
 def test_a_process_whose_peers_do_not_come_ends_in_one_line(corpus, tmp_path):
     """Process 0 waits for another; process 1 for a process 0 that is not there."""
-    flags = [*FLAGS, f"--config.data.source={corpus}", f"--workdir={tmp_path / 'run'}", "--join_timeout_seconds=6"]
+    flags = [*FLAGS, f"--config.data.source={corpus}", f"--workdir={tmp_path / 'run'}", "--join_timeout_seconds=5"]
     jobs = [
-        subprocess.Popen(
+        forked.Popen(
             [sys.executable, "-m", "tvq_pod.main", *flags, f"--coordinator_address=127.0.0.1:{port}",
              "--num_processes=2", f"--process_id={index}"], stderr=subprocess.PIPE, text=True,
         )
@@ -188,7 +195,7 @@ def test_a_process_whose_peers_do_not_come_ends_in_one_line(corpus, tmp_path):
     for job in jobs:
         _, err = job.communicate(timeout=100)
         assert job.returncode == 1
-        assert "this process could not join the others within --join_timeout_seconds=6" in err.splitlines()[-1]
+        assert "this process could not join the others within --join_timeout_seconds=5" in err.splitlines()[-1]
 
 
 def test_what_one_decides_holds_and_its_error_is_raised():

@@ -32,7 +32,7 @@ def answering(answer):
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_PATCH = handle_one
 
-        def log_message(self, *args):
+        def log_message(self, format, *args):
             pass
 
     there = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)

@@ -12,6 +12,7 @@ import time
 import pytest
 from etils import epath
 
+from tests import forked
 from tests.command import ROOT
 from tvq_pod.errors import UserError
 from tvq_pod.run import lock as workdir_module
@@ -31,7 +32,8 @@ with locked(epath.Path(sys.argv[1])):
 def holder(tmp_path):
     """A real process that holds the lock."""
     environment = os.environ | dict(PYTHONPATH=str(ROOT))
-    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, env=environment)
+    process = forked.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, env=environment)
+    assert process.stdout
     assert process.stdout.readline() == b"held\n"
     yield process
     process.kill()
@@ -130,8 +132,9 @@ def test_a_lock_that_is_held_shows_that_its_holder_lives(tmp_path, quick):
 def test_a_holder_whose_lock_was_taken_over_ends(tmp_path):
     code = HOLD.replace("with locked", "import tvq_pod.run.lock as w\nw.BEAT_SECONDS = 0.1\nwith locked")
     environment = os.environ | dict(PYTHONPATH=str(ROOT))
-    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    process = forked.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env=environment)  # fmt: skip
+    assert process.stdout
     assert process.stdout.readline() == b"held\n"
     write_lock(tmp_path)
     _, err = process.communicate(timeout=30)
@@ -143,9 +146,11 @@ def holder_that_ends(tmp_path, change):
     """A holder of which nobody reads the last words, after a change to its lock."""
     code = HOLD.replace("with locked", "import tvq_pod.run.lock as w\nw.BEAT_SECONDS = 0.1\nwith locked")
     environment = os.environ | dict(PYTHONPATH=str(ROOT))
-    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    process = forked.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env=environment)  # fmt: skip
+    assert process.stdout
     assert process.stdout.readline() == b"held\n"
+    assert process.stderr
     process.stderr.close()
     change()
     return process.wait(timeout=30)
@@ -175,7 +180,7 @@ def test_of_two_that_take_a_dead_lock_the_last_to_write_has_it(tmp_path, quick, 
 def test_a_clock_that_was_set_makes_no_holder_dead_and_none_immortal(tmp_path, quick):
     for shift in (-1000, 1000):
         write_lock(tmp_path)
-        os.utime(tmp_path / "lock", (time.time() + shift,) * 2)
+        os.utime(tmp_path / "lock", (time.time() + shift, time.time() + shift))
         began = time.monotonic()
         with locked(epath.Path(tmp_path)):
             assert 2 * workdir_module.BEAT_SECONDS < time.monotonic() - began < 5

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests import forked
 from tests.command import ROOT
 
 PROGRAM = """
@@ -20,7 +21,7 @@ while not (sys.argv[3] == "saves" and preemption.requested):
     if preemption.take_save():
         print("saved", flush=True)
         preemption.can_save = True
-time.sleep(0.5)
+time.sleep(0.2)
 os._exit(75)  # as main ends: Python's own way has another code where stderr is closed
 """
 
@@ -39,16 +40,17 @@ def start():
     started = []
 
     def start(grace: float, can_save: str, does: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen:
-        process = subprocess.Popen(
+        process = forked.Popen(
             [*prefix, sys.executable, "-c", PROGRAM, str(grace), can_save, does],
             env=os.environ | dict(PYTHONPATH=str(ROOT)),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=_heed_signals,
+            preexec_fn=_heed_signals if prefix else None,
         )
         started.append(process)
+        assert process.stdout
         assert process.stdout.readline() == "up\n"
         return process
 

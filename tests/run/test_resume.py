@@ -2,86 +2,99 @@
 
 import dataclasses
 import random
+import shutil
 import signal
-import time
+import subprocess
 
+import pytest
 from etils import epath
 
-from tests import chaos
-from tests.command import finish, metrics_of, run, start
+from tests import chaos, forked
+from tests.command import finish, metrics_of, run, said_until, start
 from tests.training.test_bad_steps import settings_for
 from tvq_pod.config.settings import EvalSettings
 from tvq_pod.modes.train import train
 from tvq_pod.run.checkpoint import Checkpoints
 from tvq_pod.run.checkpoint_reader import CheckpointReader
 
-FLAGS = [
+SLOW_STEPS = [
     "--config.sample.length=0",
-    "--config.eval.every_steps=20",
     "--config.eval.at_end=False",
-    "--config.model.p_dropres=0.2",
-    "--config.model.p_droplyr=0.2",
+    "--config.train.num_steps=1000",
     "--config.train.log_every_steps=1",
-    "--config.train.update_len=1024",  # slow enough to be killed between two saves
+    "--config.train.update_len=1024",  # slow enough to be met by a signal between two saves
     "--config.model.reduction=serial",  # and quick to compile, with its 128 blocks
+    "--config.checkpoint.every_steps=0",
 ]
 
 
-def test_a_job_that_is_preempted_and_damaged_ends_with_the_same_bits(tmp_path, monkeypatch):
-    """A short form of `python -m tests.chaos`: two processes, one of which gets SIGTERM; then all are killed, and a bit
-    of the newest checkpoint flips."""
-    monkeypatch.setattr(chaos, "STEPS", 30)
+@pytest.mark.slow(40)
+def test_a_job_that_is_killed_and_damaged_ends_with_the_same_bits(tmp_path, monkeypatch):
+    """A short form of `python -m tests.chaos`: two processes, which are killed at step 21; and a bit of the newest of
+    their checkpoints flips. (tests/launch/test_end_to_end.py has the same bits after SIGTERM.)"""
+    monkeypatch.setattr(subprocess, "Popen", forked.Popen)
+    monkeypatch.setattr(chaos, "STEPS", 24)
+    monkeypatch.setattr(chaos, "DEVICES", 2)
+    few = ["--config.checkpoint.every_steps=5", "--config.eval.max_tokens=500"]
+    monkeypatch.setattr(chaos, "TRAIN", [*chaos.TRAIN, *few])
     setting = chaos.Setting(tmp_path / "chaos")
     setting.leave_alone(2, warm_up=False)
-    rng = random.Random(0)
-    faults = ["SIGTERM, one process", "a bit flipped"]
-    chaos.one_run(tmp_path / "chaos/run", setting, faults, rng, exact=2)
+    chaos.one_run(tmp_path / "chaos/run", setting, ["a bit flipped"], random.Random(27), exact=2)
+    assert list((tmp_path / "chaos/run/checkpoints").glob("*.damaged"))
 
 
-def test_a_run_that_goes_on_with_other_streams_says_so_and_reads_on(tmp_path, config_file):
+@pytest.mark.slow
+def test_a_run_that_goes_on_with_other_streams_says_so_and_reads_on(tmp_path, trained):
     """Batch size and update length change on request only; the tokens left of the epoch are read next."""
-    flags = [f"--config={config_file}", f"--workdir={tmp_path / 'run'}", "--config.sample.length=0",
-             "--config.eval.at_end=False"]  # fmt: skip
-    run(*flags, "--config.train.num_steps=20")
-    _, err = run(*flags, "--config.train.batch_size=4", "--config.train.update_len=16",
-                 "--config.train.on_batch_change=restart_streams")  # fmt: skip
-    assert "streams start anew at step 20: 4 of them, 16 tokens an update" in err
-    assert [line["step"] for line in metrics_of(tmp_path / "run", "train")][-1] == 40
+    workdir = tmp_path / "run"
+    shutil.copytree(trained[0], workdir)
+    flags = [f"--workdir={workdir}", "--config.sample.length=0", "--config.eval.at_end=False",
+             "--config.train.batch_size=4", "--config.train.update_len=16"]  # fmt: skip
+    _, err = run(*flags, "--config.train.num_steps=50", "--config.train.on_batch_change=restart_streams")
+    assert "streams start anew at step 40: 4 of them, 16 tokens an update" in err
+    assert [line["step"] for line in metrics_of(workdir, "train")][-1] == 50
     # and goes on with these as if they had always been
-    _, err = run(*flags, "--config.train.batch_size=4", "--config.train.update_len=16", "--config.train.num_steps=45")
-    assert "goes on from step 40" in err
-    assert "anew" not in err
+    again = start(*flags, "--config.train.num_steps=55", "--config.train.on_batch_change=refuse")
+    lines = said_until(again, "goes on from step 50")
+    assert again.wait() == 75, lines
+    assert not any("anew" in line for line in lines)
 
 
 def test_signals_save_and_end_one_process_too_and_the_next_start_goes_on(tmp_path, config_file):
-    """SIGUSR1 twice, while it starts and in a step; then Ctrl-C; and SIGTERM to the next start."""
-    flags = [f"--config={config_file}", *FLAGS, f"--workdir={tmp_path / 'run'}"]
-    process, lines = start(*flags), []
+    """SIGUSR1 twice, while it starts and in a step; then Ctrl-C; and SIGTERM to the next start. Meanwhile another run
+    in the same folder is refused, and this one goes on."""
+    flags = [f"--config={config_file}", *SLOW_STEPS, f"--workdir={tmp_path / 'run'}"]
+    process, lines, second, interrupted_at, saved = start(*flags), [], None, 0, 0
+    assert process.stderr
     for line in process.stderr:
         lines.append(line)
+        step = int(line.split()[1].split("/")[0]) if line.startswith("step ") else 0
         if line.startswith("store "):  # restore and compilation are still to come
             process.send_signal(signal.SIGUSR1)
-        if line.startswith("step  5/"):
+        if step == 5:
             process.send_signal(signal.SIGUSR1)
-        if line.startswith("step  9/"):
+            second = start(*flags)
+        if second and second.poll() is not None and step and not interrupted_at:
+            interrupted_at = step
             process.send_signal(signal.SIGINT)
         if line.startswith("saved step"):
             saved = int(line.split()[2])
     assert process.wait() == 75, lines
     assert any(line.startswith("SIGUSR1: the run saves as soon as") for line in lines)
-    assert 9 < saved <= 13  # at most three steps were on their way
-    first, second, last = sorted(int(path.name) for path in (tmp_path / "run/checkpoints").iterdir())
+    assert interrupted_at < saved <= interrupted_at + 4  # at most three steps were on their way
+    first, on_request, last = sorted(int(path.name) for path in (tmp_path / "run/checkpoints").iterdir())
     assert first == 1
-    assert 5 < second <= 9
+    assert 5 < on_request <= 9
     assert last == saved
     assert (tmp_path / f"run/checkpoints/{saved}/manifest.json").exists()
+    code, _, err = finish(second)
+    assert code == 1
+    assert f"is in use by another process (process {process.pid} on" in err.splitlines()[-1]
+    # A dead process holds nothing: the folder is free again.
     early = start(*flags)
-    time.sleep(1.5)  # while it starts: there is nothing to save
-    early.send_signal(signal.SIGTERM)
-    _, err = early.communicate()
-    assert early.returncode in (75, -signal.SIGTERM), err
-    _, err = run(*flags)
-    assert f"goes on from step {saved}" in err
+    lines = said_until(early, f"goes on from step {saved}")
+    assert early.wait() == 75, lines
+    assert lines[-1] == "SIGTERM: the process ends; there is nothing to save\n"
 
 
 class AskedToSaveAt:
@@ -97,6 +110,7 @@ class AskedToSaveAt:
         return self._asked in self._times
 
 
+@pytest.mark.slow
 def test_sigusr1_in_an_evaluation_saves_at_once(tmp_path, corpus, monkeypatch):
     """The run asks after each of 6 steps, and after each step of the evaluation that follows the 4th."""
     settings = settings_for(corpus)
@@ -117,20 +131,3 @@ def test_sigusr1_in_an_evaluation_saves_at_once(tmp_path, corpus, monkeypatch):
     assert saved == [2, 4, 6]
     assert evaluated[-1] == ([4], [2, 4])  # the evaluation came to its end
     assert CheckpointReader(epath.Path(tmp_path)).steps() == [2, 4, 6]
-
-
-def test_two_runs_in_one_folder_the_second_is_refused_and_the_first_goes_on(tmp_path, config_file):
-    flags = [f"--config={config_file}", *FLAGS, f"--workdir={tmp_path / 'run'}"]
-    first = start(*flags)
-    deadline = time.monotonic() + 100
-    while not (tmp_path / "run/metrics.jsonl").exists():
-        assert first.poll() is None, first.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    code, _, err = finish(start(*flags))
-    assert code == 1
-    assert f"is in use by another process (process {first.pid} on" in err.splitlines()[-1]
-    code, _, err = finish(first)
-    assert code == 0, err
-    # a dead process holds nothing: the folder is free again
-    run(*flags)
