@@ -16,7 +16,7 @@ import pytest
 
 from tests.common import small_config
 from tvq_pod.config.identity import run_record
-from tvq_pod.config.settings import CheckpointSettings, MeshSettings, OptimizerSettings, Settings, TrainSettings
+from tvq_pod.config.settings import CheckpointSettings, MeshSettings, Settings, TrainSettings
 from tvq_pod.data.schedule import DataSchedule
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.run.checkpoint import Checkpoints
@@ -45,7 +45,7 @@ MOMENTS = dict(
 
 
 def settings_of(name: str) -> Settings:
-    return dataclasses.replace(SETTINGS, optimizer=OptimizerSettings(name=name))
+    return dataclasses.replace(SETTINGS, optimizer=dataclasses.replace(SETTINGS.optimizer, name=name))
 
 
 def abstract_of(name: str) -> TrainState:
