@@ -35,7 +35,7 @@ def test_a_job_that_is_killed_and_damaged_ends_with_the_same_bits(tmp_path, monk
     monkeypatch.setattr(subprocess, "Popen", forked.Popen)
     monkeypatch.setattr(chaos, "STEPS", 24)
     monkeypatch.setattr(chaos, "DEVICES", 2)
-    few = ["--config.checkpoint.every_steps=5", "--config.eval.max_tokens=500"]
+    few = ["--config.checkpoint.every_steps=5", "--config.eval.every_steps=0", "--config.eval.at_end=False"]
     monkeypatch.setattr(chaos, "TRAIN", [*chaos.TRAIN, *few])
     setting = chaos.Setting(tmp_path / "chaos")
     setting.leave_alone(2, warm_up=False)
