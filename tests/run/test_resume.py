@@ -35,7 +35,7 @@ def test_a_job_that_is_killed_and_damaged_ends_with_the_same_bits(tmp_path, monk
     monkeypatch.setattr(subprocess, "Popen", forked.Popen)
     monkeypatch.setattr(chaos, "STEPS", 24)
     monkeypatch.setattr(chaos, "DEVICES", 2)
-    few = ["--config.checkpoint.every_steps=5", "--config.eval.max_tokens=500"]
+    few = ["--config.checkpoint.every_steps=5", "--config.eval.every_steps=0", "--config.eval.at_end=False"]
     monkeypatch.setattr(chaos, "TRAIN", [*chaos.TRAIN, *few])
     setting = chaos.Setting(tmp_path / "chaos")
     setting.leave_alone(2, warm_up=False)
@@ -64,29 +64,36 @@ def test_signals_save_and_end_one_process_too_and_the_next_start_goes_on(tmp_pat
     """SIGUSR1 twice, while it starts and in a step; then Ctrl-C; and SIGTERM to the next start. Meanwhile another run
     in the same folder is refused, and this one goes on."""
     flags = [f"--config={config_file}", *SLOW_STEPS, f"--workdir={tmp_path / 'run'}"]
-    process, lines, second, interrupted_at, saved = start(*flags), [], None, 0, 0
+    process, lines, second, told = start(*flags), [], None, False
+    step, asked_at, interrupted_at, saved = 0, 0, 0, 0
     assert process.stderr
     for line in process.stderr:
         lines.append(line)
-        step = int(line.split()[1].split("/")[0]) if line.startswith("step ") else 0
+        if line.startswith("step "):
+            step = int(line.split()[1].split("/")[0])
         if line.startswith("store "):  # restore and compilation are still to come
             process.send_signal(signal.SIGUSR1)
-        if step == 5:
+        if step == 5 and not second:
             process.send_signal(signal.SIGUSR1)
             second = start(*flags)
-        if second and second.poll() is not None and step and not interrupted_at:
-            interrupted_at = step
+        if second and second.poll() is not None and not told:
             process.send_signal(signal.SIGINT)
+            told = True
+        if line.startswith("SIGUSR1: the run saves now"):
+            asked_at = step
+        if line.startswith("SIGINT: the run saves and ends"):
+            interrupted_at = step
         if line.startswith("saved step"):
             saved = int(line.split()[2])
     assert process.wait() == 75, lines
     assert any(line.startswith("SIGUSR1: the run saves as soon as") for line in lines)
-    assert interrupted_at < saved <= interrupted_at + 4  # at most three steps were on their way
     first, on_request, last = sorted(int(path.name) for path in (tmp_path / "run/checkpoints").iterdir())
     assert first == 1
-    assert 5 < on_request <= 9
+    assert 5 <= asked_at < on_request <= asked_at + 4  # at most three steps were on their way
+    assert interrupted_at < saved <= interrupted_at + 4
     assert last == saved
     assert (tmp_path / f"run/checkpoints/{saved}/manifest.json").exists()
+    assert second
     code, _, err = finish(second)
     assert code == 1
     assert f"is in use by another process (process {process.pid} on" in err.splitlines()[-1]
