@@ -171,7 +171,8 @@ def layer_and_gradients(config):
         def update(state, inputs):
             features, ids = inputs
             inputs = dict(input_features=features[None], doc_ids=ids[None], vq_spec=None)
-            state, out = cls(config).apply({"params": params}, state=state, input_dict=inputs)
+            applied = cls(config).apply({"params": params}, state=state, input_dict=inputs)
+            state, out = cast(tuple[dict, dict], applied)
             return state, (out["res"][0], out["l_codebook"])
 
         updates = x[0].reshape(-1, step, x.shape[-1]), doc_ids[0].reshape(-1, step)
