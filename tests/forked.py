@@ -141,8 +141,8 @@ class _Zygote:
             listening.listen(100)
             command = [sys.executable, "-m", "tests.forked", str(listening.fileno())]
             root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-            process = _Anew(command, pass_fds=[listening.fileno()], cwd=root, **pipes)
+            inherited, null = [listening.fileno()], subprocess.DEVNULL
+            process = _Anew(command, pass_fds=inherited, cwd=root, stdin=subprocess.PIPE, stdout=null)
         atexit.register(shutil.rmtree, folder)
         atexit.register(process.communicate)  # it ends when its standard input does
 
