@@ -16,10 +16,12 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import types
@@ -88,23 +90,17 @@ class Popen(_Anew):
                 start_new_session, process_group,
             )  # fmt: skip
         streams = [own if given == -1 else given for own, given in enumerate((p2cread, c2pwrite, errwrite))]
-        group = "session" if start_new_session else "group" if process_group == 0 else ""
+        group = "session" if start_new_session else os.getpgid(0) if process_group == -1 else process_group
         program = dict(
             arguments=command[1:],
             environment=dict(os.environ if env is None else env),
             folder=os.path.abspath(cwd or "."),
             group=group,
         )
-        if _Zygote.is_one_of_its_forks:
-            self.pid = _fork()
-            if not self.pid:
-                _become(program, streams)
-        else:
-            self.pid, self._status = _zygote().fork(program, streams)
+        self.pid, self._status = _zygote().fork(program, streams)
         for ours, theirs in ((p2cwrite, p2cread), (c2pread, c2pwrite), (errread, errwrite)):
             if theirs != -1 and ours != -1:
                 os.close(theirs)
-        self._child_created = self._status is None
         self._closed_child_pipe_fds = True
 
     def poll(self) -> int | None:
@@ -130,33 +126,33 @@ class Popen(_Anew):
 
 
 class _Zygote:
-    """The process that has imported everything, seen from the one that asks it for forks."""
+    """The process that has imported everything, seen from one that asks it for forks, which may be a fork itself."""
 
-    is_one_of_its_forks = False
-    own_files: frozenset[int] = frozenset()  # that are open before there are forks
+    address = ""  # in forks: where it listens
 
     def __init__(self):
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._variables = _of_jax(os.environ)
-        self._asking = threading.Lock()
-        with theirs:
-            command = [sys.executable, "-m", "tests.forked", str(theirs.fileno())]
+        if self.address:
+            return
+        folder = tempfile.mkdtemp()
+        self.address = f"{folder}/socket"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+            listening.bind(self.address)
+            listening.listen(100)
+            command = [sys.executable, "-m", "tests.forked", str(listening.fileno())]
             root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-            null = subprocess.DEVNULL
-            self._process = _Anew(command, pass_fds=[theirs.fileno()], cwd=root, stdin=null, stdout=null)
-        atexit.register(self._end)
+            inherited, null = [listening.fileno()], subprocess.DEVNULL
+            process = _Anew(command, pass_fds=inherited, cwd=root, stdin=subprocess.PIPE, stdout=null)
+        atexit.register(shutil.rmtree, folder)
+        atexit.register(process.communicate)  # it ends when its standard input does
 
     def fork(self, program: dict, streams: list[int]) -> tuple[int, socket.socket]:
         """The process id of a fork, and a socket from which its exit status can be read."""
         assert _of_jax(program["environment"]) == self._variables, "jax reads them when it is imported"
-        status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, self._asking:
-            socket.send_fds(self._socket, [json.dumps(program).encode()], [*streams, theirs.fileno()])
-            return int(self._socket.recv(100)), status
-
-    def _end(self) -> None:
-        self._socket.close()
-        self._process.wait()
+        status = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        status.connect(self.address)
+        socket.send_fds(status, [json.dumps(program).encode()], streams)
+        return int(status.recv(100)), status
 
 
 _zygote = functools.cache(_Zygote)
@@ -172,16 +168,17 @@ def _fork() -> int:
         return os.fork()
 
 
-def _become(program: dict, streams: list[int]) -> None:
-    """Runs a program in this process, which is a fork, and ends."""
+def _become(program: dict, streams: list[int], own_files: frozenset[int]) -> None:
+    """Runs a program in this process, which is a fork, and ends. own_files: that stay open, besides the streams."""
     if program["group"] == "session":
         os.setsid()
-    elif program["group"] == "group":
-        os.setpgid(0, 0)
+    else:
+        with contextlib.suppress(PermissionError):  # a group of another session
+            os.setpgid(0, program["group"])
     for number, stream in enumerate([os.dup(stream) for stream in streams]):  # a stream may have another one's number
         os.dup2(stream, number)
     for other in map(int, os.listdir("/proc/self/fd")):
-        if other not in _Zygote.own_files:
+        if other not in own_files:
             with contextlib.suppress(OSError):  # the folder that was looked in
                 os.close(other)
     encoding = sys.stdout.encoding
@@ -222,16 +219,17 @@ def _become(program: dict, streams: list[int]) -> None:
     os._exit(code)
 
 
-def _serve(requests: socket.socket) -> None:
-    """Forks on request, and tells how each fork ended, until nobody is there to ask."""
+def _serve(listening: socket.socket) -> None:
+    """Forks on request, and tells how each fork ended, until standard input is closed."""
     for name in IMPORTED:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a fork that looked through these objects would copy them
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run in the background, or under nohup
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    _Zygote.address = listening.getsockname()
     files = [name for name in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{name}")]
-    _Zygote.own_files = frozenset(map(int, files)) - {requests.fileno()}
+    own_files = frozenset(map(int, files)) - {listening.fileno()}
     running: dict[int, socket.socket] = {}  # by process id, where to tell how it ends
     told: dict[socket.socket, int] = {}  # those whose end is known and not read yet: as zombies, they keep their id
     ended, wakes = os.pipe()
@@ -239,7 +237,9 @@ def _serve(requests: socket.socket) -> None:
     signal.set_wakeup_fd(wakes)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     while True:
-        ready, _, _ = select.select([requests, ended, *told], [], [])
+        ready, _, _ = select.select([listening, ended, 0, *told], [], [])
+        if 0 in ready:
+            return
         for status in told.keys() & set(ready):
             os.waitpid(told.pop(status), 0)
             status.close()
@@ -253,22 +253,22 @@ def _serve(requests: socket.socket) -> None:
                     with contextlib.suppress(BrokenPipeError):
                         status.send(str(code).encode())
                     told[status] = pid
-        if requests not in ready:
+        if listening not in ready:
             continue
-        message, descriptors, _, _ = socket.recv_fds(requests, MAX_BYTES, 4)
-        if not message:
-            return
-        *streams, status = descriptors
+        asked, _ = listening.accept()
+        message, streams, _, _ = socket.recv_fds(asked, MAX_BYTES, 3)
+        if not message:  # who asked has ended
+            asked.close()
+            continue
         pid = _fork()
         if not pid:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            _Zygote.is_one_of_its_forks = True
-            _become(json.loads(message), streams)
-        running[pid] = socket.socket(fileno=status)
+            _become(json.loads(message), streams, own_files)
+        running[pid] = asked
         for stream in streams:
             os.close(stream)
-        requests.send(str(pid).encode())
+        asked.send(str(pid).encode())
 
 
 if __name__ == "__main__":

@@ -95,9 +95,12 @@ def test_the_streams_of_a_fork_end_with_it_whatever_others_go_on():
 
 
 def test_a_fork_starts_python_by_forks_and_other_programs_as_ever():
-    code = "import subprocess, sys\n" + "\n".join(
+    """By forks of what has run nothing yet: a program defines its flags once."""
+    flag = "from absl import flags; flags.DEFINE_bool('flag', True, 'of a program')"
+    inner = f"import sys; {flag}; print(len(sys.modules) > 1000)"
+    code = f"{flag}; import subprocess, sys\n" + "\n".join(
         f"print(subprocess.run({command}, stdout=subprocess.PIPE, text=True).stdout.strip(), flush=True)"
-        for command in ("[sys.executable, '-c', 'import sys; print(len(sys.modules) > 1000)']", "['echo', 'here']")
+        for command in (f"[sys.executable, '-c', {inner!r}]", "['echo', 'here']")
     )
     out, _ = forked.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True).communicate()
     assert out == "True\nhere\n"
