@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from tests.command import ROOT, finish, run, start
+from tests.command import ROOT, finish, start
 from tvq_pod.config.settings import Settings, TrainSettings
 from tvq_pod.errors import UserError
 from tvq_pod.modes.plan import parse_grid, plan
@@ -155,7 +155,10 @@ def swept(tmp_path_factory) -> tuple[pathlib.Path, str]:
     """The folder and output of a sweep over simulated devices, one of whose points is in error."""
     folder = tmp_path_factory.mktemp("sweep")
     flags = ["--mode=plan", *SMALL, "--config.model.head_type=mqa", "--topology=cpu:8", f"--workdir={folder}"]
-    out, _ = run(*flags, "--sweep", "config.model.block_len=64,100;config.train.batch_size=8")
+    grid = ["--sweep", "config.model.block_len=64,100;config.train.batch_size=8"]
+    # Each point is a process that the sweep starts: a fork (see tests/forked.py) would have the sweep's own flags.
+    code, out, err = finish(start(*flags, *grid, prefix=["env"]))
+    assert code == 0, err
     return folder, out
 
 

@@ -13,12 +13,20 @@ MODEL = dict(
 )  # fmt: skip
 
 
-def settings_of(mesh: tuple, microbatches=1, fsdp=True, update_len=UPDATE_LEN, weight_decay=0.0, **model) -> Settings:
+def settings_of(
+    mesh: tuple[int, int, int, int],
+    model: dict | None = None,
+    *,
+    microbatches: int = 1,
+    fsdp: bool = True,
+    update_len: int = UPDATE_LEN,
+    weight_decay: float = 0.0,
+) -> Settings:
     """mesh: the sizes of slices, data, sequence and model. model: changes to MODEL. The learning rate of the first step
     is 0."""
     slices, data, sequence, heads = mesh
     return Settings(
-        model=small_config(**(MODEL | model)),
+        model=small_config(**(MODEL | (model or {}))),
         train=TrainSettings(batch_size=ROWS, update_len=update_len, num_steps=STEPS, microbatches=microbatches),
         # With a larger eps, Adam makes no large steps of the noise of a gradient that is next to nothing.
         optimizer=OptimizerSettings(learning_rate=0.01, warmup_steps=1, eps=1e-4, weight_decay=weight_decay),

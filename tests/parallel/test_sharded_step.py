@@ -19,7 +19,7 @@ from tvq_pod.training.step import TrainState, abstract_train_state, create_train
 ALONE = (1, 1, 1, 1)  # slices, data, sequence, model
 STILL = dict(p_dropemb=0.0, p_dropsin=0.0, p_dropres=0.0, p_droplyr=0.0)
 # A vocabulary that is wider than the model: its losses go block by block. A window of two blocks.
-MQA = dict(head_type="mqa", n_head=8, d_ff=16, n_vocab=24, mem_len=6, weight_decay=0.01)
+MQA = dict(head_type="mqa", n_head=8, d_ff=16, n_vocab=24, mem_len=6)
 # Microbatches draw other masks of dropout than the batch that they are parts of.
 MHA = dict(head_type="mha", n_head=8, d_ff=16, window_bias=2.0, mem_len=6, agg_cache=False, **STILL)
 
@@ -70,10 +70,12 @@ def trained(settings: Settings, made_there: bool = False) -> Trained:
     return Trained(params[0], jax.device_get(state), jax.device_get(metrics))
 
 
-def assert_same_as_alone(mesh: tuple, made_there: bool = False, microbatches: int = 1, fsdp: bool = True, **changes):
-    """The training on the mesh is that of one device: metrics of every step, parameters, codebooks, states."""
-    ours = trained(settings_of(mesh, microbatches, fsdp, **changes), made_there)
-    alone = trained(settings_of(ALONE, **{name: value for name, value in changes.items() if name != "reduction"}))
+def assert_same_as_alone(mesh, model=None, *, made_there=False, microbatches=1, fsdp=True, weight_decay=0.0):
+    """The training on the mesh is that of one device, with the cumulative reduction, in one batch: metrics of every
+    step, parameters, codebooks, states."""
+    settings = settings_of(mesh, model, microbatches=microbatches, fsdp=fsdp, weight_decay=weight_decay)
+    ours = trained(settings, made_there)
+    alone = trained(settings_of(ALONE, (model or {}) | dict(reduction="cumulative"), weight_decay=weight_decay))
     for a, b in zip(ours.metrics, alone.metrics, strict=True):
         assert a["grad_norm"] > 0.01
         for name in a:
@@ -99,19 +101,19 @@ def test_nor_do_they_on_several_slices(eight_devices):
 
 @pytest.mark.slow
 def test_the_serial_reduction_goes_over_shards_of_one_block_each(eight_devices):
-    assert_same_as_alone((1, 1, 8, 1), reduction="serial")
+    assert_same_as_alone((1, 1, 8, 1), dict(reduction="serial"))
 
 
 @pytest.mark.slow
 def test_query_heads_and_the_losses_of_a_wide_vocabulary_are_spread(eight_devices):
-    assert_same_as_alone((1, 2, 2, 2), **MQA)
+    assert_same_as_alone((1, 2, 2, 2), MQA, weight_decay=0.01)
 
 
 @pytest.mark.slow
 def test_heads_are_spread_and_microbatches_add_up_to_the_batch(eight_devices):
     """Losses, gradients, the codebook's moving average and the states; without the cache, and with parameters that are
     whole everywhere."""
-    assert_same_as_alone((1, 2, 2, 2), microbatches=4, fsdp=False, **MHA)
+    assert_same_as_alone((1, 2, 2, 2), MHA, microbatches=4, fsdp=False)
 
 
 @pytest.mark.slow
