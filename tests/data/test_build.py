@@ -72,7 +72,7 @@ def hugging_face(tmp_path_factory):
     return HuggingFaceVocab(path)
 
 
-@pytest.mark.parametrize("kind", ["vocab", "hugging_face"])
+@pytest.mark.parametrize("kind", ["vocab", pytest.param("hugging_face", marks=pytest.mark.slow)])
 def test_other_processes_give_the_same_tokens_in_the_same_order(kind, request, monkeypatch):
     vocab = request.getfixturevalue(kind)
     monkeypatch.setattr(encode_module, "ALONE_BYTES", 500)

@@ -93,6 +93,7 @@ def bucket(server, monkeypatch):
     bucket.server.shutdown()
 
 
+@pytest.mark.slow
 def test_lines_of_two_writers_survive_each_other(bucket, quick, monkeypatch):
     """A training and an evaluation of it, which upload every line on its own."""
     monkeypatch.setattr(bucket_file, "PIECE_BYTES", 1)

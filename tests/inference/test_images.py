@@ -20,6 +20,7 @@ from tvq_pod.nn.model import Transformer
 CONFIG = small_config(n_vocab=ByteVocab.n_vocab + 5, block_len=8, mem_len=4, pe_abs=True, n_layer=1)
 
 
+@pytest.mark.slow
 def test_greedy_images_are_the_likeliest_bytes_one_after_the_other(monkeypatch):
     monkeypatch.setattr(images, "IMAGE_SHAPE", (2, 4, 3))
     drawn = images.draw_images(

@@ -60,6 +60,7 @@ def prompt_of(length, seed=None):
     return rng.integers(3, 259, size=length).astype(np.int32)
 
 
+@pytest.mark.slow
 def test_greedy_samples_are_the_argmax_of_the_whole_text_so_far():
     """Prompts that end before, at and after the borders of blocks, in one batch."""
     prompts = [prompt_of(length) for length in (0, 1, 7, 8, 13, 29)]

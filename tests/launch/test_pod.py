@@ -45,6 +45,7 @@ def status_of(laptop) -> dict:
     return json.loads((laptop.cloud.folder / "buckets/bucket/run/status.json").read_text())
 
 
+@pytest.mark.slow
 def test_from_nothing_to_done_and_nothing_left(laptop):
     laptop.must("up", *UP)
     laptop.must("run", *RUN)

@@ -48,6 +48,7 @@ def attempts(laptop) -> dict[int, list[str]]:
     return {attempt: sorted(names) for attempt, names in found.items()}
 
 
+@pytest.mark.slow
 def test_a_slice_that_is_taken_back_is_asked_for_again_and_the_run_ends(started):
     watch = started.start("watch", *WATCH)
     began = started.get("queued")["run"]["asked_at"]
@@ -242,6 +243,7 @@ def test_down_ends_a_watch_that_asks(started):
     assert not [path for path in (started.folder / "records").rglob("*.json")]
 
 
+@pytest.mark.slow
 def test_a_slice_that_is_dead_though_its_request_is_active(started):
     """Of two slices one is taken, and the request does not say so."""
     started.set(lost_nodes=["run"])

@@ -13,6 +13,7 @@ import pytest
 from tests.command import contents, fingerprint, finish, metrics_of, run, start
 
 
+@pytest.mark.slow
 def test_eval_gives_what_training_gave_on_another_mesh(trained):
     workdir, _, _ = trained
     (during,) = metrics_of(workdir, "validation")[:1]

@@ -167,7 +167,7 @@ TRAINING = small_config(is_train=True, p_dropres=0.3, pe_abs=True, block_len=8)
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(remat="projections"),
+        slow(dict(remat="projections")),
         slow(dict(remat="dots", unroll=2)),
         slow(dict(remat="full")),
         slow(dict(remat="full", head_type="mha", attn_type="full")),

@@ -50,6 +50,7 @@ def a_batch(mesh, seed):
     return jax.device_put(batch, jax.NamedSharding(mesh, jax.P("data")))
 
 
+@pytest.mark.slow
 def test_what_is_saved_in_the_background_is_the_state_of_that_step(tmp_path, mesh):
     """The step donates its state: a save that still reads it while the next step writes would be caught here."""
     checkpoints, step_fn = Checkpoints(tmp_path, CheckpointSettings(keep=0)), made_up_step(SETTINGS, mesh)
