@@ -231,6 +231,7 @@ def test_a_store_that_only_lacks_its_name_is_not_made_again(tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_named_and_what_was_written_is_not_lost(corpus, tmp_path, monkeypatch):
     path = tmp_path / "s"
     kill_after(preparing(corpus, path, seconds=0.03), path, 10)

@@ -75,6 +75,7 @@ def test_several_slices_are_one_job(laptop):
     assert "must be 0 .. 3" in error_of(laptop, "logs", "--name=run", "--worker=4")
 
 
+@pytest.mark.slow
 def test_every_value_arrives_as_it_was_given(laptop, tmp_path):
     prompt = '--config.sample.prompt=it\'s $HOME `id`; "a"  b\\ *\n100%'
     secrets = tmp_path / "secrets"

@@ -282,7 +282,7 @@ def test_a_laptop_needs_no_package_but_absl_and_filelock():
     code = "import launch.pod, sys; print(*{name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     found = {name for name in done.stdout.split() if not name.startswith("_")}  # what pip itself adds begins so
-    assert found - {"launch", "tvq_pod"} == {"absl", "filelock"}
+    assert found - {"launch", "tvq_pod", "sitecustomize", "usercustomize"} == {"absl", "filelock"}
 
 
 def test_what_two_commands_change_at_once_is_all_there(tmp_path):

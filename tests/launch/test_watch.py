@@ -152,6 +152,7 @@ def test_requests_that_are_refused_or_fail_are_made_again(started):
     assert pauses == ["30 s", "60 s", "2 min", "4 min", "8 min", "15 min", "15 min", "15 min"]
 
 
+@pytest.mark.slow
 def test_a_request_that_can_never_be_granted_is_given_up(started):
     started.cloud.preempt("run", grace=0.0)
     started.set(create_errors=[["INVALID_ARGUMENT", "the accelerator was not found"]] * 9)
@@ -256,6 +257,7 @@ def test_a_slice_that_is_dead_though_its_request_is_active(started):
     assert status_of(started)["state"] == "done"
 
 
+@pytest.mark.slow
 def test_a_machine_that_was_started_anew_trains_again(started):
     """Its service is gone, and nothing says with which code."""
     folder = started.cloud.machine("run", 0)

@@ -192,7 +192,7 @@ def layer_and_gradients(config):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(mem_len=5),
+        slow(dict(mem_len=5)),
         slow(dict(reduction="serial", head_type="mqa")),
         slow(dict(block_len=2, mem_len=6, head_type="mha", n_head=3)),
         slow(dict(agg_cache=False, mem_len=5)),

@@ -180,6 +180,7 @@ def test_what_is_kept_for_the_backward_pass_changes_no_gradient(changes):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-4), kept, gradients(config))
 
 
+@pytest.mark.slow
 def test_absolute_positions_have_a_learned_scale():
     assert model_params(TRAINING)["pe_scale"].shape == ()
     assert abs(gradients(TRAINING)["pe_scale"]) > 1e-3

@@ -210,7 +210,8 @@ def lines_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("forget_state", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("forget_state", [False, True])
 def test_a_bad_step_changes_nothing_but_its_count(corpus, forget_state):
     """The real step. With forget_state, the streams' states begin anew."""
     settings = settings_for(corpus, forget_state=forget_state)
