@@ -74,7 +74,7 @@ def test_a_row_that_is_a_token_behind_loses_that_token_and_no_other():
     assert sorted(read_row(tokens, streams, 0, 0, 9)["targets"]) == list(range(9))
 
 
-def test_streams_of_a_course_are_those_of_its_changes():
+def test_streams_of_a_data_schedule_are_those_of_its_changes():
     split = corpus([9, 30, 4, 17, 22])
     schedule = DataSchedule.begin(2, 5).changed(3, 4, 2).changed(5, 1, 6)
     streams = streams_of(schedule, split.starts, seed=1)

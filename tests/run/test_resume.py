@@ -128,13 +128,19 @@ def test_sigusr1_in_an_evaluation_saves_at_once(tmp_path, corpus, monkeypatch):
         checkpoint=dataclasses.replace(settings.checkpoint, every_steps=0),
         eval=EvalSettings(every_steps=4, at_end=False),
     )
-    saved, save = [], Checkpoints.save
-    monkeypatch.setattr(Checkpoints, "save", lambda self, state, step, *rest, **more: (
-        saved.append(step), save(self, state, step, *rest, **more)))  # fmt: skip
+    saved, retained, save = [], [], Checkpoints.save
+
+    def noted(self, state, step, *rest, **more):
+        saved.append(step)
+        retained.append(more["retain_all"])
+        save(self, state, step, *rest, **more)
+
+    monkeypatch.setattr(Checkpoints, "save", noted)
     evaluated, know = [], Checkpoints.know_losses
     monkeypatch.setattr(Checkpoints, "know_losses", lambda self, losses: (
         evaluated.append((list(losses), list(saved))), know(self, losses)))  # fmt: skip
     train(settings, epath.Path(tmp_path), AskedToSaveAt(2, 6))
     assert saved == [2, 4, 6]
+    assert retained == [False, True, False]  # it may come between bad steps
     assert evaluated[-1] == ([4], [2, 4])  # the evaluation came to its end
     assert CheckpointReader(epath.Path(tmp_path)).steps() == [2, 4, 6]

@@ -161,3 +161,11 @@ def test_nobody_tries_again_while_the_save_that_failed_is_still_being_written_el
     assert run(saver, checkpoints, [(5, GOOD, False, False)]) == []
     votes.others = dict(save_failed=False, save_busy=False)
     assert run(saver, checkpoints, [(6, GOOD, False, False)]) == [6]
+
+
+def test_a_save_that_was_asked_for_in_passing_does_not_stand_for_one_that_is_due():
+    """Between bad steps, a signal in an evaluation; the save that is due comes after them."""
+    saver, checkpoints, _ = made(4)
+    assert run(saver, checkpoints, [(4, BAD, False, False)]) == []
+    saver.save("state 4", 4, retain_all=True)
+    assert run(saver, checkpoints, [(5, GOOD, False, False)]) == [4, 5]

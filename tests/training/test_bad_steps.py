@@ -252,6 +252,8 @@ def test_after_several_in_a_row_the_run_goes_back_and_skips_their_data(corpus, t
     state = run(settings, tmp_path)
     (line,) = [json.loads(text) for text in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert (line["update"], line["count"], line["bad_steps"], line["back_to"]) == (12, 3, [13, 15], 10)
+    logged = [line["step"] for line in lines_of(tmp_path) if line["split"] == "train"]
+    assert logged == [*range(1, 15), *range(11, STEPS + 1)]  # and no line of the steps that were left comes late
     left = [update for update in range(STEPS + 3) if update not in poison]
     expected = by_hand(settings, tmp_path, left, make_step=make_step)
     assert_same(state, expected)

@@ -67,7 +67,7 @@ class _Left:
     empty or not UTF-8."""
 
     def __init__(self, corpus: Documents, vocab: Vocab, data: DataSettings):
-        self._corpus, self.vocab_for, self._data = iter(corpus), vocab, data
+        self._corpus, self._vocab, self._data = iter(corpus), vocab, data
         self._number = self._crc = 0
         self._empty, self._odd = _Names(), _Names()
         self._probes = 0 if vocab.takes_any_bytes else PROBES
@@ -102,7 +102,7 @@ class _Left:
             if not len(document.text):
                 self._empty.add(document.name)
                 continue
-            text, is_odd = usable(document, self.vocab_for.takes_any_bytes, self._data.invalid_utf8)
+            text, is_odd = usable(document, self._vocab.takes_any_bytes, self._data.invalid_utf8)
             if is_odd:
                 self._odd.add(document.name)
             if text is None:
@@ -116,7 +116,7 @@ class _Left:
     def _probe(self, name: str, begins: bytes) -> None:
         """Warns of a vocabulary that changes text: bits per byte are of the text as it was."""
         text = begins.decode("utf-8", errors="ignore")
-        found = decoded(self.vocab_for.encode(text.encode()), self.vocab_for)
+        found = decoded(self._vocab.encode(text.encode()), self._vocab)
         if found != text:
             at = next((place for place, pair in enumerate(zip(found, text, strict=False)) if len(set(pair)) > 1), 0)
             say(
@@ -137,7 +137,7 @@ class _Left:
         if self._odd.count:
             done = {"replace": "their odd bytes became U+FFFD", "skip": "they were left out"}
             done = done.get(self._data.invalid_utf8, "")
-            done = "a byte model takes their bytes as they are" if self.vocab_for.takes_any_bytes else done
+            done = "a byte model takes their bytes as they are" if self._vocab.takes_any_bytes else done
             say(f"  {self._odd.count} documents are not UTF-8, {done}: {self._odd}")
 
 

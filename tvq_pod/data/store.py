@@ -25,6 +25,8 @@ from tvq_pod.data.vocab import Vocab, kept_vocab
 from tvq_pod.errors import UserError
 from tvq_pod.host.paths import BUCKET, is_bucket
 
+# What documents depend on, besides the vocabulary
+MADE_WITH = ("source", "format", "text_field", "glob", "invalid_utf8", "validation_share", "test_share")
 SPLITS = ("train", "validation", "test")
 FORMAT = 2
 CHUNK_BYTES = 64 * 1024
@@ -161,10 +163,6 @@ class TokenStore:
             "recheck_cached_metadata": "open",
         }
         return tensorstore.open(spec, read=True, context=self._context).result()
-
-
-# What documents depend on, besides the vocabulary
-MADE_WITH = ("source", "format", "text_field", "glob", "invalid_utf8", "validation_share", "test_share")
 
 
 def store_path(settings: Settings, workdir: epath.Path) -> epath.Path:

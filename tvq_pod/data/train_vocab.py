@@ -23,6 +23,7 @@ from tvq_pod.host.terminal import say
 from tvq_pod.parallel.deadlines import still_working
 from tvq_pod.parallel.processes import is_process_zero
 
+TRAINED = "sentencepiece"  # the vocabulary that is made here
 SAMPLE_BYTES = 200_000_000  # of lines that pairs are counted in; SentencePiece holds a few times that in memory
 MAX_LINE_BYTES = 4096
 
@@ -93,9 +94,6 @@ def _lines(texts: Iterable[bytes | memoryview]) -> Iterator[str]:
                     part = part.replace("\u2585", "")  # SentencePiece passes over lines with that
                     if part:
                         yield part
-
-
-TRAINED = "sentencepiece"  # the vocabulary that is made here
 
 
 def trained_path(settings: Settings, workdir: epath.Path) -> epath.Path:

@@ -22,7 +22,7 @@ from tvq_pod.inference import images
 from tvq_pod.inference.evaluation_lines import own_losses, report, subject
 from tvq_pod.inference.evaluator import validation_evaluator
 from tvq_pod.inference.text import keep_sample
-from tvq_pod.parallel.mesh import check_rows, make_mesh, sizes
+from tvq_pod.parallel.mesh import check_rows, make_mesh
 from tvq_pod.parallel.processes import Votes, decided_by_process_zero, is_process_zero, on_process_zero
 from tvq_pod.parallel.sharding import on_one_device
 from tvq_pod.run.checkpoint import Checkpoints
@@ -39,7 +39,7 @@ from tvq_pod.run.status import Status
 from tvq_pod.run.stopping import StopTogether
 from tvq_pod.run.training_log import TrainingLog
 from tvq_pod.training.optimizer import learning_rate
-from tvq_pod.training.restore import state_at
+from tvq_pod.training.restore import describe_state, state_at
 from tvq_pod.training.step import TrainState, compiled_train_step
 
 
@@ -95,6 +95,7 @@ class _Session:
         self.rollback = Rollback(checkpoints, Skipped(workdir), settings.train, settings.bad_steps)
         self.stop = StopTogether(preemption, settings.checkpoint.grace_seconds)
         self.evaluated: dict[int, float | None] = {}  # losses on the way to the state, by step
+        self.step_fn: jax.stages.Compiled | None = None
 
     def run(self) -> None:
         """From the newest good checkpoint to the end."""
@@ -108,9 +109,6 @@ class _Session:
             self._evaluate(state, first_step)  # what was broken off when the session before was asked to end
         if first_step < num_steps:
             self.status.begin()
-            self.step_fn = compiled_train_step(self.settings, self.mesh)
-            self.log.restart(first_step)  # what compiling took is no slowness
-            self.preemption.can_save = True
         while first_step < num_steps:
             try:
                 state = self._steps(state, first_step)
@@ -129,11 +127,12 @@ class _Session:
         num_steps, bad_steps = self.settings.train.num_steps, self.settings.bad_steps
         behind = None
         with contextlib.closing(self._feed().batches(first_step, num_steps)) as batches:
-            for step, batch in enumerate(batches, first_step + 1):  # what the state's will be when the update is done
+            # step: what the state's will be when the update is done
+            for step, batch in zip(range(first_step + 1, num_steps + 1), batches, strict=True):
+                step_fn = self._compiled(first_step)  # once there is a batch: a damaged store is told before
                 self.saver.vote()
-                state, metrics = self.step_fn(state, batch)
-                # The host runs ahead of the device by one step, no more: batches take memory.
-                if behind is not None:
+                state, metrics = step_fn(state, batch)
+                if behind is not None:  # the host runs ahead of the device by one step, no more: batches take memory
                     check_good(behind, step - 1, bad_steps)
                 behind = metrics
                 self.saver.hear()
@@ -198,17 +197,21 @@ class _Session:
         )
         self.evaluated = own_losses(workdir, settings, self.store, self.checkpoints.identity)
         self.checkpoints.know_losses(self.evaluated)
-        n_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        kind = jax.devices()[0].device_kind
-        say(f"{n_params:,} parameters on {self.mesh.size} {kind} device(s), mesh {sizes(self.mesh)}")
+        describe_state(state, self.mesh)
 
     def _feed(self) -> Feed:
         """The batches of the data schedule in use."""
         config, data, schedule = self.settings.train, self.settings.data, self.saver.schedule
         streams = streams_of(schedule, self.split.starts, self.settings.seed, self.split.parts)
-        threads, ahead = data.num_threads, data.prefetch_batches
-        sizes = config.batch_size, config.update_len
-        return Feed(self.split, streams, self.mesh, *sizes, threads, ahead, schedule.now.update)
+        sizes = config.batch_size, config.update_len, data.num_threads, data.prefetch_batches
+        return Feed(self.split, streams, self.mesh, *sizes, schedule.now.update)
+
+    def _compiled(self, first_step: int) -> jax.stages.Compiled:
+        if self.step_fn is None:
+            self.step_fn = compiled_train_step(self.settings, self.mesh)
+            self.log.restart(first_step)  # what compiling took is no slowness
+            self.preemption.can_save = True
+        return self.step_fn
 
     def _evaluates_at(self, step: int) -> bool:
         return bool(self.evaluator) and step > 0 and is_every(self.settings.eval.every_steps, step)
@@ -235,8 +238,7 @@ class _Session:
 
     def _finish(self, state: TrainState, last_step: int) -> None:
         """The last evaluation, and a sample."""
-        config = self.settings.eval
-        evaluates = config.at_end or is_every(config.every_steps, last_step)
+        evaluates = self.settings.eval.at_end or is_every(self.settings.eval.every_steps, last_step)
         if self.evaluator and evaluates and not decided_by_process_zero(last_step in self.evaluated):
             self._evaluate(state, last_step)
         self.preemption.can_save = False  # all is saved

@@ -26,7 +26,7 @@ WEIGHTS, CODEBOOK = "weights", "codebook"  # what `optimizer_labels` returns
 
 # A code whose moving average is below this has not been used for hundreds of updates.
 DEAD_COUNT = 1e-2
-# An unused code's N_s shrinks by g each update; below this it stays, or it would underflow to a division by zero.
+# An unused code's N_s shrinks by g each update; c_s is divided by no less than this, or it would be divided by zero.
 MIN_COUNT = 1e-6
 
 
@@ -37,7 +37,7 @@ def ema_update(quantizer_params: Mapping, sums: Mapping, gamma: float) -> dict:
     sums: the gradient of `l_codebook`: sum of keys per code under "codebook", number of keys under "count".
     Returns what to add to the codebook and to the count, in a dict like quantizer_params. Where n_s is 0 the codebook's
     step is exactly 0. In float32, old + (new - old) is the new count exactly while a count at most doubles and at most
-    halves; beyond, it may differ by a rounding error.
+    halves; beyond, it may differ by a rounding error (of the old count: a tiny one may become 0).
     """
     codebook, count = quantizer_params["codebook"], quantizer_params["count"]
     key_sums, n = sums["codebook"], sums["count"]

@@ -150,7 +150,7 @@ class Checkpoints(CheckpointReader):
             params=ocp.args.StandardSave(state.params),
             train=ocp.args.StandardSave(train_item(state)),
             recurrent=ocp.args.StandardSave(state.recurrent),
-            record=ocp.args.JsonSave(
+            record=ocp.args.JsonSave(  # `course` is the data schedule, by the name that older versions read
                 dict(record, format=FORMAT, course=schedule.to_json(), branches=self._branches or [])
             ),
         )

@@ -16,6 +16,7 @@ import time
 from etils import epath
 
 from tvq_pod.host.files import write_whole
+from tvq_pod.host.terminal import say
 
 # Those that decide a run's numbers, or the format of what it writes.
 MATTER = (
@@ -53,8 +54,6 @@ def record(workdir: epath.Path, step: int, versions: dict[str, str] | None = Non
     step: from which the run continues. versions: what is installed, if not given. A file that cannot be read or written
     is a warning too, and never ends the run.
     """
-    from tvq_pod.host.terminal import say  # imports jax, which `python -m tvq_pod.packages` does not need
-
     versions = installed() if versions is None else versions
     path = workdir / "packages.jsonl"
     try:

@@ -76,7 +76,7 @@ class Saver:
         """Begins to save, in the background. retain_all: deletes no older step."""
         self._checkpoints.wait()  # whether the one before could be written makes no difference to this one
         self._checkpoints.save(state, step, self._record, self.schedule, retain_all=retain_all)
-        self._owed = False
+        self._owed &= retain_all  # one that was asked for in passing does not stand for the one that is due
 
     def save_and_leave(self, state: State, step: int) -> NoReturn:
         """Saves, and raises Preempted; UserError if the state could not be saved."""

@@ -78,6 +78,8 @@ def make_optimizer(settings: OptimizerSettings, num_steps: int, c_gamma: float) 
     def update(updates, state, params=None):
         states = optax.PartitionState({WEIGHTS: state, CODEBOOK: no_state})
         updates, states = both.update(updates, states, params)
+        # rounded before they are added, as runs of bfloat16 parameters have always been
+        updates = jax.tree.map(lambda update, param: update.astype(param.dtype), updates, params)
         return updates, cast(optax.PartitionState, states).inner_states[WEIGHTS]
 
     return optax.GradientTransformation(init, update)

@@ -7,6 +7,7 @@ from tvq_pod.data import digest
 from tvq_pod.data.schedule import DataSchedule
 from tvq_pod.errors import UserError
 from tvq_pod.host.terminal import say
+from tvq_pod.parallel.mesh import sizes
 from tvq_pod.parallel.processes import decided_by_process_zero
 from tvq_pod.run.checkpoint import Checkpoints
 from tvq_pod.run.metrics import lines_of
@@ -39,3 +40,10 @@ def state_at(
         )
     say(f"goes on from step {step} in {checkpoints.path}")
     return state
+
+
+def describe_state(state: TrainState, mesh: jax.sharding.Mesh) -> None:
+    """Says how large the model is, and on what it trains."""
+    n_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    kind = mesh.devices.flat[0].device_kind
+    say(f"{n_params:,} parameters on {mesh.size} {kind} device(s), mesh {sizes(mesh)}")
