@@ -44,7 +44,7 @@ class TransformerConfig:
     """Let gradients pass through the cache. False: they stay inside a block."""
     attn_type: Literal["vq", "full"] = "vq"
     """full: quadratic attention over exact keys, for comparison; it has no codes and no cache."""
-    attention: Literal["auto", "plain", "xla"] = "auto"
+    attention: Literal["auto", "plain", "xla", "pallas"] = "auto"
     """How attention of attn_type=vq is computed. plain: readable and slow; any JAX transformation goes through it, and
     the others are tested against it. xla: all blocks at once, with a hand-written gradient (reverse mode only). auto:
     xla."""
