@@ -47,6 +47,7 @@ AXES = dict(  # of every operand and result of the kernels
     inverse=(*_BLOCKS, None, "codes"),
     leaving=(*_BLOCKS, None, "token"),
     first_count=("batch", "key_heads", None, "codes"),
+    inverse_after=(*_BLOCKS, None, "codes"),
     inverse_last=("batch", "key_heads", None, "codes"),
     out=(*_BLOCKS, None, "token", "shared_value"),
     gated=(*_BLOCKS, None, "token", "shared_value"),
@@ -65,7 +66,18 @@ AXES = dict(  # of every operand and result of the kernels
     v_window_gradient=("batch", "key_heads", "window", "shared_value"),
     first_mean_gradient=("batch", "key_heads", "codes", "shared_value"),
 )
-CONSTANT = ("codes", "positions", "sees_cache", "log_counts", "leaving", "inverse", "inverse_last", "first_count", "kept")
+CONSTANT = (
+    "codes",
+    "positions",
+    "sees_cache",
+    "log_counts",
+    "leaving",
+    "inverse",
+    "inverse_after",
+    "inverse_last",
+    "first_count",
+    "kept",
+)
 STATE = ("k_window", "v_window", "first_mean")
 
 
@@ -110,6 +122,7 @@ def fused_attention(
             log_counts=log_counts(counts[:-1])[:, :, :, None],
             leaving=z[:, :, :, None],
             inverse=inverse[:-1, :, :, None],
+            inverse_after=inverse[1:, :, :, None],
             inverse_last=inverse[-1, :, :, None],
             first_mean=cache["upper_div_lower"],
             first_count=cache["lower"][:, :, None],

@@ -71,7 +71,10 @@ class _Dtypes(dict):
 
     OTHERS = dict(
         **dict.fromkeys(("positions", "sees_cache", "leaving"), jnp.int32),
-        **dict.fromkeys(("log_counts", "inverse", "inverse_last", "first_mean", "first_count", "log_total"), jnp.float32),
+        **dict.fromkeys(
+            ("log_counts", "inverse", "inverse_after", "inverse_last", "first_mean", "first_count", "log_total"),
+            jnp.float32,
+        ),
     )
 
     def __init__(self, dtype):

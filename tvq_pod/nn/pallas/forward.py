@@ -40,7 +40,7 @@ def forward_operands(shape: Shape, x: dict) -> Operands:
     operands.give("log_total", (*queries, 1, shape.block_len), jnp.float32, pieces.of_tile_as_row())
     operands.hold("k_window", (shape.block_len, shape.d_k), shape.dtype)
     if shape.has_cache:
-        operands.take("inverse_last", x["inverse_last"], pieces.of_state(1, shape.n_code))
+        operands.take("inverse_after", x["inverse_after"], pieces.of_block(1, shape.n_code))
         mean = shape.n_rows, shape.n_key_head, shape.n_code, shape.d_v
         operands.give("mean", mean, jnp.float32, pieces.of_state(shape.n_code, shape.d_v))
         operands.hold("means", (shape.n_code, shape.d_v), shape.dtype)
@@ -86,15 +86,17 @@ def _forward_kernel(shape: Shape, ref) -> None:
     @pl.when(is_first_tile & (block == 0))
     def _():
         ref.k_window[...] = ref.k_before_first[...]
+        ref.values[0] = jnp.zeros_like(ref.values[0])
         _start_sums(shape, ref)
-
-    @pl.when(is_first_tile)
-    def _():
-        _activate(shape, ref)
         if shape.has_cache:
             ref.means[...] = (ref.sums[...] * as_column(ref.inverse[...])).astype(shape.dtype)
 
+    # A tile needs no values of the tiles after it, but as something that a weight of 0 can be multiplied with. So the
+    # vector unit activates them tile by tile, while the matrix unit is busy.
     q, first = ref.q[...], ref.tile * shape.tile
+    rows = pl.ds(pl.multiple_of(first, shape.tile), shape.tile)
+    for columns in chunks(shape.d_v):
+        ref.values[now, rows, columns] = _activated(shape, ref.v[rows, columns])
     scores = scores_of_tile(shape, ref, q + ref.u[...], q + ref.v_bias[...], ref.k_window[...], first)
     top = functools.reduce(jnp.maximum, [jnp.max(part, axis=1, keepdims=True) for part in scores.there()])
     weights = [jnp.exp(part - top) for part in scores.there()]
@@ -115,13 +117,15 @@ def _forward_kernel(shape: Shape, ref) -> None:
     def _():
         ref.k_window[...] = ref.k[...]
         if shape.has_cache:
-            _add_leaving(shape, ref)
+            inverse = as_column(ref.inverse_after[...])
+            for columns, sums in _add_leaving(shape, ref):
+                ref.means[:, columns] = (sums * inverse).astype(shape.dtype)
 
     if shape.has_cache:
 
         @pl.when(is_last_tile & (block == shape.n_blocks - 1))
         def _():
-            ref.mean[...] = ref.sums[...] * as_column(ref.inverse_last[...])
+            ref.mean[...] = ref.sums[...] * as_column(ref.inverse_after[...])
 
 
 def ends(shape: Shape, ref) -> tuple[jax.Array, jax.Array]:
@@ -137,20 +141,19 @@ def _start_sums(shape: Shape, ref) -> None:
         ref.sums[...] = ref.first_mean[...] * as_column(ref.first_count[...])
 
 
-def _activate(shape: Shape, ref) -> None:
-    """The values of this block."""
-    values = ref.v[...]
-    ref.values[lax.rem(ref.step, 2)] = silu(values).astype(shape.dtype) if shape.is_gated else values
+def _activated(shape: Shape, values: jax.Array) -> jax.Array:
+    return silu(values).astype(shape.dtype) if shape.is_gated else values
 
 
-def _add_leaving(shape: Shape, ref) -> None:
-    """The window leaves: the cache's sums after this block."""
-    row, block = ref.row, ref.step
-    kept = (ref.kept[block, row] > 0).astype(jnp.float32)
+def _add_leaving(shape: Shape, ref):
+    """The window leaves: the cache's sums after this block, some columns at a time."""
+    kept = (ref.kept[ref.step, ref.row] > 0).astype(jnp.float32)
     leaving = one_hot(ref.leaving[...], shape.n_code, shape.dtype)
     for columns in chunks(shape.d_v):
-        values = ref.values[lax.rem(block + 1, 2), :, columns]
-        ref.sums[:, columns] = ref.sums[:, columns] * kept + dot(leaving, values)
+        values = ref.values[lax.rem(ref.step + 1, 2), :, columns]
+        sums = ref.sums[:, columns] * kept + dot(leaving, values)
+        ref.sums[:, columns] = sums
+        yield columns, sums
 
 
 def caches_again(shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -169,5 +172,6 @@ def _caches_kernel(shape: Shape, ref) -> None:
         _start_sums(shape, ref)
 
     ref.means[...] = (ref.sums[...] * as_column(ref.inverse[...])).astype(shape.dtype)
-    _activate(shape, ref)
-    _add_leaving(shape, ref)
+    ref.values[lax.rem(ref.step, 2)] = _activated(shape, ref.v[...])
+    for _ in _add_leaving(shape, ref):
+        pass
