@@ -22,6 +22,7 @@ from tvq_pod.inference import images
 from tvq_pod.inference.evaluation_lines import own_losses, report, subject
 from tvq_pod.inference.evaluator import validation_evaluator
 from tvq_pod.inference.text import keep_sample
+from tvq_pod.parallel.attention import check_attention
 from tvq_pod.parallel.mesh import check_rows, make_mesh, sizes
 from tvq_pod.parallel.processes import Votes, decided_by_process_zero, is_process_zero, on_process_zero
 from tvq_pod.parallel.sharding import on_one_device
@@ -59,6 +60,7 @@ def train(settings: Settings, workdir: epath.Path, preemption: Preemption) -> No
 def _check(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> None:
     """What can be refused before anything is written."""
     check_rows(settings, mesh)
+    check_attention(settings.model, mesh)
     check_packages(settings.metrics)
     images.check_packages(settings)
     if settings.eval.cache == "off":

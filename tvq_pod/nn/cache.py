@@ -97,9 +97,11 @@ def _totals(latest_doc_id, mean, lower, leaving: dict, reduction: str):
 
 
 def count_leaving(latest_doc_id, lower, leaving: dict, reduction: str):
-    """The counts alone, of chunks z [R, B, H, L] and doc_ids [R, B, L]. Returns, after none, one .. R of the chunks, the
-    document [1 + R, B] and the counts float32 [1 + R, B, H, S]; and of each chunk, whether what was there before it is
-    kept, bool [R, B], and z, -1 where a token is not counted."""
+    """The counts alone, of chunks z [R, B, H, L] and doc_ids [R, B, L].
+
+    Returns latest [1 + R, B], the document after none, one .. R of the chunks; keep bool [R, B], whether a chunk keeps
+    what was there before it; z, -1 where a token is not counted; and the counts, float32 [1 + R, B, H, S].
+    """
     ids = leaving["doc_ids"]
     latest = jnp.concatenate([latest_doc_id[None], ids[:, :, -1]])
     keep = latest[1:] == latest[:-1]  # [R, B]

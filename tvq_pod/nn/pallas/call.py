@@ -53,6 +53,13 @@ class Shape:
         """Rows, key heads, blocks, query heads of a key head, tiles."""
         return self.n_rows, self.n_key_head, self.n_blocks, self.n_per_key_head, self.n_tiles
 
+    def multiply_adds(self, per_column: int, per_code_and_token: int) -> int:
+        """Of all matmuls: for each query and column of window, block and cache, and for each code and token of a
+        block."""
+        n_blocks, n_code = self.n_rows * self.n_key_head * self.n_blocks, self.n_code if self.has_cache else 0
+        columns = self.n_per_key_head * self.block_len * (2 * self.block_len + n_code)
+        return n_blocks * (columns * per_column + n_code * self.block_len * per_code_and_token)
+
 
 class Pieces:
     """Block specs by what an array is indexed with. Every piece is a matrix; the axes before it have size 1.
@@ -133,9 +140,13 @@ class Operands:
         held = [(memory.shape, memory.dtype) for memory in self.scratch.values()]
         return sum(2 * _padded_bytes(*piece) for piece in pieces) + sum(_padded_bytes(*array) for array in held)
 
-    def run(self, kernel: Callable, name: str, shape: Shape, kept: jax.Array) -> dict[str, jax.Array]:
+    def run(
+        self, kernel: Callable, name: str, shape: Shape, kept: jax.Array, multiply_adds: int
+    ) -> dict[str, jax.Array]:
         """The outputs of kernel(refs) over the grid. refs has as attributes the operands; `kept`, int32 [R, B], in
-        scalar memory; and the place in the grid, row, key_head, step (of blocks), query_head and tile."""
+        scalar memory; and the place in the grid, row, key_head, step (of blocks), query_head and tile.
+
+        multiply_adds: of all matmuls over the grid. The compiler is told of them, and of what travels."""
         names = [*self.inputs, *self.outputs, *self.scratch]
 
         def body(kept_ref, *refs):
@@ -157,6 +168,11 @@ class Operands:
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
                 vmem_limit_bytes=shape.vmem_bytes,
+            ),
+            cost_estimate=pl.CostEstimate(
+                flops=2 * multiply_adds,
+                bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *shapes)),
+                transcendentals=math.prod(shape.grid) * shape.tile * (2 * shape.block_len + shape.n_code),
             ),
             interpret=shape.interpret,
             name=name,

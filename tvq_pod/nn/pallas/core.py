@@ -66,18 +66,8 @@ AXES = dict(  # of every operand and result of the kernels
     v_window_gradient=("batch", "key_heads", "window", "shared_value"),
     first_mean_gradient=("batch", "key_heads", "codes", "shared_value"),
 )
-CONSTANT = (
-    "codes",
-    "positions",
-    "sees_cache",
-    "log_counts",
-    "leaving",
-    "inverse",
-    "inverse_after",
-    "inverse_last",
-    "first_count",
-    "kept",
-)
+COUNTS = ("log_counts", "inverse", "inverse_after", "inverse_last", "first_count")
+CONSTANT = ("codes", "positions", "sees_cache", "leaving", "kept", *COUNTS)
 STATE = ("k_window", "v_window", "first_mean")
 
 

@@ -71,10 +71,8 @@ class _Dtypes(dict):
 
     OTHERS = dict(
         **dict.fromkeys(("positions", "sees_cache", "leaving"), jnp.int32),
-        **dict.fromkeys(
-            ("log_counts", "inverse", "inverse_after", "inverse_last", "first_mean", "first_count", "log_total"),
-            jnp.float32,
-        ),
+        **dict.fromkeys(("log_counts", "inverse", "inverse_after", "first_mean", "first_count"), jnp.float32),
+        **dict.fromkeys(("inverse_last", "log_total"), jnp.float32),
     )
 
     def __init__(self, dtype):

@@ -21,7 +21,11 @@ def forward(shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """x: the operands, see core.py. Returns out [R, B, H, G, L, V], before the gate; gated, the same times the gate's
     SiLU, if there are gates; log_total float32 [R, B, H, G, 1, L], of each query's sum of weights; with a cache, mean
     float32 [B, H, S, V], of the cache after the last block."""
-    return forward_operands(shape, x).run(functools.partial(_forward_kernel, shape), "tvq_forward", shape, x["kept"])
+    kernel, multiply_adds = (
+        functools.partial(_forward_kernel, shape),
+        shape.multiply_adds(shape.d_k + shape.d_v, shape.d_v),
+    )
+    return forward_operands(shape, x).run(kernel, "tvq_forward", shape, x["kept"], multiply_adds)
 
 
 def forward_operands(shape: Shape, x: dict) -> Operands:
@@ -163,7 +167,8 @@ def caches_again(shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
     take_sums(operands, pieces, shape, x)
     means = shape.n_blocks, shape.n_rows, shape.n_key_head, shape.n_code, shape.d_v
     operands.give("means", means, shape.dtype, pieces.of_block(shape.n_code, shape.d_v))
-    return operands.run(functools.partial(_caches_kernel, shape), "tvq_caches", shape, x["kept"])
+    kernel, multiply_adds = functools.partial(_caches_kernel, shape), shape.multiply_adds(0, shape.d_v)
+    return operands.run(kernel, "tvq_caches", shape, x["kept"], multiply_adds)
 
 
 def _caches_kernel(shape: Shape, ref) -> None:
