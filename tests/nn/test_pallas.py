@@ -1,8 +1,6 @@
 """The kernels in interpret mode, against the plain implementation: outputs, states and every gradient."""
 
 import functools
-import os
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 
 from tests.common import rngs_fixture, small_config
 from tvq_pod.config.settings import MeshSettings
 from tvq_pod.errors import UserError
-from tvq_pod.nn.attn import VQAttention
-from tvq_pod.nn.axes import Placement, placed_by
+from tvq_pod.nn.axes import placed_by
 from tvq_pod.nn.model import Transformer
 from tvq_pod.nn.pallas.core import fused_attention
 from tvq_pod.nn.pallas.fit import implementation, shape_of, why_not
@@ -27,7 +22,6 @@ from tvq_pod.nn.types import TransformerConfig, VQSpec
 from tvq_pod.parallel.attention import attention_line, check_attention
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.parallel.sharding import OnMesh
-from tvq_pod.planning.cost import LIBTPU_ENVIRONMENT
 
 N_ROWS, N_BLOCKS, BLOCK_LEN = 2, 3, 4
 T = N_BLOCKS * BLOCK_LEN
@@ -210,7 +204,9 @@ def traced_gradient(**changes) -> list[tuple[str, list]]:
     spec = VQSpec(jnp.ones([2, T]))
 
     def loss(params, state):
-        applied = Transformer(config).apply(dict(params=params), state, tokens, tokens, spec, tokens, rngs=rngs_fixture())
+        applied = Transformer(config).apply(
+            dict(params=params), state, tokens, tokens, spec, tokens, rngs=rngs_fixture()
+        )
         new_state, out = applied
         return jnp.sum(out["losses"]) + out["l_codebook"], new_state
 
