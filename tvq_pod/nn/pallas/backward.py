@@ -190,8 +190,9 @@ def _of_tile(shape: Shape, ref, now, before) -> None:
         if shape.is_gated:
             gate, slope = silu_and_slope(ref.gate[:, columns])
             ref.gate_gradient[:, columns] = (d_out * out * slope).astype(dtype)
-            d_out *= gate
-            ref.d_before_gate[:, columns] = d_out.astype(dtype)
+            narrow = (d_out * gate).astype(dtype)
+            ref.d_before_gate[:, columns] = narrow
+            d_out = narrow.astype(jnp.float32)  # as the matmuls see it: the two terms of dS must cancel
         delta += jnp.sum(d_out * out, axis=1, keepdims=True)
     d_out = ref.d_before_gate if shape.is_gated else ref.d_out
 
