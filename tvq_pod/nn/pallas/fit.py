@@ -9,15 +9,14 @@ from tvq_pod.nn.pallas.forward import forward_operands
 from tvq_pod.nn.types import TransformerConfig
 
 MIB = 2**20
-VMEM_BYTES = {  # of a core, by what JAX calls the device; Google's documentation of Pallas gives the same figures
-    "TPU v4": 16 * MIB,
+VMEM_BYTES = {  # of a core, by what JAX calls the device; v2 to v4 have no rotate by another shift in every row
     "TPU v5 lite": 128 * MIB,
     "TPU v5": 64 * MIB,
     "TPU v6 lite": 128 * MIB,
     "TPU7x": 64 * MIB,
 }
 TILES = (256, 128)  # queries at a time, the best first
-LANES = 128
+DIVISORS = dict(block_len=128, n_code=64, d_k=8, d_v=64)  # queries and keys of a block are rotated by lanes, of 128
 
 
 def shape_of(config: TransformerConfig, device_kind: str, n_blocks: int, n_rows: int, is_gated: bool) -> Shape:
@@ -101,11 +100,11 @@ def why_not(config: TransformerConfig, device_kind: str, n_model: int = 1, n_seq
     if device_kind == "cpu":
         return None
     if device_kind not in VMEM_BYTES:
-        return f"there are no kernels for {device_kind}"
-    for name in ("block_len", "n_code", "d_k", "d_v"):
+        return f"there are no kernels for {device_kind}, only for {', '.join(VMEM_BYTES)}"
+    for name, divisor in DIVISORS.items():
         size = getattr(c, name)
-        if size % LANES:
-            return f"config.model.{name}={size} is not a multiple of {LANES}, the lanes of a TPU's vector unit"
+        if size % divisor:
+            return f"config.model.{name}={size} is not a multiple of {divisor}, as {device_kind} wants it"
     there = VMEM_BYTES[device_kind] * 7 // 8
     needed = min(_needed_bytes(c, tile) for tile in TILES if c.block_len % tile == 0)
     if needed > there:
