@@ -197,7 +197,8 @@ def _of_tile(shape: Shape, ref, now, before) -> None:
     d_out = ref.d_before_gate if shape.is_gated else ref.d_out
 
     scores = scores_of_tile(shape, ref, q_content, q_position, k_window, first)
-    weights = Scores(*(None if part is None else jnp.exp(part - log_total) for part in scores))
+    cache = None if scores.cache is None else jnp.exp(scores.cache - log_total)
+    weights = Scores(jnp.exp(scores.window - log_total), jnp.exp(scores.block - log_total), cache)
     d_window = weights.window * (dot_bt(d_out[...], ref.values[before]) - delta)
     d_block = weights.block * (dot_bt(d_out[...], ref.values[now]) - delta)
     narrow = d_window.astype(dtype), d_block.astype(dtype)

@@ -10,6 +10,7 @@ Shapes: R blocks of L, B rows, H key heads, G query heads for each, M = L, S cod
 
 import dataclasses
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +118,8 @@ def fused_attention(
             first_mean=cache["upper_div_lower"],
             first_count=cache["lower"][:, :, None],
         )
-    out, mean = _core(shape, x, {name: x.pop(name) for name in (*STATE, *CONSTANT) if name in x})
+    others = {name: x.pop(name) for name in (*STATE, *CONSTANT) if name in x}
+    out, mean = cast(tuple[jax.Array, jax.Array | None], _core(shape, x, others))
 
     # the window of the next update is the last block
     last = {name: array[-1] for name, array in present.items()}
@@ -153,14 +155,13 @@ def _forward(shape, x, others):
 def _backward(shape, residuals, cotangents):
     x, others, kept, asked = residuals
     d_out, d_mean = cotangents
-    operands = x | others | kept | dict(d_out=_instantiated(d_out))
+    operands = x | others | kept | dict(d_out=_instantiated(d_out, kept["out"]))
     if shape.has_cache:
         operands |= _on_each_device(caches_again, shape, x | others)
     to_state = bool(asked) or not (d_mean is None or isinstance(d_mean, SymbolicZero))
     if to_state:
-        operands["d_mean"] = (
-            _instantiated(d_mean) if shape.has_cache else jnp.zeros((*others["k_window"].shape[:2], 1, 1), jnp.float32)
-        )
+        no_cache = jnp.zeros((*others["k_window"].shape[:2], 1, 1), jnp.float32)
+        operands["d_mean"] = _instantiated(d_mean, others["first_mean"]) if shape.has_cache else no_cache
     made = _on_each_device(backward, shape, operands)
 
     small = made["small_sums"]  # [R, B, H, G, I, 8, K]
@@ -180,8 +181,8 @@ def _backward(shape, residuals, cotangents):
 _core.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _instantiated(cotangent):
-    return jnp.zeros(cotangent.shape, cotangent.dtype) if isinstance(cotangent, SymbolicZero) else cotangent
+def _instantiated(cotangent, like: jax.Array) -> jax.Array:
+    return jnp.zeros_like(like) if isinstance(cotangent, SymbolicZero) else cotangent
 
 
 def _on_each_device(function, shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:

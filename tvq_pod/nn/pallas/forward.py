@@ -178,5 +178,5 @@ def _caches_kernel(shape: Shape, ref) -> None:
 
     ref.means[...] = (ref.sums[...] * as_column(ref.inverse[...])).astype(shape.dtype)
     ref.values[lax.rem(ref.step, 2)] = _activated(shape, ref.v[...])
-    for _ in _add_leaving(shape, ref):
+    for _columns in _add_leaving(shape, ref):
         pass
