@@ -52,7 +52,7 @@ class VQAttention(nn.Module):
     runs against this class. It requires four properties: outputs are causal; they do not depend on how tokens are cut
     into blocks; neither do gradients by queries; and documents do not see each other. tests/nn/test_contract.py makes
     the same calls. With `config.attention="plain"` any transformation goes through the module, forward-mode
-    differentiation included; "xla" has a hand-written gradient and is reverse-mode only.
+    differentiation included; "xla" and "pallas" have hand-written gradients and are reverse-mode only.
 
     Our own model uses `initial_state`, `blocks` and, to decode, `biases`. `__call__` is for other models (see
     docs/library.md). What exists for the contract alone comes last, under a heading that says so.
