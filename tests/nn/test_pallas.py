@@ -41,7 +41,7 @@ def arrays_of(config: TransformerConfig, seed: int) -> dict:
     """Random queries, keys, values, gates, codes and biases of an update."""
     c, rng = config, np.random.default_rng(seed)
     heads = c.n_key_head, c.n_head // c.n_key_head
-    shapes = dict(
+    shapes: dict[str, tuple[int, ...]] = dict(
         q=(N_BLOCKS, N_ROWS, *heads, c.block_len, c.d_k),
         k_hat=(N_BLOCKS, N_ROWS, c.n_key_head, c.block_len, c.d_k),
         v=(N_BLOCKS, N_ROWS, c.n_key_head, c.block_len, c.d_v),
@@ -120,11 +120,10 @@ def two_updates(config: TransformerConfig, borders: list[list[int]], seed: int =
 def assert_equal(found: dict, expected: dict) -> None:
     """To the rounding of float32."""
     assert np.abs(expected["gradients"][0]["q"]).max() > 1e-3
-    for path, value in jax.tree_util.tree_leaves_with_path(expected):
-        other = functools.reduce(lambda tree, key: tree[getattr(key, "key", getattr(key, "idx", None))], path, found)
-        np.testing.assert_allclose(
-            other, value, atol=2e-5, rtol=1e-4, err_msg=jax.tree_util.keystr(path), strict=True
-        )  # fmt: skip
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(b, a, atol=2e-5, rtol=1e-4, err_msg=jax.tree_util.keystr(path))
 
 
 borders_of_rows = st.lists(st.lists(st.integers(1, 2 * T - 1), max_size=4), min_size=N_ROWS, max_size=N_ROWS)
