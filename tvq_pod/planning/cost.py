@@ -22,7 +22,7 @@ from tvq_pod.parallel.attention import attention_line, check_attention
 from tvq_pod.parallel.mesh import AXES_MEAN, check_rows, make_mesh, n_row_shards, named_axes, sizes
 from tvq_pod.planning.chips import CHIPS, Chip
 from tvq_pod.planning.flops import train_flops
-from tvq_pod.planning.hlo import Program
+from tvq_pod.planning.hlo import Peak, Program
 from tvq_pod.training.step import abstract_batch, abstract_train_state, make_train_step
 
 _UNITS = dict(K=2**10, M=2**20, G=2**30, T=2**40)
@@ -126,7 +126,7 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
         return result
     text = compiled.as_text()
     assert text is not None, "XLA prints its programs"
-    program = Program(text)
+    program = Program(text, Peak(chip.flops_per_cycle, chip.hbm_bandwidth / chip.devices / chip.clock_hz))
     cycles = program.cycles()
     seconds = cycles / chip.clock_hz
     by_source = list(program.cycles_by_source().items())
