@@ -15,7 +15,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import SingleDeviceSharding
 
 from tests.common import rngs_fixture, small_config
-from tvq_pod.config.settings import MeshSettings
+from tvq_pod.config.settings import MeshSettings, OptimizerSettings, Settings, TrainSettings
 from tvq_pod.errors import UserError
 from tvq_pod.nn.axes import Placement, placed_by
 from tvq_pod.nn.model import Transformer
@@ -28,6 +28,7 @@ from tvq_pod.parallel.attention import attention_line, check_attention
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.parallel.sharding import OnMesh
 from tvq_pod.planning.cost import LIBTPU_ENVIRONMENT
+from tvq_pod.training.step import create_train_state, make_train_step
 
 N_ROWS, N_BLOCKS, BLOCK_LEN = 2, 3, 4
 T = N_BLOCKS * BLOCK_LEN
@@ -245,6 +246,36 @@ def test_training_makes_no_gradient_of_the_state():
     (outputs, _) = (avals for name, avals in traced_gradient(remat="projections") if name == "tvq_backward")
     means = small_config().n_code, small_config().d_v
     assert not any(aval.shape[-2:] == means for aval in outputs)
+
+
+@pytest.mark.slow(15)
+def test_a_run_goes_on_with_the_kernels_from_where_it_was_without_them(eight_devices):
+    """Two steps by xla, and a third by each: one loss, one state; what is saved has the same tree."""
+    mesh, rng = make_mesh(MeshSettings(), eight_devices[:1]), np.random.default_rng(0)
+
+    def settings_of(attention):
+        model = core_config(n_head=1, n_layer=1, remat="projections", p_dropsin=0.2).replace(attention=attention)
+        optimizer = OptimizerSettings(learning_rate=0.01, warmup_steps=0)
+        return Settings(model=model, train=TrainSettings(batch_size=N_ROWS, update_len=T), optimizer=optimizer)
+
+    def batch():
+        tokens = rng.integers(0, 11, size=[2, N_ROWS, T]).astype(np.int32)
+        doc_ids = np.sort(rng.integers(0, 2, size=[N_ROWS, T]), axis=1).astype(np.int32)
+        mask = np.ones([N_ROWS, T], np.float32)
+        return jax.device_put(dict(inputs=tokens[0], targets=tokens[1], doc_ids=doc_ids, loss_mask=mask))
+
+    by_xla, by_kernels = (make_train_step(settings_of(attention), mesh) for attention in ("xla", "pallas"))
+    state = create_train_state(settings_of("xla"), mesh)
+    for _ in range(2):
+        state, _ = by_xla(state, batch())
+    last, copy = batch(), jax.tree.map(jnp.copy, state)  # a step takes its state
+    expected, expected_metrics = by_xla(state, last)
+    found, metrics = by_kernels(copy, last)
+    np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-5)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found.recurrent), jax.tree.leaves(expected.recurrent), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], expected_metrics["grad_norm"], rtol=1e-4)
 
 
 FITS = dict(d_k=128, d_v=1536, n_code=512, block_len=512, mem_len=512, dtype=jnp.bfloat16, n_head=1)

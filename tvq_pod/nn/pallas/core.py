@@ -83,7 +83,8 @@ def fused_attention(
     `VQAttention.initial_state` returns it.
     Returns [R, B, H, G, L, V] in the dtype of q, and the state after the last block.
     """
-    c, (n_blocks, n_rows, n_key_head, n_per_key_head) = config, q.shape[:4]
+    n_blocks, n_rows, n_key_head, n_per_key_head, block_len, _ = q.shape
+    c = config.replace(block_len=block_len)
     shape = shape_of(c, placement().device_kind(), n_blocks, n_rows, gate is not None)
     window, cache = state["xlcache"], state["aggcache"]
     leaving = leaving_chunks(window, present, ("z", "doc_ids"))

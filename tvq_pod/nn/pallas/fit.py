@@ -28,6 +28,9 @@ def shape_of(config: TransformerConfig, device_kind: str, n_blocks: int, n_rows:
         vmem_bytes = VMEM_BYTES[device_kind] * 7 // 8
         tiles = [tile for tile in TILES if c.block_len % tile == 0] or [c.block_len]
         tile = next((tile for tile in tiles if _needed_bytes(c, tile) <= vmem_bytes), tiles[-1])
+        # What is left over, XLA keeps arrays in from one operation to the next: a step of one layer of
+        # configs/throughput.py takes 2.44 ms then, kernels left out, and 2.53 where kernels may have all
+        vmem_bytes = min(vmem_bytes, _needed_bytes(c, tile) * 5 // 4 + 2 * MIB)
     return _shape(c, tile, n_blocks, n_rows, is_gated, device_kind not in VMEM_BYTES, vmem_bytes)
 
 
@@ -113,9 +116,9 @@ def why_not(config: TransformerConfig, device_kind: str, n_model: int = 1, n_seq
 
 
 def implementation(config: TransformerConfig, device_kind: str, n_model: int = 1, n_sequence: int = 1) -> str:
-    """Which of plain, xla and pallas computes attention: what `config.attention` says, or, with auto, pallas on TPUs
-    where it can be used."""
-    if config.attention != "auto":
+    """Which of plain, xla and pallas computes attention of attn_type vq: what `config.attention` says, or, with auto,
+    pallas on TPUs where it can be used."""
+    if config.attn_type == "vq" and config.attention != "auto":
         return config.attention
     is_tpu = device_kind.startswith("TPU")
     return "pallas" if is_tpu and not why_not(config, device_kind, n_model, n_sequence) else "xla"
