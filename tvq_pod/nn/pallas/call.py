@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+COLUMNS = 512  # of values at a time: a matmul's result must not outgrow what registers and VMEM hold between steps
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -47,6 +49,13 @@ class Shape:
     def n_tiles(self) -> int:
         """Tiles of a block."""
         return self.block_len // self.tile
+
+    @property
+    def computed_bytes(self) -> int:
+        """Room for what a grid step computes: five times the scores of a tile, and four times some columns of values;
+        and 2 MiB for what is small."""
+        columns = 2 * self.block_len + (self.n_code if self.has_cache else 0)
+        return 4 * self.tile * (5 * columns + 4 * min(self.d_v, COLUMNS)) + 2**21
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -133,12 +142,13 @@ class Operands:
         """An array in VMEM that stays from grid step to grid step."""
         self.scratch[name] = pltpu.VMEM(shape, dtype)
 
-    def vmem_bytes(self) -> int:
-        """What all of it takes in VMEM: twice the pieces, since the next ones travel meanwhile, and the scratch. The
-        last two axes of an array are padded to whole tiles."""
+    def needed_bytes(self, shape: Shape) -> int:
+        """An estimate, from above, of what the kernel takes of VMEM: twice the pieces, since the next ones travel
+        meanwhile; the scratch; and what is computed. The last two axes of an array are padded to whole tiles."""
         pieces = [(spec.block_shape, array.dtype) for array, spec in (*self.inputs.values(), *self.outputs.values())]
         held = [(memory.shape, memory.dtype) for memory in self.scratch.values()]
-        return sum(2 * _padded_bytes(*piece) for piece in pieces) + sum(_padded_bytes(*array) for array in held)
+        there = sum(2 * _padded_bytes(*piece) for piece in pieces) + sum(_padded_bytes(*array) for array in held)
+        return there + shape.computed_bytes
 
     def run(
         self, kernel: Callable, name: str, shape: Shape, kept: jax.Array, multiply_adds: int
@@ -167,7 +177,9 @@ class Operands:
             out_shape=list(shapes),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
-                vmem_limit_bytes=shape.vmem_bytes,
+                # In what is left over, XLA keeps arrays from one operation to the next: a step of one layer of
+                # configs/throughput.py takes 2.44 ms then, kernels left out, and 2.53 where they may have all
+                vmem_limit_bytes=min(shape.vmem_bytes, self.needed_bytes(shape)),
             ),
             cost_estimate=pl.CostEstimate(
                 flops=2 * multiply_adds,

@@ -28,9 +28,6 @@ def shape_of(config: TransformerConfig, device_kind: str, n_blocks: int, n_rows:
         vmem_bytes = VMEM_BYTES[device_kind] * 7 // 8
         tiles = [tile for tile in TILES if c.block_len % tile == 0] or [c.block_len]
         tile = next((tile for tile in tiles if _needed_bytes(c, tile) <= vmem_bytes), tiles[-1])
-        # What is left over, XLA keeps arrays in from one operation to the next: a step of one layer of
-        # configs/throughput.py takes 2.44 ms then, kernels left out, and 2.53 where kernels may have all
-        vmem_bytes = min(vmem_bytes, _needed_bytes(c, tile) * 5 // 4 + 2 * MIB)
     return _shape(c, tile, n_blocks, n_rows, is_gated, device_kind not in VMEM_BYTES, vmem_bytes)
 
 
@@ -59,13 +56,7 @@ def _needed_bytes(config: TransformerConfig, tile: int) -> int:
     """An estimate, from above, of what the larger of the kernels takes of VMEM."""
     shape = _shape(config, tile, 1, 1, config.head_type == "shga", False, 0)
     x = _Dtypes(shape.dtype)
-    columns = 2 * shape.block_len + (shape.n_code if shape.has_cache else 0)
-    scores = tile * columns * 4  # one float32 for each query and column
-    values = tile * min(shape.d_v, 512) * 4
-    return max(
-        forward_operands(shape, x).vmem_bytes() + 3 * scores + 2 * values,
-        backward_operands(shape, x).vmem_bytes() + 5 * scores + 4 * values,
-    )
+    return max(operands(shape, x).needed_bytes(shape) for operands in (forward_operands, backward_operands))
 
 
 class _Dtypes(dict):

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-from tvq_pod.nn.pallas.call import Shape
+from tvq_pod.nn.pallas.call import COLUMNS, Shape
 from tvq_pod.nn.scores import NEVER
 
 LANES = 128
-COLUMNS = 512  # of values at a time: a matmul's result must not outgrow what registers and VMEM hold between steps
 
 
 def chunks(width: int) -> list[slice]:
