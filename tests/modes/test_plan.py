@@ -216,7 +216,9 @@ def test_a_grid_must_be_one():
 
 def test_a_folder_that_cannot_be_written_costs_the_file_and_not_the_plan(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
-    found = dict(chips=8, chip_kind="cpu", hosts=1, mesh={}, parameter_count=1234, compile_seconds=1.0, fits=None)
+    found = dict(
+        chips=8, chip_kind="cpu", hosts=1, mesh={}, parameter_count=1234, compile_seconds=1.0, fits=None, attention=""
+    )
     found |= dict(bytes_per_chip={}, hbm_bytes_per_chip=None)
     monkeypatch.setattr("tvq_pod.modes.plan.topology_devices", lambda topology, slices: (None, []))
     monkeypatch.setattr("tvq_pod.modes.plan.plan_step", lambda settings, chip, devices: found)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tvq_pod.planning.hlo import Instruction, Program, crossed_axes, replica_groups, source_of
+from tvq_pod.planning.hlo import Instruction, Peak, Program, crossed_axes, replica_groups, source_of
 
 PROGRAM = """HloModule jit_f, is_scheduled=true
 
@@ -96,7 +96,7 @@ def test_axes_are_those_along_which_a_group_differs():
 
 def test_what_has_no_estimate_is_named():
     gather = '  %g2 = f32[8]{0} fusion(%x), kind=kCustom, calls=%fused, metadata={op_name="jit(f)/jvp(M)/gather"}'
-    free = '  %a2 = f32[8]{0} custom-call(%x), custom_call_target="AllocateBuffer"'
+    free = '  %a2 = f32[8]{0} custom-call(%%x), custom_call_target="AllocateBuffer"'
     text = PROGRAM.replace("  %c = (f32[8]", f"{gather}\n{free}\n  %c = (f32[8]")
     assert Program(text).without_estimate() == {"forward gather": 1}
     assert Program(PROGRAM).without_estimate() == {}
@@ -148,3 +148,17 @@ def test_sources_name_the_pass():
     )
     assert of("jit(train_step)/add") == "update add"
     assert of("jit(t)/transpose(jvp(T))/while") == "backward (fusion)"
+
+
+def test_a_kernel_written_by_hand_takes_what_its_work_takes_at_least():
+    call = (
+        '  %%kernel = f32[8]{0} custom-call(%%x), custom_call_target="tpu_custom_call", backend_config='
+        '{"custom_call_config":{"body":"TUzv","cost_estimate":{"flops":"%s","transcendentals":"9","bytes_accessed":"%s"}}}'
+    )
+    for flops, size, cycles in ((1000, 30, 100), (1000, 900, 300), (1001, 0, 101)):
+        opening = "\nENTRY %main (x: f32[8]) -> f32[8] {\n"
+        text = PROGRAM.replace(opening, opening + call % (flops, size) + "\n")
+        assert Program(text, Peak(10, 3)).cycles() - Program(PROGRAM).cycles() == cycles
+        assert Program(text).cycles() == Program(PROGRAM).cycles()
+        assert sum(Program(text).without_estimate().values()) == 1
+        assert Program(text, Peak(10, 3)).without_estimate() == {}

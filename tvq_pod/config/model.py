@@ -44,10 +44,10 @@ class TransformerConfig:
     """Let gradients pass through the cache. False: they stay inside a block."""
     attn_type: Literal["vq", "full"] = "vq"
     """full: quadratic attention over exact keys, for comparison; it has no codes and no cache."""
-    attention: Literal["auto", "plain", "xla"] = "auto"
+    attention: Literal["auto", "plain", "xla", "pallas"] = "auto"
     """How attention of attn_type=vq is computed. plain: readable and slow; any JAX transformation goes through it, and
-    the others are tested against it. xla: all blocks at once, with a hand-written gradient (reverse mode only). auto:
-    xla."""
+    the others are tested against it. xla: all blocks at once, with a hand-written gradient (reverse mode only).
+    pallas: the same as TPU kernels, with mem_len equal to block_len; they have not run on a TPU yet. auto: xla."""
     head_type: Literal["shga", "mqa", "mha"] = "shga"
     """shga: layers of two gated units, of n_head heads each. mha: attention of n_head heads, then an MLP. mqa: the same
     with one key head, value head and codebook for all n_head query heads."""

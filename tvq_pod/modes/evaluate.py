@@ -15,6 +15,7 @@ from tvq_pod.host.terminal import say
 from tvq_pod.inference.by_position import Positions, write_positions
 from tvq_pod.inference.evaluation_lines import report, subject
 from tvq_pod.inference.evaluator import Evaluator, Result
+from tvq_pod.parallel.attention import check_attention
 from tvq_pod.parallel.mesh import check_divides, make_mesh
 from tvq_pod.parallel.processes import is_process_zero
 from tvq_pod.run.checkpoint_reader import CheckpointReader
@@ -28,6 +29,7 @@ def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | No
     Needs no lock: it only reads checkpoints, and adds one line. So a run may be evaluated while it trains.
     """
     mesh = make_mesh(settings.mesh)
+    check_attention(settings.model, mesh)
     check_divides("config.eval.batch_size", settings.eval.batch_size, mesh)
     checkpoints = CheckpointReader(workdir, settings.checkpoint.restore_timeout_seconds)
     step = checkpoints.pick(step)

@@ -92,6 +92,7 @@ def _text(result: dict, tokens: float | None) -> str:
         f"{result['topology']}: {result['chips']} {result['chip_kind']} chips on {result['hosts']} hosts, "
         f"mesh {result['mesh']}, {result['parameter_count']:,} parameters, "
         f"compiled in {result['compile_seconds']:.0f} s",
+        result["attention"],
         "GiB a chip: "
         + ", ".join(f"{name} {size / gib:.3f}" for name, size in result["bytes_per_chip"].items() if size is not None)
         + (f", of {result['hbm_bytes_per_chip'] / gib:.0f}" if result["hbm_bytes_per_chip"] else ""),

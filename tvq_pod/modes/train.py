@@ -1,8 +1,7 @@
 """--mode=train: from a config to a trained model. Reads from top to bottom: check, prepare, restore, loop, finish.
 
-All processes save, stop and go back at the same step: what happens to one of them is agreed on (run/saver.py,
-run/stopping.py), and what follows from numbers, as that a step is bad, every process computes alike.
-"""
+All processes save, stop and go back at the same step: what happens to one is agreed on (run/saver.py, run/stopping.py),
+and what follows from numbers, as that a step is bad, every process computes alike."""
 
 import contextlib
 import dataclasses
@@ -22,6 +21,7 @@ from tvq_pod.inference import images
 from tvq_pod.inference.evaluation_lines import own_losses, report, subject
 from tvq_pod.inference.evaluator import validation_evaluator
 from tvq_pod.inference.text import keep_sample
+from tvq_pod.parallel.attention import check_attention
 from tvq_pod.parallel.mesh import check_rows, make_mesh
 from tvq_pod.parallel.processes import Votes, decided_by_process_zero, is_process_zero, on_process_zero
 from tvq_pod.parallel.sharding import on_one_device
@@ -59,6 +59,7 @@ def train(settings: Settings, workdir: epath.Path, preemption: Preemption) -> No
 def _check(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> None:
     """What can be refused before anything is written."""
     check_rows(settings, mesh)
+    check_attention(settings.model, mesh)
     check_packages(settings.metrics)
     images.check_packages(settings)
     if settings.eval.cache == "off":
@@ -141,8 +142,7 @@ class _Session:
                 is_last = step == num_steps
                 save = is_last or self.saver.is_due(step, metrics, is_asked=asked == SAVE)
                 evaluate = not is_last and self._evaluates_at(step)
-                # What belongs to a step is written before its checkpoint: a run that goes on from there does not come
-                # back for it.
+                # What belongs to a step is written before its checkpoint: a run that goes on does not come back for it.
                 if save or asked == STOP:
                     self.log.end_line(step)
                 if save or asked == STOP or evaluate:

@@ -13,8 +13,8 @@ blocks, only on M, the reach of the relative bias. With `agg_cache` off, attenti
 
 This file has the projections and the module. What it is made of: window.py cuts an update into blocks and finds the
 window of each, cache.py counts what has left it, state.py carries both from update to update, vq.py quantizes keys,
-scores.py makes the relative biases, attend.py has the softmax and its gradient, plain.py the same in readable form, and
-full.py the quadratic attention that it is compared with. Nothing here knows of a mesh.
+scores.py makes the relative biases, attend.py has the softmax and its gradient, pallas/ both as TPU kernels, plain.py
+the same in readable form, and full.py the quadratic attention that it is compared with. Nothing here knows of a mesh.
 
 Shapes: B rows, T tokens, R blocks of L, M window, S codes, Q query heads, H key heads, K key width, V value width,
 D model width. Q = H, but for head_type mqa, where H = 1. Blocks come first: [R, B, ...].
@@ -33,6 +33,8 @@ from tvq_pod.nn.axes import constrain
 from tvq_pod.nn.cache import caches, log_counts
 from tvq_pod.nn.full import full_attention
 from tvq_pod.nn.layers import Dropout, HeadProjection, OutputProjection, RMSNorm, sinusoids, with_names
+from tvq_pod.nn.pallas.core import fused_attention
+from tvq_pod.nn.pallas.fit import implementation
 from tvq_pod.nn.plain import plain_attention
 from tvq_pod.nn.scores import relative_bias
 from tvq_pod.nn.types import TransformerConfig, VQSpec
@@ -50,7 +52,7 @@ class VQAttention(nn.Module):
     runs against this class. It requires four properties: outputs are causal; they do not depend on how tokens are cut
     into blocks; neither do gradients by queries; and documents do not see each other. tests/nn/test_contract.py makes
     the same calls. With `config.attention="plain"` any transformation goes through the module, forward-mode
-    differentiation included; "xla" has a hand-written gradient and is reverse-mode only.
+    differentiation included; "xla" and "pallas" have hand-written gradients and are reverse-mode only.
 
     Our own model uses `initial_state`, `blocks` and, to decode, `biases`. `__call__` is for other models (see
     docs/library.md). What exists for the contract alone comes last, under a heading that says so.
@@ -103,41 +105,70 @@ class VQAttention(nn.Module):
         """The layer over R blocks: x [R, B, L, D], doc_ids and loss_mask [R, B, L]. Returns what `__call__` does, with
         res [R, B, L, D]."""
         c = self.config
+        made = self.projected(x, vq_spec)
+        q, v, gate, biases = (made[name] for name in ("q", "v", "gate", "biases"))
+        if self.quantizer is None:
+            present = dict(k_hat=made["k"], v=v if gate is None else nn.silu(v), doc_ids=doc_ids)
+            recent = extend_window(state["xlcache"], present)
+            grouped = self._grouped(q)
+            position_q = grouped + _per_query_head(biases["v"], c)
+            grouped += _per_query_head(biases["u"], c)
+            out = full_attention(grouped, position_q, biases["r"], recent, c).reshape(*q.shape[:-1], c.d_v)
+            out = out if gate is None else out * nn.silu(gate)
+            new_state = states.next_state(present, state)
+        else:
+            present = dict(z=made["shortcodes"], k_hat=made["quantized"], v=v, doc_ids=doc_ids)
+            out, new_state = self._attend(q, biases, present, gate, state)
+        return new_state, dict(res=self.residual(out), **made["losses"])
+
+    def projected(self, x: jax.Array, vq_spec: VQSpec | None) -> dict:
+        """What attention is made of, from x [R, B, L, D]: q [R, B, Q, L, K]; k [R, B, H, L, K], with attn_type vq its
+        shortcodes and quantized too; v [R, B, H, L, V] and gate [R, B, Q, L, V] or None, before their SiLU if there is
+        a gate; biases; losses."""
+        c = self.config
         x = self.norm(x)
         scale = c.d_k**-0.25
         q = self.key_norm(checkpoint_name(self.w_q(x), "projected")) * scale
         k = self.key_norm(checkpoint_name(self.w_k(x), "projected")) * scale
         v = checkpoint_name(self.w_v(x), "projected")
-        gate = None
-        if self.w_g is not None:
-            v, gate = nn.silu(v), nn.silu(checkpoint_name(self.w_g(x), "projected"))
+        gate = None if self.w_g is None else checkpoint_name(self.w_g(x), "projected")
         if self.quantizer is None:
-            present = dict(k_hat=k, v=v, doc_ids=doc_ids)
-            biases, recent = self.biases(), extend_window(state["xlcache"], present)
-            grouped = self._grouped(q)
-            position_q = grouped + _per_query_head(biases["v"], c)
-            grouped += _per_query_head(biases["u"], c)
-            out = full_attention(grouped, position_q, biases["r"], recent, c).reshape(*q.shape[:-1], c.d_v)
-            losses = dict(l_commit=jnp.zeros([]), l_codebook=jnp.zeros([]), metrics={})
-            new_state = states.next_state(present, state)
+            keys = dict(k=k, losses=dict(l_commit=jnp.zeros([]), l_codebook=jnp.zeros([]), metrics={}))
         else:
             quantized = self.quantizer(k, vq_spec)
-            losses = {name: quantized[name] for name in ("l_commit", "l_codebook", "metrics")}
-            present = dict(z=quantized["shortcodes"], k_hat=quantized["quantized"], v=v, doc_ids=doc_ids)
-            out, new_state = self._attend(q, present, state)
-        out = out if gate is None else out * gate
-        return new_state, dict(res=self.w_o(out), **losses)
+            keys = {name: quantized[name] for name in ("shortcodes", "quantized")}
+            keys["losses"] = {name: quantized[name] for name in ("l_commit", "l_codebook", "metrics")}
+        return dict(q=q, v=v, gate=gate, biases=self.biases(), **keys)
 
-    def _attend(self, q: jax.Array, present: dict, state: dict) -> tuple[jax.Array, dict]:
-        """Attention of R blocks: q [R, B, Q, L, K]; present: z, k_hat, v, doc_ids of the blocks. Returns
-        [R, B, Q, L, V], and the state after the last of them."""
+    def residual(self, out: jax.Array) -> jax.Array:
+        """[R, B, Q, L, V] -> [R, B, L, D]."""
+        return self.w_o(out)
+
+    def _attend(self, q, biases: dict, present: dict, gate, state: dict) -> tuple[jax.Array, dict]:
+        """Attention of R blocks: q [R, B, Q, L, K]; present: z, k_hat, v, doc_ids of the blocks; gate [R, B, Q, L, V]
+        or None. With a gate, SiLU is still to be applied to it and to v. Returns [R, B, Q, L, V], and the state after
+        the last block."""
         c = self.config
         shape = (*q.shape[:-1], c.d_v)
-        biases, q = self.biases(), self._grouped(q)
-        if c.attention == "plain":
-            biases |= {name: biases[name].reshape(c.n_key_head, -1, c.d_k) for name in ("u", "v")}
-            out, new_state = plain_attention(c, biases, q, present, state)
+        q = self._grouped(q)
+        kind = implementation(c)
+        if kind == "pallas" and q.shape[-2] == c.mem_len:
+            gate = None if gate is None else self._grouped(gate)
+            out, new_state = fused_attention(c, biases, q, present, gate, state)
             return out.reshape(shape), new_state
+        if gate is not None:
+            present, gate = present | dict(v=nn.silu(present["v"])), nn.silu(gate)
+        if kind == "plain":
+            biases = biases | {name: biases[name].reshape(c.n_key_head, -1, c.d_k) for name in ("u", "v")}
+            out, new_state = plain_attention(c, biases, q, present, state)
+        else:
+            out, new_state = self._attend_at_once(q, biases, present, state)
+        out = out.reshape(shape)
+        return out if gate is None else out * gate, new_state
+
+    def _attend_at_once(self, q, biases: dict, present: dict, state: dict) -> tuple[jax.Array, dict]:
+        """With attention xla: q [R, B, H, G, L, K]. Returns [R, B, H, G, L, V], and the state."""
+        c = self.config
         past, before, positions, new_state = states.surroundings(c, present, state)
         if not c.grad_thru_cache:
             past, before = jax.lax.stop_gradient((past, before))
@@ -154,10 +185,10 @@ class VQAttention(nn.Module):
                 log_counts(before["lower"]) if of_cache else None,
             ),
         )
-        return cast(jax.Array, out).reshape(shape), new_state
+        return cast(jax.Array, out), new_state
 
     def _grouped(self, q: jax.Array) -> jax.Array:
-        """[R, B, Q, L, K] -> [R, B, H, G, L, K]: query heads by their key head."""
+        """[R, B, Q, L, width] -> [R, B, H, G, L, width]: query heads by their key head."""
         return q.reshape(*q.shape[:2], self.config.n_key_head, -1, *q.shape[3:])
 
     def biases(self) -> dict[str, jax.Array]:
@@ -193,7 +224,7 @@ class VQAttention(nn.Module):
             v=present_v[None],
             doc_ids=present_doc_ids[None],
         )
-        out, _ = self._attend(present_q[None], present, state)
+        out, _ = self._attend(present_q[None], self.biases(), present, None, state)
         batch_size, _, block_len, _ = out.shape[1:]
         return dict(
             attn_out=jnp.swapaxes(out[0], 1, 2).reshape(batch_size, block_len, -1),

@@ -90,17 +90,30 @@ def _caches_of_shard(cache: dict, leaving: dict, reduction: str, axis: str) -> t
 def _totals(latest_doc_id, mean, lower, leaving: dict, reduction: str):
     """After none, one .. R of the chunks: the document [1 + R, B]; counts [1 + R, B, H, S]; sums, without the last, and
     with the mean for the first [R, B, H, S, V]; the last sum; whether what was there before is kept [1 + R, B]."""
-    ids, values = leaving["doc_ids"], leaving["v"]
+    values = leaving["v"]
+    latest, keep, z, all_counts = count_leaving(latest_doc_id, lower, leaving, reduction)
+    sums, last_sum = _running_sums(mean, lower, keep, z, values, _is_written_out(reduction, len(values)))
+    return latest, all_counts, sums, last_sum, latest == latest[:1]  # ids never decrease
+
+
+def count_leaving(latest_doc_id, lower, leaving: dict, reduction: str):
+    """The counts alone, of chunks z [R, B, H, L] and doc_ids [R, B, L].
+
+    Returns latest [1 + R, B], the document after none, one .. R of the chunks; keep bool [R, B], whether a chunk keeps
+    what was there before it; z, -1 where a token is not counted; and the counts, float32 [1 + R, B, H, S].
+    """
+    ids = leaving["doc_ids"]
     latest = jnp.concatenate([latest_doc_id[None], ids[:, :, -1]])
     keep = latest[1:] == latest[:-1]  # [R, B]
     counted = (ids == ids[:, :, -1:]) & (ids != NO_DOC)  # of each chunk's last document
     z = jnp.where(counted[:, :, None], leaving["z"], -1)  # -1: no code
     code = jnp.arange(lower.shape[-1], dtype=z.dtype).reshape(1, 1, 1, -1, 1)
     counts = checkpoint_name(jnp.sum(z[:, :, :, None, :] == code, axis=-1, dtype=jnp.float32), "projected")
-    written_out = reduction == "cumulative" and len(values) <= WRITTEN_OUT
-    all_counts = _running_counts(lower, keep, counts, written_out)
-    sums, last_sum = _running_sums(mean, lower, keep, z, values, written_out)
-    return latest, all_counts, sums, last_sum, latest == latest[:1]  # ids never decrease
+    return latest, keep, z, _running_counts(lower, keep, counts, _is_written_out(reduction, len(ids)))
+
+
+def _is_written_out(reduction: str, n_chunks: int) -> bool:
+    return reduction == "cumulative" and n_chunks <= WRITTEN_OUT
 
 
 def _kept(keep, totals):

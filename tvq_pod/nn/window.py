@@ -52,7 +52,7 @@ def window_of_blocks(xlcache: dict, present: dict) -> dict:
     return {name: past(name) for name in ("k_hat", "v")}
 
 
-def leaving_chunks(xlcache: dict, present: dict) -> dict:
+def leaving_chunks(xlcache: dict, present: dict, names: tuple[str, ...] = ("z", "v", "doc_ids")) -> dict:
     """The tokens that leave the window after each block: z and v [R, B, H, L, ...], doc_ids [R, B, L]."""
     n_blocks, _, block_len = present["doc_ids"].shape
     mem_len = xlcache["doc_ids"].shape[1]
@@ -72,7 +72,7 @@ def leaving_chunks(xlcache: dict, present: dict) -> dict:
         ]
         return jnp.concatenate(parts, axis=axis + 1)
 
-    return {name: leaving(name) for name in ("z", "v", "doc_ids")}
+    return {name: leaving(name) for name in names}
 
 
 def next_window(xlcache: dict, present: dict) -> dict:

@@ -151,6 +151,19 @@ class OnMesh(Placement):
 
         return mapped
 
+    def on_each_device(self, function, axes):
+        def mapped(arrays):
+            made = jax.eval_shape(function, arrays)
+            in_specs, out_specs = (self._specs({n: axes[n] for n in x}, x) for x in (arrays, made))
+            return jax.shard_map(
+                function, mesh=self._mesh, in_specs=(in_specs,), out_specs=out_specs, check_vma=False
+            )(arrays)  # fmt: skip
+
+        return mapped
+
+    def device_kind(self):
+        return self._mesh.devices.flat[0].device_kind
+
     def _specs(self, axes, shapes):
         return jax.tree.map(lambda names, x: spec_of(names, x.shape, self._mesh), axes, shapes, is_leaf=_is_names)
 

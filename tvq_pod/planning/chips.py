@@ -1,6 +1,6 @@
 """What the TPU chips are: the one table of them.
 
-Sources. HBM, peak bf16 FLOP/s and ICI bandwidth: the per-generation pages of Google's TPU documentation
+Sources. HBM, peak bf16 FLOP/s, HBM and ICI bandwidth: the per-generation pages of Google's TPU documentation
 (cloud.google.com/tpu/docs/v4 ... /v6e, /tpu7x); for v2 and v3 Jouppi et al., Ten Lessons From Three Generations, ISCA
 2021. Operations a cycle: what XLA's own cost model reaches on a large bf16 matmul compiled for each generation lies
 between 70 and 98% of the powers of two given here. Clock: peak over operations a cycle; for v2, v3 and v4 that gives
@@ -20,6 +20,7 @@ class Chip:
     accelerator: str  # as gcloud names a slice's type, before the dash
     hbm_bytes: int
     peak_flops: float  # bf16, a second
+    hbm_bandwidth: float  # bytes a second
     ici_bandwidth: float  # bytes a second, all links, one way
     devices: int  # that jax sees: two cores may be one device
     dimensions: int  # of a slice's shape
@@ -41,12 +42,12 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v2", "v2", 16 * GIB, 45.9e12, 0.248e12, 2, 2, 2**15, 2, "tpu-ubuntu2204-base"),
-        Chip("v3", "v3", 32 * GIB, 123.2e12, 0.328e12, 2, 2, 2**16, 2, "tpu-ubuntu2204-base"),
-        Chip("v4", "v4", 32 * GIB, 275e12, 0.3e12, 1, 3, 2**18, 2, "tpu-ubuntu2204-base"),
-        Chip("v5e", "v5litepod", 16 * GIB, 197e12, 0.2e12, 1, 2, 2**17, 1, "v2-alpha-tpuv5-lite"),
-        Chip("v5p", "v5p", 95 * GIB, 459e12, 0.6e12, 1, 3, 2**18, 2, "v2-alpha-tpuv5"),
-        Chip("v6e", "v6e", 32 * GIB, 918e12, 0.4e12, 1, 2, 2**19, 1, "v2-alpha-tpuv6e"),
-        Chip("tpu7x", "tpu7x", 192 * GIB, 2307e12, 0.6e12, 2, 3, 2**19, 2, ""),
+        Chip("v2", "v2", 16 * GIB, 45.9e12, 0.7e12, 0.248e12, 2, 2, 2**15, 2, "tpu-ubuntu2204-base"),
+        Chip("v3", "v3", 32 * GIB, 123.2e12, 0.9e12, 0.328e12, 2, 2, 2**16, 2, "tpu-ubuntu2204-base"),
+        Chip("v4", "v4", 32 * GIB, 275e12, 1.2e12, 0.3e12, 1, 3, 2**18, 2, "tpu-ubuntu2204-base"),
+        Chip("v5e", "v5litepod", 16 * GIB, 197e12, 0.819e12, 0.2e12, 1, 2, 2**17, 1, "v2-alpha-tpuv5-lite"),
+        Chip("v5p", "v5p", 95 * GIB, 459e12, 2.765e12, 0.6e12, 1, 3, 2**18, 2, "v2-alpha-tpuv5"),
+        Chip("v6e", "v6e", 32 * GIB, 918e12, 1.638e12, 0.4e12, 1, 2, 2**19, 1, "v2-alpha-tpuv6e"),
+        Chip("tpu7x", "tpu7x", 192 * GIB, 2307e12, 7.38e12, 0.6e12, 2, 3, 2**19, 2, ""),
     )
 }

@@ -18,10 +18,11 @@ from jax.experimental import topologies
 from tvq_pod.config.settings import Settings
 from tvq_pod.errors import UserError
 from tvq_pod.host.extras import require
+from tvq_pod.parallel.attention import attention_line, check_attention
 from tvq_pod.parallel.mesh import AXES_MEAN, check_rows, make_mesh, n_row_shards, named_axes, sizes
 from tvq_pod.planning.chips import CHIPS, Chip
 from tvq_pod.planning.flops import train_flops
-from tvq_pod.planning.hlo import Program
+from tvq_pod.planning.hlo import Peak, Program
 from tvq_pod.training.step import abstract_batch, abstract_train_state, make_train_step
 
 _UNITS = dict(K=2**10, M=2**20, G=2**30, T=2**40)
@@ -72,6 +73,7 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
     mesh = make_mesh(settings.mesh, devices)
     train = settings.train
     check_rows(settings, mesh)
+    check_attention(settings.model, mesh)
     state = abstract_train_state(settings, mesh)
     batch = abstract_batch(settings, mesh)
     per_chip = chip.devices if chip else 1
@@ -89,6 +91,7 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
         hosts=len({device.process_index for device in devices}),
         mesh=sizes(mesh),
         axes=AXES_MEAN,
+        attention=attention_line(settings.model, mesh),
         parameter_count=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         bytes_per_chip={name: size * per_chip for name, size in parts.items()},
         hbm_bytes_per_chip=chip.hbm_bytes if chip else None,
@@ -123,7 +126,7 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
         return result
     text = compiled.as_text()
     assert text is not None, "XLA prints its programs"
-    program = Program(text)
+    program = Program(text, Peak(chip.flops_per_cycle, chip.hbm_bandwidth / chip.devices / chip.clock_hz))
     cycles = program.cycles()
     seconds = cycles / chip.clock_hz
     by_source = list(program.cycles_by_source().items())

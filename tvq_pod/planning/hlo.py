@@ -16,6 +16,7 @@ import numpy as np
 _COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*)$")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"\d+","bytes_accessed":"(\d+)"')
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
@@ -49,10 +50,22 @@ class Collective:
     bytes: int  # a step, a device: what the operation returns, or for reduce-scatter takes
 
 
-class Program:
-    """A scheduled program. Raises ValueError on a text that is none."""
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """What one device does in a cycle, at most."""
 
-    def __init__(self, text: str):
+    flops: float
+    hbm_bytes: float
+
+
+class Program:
+    """A scheduled program. Raises ValueError on a text that is none.
+
+    peak: kernels written by hand carry no estimate of cycles but one of their work, which takes at least so long.
+    """
+
+    def __init__(self, text: str, peak: Peak | None = None):
+        self._peak = peak
         self._computations: dict[str, list[Instruction]] = {}
         entry: str | None = None
         current: list[Instruction] | None = None
@@ -85,14 +98,21 @@ class Program:
             if target and target[1] in _FREE_CALLS:
                 continue
             callee = _called(instruction.rest, "calls")
-            if is_work and not _own_cycles(instruction) and not (callee and any(True for _ in self._sent(callee))):
+            if is_work and not self._own_cycles(instruction) and not (callee and any(True for _ in self._sent(callee))):
                 count[source_of(instruction)] += times
         return dict(count.most_common())
+
+    def _own_cycles(self, instruction: Instruction) -> int:
+        if found := _CYCLES.search(instruction.rest):
+            return int(found[1])
+        if self._peak and instruction.opcode == "custom-call" and (found := _COST.search(instruction.rest)):
+            return math.ceil(max(int(found[1]) / self._peak.flops, int(found[2]) / self._peak.hbm_bytes))
+        return 0
 
     def _cycles_by(self, key) -> dict:
         totals = collections.Counter()
         for instruction, times in self._instructions(self._entry, 1):
-            if own := _own_cycles(instruction):
+            if own := self._own_cycles(instruction):
                 totals[key(instruction)] += times * own
         return totals
 
@@ -144,7 +164,7 @@ class Program:
                     yield from self._instructions(callee, times)
             elif instruction.opcode == "conditional":  # the dearest branch
                 branches = _branches(instruction.rest)
-                cost = {name: sum(t * _own_cycles(i) for i, t in self._instructions(name, 1)) for name in branches}
+                cost = {name: sum(t * self._own_cycles(i) for i, t in self._instructions(name, 1)) for name in branches}
                 yield from self._instructions(max(cost, key=lambda name: cost[name]), times)
 
     def _trip_count(self, loop: Instruction) -> int:
@@ -247,11 +267,6 @@ def _top_level(type_: str) -> list[str]:
 def array_bytes(dtype: str, dims: str) -> int:
     """Bytes of an array type, as in f32[2,3]."""
     return _BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n)
-
-
-def _own_cycles(instruction: Instruction) -> int:
-    found = _CYCLES.search(instruction.rest)
-    return int(found[1]) if found else 0
 
 
 def _called(rest: str, attribute: str) -> str | None:

@@ -22,6 +22,7 @@ from tvq_pod.nn.codebook import DEAD_COUNT, codebook_counts, is_codebook
 from tvq_pod.nn.model import Transformer
 from tvq_pod.nn.types import VQSpec
 from tvq_pod.nn.vq import code_metrics
+from tvq_pod.parallel.attention import attention_line
 from tvq_pod.parallel.mesh import compiler_options
 from tvq_pod.parallel.sharding import (
     OnMesh,
@@ -258,6 +259,7 @@ def compiled_train_step(settings: Settings, mesh: jax.sharding.Mesh) -> jax.stag
     began = time.monotonic()
     abstract = abstract_train_state(settings, mesh), abstract_batch(settings, mesh)
     compiled = make_train_step(settings, mesh).lower(*abstract).compile()
+    say(attention_line(settings.model, mesh))
     say(f"compiled in {time.monotonic() - began:.1f} s; {_memory(compiled)}")
     return compiled
 

@@ -1,0 +1,182 @@
+"""The forward kernel, and the one that makes the caches again for the backward pass.
+
+Block r attends to its window, which is block r - 1, to itself, and to the cache of all before. Then the window leaves,
+and its values are added to the cache's sums. Sums (float32, [S, V]) and the activated values of two blocks stay in
+VMEM; neither windows nor the caches of blocks are ever in HBM.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from tvq_pod.nn.pallas.call import Operands, Pieces, Shape
+from tvq_pod.nn.pallas.tile import as_column, as_row, chunks, dot, one_hot, scores_of_tile, silu
+
+
+def forward(shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """x: the operands, see core.py. Returns out [R, B, H, G, L, V], before the gate; gated, the same times the gate's
+    SiLU, if there are gates; log_total float32 [R, B, H, G, 1, L], of each query's sum of weights; with a cache, mean
+    float32 [B, H, S, V], of the cache after the last block."""
+    kernel, multiply_adds = (
+        functools.partial(_forward_kernel, shape),
+        shape.multiply_adds(shape.d_k + shape.d_v, shape.d_v),
+    )
+    return forward_operands(shape, x).run(kernel, "tvq_forward", shape, x["kept"], multiply_adds)
+
+
+def forward_operands(shape: Shape, x: dict) -> Operands:
+    """Arrays, or ShapeDtypeStructs, as the forward kernel takes them."""
+    operands, pieces = Operands(), Pieces(shape)
+    take_sources(operands, pieces, shape, x)
+    operands.take("k_before_first", x["k_window"], pieces.of_state(shape.block_len, shape.d_k))
+    take_queries(operands, pieces, shape, x)
+    take_sums(operands, pieces, shape, x)
+    queries = shape.n_blocks, shape.n_rows, shape.n_key_head, shape.n_per_key_head
+    values = (*queries, shape.block_len, shape.d_v)
+    operands.give("out", values, shape.dtype, pieces.of_tile(shape.d_v))
+    if shape.is_gated:
+        operands.take("gate", x["gate"], pieces.of_tile(shape.d_v))
+        operands.give("gated", values, shape.dtype, pieces.of_tile(shape.d_v))
+    operands.give("log_total", (*queries, 1, shape.block_len), jnp.float32, pieces.of_tile_as_row())
+    operands.hold("k_window", (shape.block_len, shape.d_k), shape.dtype)
+    if shape.has_cache:
+        operands.take("inverse_after", x["inverse_after"], pieces.of_block(1, shape.n_code))
+        mean = shape.n_rows, shape.n_key_head, shape.n_code, shape.d_v
+        operands.give("mean", mean, jnp.float32, pieces.of_state(shape.n_code, shape.d_v))
+        operands.hold("means", (shape.n_code, shape.d_v), shape.dtype)
+    return operands
+
+
+def take_sources(operands: Operands, pieces: Pieces, shape: Shape, x: dict) -> None:
+    """What keys are made of, and what decides which of them a query sees."""
+    operands.take("k", x["k"], pieces.of_block(shape.block_len, shape.d_k))
+    operands.take("by_distance", x["by_distance"], pieces.of_head(shape.block_len, shape.d_k))
+    operands.take("at_reach", x["at_reach"], pieces.of_head(1, shape.d_k))
+    operands.take("positions", x["positions"], pieces.of_tile_in_any_head())
+    if shape.has_cache:
+        operands.take("codes", x["codes"], pieces.of_head(shape.n_code, shape.d_k))
+        operands.take("sees_cache", x["sees_cache"], pieces.of_tile_in_any_head())
+        operands.take("log_counts", x["log_counts"], pieces.of_block(1, shape.n_code))
+
+
+def take_queries(operands: Operands, pieces: Pieces, shape: Shape, x: dict) -> None:
+    """Queries, and what is added to them."""
+    operands.take("q", x["q"], pieces.of_tile(shape.d_k))
+    for name in ("u", "v_bias"):
+        operands.take(name, x[name], pieces.of_query_head(shape.d_k))
+
+
+def take_sums(operands: Operands, pieces: Pieces, shape: Shape, x: dict) -> None:
+    """What the cache's running sums are made of."""
+    operands.take("v", x["v"], pieces.of_block(shape.block_len, shape.d_v))
+    operands.take("v_window", x["v_window"], pieces.of_state(shape.block_len, shape.d_v))
+    operands.hold("values", (2, shape.block_len, shape.d_v), shape.dtype)  # of even and of odd blocks
+    if shape.has_cache:
+        operands.take("leaving", x["leaving"], pieces.of_block(1, shape.block_len))
+        operands.take("inverse", x["inverse"], pieces.of_block(1, shape.n_code))
+        operands.take("first_mean", x["first_mean"], pieces.of_state(shape.n_code, shape.d_v))
+        operands.take("first_count", x["first_count"], pieces.of_state(1, shape.n_code))
+        operands.hold("sums", (shape.n_code, shape.d_v), jnp.float32)
+
+
+def _forward_kernel(shape: Shape, ref) -> None:
+    block, (is_first_tile, is_last_tile) = ref.step, ends(shape, ref)
+    now, before = lax.rem(block, 2), lax.rem(block + 1, 2)
+
+    @pl.when(is_first_tile & (block == 0))
+    def _():
+        ref.k_window[...] = ref.k_before_first[...]
+        ref.values[0] = jnp.zeros_like(ref.values[0])
+        _start_sums(shape, ref)
+        if shape.has_cache:
+            ref.means[...] = (ref.sums[...] * as_column(ref.inverse[...])).astype(shape.dtype)
+
+    # A tile needs no values of the tiles after it, but as something that a weight of 0 can be multiplied with. So the
+    # vector unit activates them tile by tile, while the matrix unit is busy.
+    q, first = ref.q[...], ref.tile * shape.tile
+    rows = pl.ds(pl.multiple_of(first, shape.tile), shape.tile)
+    for columns in chunks(shape.d_v):
+        ref.values[now, rows, columns] = _activated(shape, ref.v[rows, columns])
+    scores = scores_of_tile(shape, ref, q + ref.u[...], q + ref.v_bias[...], ref.k_window[...], first)
+    top = functools.reduce(jnp.maximum, [jnp.max(part, axis=1, keepdims=True) for part in scores.there()])
+    weights = [jnp.exp(part - top) for part in scores.there()]
+    total = sum(jnp.sum(part, axis=1, keepdims=True) for part in weights)
+    weights = [part.astype(shape.dtype) for part in weights]
+    inverse_total = 1.0 / total
+    for columns in chunks(shape.d_v):
+        out = dot(weights[0], ref.values[before, :, columns]) + dot(weights[1], ref.values[now, :, columns])
+        if shape.has_cache:
+            out += dot(weights[2], ref.means[:, columns])
+        out *= inverse_total
+        ref.out[:, columns] = out.astype(shape.dtype)
+        if shape.is_gated:
+            ref.gated[:, columns] = (out * silu(ref.gate[:, columns])).astype(shape.dtype)
+    ref.log_total[...] = as_row(top + jnp.log(total))
+
+    @pl.when(is_last_tile)
+    def _():
+        ref.k_window[...] = ref.k[...]
+        if shape.has_cache:
+            inverse = as_column(ref.inverse_after[...])
+            for columns, sums in _add_leaving(shape, ref):
+                ref.means[:, columns] = (sums * inverse).astype(shape.dtype)
+
+    if shape.has_cache:
+
+        @pl.when(is_last_tile & (block == shape.n_blocks - 1))
+        def _():
+            ref.mean[...] = ref.sums[...] * as_column(ref.inverse_after[...])
+
+
+def ends(shape: Shape, ref) -> tuple[jax.Array, jax.Array]:
+    """Whether this grid step is the first of its block, and the last."""
+    is_first = (ref.query_head == 0) & (ref.tile == 0)
+    return is_first, (ref.query_head == shape.n_per_key_head - 1) & (ref.tile == shape.n_tiles - 1)
+
+
+def _start_sums(shape: Shape, ref) -> None:
+    """The window's values, and the cache's sums, as the state has them."""
+    ref.values[1] = ref.v_window[...]
+    if shape.has_cache:
+        ref.sums[...] = ref.first_mean[...] * as_column(ref.first_count[...])
+
+
+def _activated(shape: Shape, values: jax.Array) -> jax.Array:
+    return silu(values).astype(shape.dtype) if shape.is_gated else values
+
+
+def _add_leaving(shape: Shape, ref):
+    """The window leaves: the cache's sums after this block, some columns at a time."""
+    kept = (ref.kept[ref.step, ref.row] > 0).astype(jnp.float32)
+    leaving = one_hot(ref.leaving[...], shape.n_code, shape.dtype)
+    for columns in chunks(shape.d_v):
+        values = ref.values[lax.rem(ref.step + 1, 2), :, columns]
+        sums = ref.sums[:, columns] * kept + dot(leaving, values)
+        ref.sums[:, columns] = sums
+        yield columns, sums
+
+
+def caches_again(shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns means [R, B, H, S, V], in `dtype`: those that each block meets."""
+    shape = dataclasses.replace(shape, n_per_key_head=1, tile=shape.block_len)  # one grid step a block
+    operands, pieces = Operands(), Pieces(shape)
+    take_sums(operands, pieces, shape, x)
+    means = shape.n_blocks, shape.n_rows, shape.n_key_head, shape.n_code, shape.d_v
+    operands.give("means", means, shape.dtype, pieces.of_block(shape.n_code, shape.d_v))
+    kernel, multiply_adds = functools.partial(_caches_kernel, shape), shape.multiply_adds(0, shape.d_v)
+    return operands.run(kernel, "tvq_caches", shape, x["kept"], multiply_adds)
+
+
+def _caches_kernel(shape: Shape, ref) -> None:
+    @pl.when(ref.step == 0)
+    def _():
+        _start_sums(shape, ref)
+
+    ref.means[...] = (ref.sums[...] * as_column(ref.inverse[...])).astype(shape.dtype)
+    ref.values[lax.rem(ref.step, 2)] = _activated(shape, ref.v[...])
+    for _columns in _add_leaving(shape, ref):
+        pass
