@@ -96,6 +96,7 @@ def test_rows_are_spread_over_the_devices_and_go_in_groups_when_there_are_many(e
     assert state["units"][0]["mean"].addressable_shards[0].data.shape[0] == 2
 
 
+@pytest.mark.slow
 def test_what_is_drawn_does_not_depend_on_how_often_the_loop_returns(monkeypatch):
     prompts = [prompt_of(3), prompt_of(20)]
     expected = sampled(sampler_of(6), prompts, length=70, stop_at_end=False)

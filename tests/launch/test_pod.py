@@ -92,6 +92,7 @@ def test_every_value_arrives_as_it_was_given(laptop, tmp_path):
     assert (machine / "env").stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_the_commands_and_does_nothing(laptop):
     planned = laptop.must("up", *UP, "--dry_run")
     assert not laptop.get("log")

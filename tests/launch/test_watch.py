@@ -161,6 +161,7 @@ def test_a_request_that_can_never_be_granted_is_given_up(started):
         Watch(machines, max_restarts=2).run()
 
 
+@pytest.mark.slow
 def test_gcloud_that_fails_in_passing_ends_nothing(started):
     """A login that expires in the night included."""
     machines, lines = in_this_process(started)

@@ -52,6 +52,7 @@ def test_sample_goes_on_from_each_prompt(trained, tmp_path):
     assert len(first) > len("the quick")
 
 
+@pytest.mark.slow
 def test_inspect_shows_the_run_and_a_fingerprint(trained):
     workdir, _, _ = trained
     out, _ = run(f"--workdir={workdir}", "--mode=inspect")

@@ -50,6 +50,7 @@ class OnDisk(NamedTuple):
     digest: jax.Array
 
 
+@pytest.mark.slow
 def test_fingerprints_are_those_of_the_whole_state(run, capsys):
     workdir, state = run
     inspect_run.inspect(SETTINGS, workdir, None)

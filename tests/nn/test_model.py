@@ -78,7 +78,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(n_head=1, e_tie=True, e_scale=0.5, n_layer=1),
+        slow(dict(n_head=1, e_tie=True, e_scale=0.5, n_layer=1)),
         slow(dict(n_head=3, e_norm=False, unroll=2)),
         slow(dict(head_type="mqa")),
         slow(dict(head_type="mha", d_v=4, agg_cache=False, n_layer=1)),

@@ -156,12 +156,14 @@ def test_kernels_give_what_the_plain_implementation_gives_for_every_head_type(he
         assert_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_kernels_without_a_cache_end_with_the_window():
     config = core_config(head_type="mha", agg_cache=False, window_bias=2.0)
     for found, expected in two_updates(config, [[5], []]):
         assert_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_a_block_without_halves_is_one_tile_and_one_block_is_an_update():
     config = small_config(block_len=3, mem_len=3, n_head=1, attention="pallas")
     assert shape_of(config, "cpu", 1, 1, True).n_tiles == 1 < shape_of(core_config(), "cpu", 1, 1, True).n_tiles
@@ -172,6 +174,7 @@ def test_a_block_without_halves_is_one_tile_and_one_block_is_an_update():
     assert_equal(compiled(config)(**given), compiled(config.replace(attention="plain"))(**given))
 
 
+@pytest.mark.slow
 def test_kernels_in_bfloat16_are_as_near_to_float32_as_the_plain_implementation():
     config = core_config(n_head=1, dtype=jnp.bfloat16)
     exactly = config.replace(attention="plain", dtype=jnp.float32)
@@ -189,6 +192,7 @@ def test_kernels_in_bfloat16_are_as_near_to_float32_as_the_plain_implementation(
                 assert error <= 0.02 * size, f"{name}: {error / size:.4f}"
 
 
+@pytest.mark.slow
 def test_kernels_are_spread_over_rows_and_heads(eight_devices):
     config = core_config(head_type="mha")
     mesh = make_mesh(MeshSettings(data=2, model=2), eight_devices[:4])
@@ -235,6 +239,7 @@ def traced_gradient(**changes) -> list[tuple[str, list]]:
 
 
 @pytest.mark.parametrize("remat", ["none", "projections", "dots", "full"])
+@pytest.mark.slow
 def test_the_forward_kernel_runs_again_only_where_nothing_is_kept(remat):
     names = [name for name, _ in traced_gradient(remat=remat)]
     units = 2  # of a layer; the scan has each once

@@ -104,6 +104,7 @@ def test_what_a_killed_save_left_is_removed_from_this_runs_folder_alone(tmp_path
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("with space 50% %41 a#b", "n" * NAME_BYTES)),
     ],
 )
+@pytest.mark.slow
 def test_odd_names_of_folders_are_no_hindrance(name, tmp_path, mesh):
     check_saving("--workdir", f"{tmp_path}/{name}")
     checkpoints = Checkpoints(tmp_path / name, CheckpointSettings())

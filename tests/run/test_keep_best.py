@@ -157,6 +157,7 @@ def test_only_complete_evaluations_of_its_own_split_decide_which_step_is_the_bes
     assert run(settings_for(store, 20), workdir) == [16, 20]
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_over_knows_nothing_of_what_it_was(tmp_path, store, losses):
     workdir = tmp_path / "run"
     losses["own"] = [1.0, 2.0]

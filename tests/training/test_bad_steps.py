@@ -246,6 +246,7 @@ def test_a_bad_step_is_not_applied_and_the_run_goes_on(corpus, tmp_path, poison)
 
 
 @pytest.mark.parametrize("make_step", [made_up_step, pytest.param(real_step, marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
 def test_after_several_in_a_row_the_run_goes_back_and_skips_their_data(corpus, tmp_path, poison, make_step):
     settings = settings_for(corpus)
     poison |= {12, 13, 14}
