@@ -122,23 +122,32 @@ class VQAttention(nn.Module):
         return new_state, dict(res=self.residual(out), **made["losses"])
 
     def projected(self, x: jax.Array, vq_spec: VQSpec | None) -> dict:
-        """What attention is made of, from x [R, B, L, D]: q [R, B, Q, L, K]; k [R, B, H, L, K], with attn_type vq its
-        shortcodes and quantized too; v [R, B, H, L, V] and gate [R, B, Q, L, V] or None, before their SiLU if there is
-        a gate; biases; losses."""
-        c = self.config
+        """What attention is made of, from x [R, B, L, D]: `raw`'s v and gate, and what `prepared` makes of the rest."""
+        raw = self.raw(x)
+        return {name: raw[name] for name in ("v", "gate")} | self.prepared(raw["q"], raw["k"], vq_spec)
+
+    def raw(self, x: jax.Array) -> dict:
+        """Of x [R, B, L, D]: q [R, B, Q, L, K], k [R, B, H, L, K], before they are normalised; v [R, B, H, L, V] and
+        gate [R, B, Q, L, V] or None, before their SiLU if there is a gate."""
         x = self.norm(x)
-        scale = c.d_k**-0.25
-        q = self.key_norm(checkpoint_name(self.w_q(x), "projected")) * scale
-        k = self.key_norm(checkpoint_name(self.w_k(x), "projected")) * scale
-        v = checkpoint_name(self.w_v(x), "projected")
-        gate = None if self.w_g is None else checkpoint_name(self.w_g(x), "projected")
+        projections = dict(q=self.w_q, k=self.w_k, v=self.w_v, gate=self.w_g)
+        return {
+            name: None if project is None else checkpoint_name(project(x), "projected")
+            for name, project in projections.items()
+        }
+
+    def prepared(self, q: jax.Array, k: jax.Array, vq_spec: VQSpec | None, shortcodes: jax.Array | None = None) -> dict:
+        """Of q and k as `raw` makes them: q, normalised and scaled; k, with attn_type vq its shortcodes (those given,
+        if they are known) and quantized too; biases; losses."""
+        scale = self.config.d_k**-0.25
+        q, k = self.key_norm(q) * scale, self.key_norm(k) * scale
         if self.quantizer is None:
             keys = dict(k=k, losses=dict(l_commit=jnp.zeros([]), l_codebook=jnp.zeros([]), metrics={}))
         else:
-            quantized = self.quantizer(k, vq_spec)
+            quantized = self.quantizer(k, vq_spec, shortcodes)
             keys = {name: quantized[name] for name in ("shortcodes", "quantized")}
             keys["losses"] = {name: quantized[name] for name in ("l_commit", "l_codebook", "metrics")}
-        return dict(q=q, v=v, gate=gate, biases=self.biases(), **keys)
+        return dict(q=q, biases=self.biases(), **keys)
 
     def residual(self, out: jax.Array) -> jax.Array:
         """[R, B, Q, L, V] -> [R, B, L, D]."""

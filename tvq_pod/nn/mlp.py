@@ -13,10 +13,19 @@ class MLP(nn.Module):
 
     config: TransformerConfig
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def setup(self):
         c = self.config
-        x = RMSNorm(c, use_scale=True, name="norm")(x)
-        hidden = HeadProjection(c, 1, c.hidden_width, (None, "hidden"), name="w_up")(x)
-        hidden = nn.gelu(checkpoint_name(hidden, "projected"))
-        return OutputProjection(c, (None, "hidden"), name="w_down")(hidden)
+        self.norm = RMSNorm(c, use_scale=True)
+        self.w_up = HeadProjection(c, 1, c.hidden_width, (None, "hidden"))
+        self.w_down = OutputProjection(c, (None, "hidden"))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.residual(self.raw(x))
+
+    def raw(self, x: jax.Array) -> jax.Array:
+        """[R, B, L, D] -> [R, B, 1, L, width], before the GELU."""
+        return checkpoint_name(self.w_up(self.norm(x)), "projected")
+
+    def residual(self, hidden: jax.Array) -> jax.Array:
+        """What `raw` returns -> [R, B, L, D]."""
+        return self.w_down(nn.gelu(hidden))

@@ -9,10 +9,12 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core.scope import LazyRng
 
 from tvq_pod.nn.attn import VQAttention
 from tvq_pod.nn.axes import constrain, gathered, placement
 from tvq_pod.nn.layers import Dropout, RMSNorm, sinusoids, with_names
+from tvq_pod.nn.layer_loop import RESIDUAL_STREAM, Given, layer_loop
 from tvq_pod.nn.mlp import MLP
 from tvq_pod.nn.pallas.fit import implementation
 from tvq_pod.nn.state import positions_of, state_axes
@@ -26,9 +28,6 @@ REMAT_POLICIES = {  # by attn_type and remat: what each unit keeps for the backw
     **{(kind, "dots"): _KEEP.dots_with_no_batch_dims_saveable for kind in ("vq", "full")},
     **{(kind, "projections"): _KEEP.save_only_these_names("projected", "attended") for kind in ("vq", "full")},
 }
-
-
-RESIDUAL_STREAM = ("blocks", "batch", "token", "residual")
 
 
 class Layer(nn.Module):
@@ -125,7 +124,13 @@ class Transformer(nn.Module):
             unroll=c.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, name="layers")
-        x, (new_state, l_commit, l_codebook) = layers(x, state, split_blocks(doc_ids, c.block_len), vq_spec)
+        doc_blocks = split_blocks(doc_ids, c.block_len)
+        if self._has_own_loop():
+            params = self.get_variable("params", "layers")
+            given = Given(self._rngs_of_layers(), doc_blocks, vq_spec)
+            x, new_state, (l_commit, l_codebook) = layer_loop(c, params, x, state, given)
+        else:
+            x, (new_state, l_commit, l_codebook) = layers(x, state, doc_blocks, vq_spec)
         if c.e_norm:
             x = RMSNorm(c, use_scale=True, name="norm_out")(x)
         if c.e_tie:
@@ -139,6 +144,21 @@ class Transformer(nn.Module):
         else:
             result = dict(losses=join_blocks(token_losses(x, output, split_blocks(targets, c.block_len), c.e_scale)))
         return new_state, result | dict(l_commit=jnp.sum(l_commit), l_codebook=jnp.sum(l_codebook))
+
+
+    def _has_own_loop(self) -> bool:
+        """Whether layer_loop.py goes through the layers, and not flax's scan."""
+        c = self.config
+        is_usual = c.remat == "projections" and c.unroll == 1 and c.mem_len == c.block_len
+        return implementation(c) == "pallas" and is_usual and not self.is_initializing()
+
+    def _rngs_of_layers(self) -> dict[str, LazyRng]:
+        """As flax's scan would split them."""
+        assert self.scope is not None
+        return {
+            name: LazyRng(jax.random.split(rng.rng, self.config.n_layer), (*rng.suffix, "layers"))
+            for name, rng in self.scope.rngs.items()
+        }
 
 
 def embed(inputs: jax.Array, embedding: jax.Array) -> jax.Array:

@@ -66,8 +66,9 @@ class VectorQuantizer(nn.Module):
         """The codebook, float32 [H, S, K], as a constant to every gradient."""
         return jax.lax.stop_gradient(self.codebook)
 
-    def __call__(self, keys: jax.Array, vq_spec: VQSpec | None) -> dict:
+    def __call__(self, keys: jax.Array, vq_spec: VQSpec | None, shortcodes: jax.Array | None = None) -> dict:
         """Quantizes keys [..., H, T, K]; vq_spec: loss_mask [..., T]; None means that every position counts.
+        shortcodes: those of these keys, where they have been found before.
 
         Returns a dict:
           shortcodes: int32 [..., H, T].
@@ -78,7 +79,8 @@ class VectorQuantizer(nn.Module):
             float32 scalars, means over heads.
         """
         codes = self.codes()
-        z = checkpoint_name(nearest_code(jax.lax.stop_gradient(keys), codes), "projected")
+        z = nearest_code(jax.lax.stop_gradient(keys), codes) if shortcodes is None else shortcodes
+        z = checkpoint_name(z, "projected")
         chosen = lookup(z, codes.astype(keys.dtype))
         mask = jnp.ones_like(z[..., 0, :]) if vq_spec is None else vq_spec.loss_mask
         mask = mask.astype(jnp.float32)[..., None, :]  # [..., 1, T]

@@ -83,6 +83,15 @@ def fused_attention(
     `VQAttention.initial_state` returns it.
     Returns [R, B, H, G, L, V] in the dtype of q, and the state after the last block.
     """
+    shape, x, others, after = operands(config, biases, q, present, gate, state)
+    out, mean = cast(tuple[jax.Array, jax.Array | None], _core(shape, x, others))
+    return out, state_after(config, present, gate is not None, state, after, mean)
+
+
+def operands(config: TransformerConfig, biases: dict, q, present: dict, gate: jax.Array | None, state: dict):
+    """What the kernels take, for the arguments of `fused_attention`: (shape, x, others, after). Gradients pass through
+    x always, through STATE of others if somebody asks, and through CONSTANT and after, which `state_after` needs, never.
+    """
     n_blocks, n_rows, n_key_head, n_per_key_head, block_len, _ = q.shape
     c = config.replace(block_len=block_len)
     shape = shape_of(c, placement().device_kind(), n_blocks, n_rows, gate is not None)
@@ -99,16 +108,18 @@ def fused_attention(
         v=present["v"],
         by_distance=jnp.concatenate([r[:, :1], r[:, 1 : c.mem_len][:, ::-1]], axis=1),  # row m: distance -m mod L
         at_reach=r[:, c.mem_len :],
+    )
+    others = dict(
         k_window=window["k_hat"],
         v_window=window["v"],
         positions=doc_positions(state, present["doc_ids"])[:, :, None],
         kept=kept.astype(jnp.int32),
     )
     if gate is not None:
-        x |= dict(gate=gate)
+        x["gate"] = gate
     if c.agg_cache:
         inverse = 1.0 / jnp.maximum(counts, 1.0)
-        x |= dict(
+        others |= dict(
             codes=biases["codes"],
             sees_cache=(present["doc_ids"] == latest[:-1, :, None]).astype(jnp.int32)[:, :, None],
             log_counts=log_counts(counts[:-1])[:, :, :, None],
@@ -119,21 +130,21 @@ def fused_attention(
             first_mean=cache["upper_div_lower"],
             first_count=cache["lower"][:, :, None],
         )
-    others = {name: x.pop(name) for name in (*STATE, *CONSTANT) if name in x}
-    out, mean = cast(tuple[jax.Array, jax.Array | None], _core(shape, x, others))
+    return shape, x, others, dict(lower=counts[-1], latest_doc_id=latest[-1])
 
-    # the window of the next update is the last block
+
+def state_after(config: TransformerConfig, present: dict, is_gated: bool, state: dict, after: dict, mean) -> dict:
+    """The state after the last block, whose window is the last block. mean: as the kernel returns it, or None."""
     last = {name: array[-1] for name, array in present.items()}
-    if gate is not None:
+    if is_gated:
         last["v"] = silu(last["v"]).astype(last["v"].dtype)
-    ids_alone = state | dict(xlcache=dict(doc_ids=window["doc_ids"]))
+    ids_alone = state | dict(xlcache=dict(doc_ids=state["xlcache"]["doc_ids"]))
     new_state = next_state(dict(doc_ids=present["doc_ids"]), ids_alone) | dict(xlcache=last)
     if mean is None:
-        values = silu(present["v"]).astype(present["v"].dtype) if gate is not None else present["v"]
-        _, after = caches(cache, leaving_chunks(window, present | dict(v=values)), c.reduction)
-        return out, new_state | dict(aggcache=after)
-    after = dict(upper_div_lower=mean, lower=counts[-1], latest_doc_id=latest[-1])
-    return out, new_state | dict(aggcache=after)
+        values = silu(present["v"]).astype(present["v"].dtype) if is_gated else present["v"]
+        leaving = leaving_chunks(state["xlcache"], present | dict(v=values))
+        return new_state | dict(aggcache=caches(state["aggcache"], leaving, config.reduction)[1])
+    return new_state | dict(aggcache=dict(upper_div_lower=mean, **after))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -156,14 +167,30 @@ def _forward(shape, x, others):
 def _backward(shape, residuals, cotangents):
     x, others, kept, asked = residuals
     d_out, d_mean = cotangents
-    operands = x | others | kept | dict(d_out=_instantiated(d_out, kept["out"]))
-    if shape.has_cache:
-        operands |= _on_each_device(caches_again, shape, x | others)
     to_state = bool(asked) or not (d_mean is None or isinstance(d_mean, SymbolicZero))
+    if to_state and shape.has_cache:
+        d_mean = _instantiated(d_mean, others["first_mean"])
+    gradients, of_state = core_backward(
+        shape, x, others, kept, _instantiated(d_out, kept["out"]), d_mean if to_state else None, to_state
+    )
+    return gradients, dict.fromkeys(others) | of_state
+
+
+def core_forward(shape: Shape, x: dict, others: dict) -> dict:
+    """What `forward` returns, of all devices."""
+    return _on_each_device(forward, shape, x | others)
+
+
+def core_backward(shape: Shape, x: dict, others: dict, kept: dict, d_out, d_mean, to_state: bool) -> tuple[dict, dict]:
+    """The gradients of x and, if wanted, of STATE. x, others: see `operands`. kept: out and log_total of
+    `core_forward`. d_out, d_mean: the gradients of its (gated) output and, to_state, of its mean."""
+    made_of = x | others | kept | dict(d_out=d_out)
+    if shape.has_cache:
+        made_of |= _on_each_device(caches_again, shape, x | others)
     if to_state:
         no_cache = jnp.zeros((*others["k_window"].shape[:2], 1, 1), jnp.float32)
-        operands["d_mean"] = _instantiated(d_mean, others["first_mean"]) if shape.has_cache else no_cache
-    made = _on_each_device(backward, shape, operands)
+        made_of["d_mean"] = d_mean if shape.has_cache else no_cache
+    made = _on_each_device(backward, shape, made_of)
 
     small = made["small_sums"]  # [R, B, H, G, I, 8, K]
     small = {name: small[..., row, :] for row, name in enumerate(SMALL_SUMS)}
@@ -172,11 +199,8 @@ def _backward(shape, residuals, cotangents):
     gradients["at_reach"] = jnp.sum(small["at_reach"], axis=(0, 1, 3, 4))[:, None]
     gradients["by_distance"] = jnp.sum(made["by_distance_gradient"], axis=0)
     gradients = {name: gradient.astype(x[name].dtype) for name, gradient in gradients.items()}
-    of_others = dict.fromkeys(others)
-    if to_state:
-        of_state = {name: made[f"{name}_gradient"] for name in STATE if name in others}
-        of_others |= {name: gradient.astype(others[name].dtype) for name, gradient in of_state.items()}
-    return gradients, of_others
+    of_state = {name: made[f"{name}_gradient"] for name in STATE if name in others and to_state}
+    return gradients, {name: gradient.astype(others[name].dtype) for name, gradient in of_state.items()}
 
 
 _core.defvjp(_forward, _backward, symbolic_zeros=True)
