@@ -47,27 +47,53 @@ def layer_loop(config: TransformerConfig, params: dict, x: jax.Array, state: dic
     return x, new_state, losses
 
 
-def _loop(config, params, x, state, given: Given):
-    def turn(x, own):
-        params, rngs, state = own
-        x, new_state, losses, kept = _layer(config, params, x, state, given._replace(rngs=rngs))
-        return x, (new_state, losses, kept)
+def _loop(config, params, x, state, given: Given, keeps: bool = False):
+    stacks = _empty_stacks(config, x, state, keeps)
 
-    return lax.scan(turn, x, (params, given.rngs, state))
+    def turn(carry, own):
+        x, stacks = carry
+        layer, params, rngs = own
+        x, stacks, new_state, losses, kept = _layer(config, params, x, state, given._replace(rngs=rngs), layer, stacks, keeps)
+        return (x, stacks), (new_state, losses, kept)
+
+    (x, stacks), (new_state, losses, kept) = lax.scan(
+        turn, (x, stacks), (jnp.arange(config.n_layer), params, given.rngs)
+    )
+    for name in stacks:
+        new_state[name]["aggcache"]["upper_div_lower"] = stacks[name].pop("mean")
+        if keeps:
+            kept[name] |= stacks[name]
+    return x, (new_state, losses, kept)
 
 
-def _layer(config, params, x, state, given: Given):
+def _empty_stacks(c, x, state, keeps):
+    n_blocks, n_rows, length, _ = x.shape
+    stacks = {}
+    for name in c.attention_units:
+        queries = c.n_layer, n_blocks, n_rows, c.n_key_head, c.n_head // c.n_key_head
+        stacks[name] = dict(mean=lax.empty(state[name]["aggcache"]["upper_div_lower"].shape, jnp.float32))
+        if keeps:
+            stacks[name] |= dict(
+                out=lax.empty((*queries, length, c.d_v), jnp.dtype(c.dtype)),
+                log_total=lax.empty((*queries, 1, length), jnp.float32),
+            )
+    return stacks
+
+
+def _layer(config, params, x, state, given: Given, layer, stacks, keeps):
     """One layer. Returns x, the next state, the losses, and what to keep of each unit."""
-    new_state, kept, losses = {}, {}, []
+    new_state, kept, losses, stacks = {}, {}, [], dict(stacks)
     for name in UNITS:
         if name in config.attention_units:
             unit = _Attention(config, name, given)
-            res, new_state[name], own, kept[name] = unit.forward(params[name], x, state[name])
+            res, new_state[name], own, kept[name], stacks[name] = unit.forward(
+                params[name], x, state[name], layer, stacks[name]
+            )
             losses.append(own)
         else:
             res, kept[name] = _Mlp(config, name, given).forward(params[name], x)
         x = constrain(x + res, *RESIDUAL_STREAM)
-    return x, new_state, jax.tree.map(lambda *own: sum(own), *losses), kept
+    return x, stacks, new_state, jax.tree.map(lambda *own: sum(own), *losses), kept if keeps else None
 
 
 def _forward(config, params, x, state, given):
@@ -75,7 +101,7 @@ def _forward(config, params, x, state, given):
     params, x, state, given = (
         jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=_is_primal) for tree in (params, x, state, given)
     )
-    x_after, (new_state, losses, kept) = _loop(config, params, x, state, given)
+    x_after, (new_state, losses, kept) = _loop(config, params, x, state, given, keeps=True)
     asked = ({},) if differentiates_state else ()  # what is kept has arrays as leaves: so the answer is in its structure
     return (x_after, new_state, losses), (params, x, state, given, kept, asked)
 
@@ -91,16 +117,15 @@ def _backward(config, residuals, cotangents):
     def turn(d_x, own):
         layer, params, rngs, d_losses = own
         here = given._replace(rngs=rngs)
-        at_layer = functools.partial(_at, layer)
         d_params = {}
         for name in reversed(UNITS):
             if name in config.attention_units:
                 unit = _Attention(config, name, here)
                 d_params[name], d_own = unit.backward(
-                    params[name], at_layer(kept[name]), at_layer(state[name]), d_x, d_losses
+                    params[name], kept[name], state[name], layer, d_x, d_losses
                 )
             else:
-                d_params[name], d_own = _Mlp(config, name, here).backward(params[name], at_layer(kept[name]), d_x)
+                d_params[name], d_own = _Mlp(config, name, here).backward(params[name], _at(layer, kept[name]), d_x)
             d_x = constrain(d_x + d_own, *RESIDUAL_STREAM)
         return d_x, d_params
 
@@ -157,20 +182,28 @@ class _Attention(_Unit):
         super().__init__(VQAttention(config), name, given)
         self._config = config
 
-    def forward(self, params, x, state):
-        raw = self._apply("raw", params, x)
-        (x_operands, losses), (shape, others, after, present) = self._operands(params, raw, state, None)
-        made = core_forward(shape, x_operands, others)
-        gated = made["gated" if shape.is_gated else "out"]
-        new_state = state_after(self._config, present, shape.is_gated, state, after, made.get("mean"))
-        kept = dict(x=x, raw=raw, z=present["z"], out=made["out"], log_total=made["log_total"])
-        return self._residual(params, gated), new_state, losses, kept
+    def forward(self, params, x, state, layer, stacks):
+        raw = self._raw(params, x)
+        before = _at(layer, state)
+        (x_operands, losses), (shape, others, after, present) = self._operands(params, raw, before, None)
+        others = others | self._stacked_state(state) | dict(layer=layer[None])
+        made = core_forward(shape, x_operands, others | {f"{n}_stack": s for n, s in stacks.items()})
+        gated = made["gated"] if shape.is_gated else _at(layer, made["out"]) if "out" in stacks else made["out"]
+        new_state = state_after(self._config, present, shape.is_gated, before, after, jnp.zeros([]))
+        kept = dict(x=x, raw=raw, z=present["z"])
+        return self._residual(params, gated), new_state, losses, kept, {name: made[name] for name in stacks}
 
-    def backward(self, params, kept, state, d_res, d_losses):
+    def _stacked_state(self, state):
+        window = state["xlcache"]
+        return dict(k_window=window["k_hat"], v_window=window["v"], first_mean=state["aggcache"]["upper_div_lower"])
+
+    def backward(self, params, stacked, state, layer, d_res, d_losses):
+        kept = _at(layer, stacked)
+        before = _at(layer, state)
         x, raw, out = kept["x"], kept["raw"], kept["out"]
         gated = out
         if raw["gate"] is not None:
-            gated = (out * silu(raw["gate"]).reshape(out.shape)).astype(out.dtype)
+            gated = (out * silu(raw["gate"])).astype(out.dtype)
         _, vjp = jax.vjp(self._residual, params, gated)
         of_residual, d_gated = vjp(d_res)
 
@@ -178,14 +211,16 @@ class _Attention(_Unit):
 
         def prepared(params, raw):
             nonlocal static
-            differentiated, (static, *constant) = self._operands(params, raw, state, kept["z"])
+            differentiated, (static, *constant) = self._operands(params, raw, before, kept["z"])
             return differentiated, constant
 
         (x_operands, _), vjp, (others, *_) = jax.vjp(prepared, params, raw, has_aux=True)
-        kept = {name: kept[name] for name in ("out", "log_total")}
+        kept = {name: stacked[name] for name in ("out", "log_total")}
+        x_operands |= {name: stacked["raw"][name] for name in ("v", "gate") if name in x_operands}
+        others = others | self._stacked_state(state) | dict(layer=layer[None])
         d_operands, _ = core_backward(static, x_operands, others, kept, d_gated, None, False)
         of_prepared, d_raw = vjp((d_operands, d_losses))
-        _, vjp = jax.vjp(functools.partial(self._apply, "raw"), params, x)
+        _, vjp = jax.vjp(self._raw, params, x)
         of_raw, d_x = vjp(d_raw)
         return jax.tree.map(lambda *own: sum(own), of_residual, of_prepared, of_raw), d_x
 
@@ -194,11 +229,19 @@ class _Attention(_Unit):
         c, given = self._config, self._given
         made = self._apply("prepared", params, raw["q"], raw["k"], given.vq_spec, shortcodes)
         present = dict(z=made["shortcodes"], k_hat=made["quantized"], v=raw["v"], doc_ids=given.doc_ids)
-        grouped = [None if a is None else a.reshape(*a.shape[:2], c.n_key_head, -1, *a.shape[3:]) for a in (made["q"], raw["gate"])]
-        shape, x, others, after = operands(c, made["biases"], grouped[0], present, grouped[1], state)
+        shape, x, others, after = operands(c, made["biases"], _grouped(made["q"], c), present, raw["gate"], state)
         losses = tuple(made["losses"][name] for name in ("l_commit", "l_codebook"))
         return (x, losses), (shape, others, after, present)
+
+    def _raw(self, params, x):
+        raw = self._apply("raw", params, x)
+        return raw | dict(gate=None if raw["gate"] is None else _grouped(raw["gate"], self._config))
 
     def _residual(self, params, out):
         """[R, B, H, G, L, V] -> [R, B, L, D]."""
         return self._apply("residual", params, out.reshape(*out.shape[:2], -1, *out.shape[4:]))
+
+
+def _grouped(x: jax.Array, c: TransformerConfig) -> jax.Array:
+    """[R, B, Q, L, width] -> [R, B, H, G, L, width]: query heads by their key head."""
+    return x.reshape(*x.shape[:2], c.n_key_head, -1, *x.shape[3:])

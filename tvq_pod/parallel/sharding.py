@@ -154,7 +154,7 @@ class OnMesh(Placement):
     def on_each_device(self, function, axes):
         def mapped(arrays):
             made = jax.eval_shape(function, arrays)
-            in_specs, out_specs = (self._specs({n: axes[n] for n in x}, x) for x in (arrays, made))
+            in_specs, out_specs = (self._specs({n: axes(n, array) for n, array in x.items()}, x) for x in (arrays, made))
             return jax.shard_map(
                 function, mesh=self._mesh, in_specs=(in_specs,), out_specs=out_specs, check_vma=False
             )(arrays)  # fmt: skip

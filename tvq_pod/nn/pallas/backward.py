@@ -49,7 +49,7 @@ def backward(shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """
     kernel = functools.partial(_backward_kernel, shape, "d_mean" in x)
     multiply_adds = shape.multiply_adds(3 * shape.d_k + 2 * shape.d_v, shape.d_v)
-    return backward_operands(shape, x).run(kernel, "tvq_backward", shape, x["kept"], multiply_adds)
+    return backward_operands(shape, x).run(kernel, "tvq_backward", shape, x, multiply_adds)
 
 
 def backward_operands(shape: Shape, x: dict) -> Operands:

@@ -129,10 +129,12 @@ class Operands:
         self.inputs: dict[str, tuple[jax.Array, pl.BlockSpec]] = {}
         self.outputs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]] = {}
         self.scratch: dict[str, Any] = {}
+        self._of_stacks: list[pl.BlockSpec] = []
 
     def take(self, name: str, array: jax.Array, spec: pl.BlockSpec) -> None:
-        """An input."""
-        self.inputs[name] = array, spec
+        """An input. One with an axis more than its pieces is a stack of layers' arrays, of which this layer's is read."""
+        assert spec.block_shape is not None
+        self.inputs[name] = array, self._of_layer(spec) if array.ndim > len(spec.block_shape) else spec
 
     def give(self, name: str, shape: tuple[int, ...], dtype, spec: pl.BlockSpec) -> None:
         """An output."""
@@ -142,33 +144,62 @@ class Operands:
         """An array in VMEM that stays from grid step to grid step."""
         self.scratch[name] = pltpu.VMEM(shape, dtype)
 
+    def _in_pieces(self) -> list[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]]:
+        """Inputs and outputs that travel, of this layer."""
+        found = []
+        for array, spec in (*self.inputs.values(), *self.outputs.values()):
+            if spec.block_shape is not None:
+                own = array.shape[1:] if spec in self._of_stacks else array.shape
+                found.append((jax.ShapeDtypeStruct(own, array.dtype), spec))
+        return found
+
+    def _into_stacks(self, x: dict) -> dict[int, int]:
+        """Lets outputs be written into the stacks that x has for them. Returns which input is which output's memory."""
+        aliases = {}
+        for place, (name, (output, spec)) in enumerate(self.outputs.items()):
+            if (stack := x.get(f"{name}_stack")) is not None:
+                aliases[len(self.inputs)] = place
+                self.inputs[f"{name}_stack"] = stack, pl.BlockSpec(memory_space=pl.ANY)
+                self.outputs[name] = jax.ShapeDtypeStruct(stack.shape, output.dtype), self._of_layer(spec)
+        return aliases
+
+    def _of_layer(self, spec: pl.BlockSpec) -> pl.BlockSpec:
+        """The same piece, of the array that this layer has in a stack."""
+        block_shape, index_map = spec.block_shape, spec.index_map
+        assert block_shape is not None and index_map is not None
+        of_stack = pl.BlockSpec((None, *block_shape), lambda *at: (at[-1][0], *index_map(*at)))
+        self._of_stacks.append(of_stack)
+        return of_stack
+
     def needed_bytes(self, shape: Shape) -> int:
         """An estimate, from above, of what the kernel takes of VMEM: twice the pieces, since the next ones travel
         meanwhile; the scratch; and what is computed. The last two axes of an array are padded to whole tiles."""
-        pieces = [(spec.block_shape, array.dtype) for array, spec in (*self.inputs.values(), *self.outputs.values())]
+        pieces = [(spec.block_shape, array.dtype) for array, spec in self._in_pieces()]
         held = [(memory.shape, memory.dtype) for memory in self.scratch.values()]
         there = sum(2 * _padded_bytes(*piece) for piece in pieces) + sum(_padded_bytes(*array) for array in held)
         return there + shape.computed_bytes
 
-    def run(
-        self, kernel: Callable, name: str, shape: Shape, kept: jax.Array, multiply_adds: int
-    ) -> dict[str, jax.Array]:
+    def run(self, kernel: Callable, name: str, shape: Shape, x: dict, multiply_adds: int) -> dict[str, jax.Array]:
         """The outputs of kernel(refs) over the grid. refs has as attributes the operands; `kept`, int32 [R, B], in
         scalar memory; and the place in the grid, row, key_head, step (of blocks), query_head and tile.
 
-        multiply_adds: of all matmuls over the grid. The compiler is told of them, and of what travels."""
+        x: kept; and layer, int32 [1], if some operands are stacks. multiply_adds: of all matmuls over the grid. The
+        compiler is told of them, and of what travels."""
+        aliases = self._into_stacks(x)
         names = [*self.inputs, *self.outputs, *self.scratch]
 
-        def body(kept_ref, *refs):
+        def body(kept_ref, _layer_ref, *refs):
             at = dict(zip(("row", "key_head", "step", "query_head", "tile"), map(pl.program_id, range(5)), strict=True))
             kernel(SimpleNamespace(kept=kept_ref, **at, **dict(zip(names, refs, strict=True))))
 
         arrays, in_specs = zip(*self.inputs.values(), strict=True)
         shapes, out_specs = zip(*self.outputs.values(), strict=True)
+        scalars = x["kept"], x.get("layer", jnp.zeros([1], jnp.int32))
+        moved = sum(math.prod(array.shape) * array.dtype.itemsize for array, _ in self._in_pieces())
         outputs = pl.pallas_call(
             body,
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=1,
+                num_scalar_prefetch=len(scalars),
                 grid=shape.grid,
                 in_specs=in_specs,
                 out_specs=list(out_specs),
@@ -183,12 +214,13 @@ class Operands:
             ),
             cost_estimate=pl.CostEstimate(
                 flops=2 * multiply_adds,
-                bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *shapes)),
+                bytes_accessed=moved,
                 transcendentals=math.prod(shape.grid) * shape.tile * (2 * shape.block_len + shape.n_code),
             ),
             interpret=shape.interpret,
+            input_output_aliases={len(scalars) + taken: given for taken, given in aliases.items()},
             name=name,
-        )(kept, *arrays)
+        )(*scalars, *arrays)
         return dict(zip(self.outputs, outputs, strict=True))
 
 

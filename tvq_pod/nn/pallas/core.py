@@ -217,4 +217,12 @@ def _on_each_device(function, shape: Shape, x: dict[str, jax.Array]) -> dict[str
         n_rows, n_key_head = x["q"].shape[1:3]
         return function(dataclasses.replace(shape, n_rows=n_rows, n_key_head=n_key_head), x)
 
-    return placement().on_each_device(of_device, AXES)(x)
+    return placement().on_each_device(of_device, _axes_of)(x)
+
+
+def _axes_of(name: str, array) -> tuple:
+    """Names of an operand's or a result's axes. One axis more than usual is that of a stack of layers' arrays."""
+    if name == "layer":
+        return (None,)
+    axes = AXES[name.removesuffix("_stack")]
+    return axes if array.ndim == len(axes) else ("layers", *axes)

@@ -25,7 +25,7 @@ def forward(shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
         functools.partial(_forward_kernel, shape),
         shape.multiply_adds(shape.d_k + shape.d_v, shape.d_v),
     )
-    return forward_operands(shape, x).run(kernel, "tvq_forward", shape, x["kept"], multiply_adds)
+    return forward_operands(shape, x).run(kernel, "tvq_forward", shape, x, multiply_adds)
 
 
 def forward_operands(shape: Shape, x: dict) -> Operands:
@@ -168,7 +168,7 @@ def caches_again(shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
     means = shape.n_blocks, shape.n_rows, shape.n_key_head, shape.n_code, shape.d_v
     operands.give("means", means, shape.dtype, pieces.of_block(shape.n_code, shape.d_v))
     kernel, multiply_adds = functools.partial(_caches_kernel, shape), shape.multiply_adds(0, shape.d_v)
-    return operands.run(kernel, "tvq_caches", shape, x["kept"], multiply_adds)
+    return operands.run(kernel, "tvq_caches", shape, x, multiply_adds)
 
 
 def _caches_kernel(shape: Shape, ref) -> None:
