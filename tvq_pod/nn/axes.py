@@ -2,7 +2,8 @@
 
 Outside of `placed_by` there is one device, and names have no effect. The names: batch; blocks; token; residual (the
 model's width, of activations); embed (the same axis, of parameters); heads (of queries); key_heads; key; value;
-shared_value; hidden; vocab; codes (of codebooks); cached_codes (of states); window; layers; None.
+shared_value; hidden; vocab; codes (of codebooks); cached_codes (of states); window; layers; shards (of blocks);
+None.
 """
 
 import contextlib
@@ -37,9 +38,14 @@ class Placement:
         mapped axis, None if there is one shard. in_axes, out_axes: trees of tuples of names."""
         return functools.partial(function, axis=None)
 
-    def on_each_device(self, function: Callable[[dict], dict], axes: dict[str, tuple]) -> Callable[[dict], dict]:
+    def on_each_device(
+        self, function: Callable[[dict], dict], axes: dict[str, tuple], are_sums: bool = False
+    ) -> Callable[[dict], dict]:
         """function(arrays), on every device with its part of them; both dicts of arrays by name. axes: of each name,
-        the names of the array's axes. Only the compiler looks into a function elsewhere; a kernel it can't divide."""
+        the names of the array's axes. Only the compiler looks into a function elsewhere; a kernel it can't divide.
+
+        are_sums: what the function returns is a sum over all that it was given. So where devices have different
+        arguments, and a result is not spread over those devices, theirs are summed."""
         return function
 
     def device_kind(self) -> str:

@@ -48,11 +48,12 @@ def caches(cache: dict, leaving: dict, reduction: str, axis: str | None = None) 
     """
     if axis:
         return _caches_of_shard(cache, leaving, reduction, axis)
-    mean, lower = cache["upper_div_lower"], cache["lower"]
-    latest, all_counts, sums, last_sum, _ = _totals(cache["latest_doc_id"], mean, lower, leaving, reduction)
+    mean, lower, values = cache["upper_div_lower"], cache["lower"], leaving["v"]
+    latest, keep, z, all_counts = count_leaving(cache["latest_doc_id"], lower, leaving, reduction)
+    sums, last_sum = _running_sums(mean, lower, keep, z, values, _is_written_out(reduction, len(values)))
     share = (1.0 / jnp.maximum(all_counts, 1.0)).at[0].set(1.0)[..., None]  # the first is a mean already
     before = dict(
-        upper_div_lower=(sums * share[:-1]).astype(leaving["v"].dtype),
+        upper_div_lower=(sums * share[:-1]).astype(values.dtype),
         lower=all_counts[:-1],
         latest_doc_id=latest[:-1],
     )
@@ -62,38 +63,39 @@ def caches(cache: dict, leaving: dict, reduction: str, axis: str | None = None) 
 
 def _caches_of_shard(cache: dict, leaving: dict, reduction: str, axis: str) -> tuple[dict, dict]:
     """`caches`, from zero, and what the shards before it leave added to it."""
-    mean, lower, last_id = (cache[name] for name in ("upper_div_lower", "lower", "latest_doc_id"))
-    own_last_id = leaving["doc_ids"][-1, :, -1]
-    first_id = last_id_before(last_id, own_last_id, axis)
-    n_code = lower.shape[-1] * jax.lax.axis_size(axis)
-    no_counts = varying_like(jnp.zeros([*lower.shape[:-1], n_code], jnp.float32), leaving["z"])
-    no_sums = varying_like(jnp.zeros([*no_counts.shape, mean.shape[-1]], jnp.float32), leaving["v"])
-    latest, all_counts, sums, last_sum, reach = _totals(first_id, no_sums, no_counts, leaving, reduction)
-    counts_before, new_lower = exclusive_scan(lower, all_counts[-1], reach[-1], axis)
-    sums_before, new_sum = exclusive_scan(mean * lower[..., None], last_sum, reach[-1], axis)
-    reach = reach[..., None, None]
-    all_counts += reach * counts_before[None]
-    sums += reach[:-1, ..., None] * sums_before[None]
+    values = leaving["v"]
+    latest, keep, z, all_counts, new_lower = counts_of_shard(cache, leaving, reduction, axis)
+    no_counts = jnp.zeros_like(all_counts[0])
+    no_sums = varying_like(jnp.zeros([*no_counts.shape, values.shape[-1]], jnp.float32), values)
+    sums, last_sum = _running_sums(no_sums, no_counts, keep, z, values, _is_written_out(reduction, len(values)))
+    first_sum = cache["upper_div_lower"] * cache["lower"][..., None]
+    sums_before, new_sum = exclusive_scan(first_sum, last_sum, latest[-1] == latest[0], axis)
+    reach = (latest[:-1] == latest[:1])[..., None, None, None]  # ids never decrease
+    sums += reach * sums_before[None]
     before = dict(
-        upper_div_lower=(sums / jnp.maximum(all_counts[:-1], 1.0)[..., None]).astype(leaving["v"].dtype),
+        upper_div_lower=(sums / jnp.maximum(all_counts[:-1], 1.0)[..., None]).astype(values.dtype),
         lower=all_counts[:-1],
         latest_doc_id=latest[:-1],
     )
     after = dict(
         upper_div_lower=new_sum / jnp.maximum(new_lower, 1.0)[..., None],
         lower=new_lower,
-        latest_doc_id=of_last_shard(own_last_id, axis),
+        latest_doc_id=of_last_shard(latest[-1], axis),
     )
     return before, after
 
 
-def _totals(latest_doc_id, mean, lower, leaving: dict, reduction: str):
-    """After none, one .. R of the chunks: the document [1 + R, B]; counts [1 + R, B, H, S]; sums, without the last, and
-    with the mean for the first [R, B, H, S, V]; the last sum; whether what was there before is kept [1 + R, B]."""
-    values = leaving["v"]
-    latest, keep, z, all_counts = count_leaving(latest_doc_id, lower, leaving, reduction)
-    sums, last_sum = _running_sums(mean, lower, keep, z, values, _is_written_out(reduction, len(values)))
-    return latest, all_counts, sums, last_sum, latest == latest[:1]  # ids never decrease
+def counts_of_shard(cache: dict, leaving: dict, reduction: str, axis: str):
+    """`count_leaving` of a shard, with what the shards before it leave; and the counts after the last shard, of this
+    device's part of the codes. cache, axis: see `caches`."""
+    lower = cache["lower"]
+    first_id = last_id_before(cache["latest_doc_id"], leaving["doc_ids"][-1, :, -1], axis)
+    n_code = lower.shape[-1] * jax.lax.axis_size(axis)
+    no_counts = varying_like(jnp.zeros([*lower.shape[:-1], n_code], jnp.float32), leaving["z"])
+    latest, keep, z, counts = count_leaving(first_id, no_counts, leaving, reduction)
+    reach = latest == latest[:1]  # what was there before is kept: ids never decrease
+    before, after = exclusive_scan(lower, counts[-1], reach[-1], axis)
+    return latest, keep, z, counts + reach[..., None, None] * before[None], after
 
 
 def count_leaving(latest_doc_id, lower, leaving: dict, reduction: str):

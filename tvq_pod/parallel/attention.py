@@ -18,17 +18,16 @@ def check_attention(config: TransformerConfig, mesh: jax.sharding.Mesh) -> None:
 
 def attention_line(config: TransformerConfig, mesh: jax.sharding.Mesh) -> str:
     """Which one it is and, for `auto` on TPUs, whether the kernels could be used."""
-    device_kind, *others = _of_mesh(mesh)
+    device_kind, n_model = _of_mesh(mesh)
     kind = implementation(config)
     if config.attention != "auto" or config.attn_type != "vq":
         return f"config.model.attention={kind}"
     if not device_kind.startswith("TPU"):
         return f"config.model.attention=auto takes {kind}"
-    reason = why_not(config, device_kind, *others)
+    reason = why_not(config, device_kind, n_model)
     return f"config.model.attention=auto takes {kind}; pallas " + (f"does not fit: {reason}" if reason else "fits, too")
 
 
-def _of_mesh(mesh: jax.sharding.Mesh) -> tuple[str, int, int]:
-    """The kind of device, and the sizes of `model` and `sequence`."""
-    shape = sizes(mesh)
-    return mesh.devices.flat[0].device_kind, shape["model"], shape["sequence"]
+def _of_mesh(mesh: jax.sharding.Mesh) -> tuple[str, int]:
+    """The kind of device, and the size of `model`."""
+    return mesh.devices.flat[0].device_kind, sizes(mesh)["model"]

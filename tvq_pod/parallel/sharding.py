@@ -23,6 +23,7 @@ RULES: dict[str, tuple[str, ...]] = dict(
     cached_codes=("sequence",),
     tokens=("sequence",),  # of an update
     blocks=("sequence",),
+    shards=("sequence",),  # what there is one of for each device's blocks
     **dict.fromkeys(("layers", "token", "residual", "embed", "key", "shared_value", "codes", "window"), ()),
 )
 # What parameters and optimizer state are spread over too, FSDP style; the layers gather them for use.
@@ -151,12 +152,19 @@ class OnMesh(Placement):
 
         return mapped
 
-    def on_each_device(self, function, axes):
+    def on_each_device(self, function, axes, are_sums=False):
         def mapped(arrays):
             made = jax.eval_shape(function, arrays)
-            in_specs, out_specs = (self._specs({n: axes(n, array) for n, array in x.items()}, x) for x in (arrays, made))
+            in_specs, out_specs = (self._specs({n: axes[n] for n in x}, x) for x in (arrays, made))
+            given = set().union(*map(_mesh_axes, in_specs.values()))
+
+            def of_device(arrays):
+                made = function(arrays)
+                shared = {name: tuple(given - _mesh_axes(out_specs[name])) for name in made} if are_sums else {}
+                return made | {name: jax.lax.psum(made[name], over) for name, over in shared.items() if over}
+
             return jax.shard_map(
-                function, mesh=self._mesh, in_specs=(in_specs,), out_specs=out_specs, check_vma=False
+                of_device, mesh=self._mesh, in_specs=(in_specs,), out_specs=out_specs, check_vma=False
             )(arrays)  # fmt: skip
 
         return mapped
@@ -166,6 +174,11 @@ class OnMesh(Placement):
 
     def _specs(self, axes, shapes):
         return jax.tree.map(lambda names, x: spec_of(names, x.shape, self._mesh), axes, shapes, is_leaf=_is_names)
+
+
+def _mesh_axes(spec: PartitionSpec) -> set[str]:
+    """Those that some axis of an array is split over."""
+    return {axis for axes in spec for axis in ((axes,) if isinstance(axes, str) else axes or ())}
 
 
 def _is_names(x) -> bool:

@@ -36,6 +36,7 @@ from tvq_pod.nn.pallas.tile import (
 )
 
 SMALL_SUMS = ("u", "v_bias", "at_reach")  # rows of `small_sums`, of eight
+OF_PARTS = ("q_gradient", "k_gradient", "by_distance_gradient", "small_sums", "k_window_gradient")  # to be summed
 
 
 def backward(shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -45,57 +46,63 @@ def backward(shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
     Returns the gradients q [R, B, H, G, L, K], k [R, B, H, L, K], v [R, B, H, L, V], gate; by_distance float32
     [B, H, L, K], a row's; small_sums float32 [R, B, H, G, I, 8, K], a tile's, of SMALL_SUMS; and for the state
-    k_window, v_window, float32 like theirs, and first_mean.
+    k_window, v_window, float32 like theirs, and first_mean. Those of q and k are float32 where other devices have more
+    to add to them.
     """
     kernel = functools.partial(_backward_kernel, shape, "d_mean" in x)
-    multiply_adds = shape.multiply_adds(3 * shape.d_k + 2 * shape.d_v, shape.d_v)
-    return backward_operands(shape, x).run(kernel, "tvq_backward", shape, x, multiply_adds)
+    made = backward_operands(shape, x).run(kernel, "tvq_backward", shape, x["kept"], shape.multiply_adds(3, 2))
+    return made | {name: _sum_of_parts(made[name]) for name in OF_PARTS if name in made}
+
+
+def _sum_of_parts(x: jax.Array) -> jax.Array:
+    return x[0] if len(x) == 1 else jnp.sum(x, axis=0)
 
 
 def backward_operands(shape: Shape, x: dict) -> Operands:
     """Arrays, or ShapeDtypeStructs, as the backward kernel takes them."""
-    operands, pieces = Operands(), Pieces(shape, lambda r: shape.n_blocks - 1 - r)
+    operands, order = Operands(), lambda r: shape.n_blocks - 1 - r
+    pieces, columns, copy = Pieces(shape, order), Pieces(shape, order, "columns"), Pieces(shape, order, "copy")
     take_sources(operands, pieces, shape, x)
     take_queries(operands, pieces, shape, x)
-    length, d_k, d_v, f32 = shape.block_len, shape.d_k, shape.d_v, jnp.float32
-    of_keys, of_values = (pieces.of_block(length, width) for width in (d_k, d_v))
+    length, d_k, d_v, width, f32 = shape.block_len, shape.d_k, shape.d_v, shape.width, jnp.float32
+    of_values, state_values = columns.of_block(length, width), columns.of_state(length, width)
     operands.take("k_before", x["k"], pieces.of_block(length, d_k, back=1))
     operands.take("k_before_first", x["k_window"], pieces.of_state(length, d_k))
     operands.take("v", x["v"], of_values)
-    operands.take("v_before", x["v"], pieces.of_block(length, d_v, back=1))
-    operands.take("v_window", x["v_window"], pieces.of_state(length, d_v))
+    operands.take("v_before", x["v"], columns.of_block(length, width, back=1))
+    operands.take("v_window", x["v_window"], state_values)
     for name in ("out", "d_out", *(["gate"] if shape.is_gated else [])):
-        operands.take(name, x[name], pieces.of_tile(d_v))
+        operands.take(name, x[name], columns.of_tile(width))
     operands.take("log_total", x["log_total"], pieces.of_tile_as_row())
 
     blocks = shape.n_blocks, shape.n_rows, shape.n_key_head
-    queries = *blocks, shape.n_per_key_head
-    operands.give("q_gradient", (*queries, length, d_k), shape.dtype, pieces.of_tile(d_k))
-    operands.give("k_gradient", (*blocks, length, d_k), shape.dtype, of_keys)
+    queries, parts = (*blocks, shape.n_per_key_head), shape.n_parts
+    operands.give("q_gradient", (parts, *queries, length, d_k), shape.partial_dtype, copy.of_tile(d_k))
+    operands.give("k_gradient", (parts, *blocks, length, d_k), shape.partial_dtype, copy.of_block(length, d_k))
     operands.give("v_gradient", (*blocks, length, d_v), shape.dtype, of_values)
     if shape.is_gated:
-        operands.give("gate_gradient", (*queries, length, d_v), shape.dtype, pieces.of_tile(d_v))
-    operands.give("by_distance_gradient", (*blocks[1:], length, d_k), f32, pieces.of_state(length, d_k))
-    operands.give("small_sums", (*queries, shape.n_tiles, 8, d_k), f32, pieces.sums_of_tile(d_k))
+        operands.give("gate_gradient", (*queries, length, d_v), shape.dtype, columns.of_tile(width))
+    operands.give("by_distance_gradient", (parts, *blocks[1:], length, d_k), f32, copy.of_state(length, d_k))
+    operands.give("small_sums", (parts, *queries, shape.n_tiles, 8, d_k), f32, copy.sums_of_tile(d_k))
 
     operands.hold("k_window", (length, d_k), shape.dtype)
-    operands.hold("values", (2, length, d_v), shape.dtype)  # of even and of odd blocks, as the next three
+    operands.hold("values", (2, length, width), shape.dtype)  # of even and of odd blocks, as the next three
     operands.hold("d_k", (2, length, d_k), f32)
-    operands.hold("d_v", (2, length, d_v), f32)
+    operands.hold("d_v", (2, length, width), f32)
     operands.hold("d_distance", (length, d_k), f32)
     if shape.is_gated:
-        operands.hold("d_before_gate", (shape.tile, d_v), shape.dtype)
+        operands.hold("d_before_gate", (shape.tile, width), shape.dtype)
     if shape.has_cache:
-        operands.take("means", x["means"], pieces.of_block(shape.n_code, d_v))
+        operands.take("means", x["means"], columns.of_block(shape.n_code, width))
     if shape.has_cache and shape.through_cache:
         operands.take("leaving", x["leaving"], pieces.of_block(1, length))
         operands.take("inverse", x["inverse"], pieces.of_block(1, shape.n_code))
-        operands.hold("d_sums", (shape.n_code, d_v), f32)
+        operands.hold("d_sums", (shape.n_code, width), f32)
     if "d_mean" in x:
-        operands.give("k_window_gradient", (*blocks[1:], length, d_k), f32, pieces.of_state(length, d_k))
-        operands.give("v_window_gradient", (*blocks[1:], length, d_v), f32, pieces.of_state(length, d_v))
+        operands.give("k_window_gradient", (parts, *blocks[1:], length, d_k), f32, copy.of_state(length, d_k))
+        operands.give("v_window_gradient", (*blocks[1:], length, d_v), f32, state_values)
         if shape.has_cache:
-            of_sums = pieces.of_state(shape.n_code, d_v)
+            of_sums = columns.of_state(shape.n_code, width)
             operands.take("d_mean", x["d_mean"], of_sums)
             operands.take("inverse_last", x["inverse_last"], pieces.of_state(1, shape.n_code))
             operands.take("first_count", x["first_count"], pieces.of_state(1, shape.n_code))
@@ -144,8 +151,8 @@ def _backward_kernel(shape: Shape, to_state: bool, ref) -> None:
 
     @pl.when(is_last_tile)
     def _():
-        ref.k_gradient[...] = ref.d_k[now].astype(shape.dtype)
-        for columns in chunks(shape.d_v):
+        ref.k_gradient[...] = ref.d_k[now].astype(shape.partial_dtype)
+        for columns in chunks(shape.width):
             d_v = ref.d_v[now, :, columns]
             if shape.is_gated:
                 d_v *= silu_and_slope(ref.v[:, columns])[1]
@@ -171,7 +178,7 @@ def _take_from_sums(shape: Shape, ref, block) -> None:
     """The gradient of what leaves after this block, and of the sums before it."""
     kept = (ref.kept[block, ref.row] > 0).astype(jnp.float32)
     leaving = one_hot(ref.leaving[...], shape.n_code, shape.dtype)
-    for columns in chunks(shape.d_v):
+    for columns in chunks(shape.width):
         d_sums = ref.d_sums[:, columns]
         ref.d_v[lax.rem(block + 1, 2), :, columns] = dot_at(leaving, d_sums.astype(shape.dtype))
         ref.d_sums[:, columns] = d_sums * kept
@@ -185,7 +192,7 @@ def _of_tile(shape: Shape, ref, now, before) -> None:
     k_window, log_total = ref.k_window[...], as_column(ref.log_total[...])
 
     delta = 0.0
-    for columns in chunks(shape.d_v):
+    for columns in chunks(shape.width):
         d_out, out = (x[:, columns].astype(jnp.float32) for x in (ref.d_out, ref.out))
         if shape.is_gated:
             gate, slope = silu_and_slope(ref.gate[:, columns])
@@ -207,7 +214,7 @@ def _of_tile(shape: Shape, ref, now, before) -> None:
         d_cache = weights.cache * (dot_bt(d_out[...], ref.means[...]) - delta)
         d_content += dot(d_cache.astype(dtype), ref.codes[...])
 
-    for columns in chunks(shape.d_v):
+    for columns in chunks(shape.width):
         d = d_out[:, columns]
         ref.d_v[now, :, columns] += dot_at(weights.block.astype(dtype), d)
         if shape.through_cache:
@@ -226,7 +233,7 @@ def _of_tile(shape: Shape, ref, now, before) -> None:
     d_position += d_farthest * ref.at_reach[...].astype(jnp.float32)
     ref.d_distance[...] += dot_at(d_flipped, upside_down(shape, q_position).astype(dtype))
 
-    ref.q_gradient[...] = (d_content + d_position).astype(dtype)
+    ref.q_gradient[...] = (d_content + d_position).astype(shape.partial_dtype)
     ref.small_sums[...] = jnp.zeros_like(ref.small_sums)
     for row, summed in enumerate((d_content, d_position, d_farthest * q_position.astype(jnp.float32))):
         ref.small_sums[row : row + 1, :] = jnp.sum(summed, axis=0, keepdims=True)

@@ -1,14 +1,15 @@
 """The attention core of all blocks, by the kernels, with its gradient: what attn.py calls with `attention="pallas"`.
 
 It does what attend.py, cache.py and scores.py do, and the SiLU of values and gates besides. What is small is made by
-XLA: counts, positions, the table of biases in the order of columns. Gradients go to queries, u, v, keys, values, gates,
-the relative table and the state; reverse mode only. For the backward pass the output and the logarithm of each query's
-sum are kept, and the caches are made again.
+XLA (start.py). Gradients go to queries, u, v, keys, values, gates, the relative table and the state; reverse mode only.
+For the backward pass the output and the logarithm of each query's sum are kept, and the caches are made again.
 
-Shapes: R blocks of L, B rows, H key heads, G query heads for each, M = L, S codes, K, V.
+Devices may share the rows, the blocks, the heads, and the columns of values. Each runs the kernels on what it has.
+Gradients of what several of them use are sums over those devices.
+
+Shapes: N shards of R blocks of L, B rows, H key heads, G query heads for each, M = L, S codes, K, V.
 """
 
-import dataclasses
 import functools
 from typing import cast
 
@@ -17,87 +18,66 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from tvq_pod.nn.axes import placement
-from tvq_pod.nn.cache import caches, count_leaving, log_counts
-from tvq_pod.nn.pallas.backward import SMALL_SUMS, backward
-from tvq_pod.nn.pallas.call import Shape
-from tvq_pod.nn.pallas.fit import shape_of
-from tvq_pod.nn.pallas.forward import caches_again, forward
-from tvq_pod.nn.pallas.tile import silu
-from tvq_pod.nn.state import doc_positions, next_state
+from tvq_pod.nn.pallas.backward import SMALL_SUMS, backward, backward_operands
+from tvq_pod.nn.pallas.fit import shape_of, sized
+from tvq_pod.nn.pallas.forward import caches_again, caches_operands, forward, forward_operands
+from tvq_pod.nn.pallas.start import start
 from tvq_pod.nn.types import TransformerConfig
-from tvq_pod.nn.window import leaving_chunks
 
-_BLOCKS = ("blocks", "batch", "key_heads")
-AXES = dict(  # of every operand and result of the kernels
-    q=(*_BLOCKS, None, "token", "key"),
-    u=("key_heads", None, None, "key"),
-    v_bias=("key_heads", None, None, "key"),
-    k=(*_BLOCKS, "token", "key"),
-    v=(*_BLOCKS, "token", "shared_value"),
-    gate=(*_BLOCKS, None, "token", "shared_value"),
-    by_distance=("key_heads", None, "key"),
-    at_reach=("key_heads", None, "key"),
-    k_window=("batch", "key_heads", "window", "key"),
-    v_window=("batch", "key_heads", "window", "shared_value"),
-    first_mean=("batch", "key_heads", "codes", "shared_value"),
-    codes=("key_heads", "codes", "key"),
-    kept=("blocks", "batch"),
-    positions=("blocks", "batch", None, "token"),
-    sees_cache=("blocks", "batch", None, "token"),
-    log_counts=(*_BLOCKS, None, "codes"),
-    inverse=(*_BLOCKS, None, "codes"),
-    leaving=(*_BLOCKS, None, "token"),
-    first_count=("batch", "key_heads", None, "codes"),
-    inverse_after=(*_BLOCKS, None, "codes"),
-    inverse_last=("batch", "key_heads", None, "codes"),
-    out=(*_BLOCKS, None, "token", "shared_value"),
-    gated=(*_BLOCKS, None, "token", "shared_value"),
-    d_out=(*_BLOCKS, None, "token", "shared_value"),
-    log_total=(*_BLOCKS, None, None, "token"),
-    means=(*_BLOCKS, "codes", "shared_value"),
-    mean=("batch", "key_heads", "codes", "shared_value"),
-    d_mean=("batch", "key_heads", "codes", "shared_value"),
-    q_gradient=(*_BLOCKS, None, "token", "key"),
-    k_gradient=(*_BLOCKS, "token", "key"),
-    v_gradient=(*_BLOCKS, "token", "shared_value"),
-    gate_gradient=(*_BLOCKS, None, "token", "shared_value"),
-    by_distance_gradient=("batch", "key_heads", None, "key"),
-    small_sums=(*_BLOCKS, None, None, None, "key"),
-    k_window_gradient=("batch", "key_heads", "window", "key"),
-    v_window_gradient=("batch", "key_heads", "window", "shared_value"),
-    first_mean_gradient=("batch", "key_heads", "codes", "shared_value"),
-)
-COUNTS = ("log_counts", "inverse", "inverse_after", "inverse_last", "first_count")
-CONSTANT = ("codes", "positions", "sees_cache", "leaving", "kept", *COUNTS)
 STATE = ("k_window", "v_window", "first_mean")
+CONSTANT = (
+    "codes", "positions", "sees_cache", "leaving", "kept", "log_counts", "inverse", "inverse_after", "first_count"
+)  # fmt: skip
+OF_SHARD = (*STATE, "first_count", "mean", "d_mean", *(f"{name}_gradient" for name in STATE))  # an axis N in front
+
+
+@functools.cache
+def axes_of(value: str) -> dict[str, tuple]:
+    """Names of the axes of every operand and result of the kernels. value: that of V."""
+    rows, blocks = ("batch", "key_heads"), ("blocks", "batch", "key_heads")
+    of_shard, queries = ("shards", *rows), (*blocks, "heads")
+    k, v, gate = (*blocks, "token", "key"), (*blocks, "token", value), (*queries, "token", value)
+    window, sums = (*of_shard, "window", value), (*of_shard, "codes", value)
+    return dict(
+        q=(*queries, "token", "key"),
+        **dict.fromkeys(("u", "v_bias"), ("key_heads", "heads", None, "key")),
+        k=k,
+        v=v,
+        **dict.fromkeys(("gate", "out", "gated", "d_out", "gate_gradient"), gate),
+        **dict.fromkeys(("by_distance", "at_reach"), ("key_heads", None, "key")),
+        **dict.fromkeys(("k_window", "k_window_gradient"), (*of_shard, "window", "key")),
+        **dict.fromkeys(("v_window", "v_window_gradient"), window),
+        **dict.fromkeys(("first_mean", "first_mean_gradient", "mean", "d_mean"), sums),
+        codes=("key_heads", "codes", "key"),
+        kept=("blocks", "batch"),
+        **dict.fromkeys(("positions", "sees_cache"), ("blocks", "batch", None, "token")),
+        **dict.fromkeys(("log_counts", "inverse", "inverse_after"), (*blocks, None, "codes")),
+        leaving=(*blocks, None, "token"),
+        first_count=(*of_shard, None, "codes"),
+        log_total=(*queries, None, "token"),
+        means=(*blocks, "codes", value),
+        q_gradient=(*queries, "token", "key"),
+        k_gradient=k,
+        v_gradient=v,
+        by_distance_gradient=(*rows, None, "key"),
+        small_sums=(*queries, None, None, "key"),
+    )
 
 
 def fused_attention(
     config: TransformerConfig, biases: dict, q, present: dict, gate: jax.Array | None, state: dict
 ) -> tuple[jax.Array, dict]:
-    """Attends R blocks.
+    """Attends all blocks of an update.
 
-    q: [R, B, H, G, L, K]. present: z int32 [R, B, H, L], k_hat [R, B, H, L, K], v [R, B, H, L, V], doc_ids int32
-    [R, B, L]. gate: [R, B, H, G, L, V], or None. With a gate, it and v come as projected: values are silu(v), and the
-    output is multiplied by silu(gate). biases: u and v [Q, K], r [H, M + 1, K], codes [H, S, K]. state: as
-    `VQAttention.initial_state` returns it.
-    Returns [R, B, H, G, L, V] in the dtype of q, and the state after the last block.
+    q: [N R, B, H, G, L, K]. present: z int32 [N R, B, H, L], k_hat [N R, B, H, L, K], v [N R, B, H, L, V], doc_ids
+    int32 [N R, B, L]. gate: [N R, B, H, G, L, V], or None. With a gate, it and v come as projected: values are
+    silu(v), and the output is multiplied by silu(gate). biases: u and v [Q, K], r [H, M + 1, K], codes [H, S, K].
+    state: as `VQAttention.initial_state` returns it.
+    Returns [N R, B, H, G, L, V] in the dtype of q, and the state after the last block.
     """
-    shape, x, others, after = operands(config, biases, q, present, gate, state)
-    out, mean = cast(tuple[jax.Array, jax.Array | None], _core(shape, x, others))
-    return out, state_after(config, present, gate is not None, state, after, mean)
-
-
-def operands(config: TransformerConfig, biases: dict, q, present: dict, gate: jax.Array | None, state: dict):
-    """What the kernels take, for the arguments of `fused_attention`: (shape, x, others, after). Gradients pass through
-    x always, through STATE of others if somebody asks, and through CONSTANT and after, which `state_after` needs, never.
-    """
-    n_blocks, n_rows, n_key_head, n_per_key_head, block_len, _ = q.shape
+    _, _, n_key_head, n_per_key_head, block_len, _ = q.shape
     c = config.replace(block_len=block_len)
-    shape = shape_of(c, placement().device_kind(), n_blocks, n_rows, gate is not None)
-    window, cache = state["xlcache"], state["aggcache"]
-    leaving = leaving_chunks(window, present, ("z", "doc_ids"))
-    latest, kept, z, counts = count_leaving(cache["latest_doc_id"], cache["lower"], leaving, c.reduction)
+    started, new_state = start(c, present, state, gate is not None)
     r = biases["r"]
     u, v_bias = (biases[name].reshape(n_key_head, n_per_key_head, 1, c.d_k) for name in ("u", "v"))
     x = dict(
@@ -109,64 +89,38 @@ def operands(config: TransformerConfig, biases: dict, q, present: dict, gate: ja
         by_distance=jnp.concatenate([r[:, :1], r[:, 1 : c.mem_len][:, ::-1]], axis=1),  # row m: distance -m mod L
         at_reach=r[:, c.mem_len :],
     )
-    others = dict(
-        k_window=window["k_hat"],
-        v_window=window["v"],
-        positions=doc_positions(state, present["doc_ids"])[:, :, None],
-        kept=kept.astype(jnp.int32),
-    )
     if gate is not None:
-        x["gate"] = gate
-    if c.agg_cache:
-        inverse = 1.0 / jnp.maximum(counts, 1.0)
-        others |= dict(
-            codes=biases["codes"],
-            sees_cache=(present["doc_ids"] == latest[:-1, :, None]).astype(jnp.int32)[:, :, None],
-            log_counts=log_counts(counts[:-1])[:, :, :, None],
-            leaving=z[:, :, :, None],
-            inverse=inverse[:-1, :, :, None],
-            inverse_after=inverse[1:, :, :, None],
-            inverse_last=inverse[-1, :, :, None],
-            first_mean=cache["upper_div_lower"],
-            first_count=cache["lower"][:, :, None],
-        )
-    return shape, x, others, dict(lower=counts[-1], latest_doc_id=latest[-1])
-
-
-def state_after(config: TransformerConfig, present: dict, is_gated: bool, state: dict, after: dict, mean) -> dict:
-    """The state after the last block, whose window is the last block. mean: as the kernel returns it, or None."""
-    last = {name: array[-1] for name, array in present.items()}
-    if is_gated:
-        last["v"] = silu(last["v"]).astype(last["v"].dtype)
-    ids_alone = state | dict(xlcache=dict(doc_ids=state["xlcache"]["doc_ids"]))
-    new_state = next_state(dict(doc_ids=present["doc_ids"]), ids_alone) | dict(xlcache=last)
-    if mean is None:
-        values = silu(present["v"]).astype(present["v"].dtype) if is_gated else present["v"]
-        leaving = leaving_chunks(state["xlcache"], present | dict(v=values))
-        return new_state | dict(aggcache=caches(state["aggcache"], leaving, config.reduction)[1])
-    return new_state | dict(aggcache=dict(upper_div_lower=mean, **after))
+        x |= dict(gate=gate)
+    others = started | (dict(codes=biases["codes"]) if c.agg_cache else {})
+    out, mean = cast(tuple[jax.Array, jax.Array | None], _core(c, x, others))
+    if mean is not None and len(mean) == 1:  # of several shards, start.py has made the cache
+        new_state = new_state | dict(aggcache=new_state["aggcache"] | dict(upper_div_lower=mean[0]))
+    return out, new_state
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _core(shape: Shape, x: dict, others: dict) -> tuple[jax.Array, jax.Array | None]:
+def _core(config: TransformerConfig, x: dict, others: dict) -> tuple[jax.Array, jax.Array | None]:
     """x: what has a gradient always; others: STATE, which has one if somebody asks, and CONSTANT, which never has."""
-    made = _on_each_device(forward, shape, x | others)
-    return made["gated" if shape.is_gated else "out"], made.get("mean")
+    made = _on_each_device(forward, forward_operands, config, x | others)
+    return made["gated" if "gate" in x else "out"], made.get("mean")
 
 
-def _forward(shape, x, others):
+def _forward(config, x, others):
     x = {name: primal.value for name, primal in x.items()}
     to_state = any(others[name].perturbed for name in STATE if name in others)
     others = {name: primal.value for name, primal in others.items()}
-    made = _on_each_device(forward, shape, x | others)
+    made = _on_each_device(forward, forward_operands, config, x | others)
     kept = dict(out=made["out"], log_total=made["log_total"])
     asked = ({},) if to_state else ()  # what is kept has arrays as leaves: so the answer is in its structure
-    return (made["gated" if shape.is_gated else "out"], made.get("mean")), (x, others, kept, asked)
+    return (made["gated" if "gate" in x else "out"], made.get("mean")), (x, others, kept, asked)
 
 
-def _backward(shape, residuals, cotangents):
+def _backward(config, residuals, cotangents):
     x, others, kept, asked = residuals
     d_out, d_mean = cotangents
+    operands = x | others | kept | dict(d_out=_instantiated(d_out, kept["out"]))
+    if config.agg_cache:
+        operands |= _on_each_device(caches_again, caches_operands, config, x | others)
     to_state = bool(asked) or not (d_mean is None or isinstance(d_mean, SymbolicZero))
     if to_state and shape.has_cache:
         d_mean = _instantiated(d_mean, others["first_mean"])
@@ -188,11 +142,11 @@ def core_backward(shape: Shape, x: dict, others: dict, kept: dict, d_out, d_mean
     if shape.has_cache:
         made_of |= _on_each_device(caches_again, shape, x | others)
     if to_state:
-        no_cache = jnp.zeros((*others["k_window"].shape[:2], 1, 1), jnp.float32)
-        made_of["d_mean"] = d_mean if shape.has_cache else no_cache
-    made = _on_each_device(backward, shape, made_of)
+        no_cache = jnp.zeros((*others["k_window"].shape[:3], 1, 1), jnp.float32)
+        operands["d_mean"] = _instantiated(d_mean, others["first_mean"]) if config.agg_cache else no_cache
+    made = _on_each_device(backward, backward_operands, config, operands, are_sums=True)
 
-    small = made["small_sums"]  # [R, B, H, G, I, 8, K]
+    small = made["small_sums"]  # [N R, B, H, G, I, 8, K]
     small = {name: small[..., row, :] for row, name in enumerate(SMALL_SUMS)}
     gradients = {name: made[f"{name}_gradient"] for name in ("q", "k", "v", "gate") if name in x}
     gradients |= {name: jnp.sum(small[name], axis=(0, 1, 4))[:, :, None] for name in ("u", "v_bias")}
@@ -210,19 +164,22 @@ def _instantiated(cotangent, like: jax.Array) -> jax.Array:
     return jnp.zeros_like(like) if isinstance(cotangent, SymbolicZero) else cotangent
 
 
-def _on_each_device(function, shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """function(shape, x), of the rows and key heads that each device has."""
+def _on_each_device(
+    function, operands, config: TransformerConfig, x: dict[str, jax.Array], are_sums: bool = False
+) -> dict[str, jax.Array]:
+    """function(shape, x), of what each device has. operands: those of the kernel. are_sums: see Placement."""
+    device_kind, n_per_key_head = placement().device_kind(), x["q"].shape[3]
 
     def of_device(x):
-        n_rows, n_key_head = x["q"].shape[1:3]
-        return function(dataclasses.replace(shape, n_rows=n_rows, n_key_head=n_key_head), x)
+        shape = shape_of(config, device_kind, x["q"].shape, x["v"].shape[-1], "gate" in x)
+        n_shards = len(x["k_window"])  # on a device, 1
+        own = {name: array[0] if name in OF_SHARD else array for name, array in x.items()}
+        if "d_mean" in x:  # devices that share the query heads all have it, and each takes its share
+            own["d_mean"] *= shape.n_per_key_head / n_per_key_head
+        if "d_mean" in x and config.agg_cache:
+            own["inverse_last"] = x["inverse_after"][-1]
+        made = function(sized(shape, operands, own), own)
+        of_shard = {name: made[name] for name in OF_SHARD if name in made}
+        return made | {name: jnp.broadcast_to(array, (n_shards, *array.shape)) for name, array in of_shard.items()}
 
-    return placement().on_each_device(of_device, _axes_of)(x)
-
-
-def _axes_of(name: str, array) -> tuple:
-    """Names of an operand's or a result's axes. One axis more than usual is that of a stack of layers' arrays."""
-    if name == "layer":
-        return (None,)
-    axes = AXES[name.removesuffix("_stack")]
-    return axes if array.ndim == len(axes) else ("layers", *axes)
+    return placement().on_each_device(of_device, axes_of(config.value_names[1]), are_sums)(x)

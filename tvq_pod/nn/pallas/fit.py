@@ -1,71 +1,112 @@
-"""Whether a config can use the kernels on a kind of device, and with which sizes; said before anything is compiled."""
+"""Whether a config can use the kernels on a kind of device, and with which sizes; said before anything is compiled.
+
+A kernel takes as many queries at a time, a tile, and as many columns of values, a part, as fit VMEM. Scheduled bundles
+for a block on v5p (L = M = S = 512, K = 128, bfloat16; jax 0.10.2, libtpu 0.0.42.1), all parts together:
+
+    tile, parts     forward, V = 4096     backward
+    256, 2          75,900                127,800
+    128, 2          76,400                142,400
+    256, 4          87,500                147,300
+    128, 4          86,000                160,400
+
+So each part costs as much as 350 columns more, for its own scores and weights, and smaller tiles make the columns
+dearer by 15% in the backward kernel. A device of two cores (v4, v5p) halves one of the parallel dimensions of the grid,
+rows, key heads or parts; with a single row, parts are what gives the second core work: with V = 1536, forward and
+backward take FIXME bundles instead of FIXME.
+"""
+
+import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from tvq_pod.nn.pallas.backward import backward_operands
-from tvq_pod.nn.pallas.call import Shape
-from tvq_pod.nn.pallas.forward import forward_operands
+from tvq_pod.nn.pallas.call import PARALLEL, Core, Operands, Shape
+from tvq_pod.nn.pallas.forward import caches_operands, forward_operands
 from tvq_pod.nn.types import TransformerConfig
 
 MIB = 2**20
-VMEM_BYTES = {  # of a core, by what JAX calls the device; v2 to v4 have no rotate by another shift in every row
-    "TPU v5 lite": 128 * MIB,
-    "TPU v5": 64 * MIB,
-    "TPU v6 lite": 128 * MIB,
-    "TPU7x": 64 * MIB,
+
+
+CORES = {  # by what JAX calls the device
+    "TPU v4": Core(16 * MIB, n_per_device=2, can_turn=False),
+    "TPU v5 lite": Core(128 * MIB),
+    "TPU v5": Core(64 * MIB, n_per_device=2),
+    "TPU v6 lite": Core(128 * MIB),
+    "TPU7x": Core(64 * MIB),
 }
-TILES = (256, 128)  # queries at a time, the best first
-DIVISORS = dict(block_len=128, n_code=64, d_k=8, d_v=64)  # queries and keys of a block are rotated by lanes, of 128
+INTERPRETED = Core(0)
+TILES = {256: 1.0, 128: 1.15}  # queries at a time, and what a column of values costs
+PART_COLUMNS = 350  # as many columns cost what a part does
+KERNELS = (forward_operands, caches_operands, backward_operands)
+LANES = 128
+DIVISORS = dict(block_len=LANES, n_code=64, d_k=8)  # queries and keys of a block are rotated by lanes
 
 
-def shape_of(config: TransformerConfig, device_kind: str, n_blocks: int, n_rows: int, is_gated: bool) -> Shape:
-    """What the kernels are compiled for. On a TPU, the first of TILES that divides the block and fits; elsewhere half a
-    block, if it has a half, so that tests see several tiles."""
-    c = config
-    tile, vmem_bytes = (c.block_len // 2 if c.block_len % 2 == 0 else c.block_len), 0
-    if device_kind in VMEM_BYTES:
-        vmem_bytes = VMEM_BYTES[device_kind] * 7 // 8
-        tiles = [tile for tile in TILES if c.block_len % tile == 0] or [c.block_len]
-        tile = next((tile for tile in tiles if _needed_bytes(c, tile) <= vmem_bytes), tiles[-1])
-    return _shape(c, tile, n_blocks, n_rows, is_gated, device_kind not in VMEM_BYTES, vmem_bytes)
-
-
-def _shape(c: TransformerConfig, tile: int, n_blocks: int, n_rows: int, is_gated, interpret, vmem_bytes) -> Shape:
+def shape_of(config: TransformerConfig, device_kind: str, q_shape: tuple[int, ...], d_v: int, is_gated: bool) -> Shape:
+    """What the kernels are compiled for, but for the sizes that `sized` chooses. q_shape: [R, B, H, G, L, K], the
+    queries that one device has. d_v: the columns of values that it has."""
+    c, core = config, CORES.get(device_kind, INTERPRETED)
+    n_blocks, n_rows, n_key_head, n_per_key_head, block_len, d_k = q_shape
     return Shape(
         n_blocks=n_blocks,
         n_rows=n_rows,
-        n_key_head=c.n_key_head,
-        n_per_key_head=c.n_head // c.n_key_head,
-        block_len=c.block_len,
+        n_key_head=n_key_head,
+        n_per_key_head=n_per_key_head,
+        block_len=block_len,
         n_code=c.n_code,
-        d_k=c.d_k,
-        d_v=c.d_v,
+        d_k=d_k,
+        d_v=d_v,
         dtype=jnp.dtype(c.dtype),
-        tile=tile,
+        tile=block_len,
+        n_parts=1,
+        is_summed=d_v < c.d_v or n_per_key_head < c.n_head // c.n_key_head,
         window_bias=c.window_bias,
         has_cache=c.agg_cache,
         through_cache=c.grad_thru_cache,
         is_gated=is_gated,
-        interpret=interpret,
-        vmem_bytes=vmem_bytes,
+        core=core,
     )
 
 
-def _needed_bytes(config: TransformerConfig, tile: int) -> int:
-    """An estimate, from above, of what the larger of the kernels takes of VMEM."""
-    shape = _shape(config, tile, 1, 1, config.head_type == "shga", False, 0)
-    x = _Dtypes(shape.dtype)
-    return max(operands(shape, x).needed_bytes(shape) for operands in (forward_operands, backward_operands))
+def sized(shape: Shape, operands: Callable[[Shape, dict], Operands], x: dict) -> Shape:
+    """The shape with its tile and its number of parts, for one of the kernels: of those that fit, the ones that it
+    takes least time with. operands: those of the kernel, from `x`.
+
+    Where kernels are interpreted, a tile is half a block and a part half the columns, if there are halves, so that
+    tests see several.
+    """
+    if not shape.core.vmem_bytes:
+        tile, width = (size // 2 if size % 2 == 0 else size for size in (shape.block_len, shape.d_v))
+        return dataclasses.replace(shape, tile=tile, n_parts=shape.d_v // width)
+    choices = _choices(shape)
+    fitting = [choice for choice in choices if operands(choice, x).needed_bytes(choice) <= shape.core.usable_bytes]
+    return min(fitting or choices[-1:], key=_cost)
+
+
+def _choices(shape: Shape) -> list[Shape]:
+    """All that can be compiled, the least at the end. The columns of a part are whole lanes."""
+    tiles = [tile for tile in TILES if shape.block_len % tile == 0] or [shape.block_len]
+    parts = [n for n in range(1, shape.d_v // LANES + 1) if shape.d_v % (n * LANES) == 0] or [1]
+    return [dataclasses.replace(shape, tile=tile, n_parts=n_parts) for n_parts in parts for tile in tiles]
+
+
+def _cost(shape: Shape) -> float:
+    """Time for the grid, in columns of values; see the head of this file."""
+    n_cores = shape.core.n_per_device
+    busiest = min(-(-size // n_cores) / size for size in shape.grid[: len(PARALLEL)])  # the share of one core
+    return busiest * (shape.n_parts * PART_COLUMNS + shape.d_v * TILES.get(shape.tile, 1.0))
 
 
 class _Dtypes(dict):
-    """For each operand's name, something that has its dtype, which is all that counts for its size in VMEM."""
+    """For each operand's name, something that has its dtype, which is all that counts for its size in VMEM. Gradients
+    of the state are asked for, too."""
 
     OTHERS = dict(
         **dict.fromkeys(("positions", "sees_cache", "leaving"), jnp.int32),
         **dict.fromkeys(("log_counts", "inverse", "inverse_after", "first_mean", "first_count"), jnp.float32),
-        **dict.fromkeys(("inverse_last", "log_total"), jnp.float32),
+        **dict.fromkeys(("inverse_last", "log_total", "d_mean"), jnp.float32),
     )
 
     def __init__(self, dtype):
@@ -75,32 +116,53 @@ class _Dtypes(dict):
     def __getitem__(self, name):
         return jax.ShapeDtypeStruct((), self.OTHERS.get(name, self._dtype))
 
+    def __contains__(self, name):
+        return True
 
-def why_not(config: TransformerConfig, device_kind: str, n_model: int = 1, n_sequence: int = 1) -> str | None:
+
+def _on_a_device(c: TransformerConfig, n_model: int) -> tuple[int, int, int] | None:
+    """Key heads, query heads of each and columns of values, of one of n_model devices; None if none can be divided."""
+    n_key_head, n_per_key_head = c.n_key_head, c.n_head // c.n_key_head
+    if n_key_head % n_model == 0:
+        return n_key_head // n_model, n_per_key_head, c.d_v
+    if n_per_key_head % n_model == 0:
+        return n_key_head, n_per_key_head // n_model, c.d_v
+    if c.head_type != "mqa" and c.d_v % n_model == 0:
+        return n_key_head, n_per_key_head, c.d_v // n_model
+    return None
+
+
+def why_not(config: TransformerConfig, device_kind: str, n_model: int = 1) -> str | None:
     """Why the kernels can't be used, in words that follow "since"; None if they can.
 
-    n_model, n_sequence: devices that heads, or one head's values, and an update's blocks are spread over. On a CPU
-    anything goes that they can compute: it is for tests.
+    n_model: devices that heads, or one head's values, are spread over. On a CPU anything goes that they can compute:
+    it is for tests.
     """
     c = config
     if c.attn_type != "vq":
         return f"config.model.attn_type={c.attn_type} has no codes"
     if c.mem_len != c.block_len:
         return f"config.model.mem_len={c.mem_len} differs from config.model.block_len={c.block_len}"
-    if n_sequence > 1:
-        return f"config.mesh.sequence={n_sequence} spreads an update over devices"
-    if n_model > 1 and (c.n_key_head == 1 or c.n_key_head % n_model):
-        return f"config.mesh.model={n_model} does not divide {c.n_key_head} key head(s)"
+    of_device = _on_a_device(c, n_model)
+    if of_device is None:
+        width = "" if c.head_type == "mqa" else f", nor config.model.d_v={c.d_v}"
+        return f"config.mesh.model={n_model} does not divide config.model.n_head={c.n_head}{width}"
     if device_kind == "cpu":
         return None
-    if device_kind not in VMEM_BYTES:
-        return f"there are no kernels for {device_kind}, only for {', '.join(VMEM_BYTES)}"
+    if device_kind not in CORES:
+        return f"there are no kernels for {device_kind}, only for {', '.join(CORES)}"
     for name, divisor in DIVISORS.items():
         size = getattr(c, name)
         if size % divisor:
             return f"config.model.{name}={size} is not a multiple of {divisor}, as {device_kind} wants it"
-    there = VMEM_BYTES[device_kind] * 7 // 8
-    needed = min(_needed_bytes(c, tile) for tile in TILES if c.block_len % tile == 0)
+    n_key_head, n_per_key_head, d_v = of_device
+    if d_v % 64:
+        return (
+            f"config.model.d_v={c.d_v} leaves {d_v} columns to a device, no multiple of 64, as {device_kind} wants it"
+        )
+    shape = shape_of(c, device_kind, (1, 1, n_key_head, n_per_key_head, c.block_len, c.d_k), d_v, c.head_type == "shga")
+    x, there = _Dtypes(shape.dtype), shape.core.usable_bytes
+    needed = max(operands(sized(shape, operands, x), x).needed_bytes(sized(shape, operands, x)) for operands in KERNELS)
     if needed > there:
         return f"a block takes {needed / MIB:.0f} MiB of VMEM, of which {device_kind} has {there / MIB:.0f}"
     return None

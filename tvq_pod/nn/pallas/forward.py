@@ -21,33 +21,32 @@ def forward(shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """x: the operands, see core.py. Returns out [R, B, H, G, L, V], before the gate; gated, the same times the gate's
     SiLU, if there are gates; log_total float32 [R, B, H, G, 1, L], of each query's sum of weights; with a cache, mean
     float32 [B, H, S, V], of the cache after the last block."""
-    kernel, multiply_adds = (
-        functools.partial(_forward_kernel, shape),
-        shape.multiply_adds(shape.d_k + shape.d_v, shape.d_v),
-    )
-    return forward_operands(shape, x).run(kernel, "tvq_forward", shape, x, multiply_adds)
+    kernel, multiply_adds = functools.partial(_forward_kernel, shape), shape.multiply_adds(1, 1)
+    made = forward_operands(shape, x).run(kernel, "tvq_forward", shape, x["kept"], multiply_adds)
+    return made | dict(log_total=made["log_total"][0])  # every part has made the same
 
 
 def forward_operands(shape: Shape, x: dict) -> Operands:
     """Arrays, or ShapeDtypeStructs, as the forward kernel takes them."""
-    operands, pieces = Operands(), Pieces(shape)
+    operands, pieces, columns, copy = Operands(), Pieces(shape), Pieces(shape, of="columns"), Pieces(shape, of="copy")
     take_sources(operands, pieces, shape, x)
     operands.take("k_before_first", x["k_window"], pieces.of_state(shape.block_len, shape.d_k))
     take_queries(operands, pieces, shape, x)
-    take_sums(operands, pieces, shape, x)
+    take_sums(operands, shape, x)
     queries = shape.n_blocks, shape.n_rows, shape.n_key_head, shape.n_per_key_head
     values = (*queries, shape.block_len, shape.d_v)
-    operands.give("out", values, shape.dtype, pieces.of_tile(shape.d_v))
+    operands.give("out", values, shape.dtype, columns.of_tile(shape.width))
     if shape.is_gated:
-        operands.take("gate", x["gate"], pieces.of_tile(shape.d_v))
-        operands.give("gated", values, shape.dtype, pieces.of_tile(shape.d_v))
-    operands.give("log_total", (*queries, 1, shape.block_len), jnp.float32, pieces.of_tile_as_row())
+        operands.take("gate", x["gate"], columns.of_tile(shape.width))
+        operands.give("gated", values, shape.dtype, columns.of_tile(shape.width))
+    log_total = shape.n_parts, *queries, 1, shape.block_len
+    operands.give("log_total", log_total, jnp.float32, copy.of_tile_as_row())
     operands.hold("k_window", (shape.block_len, shape.d_k), shape.dtype)
     if shape.has_cache:
         operands.take("inverse_after", x["inverse_after"], pieces.of_block(1, shape.n_code))
         mean = shape.n_rows, shape.n_key_head, shape.n_code, shape.d_v
-        operands.give("mean", mean, jnp.float32, pieces.of_state(shape.n_code, shape.d_v))
-        operands.hold("means", (shape.n_code, shape.d_v), shape.dtype)
+        operands.give("mean", mean, jnp.float32, columns.of_state(shape.n_code, shape.width))
+        operands.hold("means", (shape.n_code, shape.width), shape.dtype)
     return operands
 
 
@@ -70,17 +69,18 @@ def take_queries(operands: Operands, pieces: Pieces, shape: Shape, x: dict) -> N
         operands.take(name, x[name], pieces.of_query_head(shape.d_k))
 
 
-def take_sums(operands: Operands, pieces: Pieces, shape: Shape, x: dict) -> None:
+def take_sums(operands: Operands, shape: Shape, x: dict) -> None:
     """What the cache's running sums are made of."""
-    operands.take("v", x["v"], pieces.of_block(shape.block_len, shape.d_v))
-    operands.take("v_window", x["v_window"], pieces.of_state(shape.block_len, shape.d_v))
-    operands.hold("values", (2, shape.block_len, shape.d_v), shape.dtype)  # of even and of odd blocks
+    pieces, columns = Pieces(shape), Pieces(shape, of="columns")
+    operands.take("v", x["v"], columns.of_block(shape.block_len, shape.width))
+    operands.take("v_window", x["v_window"], columns.of_state(shape.block_len, shape.width))
+    operands.hold("values", (2, shape.block_len, shape.width), shape.dtype)  # of even and of odd blocks
     if shape.has_cache:
         operands.take("leaving", x["leaving"], pieces.of_block(1, shape.block_len))
         operands.take("inverse", x["inverse"], pieces.of_block(1, shape.n_code))
-        operands.take("first_mean", x["first_mean"], pieces.of_state(shape.n_code, shape.d_v))
+        operands.take("first_mean", x["first_mean"], columns.of_state(shape.n_code, shape.width))
         operands.take("first_count", x["first_count"], pieces.of_state(1, shape.n_code))
-        operands.hold("sums", (shape.n_code, shape.d_v), jnp.float32)
+        operands.hold("sums", (shape.n_code, shape.width), jnp.float32)
 
 
 def _forward_kernel(shape: Shape, ref) -> None:
@@ -99,7 +99,7 @@ def _forward_kernel(shape: Shape, ref) -> None:
     # vector unit activates them tile by tile, while the matrix unit is busy.
     q, first = ref.q[...], ref.tile * shape.tile
     rows = pl.ds(pl.multiple_of(first, shape.tile), shape.tile)
-    for columns in chunks(shape.d_v):
+    for columns in chunks(shape.width):
         ref.values[now, rows, columns] = _activated(shape, ref.v[rows, columns])
     scores = scores_of_tile(shape, ref, q + ref.u[...], q + ref.v_bias[...], ref.k_window[...], first)
     top = functools.reduce(jnp.maximum, [jnp.max(part, axis=1, keepdims=True) for part in scores.there()])
@@ -107,7 +107,7 @@ def _forward_kernel(shape: Shape, ref) -> None:
     total = sum(jnp.sum(part, axis=1, keepdims=True) for part in weights)
     weights = [part.astype(shape.dtype) for part in weights]
     inverse_total = 1.0 / total
-    for columns in chunks(shape.d_v):
+    for columns in chunks(shape.width):
         out = dot(weights[0], ref.values[before, :, columns]) + dot(weights[1], ref.values[now, :, columns])
         if shape.has_cache:
             out += dot(weights[2], ref.means[:, columns])
@@ -153,7 +153,7 @@ def _add_leaving(shape: Shape, ref):
     """The window leaves: the cache's sums after this block, some columns at a time."""
     kept = (ref.kept[ref.step, ref.row] > 0).astype(jnp.float32)
     leaving = one_hot(ref.leaving[...], shape.n_code, shape.dtype)
-    for columns in chunks(shape.d_v):
+    for columns in chunks(shape.width):
         values = ref.values[lax.rem(ref.step + 1, 2), :, columns]
         sums = ref.sums[:, columns] * kept + dot(leaving, values)
         ref.sums[:, columns] = sums
@@ -162,13 +162,22 @@ def _add_leaving(shape: Shape, ref):
 
 def caches_again(shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Returns means [R, B, H, S, V], in `dtype`: those that each block meets."""
-    shape = dataclasses.replace(shape, n_per_key_head=1, tile=shape.block_len)  # one grid step a block
-    operands, pieces = Operands(), Pieces(shape)
-    take_sums(operands, pieces, shape, x)
+    shape = _one_step_a_block(shape)
+    kernel, multiply_adds = functools.partial(_caches_kernel, shape), shape.multiply_adds(0, 0)
+    return caches_operands(shape, x).run(kernel, "tvq_caches", shape, x["kept"], multiply_adds)
+
+
+def caches_operands(shape: Shape, x: dict) -> Operands:
+    """Arrays, or ShapeDtypeStructs, as the kernel takes them that makes the caches again."""
+    shape, operands = _one_step_a_block(shape), Operands()
+    take_sums(operands, shape, x)
     means = shape.n_blocks, shape.n_rows, shape.n_key_head, shape.n_code, shape.d_v
-    operands.give("means", means, shape.dtype, pieces.of_block(shape.n_code, shape.d_v))
-    kernel, multiply_adds = functools.partial(_caches_kernel, shape), shape.multiply_adds(0, shape.d_v)
-    return operands.run(kernel, "tvq_caches", shape, x, multiply_adds)
+    operands.give("means", means, shape.dtype, Pieces(shape, of="columns").of_block(shape.n_code, shape.width))
+    return operands
+
+
+def _one_step_a_block(shape: Shape) -> Shape:
+    return dataclasses.replace(shape, n_per_key_head=1, tile=shape.block_len)
 
 
 def _caches_kernel(shape: Shape, ref) -> None:

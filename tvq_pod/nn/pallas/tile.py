@@ -89,9 +89,9 @@ def scores_of_tile(shape: Shape, ref, q_content, q_position, k_window, first) ->
     kernels: k, codes, by_distance, at_reach, positions, sees_cache, log_counts.
 
     The query at place a of its block sees distance d at column M + a - d of window and block, so row a of the biases by
-    distance is turned right by a: `by_distance` has distance -m mod L in row m, and a strided rotate does the rest.
+    distance is turned right by a: `by_distance` has distance -m mod L in row m, and `_turn` does the rest.
     """
-    turned = pltpu.roll(dot_bt(q_position, ref.by_distance[...]), first, 1, stride=1, stride_axis=0)
+    turned = _turn(shape, dot_bt(q_position, ref.by_distance[...]), first)
     farthest = jnp.sum(q_position.astype(jnp.float32) * ref.at_reach[...].astype(jnp.float32), axis=1, keepdims=True)
     if shape.window_bias:
         turned, farthest = turned + shape.window_bias, farthest + shape.window_bias
@@ -110,14 +110,28 @@ def scores_of_tile(shape: Shape, ref, q_content, q_position, k_window, first) ->
     return Scores(window, block, jnp.where(as_column(ref.sees_cache[...]) > 0, cache, NEVER))
 
 
+def _turn(shape: Shape, x: jax.Array, first: jax.Array) -> jax.Array:
+    """x [t, L], float32, with row a turned right by first + a.
+
+    A TPU from v5 on has an instruction for it. The others turn all rows by each power of two, and each row takes the
+    turns that are bits of its a.
+    """
+    if shape.core.can_turn:
+        return pltpu.roll(x, first, 1, stride=1, stride_axis=0)
+    x = pltpu.roll(x, first, 1)
+    row = lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    for bit in range((shape.tile - 1).bit_length()):
+        x = jnp.where((row >> bit) & 1 == 1, pltpu.roll(x, (1 << bit) % shape.block_len, 1), x)
+    return x
+
+
 def turned_back(shape: Shape, d_turned: jax.Array, first: jax.Array) -> jax.Array:
     """The inverse of the turn in `scores_of_tile`, rows upside down: [t, L] float32 -> [t, L].
 
-    A TPU's strided rotate turns each row one further right than the row before it. Upside down, one further left is
-    that.
+    `_turn` turns each row one further right than the row before it. Upside down, one further left is that.
     """
     shift = lax.rem(2 * shape.block_len - first - shape.tile + 1, shape.block_len)
-    return pltpu.roll(upside_down(shape, d_turned), shift, 1, stride=1, stride_axis=0)
+    return _turn(shape, upside_down(shape, d_turned), shift)
 
 
 def upside_down(shape: Shape, x: jax.Array) -> jax.Array:
