@@ -110,10 +110,10 @@ class VQAttention(nn.Module):
         if self.quantizer is None:
             present = dict(k_hat=made["k"], v=v if gate is None else nn.silu(v), doc_ids=doc_ids)
             recent = extend_window(state["xlcache"], present)
-            grouped = self._grouped(q)
-            position_q = grouped + _per_query_head(biases["v"], c)
-            grouped += _per_query_head(biases["u"], c)
-            out = full_attention(grouped, position_q, biases["r"], recent, c).reshape(*q.shape[:-1], c.d_v)
+            by_key_head = grouped(q, c)
+            position_q = by_key_head + _per_query_head(biases["v"], c)
+            content_q = by_key_head + _per_query_head(biases["u"], c)
+            out = full_attention(content_q, position_q, biases["r"], recent, c).reshape(*q.shape[:-1], c.d_v)
             out = out if gate is None else out * nn.silu(gate)
             new_state = states.next_state(present, state)
         else:
@@ -159,10 +159,10 @@ class VQAttention(nn.Module):
         the last block."""
         c = self.config
         shape = (*q.shape[:-1], c.d_v)
-        q = self._grouped(q)
+        q = grouped(q, c)
         kind = implementation(c)
         if kind == "pallas" and q.shape[-2] == c.mem_len:
-            gate = None if gate is None else self._grouped(gate)
+            gate = None if gate is None else grouped(gate, c)
             out, new_state = fused_attention(c, biases, q, present, gate, state)
             return out.reshape(shape), new_state
         if gate is not None:
@@ -195,10 +195,6 @@ class VQAttention(nn.Module):
             ),
         )
         return cast(jax.Array, out), new_state
-
-    def _grouped(self, q: jax.Array) -> jax.Array:
-        """[R, B, Q, L, width] -> [R, B, H, G, L, width]: query heads by their key head."""
-        return q.reshape(*q.shape[:2], self.config.n_key_head, -1, *q.shape[3:])
 
     def biases(self) -> dict[str, jax.Array]:
         """What scores are made of besides queries and keys: codes [H, S, K] (not with attn_type full), u and v [Q, K],
@@ -253,6 +249,11 @@ class VQAttention(nn.Module):
     def get_agg_biases(counts: jax.Array) -> jax.Array:
         """`log_counts` (cache.py), by the contract's name."""
         return log_counts(counts)
+
+
+def grouped(q: jax.Array, config: TransformerConfig) -> jax.Array:
+    """[R, B, Q, L, width] -> [R, B, H, G, L, width]: query heads by their key head."""
+    return q.reshape(*q.shape[:2], config.n_key_head, -1, *q.shape[3:])
 
 
 def _per_query_head(bias: jax.Array, config: TransformerConfig) -> jax.Array:

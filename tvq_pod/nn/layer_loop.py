@@ -1,30 +1,32 @@
-"""The loop over layers for attention by kernels, with a backward pass of its own.
+"""The loop over layers where attention is computed by kernels, with a backward pass of its own.
 
-`lax.scan` hands each layer its part of what the forward pass kept, and a kernel can only be handed a copy of that part.
-Here the backward pass is a loop too, but what was kept lies still, in arrays with a leading axis of n_layer: kernels
-are given the whole arrays and the layer's number.
+`lax.scan` hands a layer its part of every stacked array, and takes back what the layer makes. A kernel can only be
+handed a copy of that part, and what it makes is copied once more: 120 of 384 ms for configs/enwik8.py. So here the
+backward pass is written as a loop, too, in which stacked arrays lie still. The kernels get the whole stacks, of states
+and of what the forward pass kept, with the layer's number; they read and write that layer's part.
 
-What a layer keeps is what remat=projections keeps, with one exception: the product of attention's output and gate,
-which the gradient of the next projection needs, is made again. It would be the largest array but two.
+The forward pass keeps of each unit what remat=projections keeps, but for the product of attention's output and its
+gate, which the gradient of the next projection wants: it is made again. With remat=full it keeps the unit's input.
 
-Each unit is four functions: `raw` (projections), `prepared` (norms, quantizer), the kernels, `residual`. The first, the
-second and the last are differentiated by JAX, here, one after the other; their forward parts are not computed again
-where the gradient does not need them.
+A unit is four functions. `raw` has the projections, `prepared` norms and the quantizer, then come the kernels, then
+`residual`. JAX differentiates the others one by one; of their forward pass only what a gradient needs is computed again.
 """
 
 import functools
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core.scope import LazyRng
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from tvq_pod.nn.attn import VQAttention
-from tvq_pod.nn.axes import constrain
+from tvq_pod.nn.attn import VQAttention, grouped
+from tvq_pod.nn.axes import constrain, placement
 from tvq_pod.nn.mlp import MLP
-from tvq_pod.nn.pallas.core import core_backward, core_forward, operands, state_after
+from tvq_pod.nn.pallas.core import core_backward, core_forward, operands, with_mean
 from tvq_pod.nn.pallas.tile import silu
 from tvq_pod.nn.types import UNITS, TransformerConfig, VQSpec
 
@@ -32,7 +34,8 @@ RESIDUAL_STREAM = ("blocks", "batch", "token", "residual")
 
 
 class Given(NamedTuple):
-    """What every layer reads and no gradient reaches. rngs: of the model's random streams, each with n_layer keys."""
+    """What every layer reads and no gradient reaches: rngs, by name of the stream, each with n_layer keys; doc_ids
+    int32 [R, B, L]; loss_mask [R, B, L] in vq_spec."""
 
     rngs: dict[str, LazyRng]
     doc_ids: jax.Array
@@ -41,207 +44,264 @@ class Given(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def layer_loop(config: TransformerConfig, params: dict, x: jax.Array, state: dict, given: Given):
-    """All layers: x [R, B, L, D], params and state stacked. Returns x, the next state, and l_commit and l_codebook,
-    float32 [n_layer] each."""
-    x, (new_state, losses, _) = _loop(config, params, x, state, given)
-    return x, new_state, losses
+    """All layers, from x [R, B, L, D]; params and state are stacks with an axis of n_layer in front.
+
+    Returns x, the next state, and l_commit and l_codebook, float32 [n_layer] each.
+    """
+    return _loop(config, params, x, state, given, keeps=False)[0]
 
 
-def _loop(config, params, x, state, given: Given, keeps: bool = False):
-    stacks = _empty_stacks(config, x, state, keeps)
+def _loop(config: TransformerConfig, params, x, state, given: Given, keeps: bool):
+    """What `layer_loop` returns, and what to keep for the backward pass: of each unit, stacks; or, if all turns are
+    written out, of each layer of each unit."""
+
+    def layer(x, own, stacks):
+        number, params, rngs = own
+        new_state, kept, losses = {}, {}, []
+        for name, unit in _units(config, given._replace(rngs=rngs)).items():
+            into = {} if stacks is None else {kind: stacks[kind].get(name, {}) for kind in stacks}
+            res, new_state[name], own_kept, own_losses = unit.forward(params[name], x, state.get(name), number, into)
+            kept[name] = (dict(x=x) if config.remat == "full" else dict(x=x) | own_kept) if keeps else {}
+            x = constrain(x + res, *RESIDUAL_STREAM)
+            losses += own_losses
+        return x, dict(state=new_state, kept=kept), jax.tree.map(lambda *of_units: sum(of_units), *losses)
 
     def turn(carry, own):
-        x, stacks = carry
-        layer, params, rngs = own
-        x, stacks, new_state, losses, kept = _layer(config, params, x, state, given._replace(rngs=rngs), layer, stacks, keeps)
-        return (x, stacks), (new_state, losses, kept)
+        x, made, losses = layer(carry[0], own, carry[1])
 
-    (x, stacks), (new_state, losses, kept) = lax.scan(
-        turn, (x, stacks), (jnp.arange(config.n_layer), params, given.rngs)
-    )
-    for name in stacks:
-        new_state[name]["aggcache"]["upper_div_lower"] = stacks[name].pop("mean")
-        if keeps:
-            kept[name] |= stacks[name]
-    return x, (new_state, losses, kept)
+        def put(stack, array):  # the kernels have put theirs
+            return array if array.ndim == stack.ndim else lax.dynamic_update_index_in_dim(stack, array, own[0], axis=0)
 
+        stacks = {kind: jax.tree.map(put, stack, made[kind]) for kind, stack in carry[1].items()}
+        return (x, stacks), (losses, made["kept"] if "kept" not in stacks else {})
 
-def _empty_stacks(c, x, state, keeps):
-    n_blocks, n_rows, length, _ = x.shape
-    stacks = {}
-    for name in c.attention_units:
-        queries = c.n_layer, n_blocks, n_rows, c.n_key_head, c.n_head // c.n_key_head
-        stacks[name] = dict(mean=lax.empty(state[name]["aggcache"]["upper_div_lower"].shape, jnp.float32))
-        if keeps:
-            stacks[name] |= dict(
-                out=lax.empty((*queries, length, c.d_v), jnp.dtype(c.dtype)),
-                log_total=lax.empty((*queries, 1, length), jnp.float32),
-            )
-    return stacks
+    layers = np.arange(config.n_layer), params, given.rngs
+    _, shapes, _ = jax.eval_shape(functools.partial(layer, stacks=None), x, jax.tree.map(lambda leaf: leaf[0], layers))
+    shapes = {kind: shapes[kind] for kind in (["state"] if _is_written_out(config) else ["state", "kept"])}
+    stacks = jax.tree.map(lambda array: lax.empty((config.n_layer, *array.shape), array.dtype), shapes)
+    (x, stacks), made = _turns(config, turn, (x, stacks), layers)
+    if _is_written_out(config):
+        losses, kept = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *(own[0] for own in made)), [own[1] for own in made]
+    else:
+        losses, kept = made[0], stacks["kept"]
+    new_state = {name: stacks["state"][name] for name in config.attention_units}
+    return x, new_state, losses, kept
 
 
-def _layer(config, params, x, state, given: Given, layer, stacks, keeps):
-    """One layer. Returns x, the next state, the losses, and what to keep of each unit."""
-    new_state, kept, losses, stacks = {}, {}, [], dict(stacks)
-    for name in UNITS:
-        if name in config.attention_units:
-            unit = _Attention(config, name, given)
-            res, new_state[name], own, kept[name], stacks[name] = unit.forward(
-                params[name], x, state[name], layer, stacks[name]
-            )
-            losses.append(own)
-        else:
-            res, kept[name] = _Mlp(config, name, given).forward(params[name], x)
-        x = constrain(x + res, *RESIDUAL_STREAM)
-    return x, stacks, new_state, jax.tree.map(lambda *own: sum(own), *losses), kept if keeps else None
+def _is_written_out(config: TransformerConfig) -> bool:
+    return config.unroll >= config.n_layer
 
 
-def _forward(config, params, x, state, given):
-    differentiates_state = any(leaf.perturbed for leaf in jax.tree.leaves(state, is_leaf=_is_primal))
-    params, x, state, given = (
-        jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=_is_primal) for tree in (params, x, state, given)
-    )
-    x_after, (new_state, losses, kept) = _loop(config, params, x, state, given, keeps=True)
-    asked = ({},) if differentiates_state else ()  # what is kept has arrays as leaves: so the answer is in its structure
-    return (x_after, new_state, losses), (params, x, state, given, kept, asked)
+def _turns(config: TransformerConfig, turn, carry, layers, reverse: bool = False):
+    """lax.scan; or all turns written out, and then there is a list of what they return."""
+    if not _is_written_out(config):
+        return lax.scan(turn, carry, layers, reverse=reverse, unroll=config.unroll)
+    made = {}
+    for number in reversed(range(config.n_layer)) if reverse else range(config.n_layer):
+        carry, made[number] = turn(carry, jax.tree.map(lambda leaf, number=number: leaf[number], layers))
+    return carry, [made[number] for number in range(config.n_layer)]
 
 
-def _backward(config, residuals, cotangents):
+def _forward(config: TransformerConfig, params, x, state, given):
+    to_state = any(leaf.perturbed for leaf in jax.tree.leaves(state, is_leaf=_is_primal))
+    values = functools.partial(jax.tree.map, lambda leaf: leaf.value, is_leaf=_is_primal)
+    params, x, state, given = values(params), values(x), values(state), values(given)
+    *made, kept = _loop(config, params, x, state, given, keeps=True)
+    asked = ({},) if to_state else ()  # what is kept has arrays as leaves: so the answer is in its structure
+    return tuple(made), (params, x, state, given, kept, asked)
+
+
+def _backward(config: TransformerConfig, residuals, cotangents):
     params, x, state, given, kept, asked = residuals
-    d_x, d_state, d_losses = cotangents
-    d_x = jnp.zeros_like(x) if isinstance(d_x, SymbolicZero) else d_x
-    d_losses = jax.tree.map(lambda d: jnp.zeros(d.shape) if isinstance(d, SymbolicZero) else d, d_losses)
-    if asked or any(not isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(d_state)):
-        raise NotImplementedError
+    to_state = bool(asked) or not all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(cotangents[1]))
+    cotangents = jax.tree.map(lambda d: jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d, cotangents)
+    if to_state:
+        _, vjp = jax.vjp(lambda *args: _plain_loop(config, *args, given), params, x, state)
+        return *vjp(cotangents), None
 
     def turn(d_x, own):
-        layer, params, rngs, d_losses = own
-        here = given._replace(rngs=rngs)
+        number, params, rngs, d_losses = own
         d_params = {}
-        for name in reversed(UNITS):
-            if name in config.attention_units:
-                unit = _Attention(config, name, here)
-                d_params[name], d_own = unit.backward(
-                    params[name], kept[name], state[name], layer, d_x, d_losses
-                )
-            else:
-                d_params[name], d_own = _Mlp(config, name, here).backward(params[name], _at(layer, kept[name]), d_x)
+        for name, unit in reversed(_units(config, given._replace(rngs=rngs)).items()):
+            stacks = kept[number][name] if isinstance(kept, list) else kept[name]
+            own_kept = stacks if isinstance(kept, list) else _of_layer(number, stacks)
+            unit_x, unit_state = own_kept["x"], state.get(name)
+            if config.remat == "full":
+                unit_x = lax.optimization_barrier(unit_x)  # or XLA, with all turns in view, would keep what is made again
+                _, _, own_kept, _ = unit.forward(params[name], unit_x, unit_state, number, {})
+                stacks = own_kept
+            of_unit = params[name], unit_x, unit_state, number, own_kept, stacks
+            d_params[name], d_own = unit.backward(*of_unit, d_x, d_losses)
             d_x = constrain(d_x + d_own, *RESIDUAL_STREAM)
         return d_x, d_params
 
-    own = jnp.arange(config.n_layer), params, given.rngs, d_losses
-    d_x, d_params = lax.scan(turn, d_x, own, reverse=True)
+    d_x, _, d_losses = cotangents
+    layers = np.arange(config.n_layer), params, given.rngs, d_losses
+    d_x, d_params = _turns(config, turn, d_x, layers, reverse=True)
+    if isinstance(d_params, list):
+        d_params = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *d_params)
     return d_params, d_x, None, None
 
 
 layer_loop.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+def _plain_loop(config: TransformerConfig, params, x, state, given: Given):
+    """What `layer_loop` returns, for JAX to differentiate: gradients reach the states, too."""
+
+    def turn(x, own):
+        params, rngs, state = own
+        new_state, losses = {}, []
+        for name, unit in _units(config, given._replace(rngs=rngs)).items():
+            if name in state:
+                new_state[name], out = unit.apply("blocks", params[name], state[name], x, given.doc_ids, given.vq_spec)
+                losses.append((out["l_commit"], out["l_codebook"]))
+                x = x + out["res"]
+            else:
+                x = x + unit.apply("__call__", params[name], x)
+        return x, (new_state, jax.tree.map(lambda *of_units: sum(of_units), *losses))
+
+    x, (new_state, losses) = lax.scan(turn, x, (params, given.rngs, state))
+    return x, new_state, losses
+
+
 def _is_primal(x) -> bool:
     return hasattr(x, "perturbed")
 
 
-def _at(layer: jax.Array, stacked):
-    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, layer, keepdims=False), stacked)
+def _of_layer(number: jax.Array, stacks):
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, number, keepdims=False), stacks)
+
+
+def _units(config: TransformerConfig, given: Given) -> dict[str, "_Attention | _Mlp"]:
+    """Those of one layer. given: has its keys."""
+    return {
+        name: _Attention(config, name, given) if name in config.attention_units else _Mlp(config, name, given)
+        for name in UNITS
+    }
 
 
 class _Unit:
-    """A unit of one layer, as functions of its parameters."""
+    """A unit of one layer: methods of its module, as functions of parameters.
 
-    def __init__(self, module, name: str, given: Given):
+    forward(params, x, state, number, stacks) returns what is added to x, the next state, what else than x to keep, and
+    a list of losses. backward(params, x, state, number, kept, stacks, d_res, d_losses) returns the gradients of params
+    and x. State is that of all layers, number the layer's; stacks: see there.
+    """
+
+    def __init__(self, module: VQAttention | MLP, given: Given):
+        assert module.name is not None
         self._module, self._given = module, given
-        self._rngs = {stream: LazyRng.create(rng, name) for stream, rng in given.rngs.items()}
+        self._rngs = {stream: LazyRng.create(rng, module.name) for stream, rng in given.rngs.items()}
 
-    def _apply(self, method: str, params: dict, *args):
+    def apply(self, method: str, params: dict, *args):
+        """A method of the module."""
+
         def second_time(module):
-            # flax's scan, in model.py, traces its body twice and numbers the draws of both: masks must be the same
-            getattr(module, method)(*args)
+            # flax's scan (model.py) traces its body twice and numbers the draws of both. Masks must be the same
+            if self._rngs:
+                getattr(module, method)(*args)
             return getattr(module, method)(*args)
 
-        return self._module.apply({"params": params}, method=second_time, rngs=self._rngs)
+        with jax.named_scope("layers"):
+            return self._module.apply({"params": params}, method=second_time, rngs=self._rngs)
 
 
 class _Mlp(_Unit):
     def __init__(self, config: TransformerConfig, name: str, given: Given):
-        super().__init__(MLP(config), name, given)
+        super().__init__(MLP(config, name=name, parent=None), given)
 
-    def forward(self, params, x):
-        hidden = self._apply("raw", params, x)
-        return self._apply("residual", params, hidden), dict(x=x, hidden=hidden)
+    def forward(self, params, x, state, number, stacks):
+        hidden = self.apply("raw", params, x)
+        return self.apply("residual", params, hidden), {}, dict(hidden=hidden), []
 
-    def backward(self, params, kept, d_res):
-        _, vjp = jax.vjp(functools.partial(self._apply, "residual"), params, kept["hidden"])
-        d_params, d_hidden = vjp(d_res)
-        _, vjp = jax.vjp(functools.partial(self._apply, "raw"), params, kept["x"])
-        more, d_x = vjp(d_hidden)
+    def backward(self, params, x, state, number, kept, stacks, d_res, d_losses):
+        d_params, d_hidden = _vjp(functools.partial(self.apply, "residual"), params, kept["hidden"])(d_res)
+        more, d_x = _vjp(functools.partial(self.apply, "raw"), params, x)(d_hidden)
         return jax.tree.map(jnp.add, d_params, more), d_x
 
 
 class _Attention(_Unit):
     def __init__(self, config: TransformerConfig, name: str, given: Given):
-        super().__init__(VQAttention(config), name, given)
+        super().__init__(VQAttention(config, name=name, parent=None), given)
         self._config = config
 
-    def forward(self, params, x, state, layer, stacks):
+    def forward(self, params, x, state, number, stacks):
+        """stacks: state and kept of all layers, as far as they are stacks: the kernels write into some of them."""
         raw = self._raw(params, x)
-        before = _at(layer, state)
-        (x_operands, losses), (shape, others, after, present) = self._operands(params, raw, before, None)
-        others = others | self._stacked_state(state) | dict(layer=layer[None])
-        made = core_forward(shape, x_operands, others | {f"{n}_stack": s for n, s in stacks.items()})
-        gated = made["gated"] if shape.is_gated else _at(layer, made["out"]) if "out" in stacks else made["out"]
-        new_state = state_after(self._config, present, shape.is_gated, before, after, jnp.zeros([]))
-        kept = dict(x=x, raw=raw, z=present["z"])
-        return self._residual(params, gated), new_state, losses, kept, {name: made[name] for name in stacks}
+        operands, (_, losses), (others, new_state, z) = self._operands(params, raw, _of_layer(number, state), None)
+        into = self._kernels_stacks(stacks)
+        made = core_forward(self._config, operands, self._from_stacks(others, state, number) | into)
+        mean, out = made.get("mean"), made["out"]
+        if "mean_stack" in into and mean is not None:
+            mean = jnp.swapaxes(mean, 0, 1)  # shards first
+        new_state = with_mean(new_state, mean)
+        gated = made["gated"] if "gate" in operands else _of_layer(number, out) if "out_stack" in into else out
+        kept = dict(raw=raw, z=z, out=out, log_total=made["log_total"])
+        return self._residual(params, gated), new_state, kept, [losses]
 
-    def _stacked_state(self, state):
-        window = state["xlcache"]
-        return dict(k_window=window["k_hat"], v_window=window["v"], first_mean=state["aggcache"]["upper_div_lower"])
-
-    def backward(self, params, stacked, state, layer, d_res, d_losses):
-        kept = _at(layer, stacked)
-        before = _at(layer, state)
-        x, raw, out = kept["x"], kept["raw"], kept["out"]
-        gated = out
-        if raw["gate"] is not None:
-            gated = (out * silu(raw["gate"])).astype(out.dtype)
-        _, vjp = jax.vjp(self._residual, params, gated)
-        of_residual, d_gated = vjp(d_res)
-
-        static = None
+    def backward(self, params, x, state, number, kept, stacks, d_res, d_losses):
+        """kept: of this layer. stacks: the same of all layers, for the kernels; or again of this one."""
+        raw, out, before = kept["raw"], kept["out"], _of_layer(number, state)
+        gated = (out * silu(raw["gate"])).astype(out.dtype) if "gate" in raw else out
+        of_residual, d_gated = _vjp(self._residual, params, gated)(d_res)
 
         def prepared(params, raw):
-            nonlocal static
-            differentiated, (static, *constant) = self._operands(params, raw, before, kept["z"])
-            return differentiated, constant
+            operands, (of_state, losses), constant = self._operands(params, raw, before, kept["z"])
+            return (operands, of_state, losses), constant
 
-        (x_operands, _), vjp, (others, *_) = jax.vjp(prepared, params, raw, has_aux=True)
-        kept = {name: stacked[name] for name in ("out", "log_total")}
-        x_operands |= {name: stacked["raw"][name] for name in ("v", "gate") if name in x_operands}
-        others = others | self._stacked_state(state) | dict(layer=layer[None])
-        d_operands, _ = core_backward(static, x_operands, others, kept, d_gated, None, False)
-        of_prepared, d_raw = vjp((d_operands, d_losses))
-        _, vjp = jax.vjp(self._raw, params, x)
-        of_raw, d_x = vjp(d_raw)
-        return jax.tree.map(lambda *own: sum(own), of_residual, of_prepared, of_raw), d_x
-
-    def _operands(self, params, raw, state, shortcodes):
-        """((x, losses), (shape, others, after, present)) of `operands`."""
-        c, given = self._config, self._given
-        made = self._apply("prepared", params, raw["q"], raw["k"], given.vq_spec, shortcodes)
-        present = dict(z=made["shortcodes"], k_hat=made["quantized"], v=raw["v"], doc_ids=given.doc_ids)
-        shape, x, others, after = operands(c, made["biases"], _grouped(made["q"], c), present, raw["gate"], state)
-        losses = tuple(made["losses"][name] for name in ("l_commit", "l_codebook"))
-        return (x, losses), (shape, others, after, present)
+        (operands, of_state, _), vjp, (others, *_) = jax.vjp(prepared, params, raw, has_aux=True)
+        operands = operands | {name: stacks["raw"][name] for name in ("v", "gate") if name in operands}
+        others = self._from_stacks(others | of_state, state, number)
+        of_core = {name: stacks[name] for name in ("out", "log_total")}
+        d_operands, d_state = core_backward(self._config, operands, others, of_core, d_gated, None, bool(of_state))
+        of_prepared, d_raw = vjp((d_operands, d_state, d_losses))
+        of_raw, d_x = _vjp(self._raw, params, x)(d_raw)
+        return jax.tree.map(lambda *parts: sum(parts), of_residual, of_prepared, of_raw), d_x
 
     def _raw(self, params, x):
-        raw = self._apply("raw", params, x)
-        return raw | dict(gate=None if raw["gate"] is None else _grouped(raw["gate"], self._config))
+        """See VQAttention.raw; gate [R, B, H, G, L, V], if there is one."""
+        raw = self.apply("raw", params, x)
+        return {name: grouped(a, self._config) if name == "gate" else a for name, a in raw.items() if a is not None}
+
+    def _operands(self, params, raw, state, shortcodes):
+        """Of the kernels: what has a gradient; (others that have one, losses); (others, the next state, shortcodes)."""
+        c, given = self._config, self._given
+        made = self.apply("prepared", params, raw["q"], raw["k"], given.vq_spec, shortcodes)
+        present = dict(z=made["shortcodes"], k_hat=made["quantized"], v=raw["v"], doc_ids=given.doc_ids)
+        x, others, new_state = operands(c, made["biases"], grouped(made["q"], c), present, raw.get("gate"), state)
+        # of the states that shards begin with, each device but the first makes its own, from what others have read
+        of_state = {} if _is_whole() else {name: others.pop(name) for name in STATE if name in others}
+        losses = made["losses"]["l_commit"], made["losses"]["l_codebook"]
+        return x, (of_state, losses), (others, new_state, made["shortcodes"])
+
+    def _from_stacks(self, others: dict, state: dict, number) -> dict:
+        """others, with the state as it lies: of all layers, and an axis for the one shard."""
+        stacks: dict[str, jax.Array] = {}
+        if _is_whole():
+            window, mean = state["xlcache"], state["aggcache"]["upper_div_lower"]
+            stacks = dict(k_window=window["k_hat"], v_window=window["v"], first_mean=mean)
+            stacks = {name: jnp.expand_dims(stack, 1) for name, stack in stacks.items() if name in others}
+        return others | stacks | dict(layer=jnp.asarray(number, jnp.int32)[None])
+
+    def _kernels_stacks(self, stacks: dict) -> dict:
+        """Those that the forward kernel writes into."""
+        found = {}
+        if "out" in stacks.get("kept", {}):
+            found["out_stack"] = stacks["kept"]["out"]
+        if "state" in stacks and self._config.agg_cache and _is_whole():
+            found["mean_stack"] = jnp.expand_dims(stacks["state"]["aggcache"]["upper_div_lower"], 1)
+        return found
 
     def _residual(self, params, out):
         """[R, B, H, G, L, V] -> [R, B, L, D]."""
-        return self._apply("residual", params, out.reshape(*out.shape[:2], -1, *out.shape[4:]))
+        return self.apply("residual", params, out.reshape(*out.shape[:2], -1, *out.shape[4:]))
 
 
-def _grouped(x: jax.Array, c: TransformerConfig) -> jax.Array:
-    """[R, B, Q, L, width] -> [R, B, H, G, L, width]: query heads by their key head."""
-    return x.reshape(*x.shape[:2], c.n_key_head, -1, *x.shape[3:])
+def _is_whole() -> bool:
+    """Whether a device has all blocks of an update."""
+    return placement().n_shards("blocks") == 1
+
+
+def _vjp(function, *args):
+    return jax.vjp(function, *args)[1]

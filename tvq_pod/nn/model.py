@@ -149,8 +149,7 @@ class Transformer(nn.Module):
     def _has_own_loop(self) -> bool:
         """Whether layer_loop.py goes through the layers, and not flax's scan."""
         c = self.config
-        is_usual = c.remat == "projections" and c.unroll == 1 and c.mem_len == c.block_len
-        return implementation(c) == "pallas" and is_usual and not self.is_initializing()
+        return implementation(c) == "pallas" and c.mem_len == c.block_len and not self.is_initializing()
 
     def _rngs_of_layers(self) -> dict[str, LazyRng]:
         """As flax's scan would split them."""

@@ -50,7 +50,7 @@ def backward(shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
     to add to them.
     """
     kernel = functools.partial(_backward_kernel, shape, "d_mean" in x)
-    made = backward_operands(shape, x).run(kernel, "tvq_backward", shape, x["kept"], shape.multiply_adds(3, 2))
+    made = backward_operands(shape, x).run(kernel, "tvq_backward", shape, x, shape.multiply_adds(3, 2))
     return made | {name: _sum_of_parts(made[name]) for name in OF_PARTS if name in made}
 
 

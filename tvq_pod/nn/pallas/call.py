@@ -185,11 +185,38 @@ class Operands:
         """An array in VMEM that stays from grid step to grid step."""
         self.scratch[name] = pltpu.VMEM(shape, dtype)
 
+    def _in_pieces(self) -> list[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]]:
+        """Inputs and outputs that travel, of this layer."""
+        found = []
+        for array, spec in (*self.inputs.values(), *self.outputs.values()):
+            if spec.block_shape is not None:
+                own = array.shape[1:] if spec in self._of_stacks else array.shape
+                found.append((jax.ShapeDtypeStruct(own, array.dtype), spec))
+        return found
+
+    def _into_stacks(self, x: dict) -> dict[int, int]:
+        """Lets outputs be written into the stacks that x has for them. Returns which input is which output's memory."""
+        aliases = {}
+        for place, (name, (output, spec)) in enumerate(self.outputs.items()):
+            if (stack := x.get(f"{name}_stack")) is not None:
+                aliases[len(self.inputs)] = place
+                self.inputs[f"{name}_stack"] = stack, pl.BlockSpec(memory_space=pl.ANY)
+                self.outputs[name] = jax.ShapeDtypeStruct(stack.shape, output.dtype), self._of_layer(spec)
+        return aliases
+
+    def _of_layer(self, spec: pl.BlockSpec) -> pl.BlockSpec:
+        """The same piece, of the array that this layer has in a stack."""
+        block_shape, index_map = spec.block_shape, spec.index_map
+        assert block_shape is not None and index_map is not None
+        of_stack = pl.BlockSpec((None, *block_shape), lambda *at: (at[-1][0], *index_map(*at)))
+        self._of_stacks.append(of_stack)
+        return of_stack
+
     def needed_bytes(self, shape: Shape, scarce: bool = True) -> int:
         """An estimate, from above, of what the kernel takes of VMEM: twice the pieces, since the next ones travel
         meanwhile; the scratch; and what is computed, for which half the room will do where VMEM is scarce. Gradients
         of the state are written at once and take more. The last two axes of an array are padded to whole tiles."""
-        pieces = [(spec.block_shape, array.dtype) for array, spec in (*self.inputs.values(), *self.outputs.values())]
+        pieces = [(spec.block_shape, array.dtype) for array, spec in self._in_pieces()]
         held = [(memory.shape, memory.dtype) for memory in self.scratch.values()]
         there = sum(2 * _padded_bytes(*piece) for piece in pieces) + sum(_padded_bytes(*array) for array in held)
         more = 8 * shape.block_len * shape.width if "d_mean" in self.inputs else 0
@@ -199,12 +226,13 @@ class Operands:
         """The outputs of kernel(refs) over the grid. refs has as attributes the operands; `kept`, int32 [R, B], in
         scalar memory; and the place in the grid, row, key_head, part, step (of blocks), query_head and tile.
 
-        x: kept; and layer, int32 [1], if some operands are stacks. multiply_adds: of all matmuls over the grid. The
-        compiler is told of them, and of what travels."""
+        x: has kept; layer, int32 [1], if some operands are stacks; and under NAME_stack, the stack that output NAME is
+        to be written into. multiply_adds: of all matmuls over the grid. The compiler is told of them, and of what
+        travels."""
         aliases = self._into_stacks(x)
         names = [*self.inputs, *self.outputs, *self.scratch]
 
-        def body(kept_ref, *refs):
+        def body(kept_ref, _layer_ref, *refs):
             at = {name: pl.program_id(axis) for axis, name in enumerate(GRID)}
             kernel(SimpleNamespace(kept=kept_ref, **at, **dict(zip(names, refs, strict=True))))
 
@@ -234,6 +262,7 @@ class Operands:
                 transcendentals=math.prod(shape.grid) * shape.tile * (2 * shape.block_len + shape.n_code),
             ),
             interpret=not shape.core.vmem_bytes,
+            input_output_aliases={len(scalars) + taken: given for taken, given in aliases.items()},
             name=name,
         )(*scalars, *arrays)
         return dict(zip(self.outputs, outputs, strict=True))

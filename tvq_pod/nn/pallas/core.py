@@ -15,6 +15,7 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from tvq_pod.nn.axes import placement
@@ -50,6 +51,7 @@ def axes_of(value: str) -> dict[str, tuple]:
         **dict.fromkeys(("first_mean", "first_mean_gradient", "mean", "d_mean"), sums),
         codes=("key_heads", "codes", "key"),
         kept=("blocks", "batch"),
+        layer=(None,),
         **dict.fromkeys(("positions", "sees_cache"), ("blocks", "batch", None, "token")),
         **dict.fromkeys(("log_counts", "inverse", "inverse_after"), (*blocks, None, "codes")),
         leaving=(*blocks, None, "token"),
@@ -75,11 +77,21 @@ def fused_attention(
     state: as `VQAttention.initial_state` returns it.
     Returns [N R, B, H, G, L, V] in the dtype of q, and the state after the last block.
     """
-    _, _, n_key_head, n_per_key_head, block_len, _ = q.shape
-    c = config.replace(block_len=block_len)
-    started, new_state = start(c, present, state, gate is not None)
-    r = biases["r"]
-    u, v_bias = (biases[name].reshape(n_key_head, n_per_key_head, 1, c.d_k) for name in ("u", "v"))
+    c = config.replace(block_len=q.shape[4])
+    x, others, new_state = operands(c, biases, q, present, gate, state)
+    out, mean = cast(tuple[jax.Array, jax.Array | None], _core(c, x, others))
+    return out, with_mean(new_state, mean)
+
+
+def operands(
+    config: TransformerConfig, biases: dict, q, present: dict, gate: jax.Array | None, state: dict
+) -> tuple[dict, dict, dict]:
+    """What the kernels take, for the arguments of `fused_attention`, in which config.block_len is L: x, which has a
+    gradient always; others: STATE, which has one if somebody asks, and CONSTANT, which never has; and the next state,
+    without the cache's mean if the kernels make it."""
+    c, r = config, biases["r"]
+    others, new_state = start(c, present, state, gate is not None)
+    u, v_bias = (biases[name].reshape(*q.shape[2:4], 1, c.d_k) for name in ("u", "v"))
     x = dict(
         q=q,
         u=u,
@@ -91,17 +103,20 @@ def fused_attention(
     )
     if gate is not None:
         x |= dict(gate=gate)
-    others = started | (dict(codes=biases["codes"]) if c.agg_cache else {})
-    out, mean = cast(tuple[jax.Array, jax.Array | None], _core(c, x, others))
-    if mean is not None and len(mean) == 1:  # of several shards, start.py has made the cache
-        new_state = new_state | dict(aggcache=new_state["aggcache"] | dict(upper_div_lower=mean[0]))
-    return out, new_state
+    return x, others | (dict(codes=biases["codes"]) if c.agg_cache else {}), new_state
+
+
+def with_mean(new_state: dict, mean: jax.Array | None) -> dict:
+    """The next state of `operands`, with the mean as the forward kernel returns it: of several shards, start.py has
+    made the cache."""
+    if mean is None or len(mean) > 1:
+        return new_state
+    return new_state | dict(aggcache=new_state["aggcache"] | dict(upper_div_lower=mean[0]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _core(config: TransformerConfig, x: dict, others: dict) -> tuple[jax.Array, jax.Array | None]:
-    """x: what has a gradient always; others: STATE, which has one if somebody asks, and CONSTANT, which never has."""
-    made = _on_each_device(forward, forward_operands, config, x | others)
+    made = core_forward(config, x, others)
     return made["gated" if "gate" in x else "out"], made.get("mean")
 
 
@@ -109,7 +124,7 @@ def _forward(config, x, others):
     x = {name: primal.value for name, primal in x.items()}
     to_state = any(others[name].perturbed for name in STATE if name in others)
     others = {name: primal.value for name, primal in others.items()}
-    made = _on_each_device(forward, forward_operands, config, x | others)
+    made = core_forward(config, x, others)
     kept = dict(out=made["out"], log_total=made["log_total"])
     asked = ({},) if to_state else ()  # what is kept has arrays as leaves: so the answer is in its structure
     return (made["gated" if "gate" in x else "out"], made.get("mean")), (x, others, kept, asked)
@@ -118,33 +133,35 @@ def _forward(config, x, others):
 def _backward(config, residuals, cotangents):
     x, others, kept, asked = residuals
     d_out, d_mean = cotangents
-    operands = x | others | kept | dict(d_out=_instantiated(d_out, kept["out"]))
-    if config.agg_cache:
-        operands |= _on_each_device(caches_again, caches_operands, config, x | others)
-    to_state = bool(asked) or not (d_mean is None or isinstance(d_mean, SymbolicZero))
-    if to_state and shape.has_cache:
-        d_mean = _instantiated(d_mean, others["first_mean"])
-    gradients, of_state = core_backward(
-        shape, x, others, kept, _instantiated(d_out, kept["out"]), d_mean if to_state else None, to_state
-    )
+    d_out = jnp.zeros_like(kept["out"]) if isinstance(d_out, SymbolicZero) else d_out
+    d_mean = None if isinstance(d_mean, SymbolicZero) else d_mean
+    to_state = bool(asked) or d_mean is not None
+    gradients, of_state = core_backward(config, x, others, kept, d_out, d_mean, to_state)
     return gradients, dict.fromkeys(others) | of_state
 
 
-def core_forward(shape: Shape, x: dict, others: dict) -> dict:
-    """What `forward` returns, of all devices."""
-    return _on_each_device(forward, shape, x | others)
+def core_forward(config: TransformerConfig, x: dict, others: dict) -> dict:
+    """What the forward kernel returns. x, others: see `operands`.
+
+    Any operand may also be a stack of such arrays for all layers, with an axis of n_layer in front; others then has
+    layer, int32 [1]. If others has out_stack or mean_stack, that result is the stack, with this layer's array written.
+    """
+    return _on_each_device(forward, forward_operands, config, x | others)
 
 
-def core_backward(shape: Shape, x: dict, others: dict, kept: dict, d_out, d_mean, to_state: bool) -> tuple[dict, dict]:
-    """The gradients of x and, if wanted, of STATE. x, others: see `operands`. kept: out and log_total of
-    `core_forward`. d_out, d_mean: the gradients of its (gated) output and, to_state, of its mean."""
-    made_of = x | others | kept | dict(d_out=d_out)
-    if shape.has_cache:
-        made_of |= _on_each_device(caches_again, shape, x | others)
+def core_backward(
+    config: TransformerConfig, x: dict, others: dict, kept: dict, d_out, d_mean: jax.Array | None, to_state: bool
+) -> tuple[dict, dict]:
+    """The gradients of x and, to_state, of STATE. x, others: as for `core_forward`. kept: its out and log_total. d_out,
+    d_mean: the gradients of its output, gated if there are gates, and of its mean; None for zeros."""
+    given = x | others | kept | dict(d_out=d_out)
+    if config.agg_cache:
+        given |= _on_each_device(caches_again, caches_operands, config, x | others)
     if to_state:
-        no_cache = jnp.zeros((*others["k_window"].shape[:3], 1, 1), jnp.float32)
-        operands["d_mean"] = _instantiated(d_mean, others["first_mean"]) if config.agg_cache else no_cache
-    made = _on_each_device(backward, backward_operands, config, operands, are_sums=True)
+        no_cache = (*others["k_window"].shape[:3], 1, 1)
+        size = others["first_mean"].shape if config.agg_cache else no_cache
+        given["d_mean"] = jnp.zeros(size, jnp.float32) if d_mean is None or not config.agg_cache else d_mean
+    made = _on_each_device(backward, backward_operands, config, given, are_sums=True)
 
     small = made["small_sums"]  # [N R, B, H, G, I, 8, K]
     small = {name: small[..., row, :] for row, name in enumerate(SMALL_SUMS)}
@@ -160,26 +177,41 @@ def core_backward(shape: Shape, x: dict, others: dict, kept: dict, d_out, d_mean
 _core.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _instantiated(cotangent, like: jax.Array) -> jax.Array:
-    return jnp.zeros_like(like) if isinstance(cotangent, SymbolicZero) else cotangent
-
-
 def _on_each_device(
     function, operands, config: TransformerConfig, x: dict[str, jax.Array], are_sums: bool = False
 ) -> dict[str, jax.Array]:
     """function(shape, x), of what each device has. operands: those of the kernel. are_sums: see Placement."""
     device_kind, n_per_key_head = placement().device_kind(), x["q"].shape[3]
 
+    axes = axes_of(config.value_names[1])
+
+    def is_stack(name, array):
+        return array.ndim > len(axes[name.removesuffix("_stack")])
+
+    def axes_with_layers(name, array):
+        own = axes[name.removesuffix("_stack")]
+        return ("layers", *own) if is_stack(name, array) else own
+
+    def shard_axis(name, array):
+        return 1 if is_stack(name, array) else 0
+
     def of_device(x):
         shape = shape_of(config, device_kind, x["q"].shape, x["v"].shape[-1], "gate" in x)
-        n_shards = len(x["k_window"])  # on a device, 1
-        own = {name: array[0] if name in OF_SHARD else array for name, array in x.items()}
+        n_shards = x["k_window"].shape[-5]  # on a device, 1
+        own = {
+            name: lax.index_in_dim(array, 0, shard_axis(name, array), keepdims=False) if name.removesuffix("_stack") in OF_SHARD else array
+            for name, array in x.items()
+        }
         if "d_mean" in x:  # devices that share the query heads all have it, and each takes its share
             own["d_mean"] *= shape.n_per_key_head / n_per_key_head
         if "d_mean" in x and config.agg_cache:
             own["inverse_last"] = x["inverse_after"][-1]
         made = function(sized(shape, operands, own), own)
-        of_shard = {name: made[name] for name in OF_SHARD if name in made}
-        return made | {name: jnp.broadcast_to(array, (n_shards, *array.shape)) for name, array in of_shard.items()}
+        for name in OF_SHARD:
+            if name in made:
+                axis = 1 if f"{name}_stack" in x else 0
+                sizes = (*made[name].shape[:axis], n_shards, *made[name].shape[axis:])
+                made[name] = jnp.broadcast_to(jnp.expand_dims(made[name], axis), sizes)
+        return made
 
-    return placement().on_each_device(of_device, axes_of(config.value_names[1]), are_sums)(x)
+    return placement().on_each_device(of_device, axes_with_layers, are_sums)(x)

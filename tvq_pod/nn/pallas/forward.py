@@ -22,7 +22,7 @@ def forward(shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
     SiLU, if there are gates; log_total float32 [R, B, H, G, 1, L], of each query's sum of weights; with a cache, mean
     float32 [B, H, S, V], of the cache after the last block."""
     kernel, multiply_adds = functools.partial(_forward_kernel, shape), shape.multiply_adds(1, 1)
-    made = forward_operands(shape, x).run(kernel, "tvq_forward", shape, x["kept"], multiply_adds)
+    made = forward_operands(shape, x).run(kernel, "tvq_forward", shape, x, multiply_adds)
     return made | dict(log_total=made["log_total"][0])  # every part has made the same
 
 
@@ -164,7 +164,7 @@ def caches_again(shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Returns means [R, B, H, S, V], in `dtype`: those that each block meets."""
     shape = _one_step_a_block(shape)
     kernel, multiply_adds = functools.partial(_caches_kernel, shape), shape.multiply_adds(0, 0)
-    return caches_operands(shape, x).run(kernel, "tvq_caches", shape, x["kept"], multiply_adds)
+    return caches_operands(shape, x).run(kernel, "tvq_caches", shape, x, multiply_adds)
 
 
 def caches_operands(shape: Shape, x: dict) -> Operands:
