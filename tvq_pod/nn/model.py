@@ -43,10 +43,7 @@ class Layer(nn.Module):
         if c.remat != "none":
             # a scan over layers already keeps the compiler from undoing it; without one, `prevent_cse` must
             policy = dict(policy=REMAT_POLICIES[c.attn_type, c.remat], prevent_cse=c.unroll > 1)
-            # Kernels stay outside: what they return is kept as it is, where remat would copy it to round it
-            around = c.remat != "full" and implementation(c) == "pallas"
-            methods = ["projected", "residual"] if around else ["blocks"]
-            attention_cls, mlp_cls = nn.remat(VQAttention, methods=methods, **policy), nn.remat(MLP, **policy)
+            attention_cls, mlp_cls = nn.remat(VQAttention, methods=["blocks"], **policy), nn.remat(MLP, **policy)
         for name in UNITS:
             if name in c.attention_units:
                 new_state[name], out = attention_cls(c, name=name).blocks(state[name], x, doc_ids, vq_spec)
