@@ -104,9 +104,9 @@ def test_a_run_says_which_attention_it_takes_and_refuses_what_cannot_be(eight_de
         check_attention(core_config().replace(mem_len=8), mesh)
 
 
-def compile_for_mesh(config: TransformerConfig, devices: list, **mesh_sizes: int) -> str:
+def compile_for_mesh(config: TransformerConfig, devices: list, sizes: MeshSettings) -> str:
     """The program of `compiled` on devices that need not be here."""
-    mesh = make_mesh(MeshSettings(**mesh_sizes), devices[: np.prod(list(mesh_sizes.values()))])
+    mesh = make_mesh(sizes, devices[: sizes.sequence * sizes.model])
 
     def abstract(tree):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree)
@@ -149,7 +149,7 @@ def test_the_tpu_compiler_takes_the_kernels(topology, monkeypatch):
         monkeypatch.setenv(variable, value)
     more = dict(chip_config_name="megacore") if topology.startswith(("v4", "v5p")) else {}
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices
-    alone, shared = dict(data=1), dict(data=1, sequence=2, model=2)
+    alone, shared = MeshSettings(data=1), MeshSettings(data=1, sequence=2, model=2)
     for mesh, part_columns, changes in (
         (alone, 350, {}),
         (alone, 350, dict(head_type="mqa", n_head=2, window_bias=1.0, dtype=jnp.float32)),
@@ -159,8 +159,8 @@ def test_the_tpu_compiler_takes_the_kernels(topology, monkeypatch):
         (shared, 350, dict(head_type="mqa", n_head=2)),
     ):
         config = TransformerConfig().replace(**(SMALL | changes))
-        assert why_not(config, devices[0].device_kind, mesh.get("model", 1)) is None
+        assert why_not(config, devices[0].device_kind, mesh.model) is None
         monkeypatch.setattr(fit, "PART_COLUMNS", part_columns)
-        text = compile_for_mesh(config, devices, **mesh)
+        text = compile_for_mesh(config, devices, mesh)
         kernels = ["tvq_forward", "tvq_backward"] + ["tvq_caches"] * config.agg_cache
         assert all(f"%{name}" in text or f"{name}_" in text for name in kernels)
