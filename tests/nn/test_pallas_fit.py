@@ -1,4 +1,31 @@
-"""Which configs and chips the kernels fit, and that the TPU compiler takes them."""
+"""Which configs and chips the kernels fit, with which sizes, and that the TPU compiler takes them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental import topologies
+
+from tests.common import small_config
+from tests.nn.pallas_cases import N_ROWS, arrays_of, compiled, core_config
+from tvq_pod.config.settings import MeshSettings
+from tvq_pod.errors import UserError
+from tvq_pod.nn.axes import placed_by
+from tvq_pod.nn.pallas import fit
+from tvq_pod.nn.pallas.backward import backward_operands
+from tvq_pod.nn.pallas.call import Core
+from tvq_pod.nn.pallas.fit import Dtypes, implementation, shape_of, sized, why_not
+from tvq_pod.nn.pallas.forward import forward_operands
+from tvq_pod.nn.pallas.tile import turn, turned_back
+from tvq_pod.nn.state import initial_state
+from tvq_pod.nn.types import TransformerConfig
+from tvq_pod.parallel.attention import attention_line, check_attention
+from tvq_pod.parallel.mesh import make_mesh
+from tvq_pod.parallel.sharding import OnMesh, replicated
+from tvq_pod.planning.cost import LIBTPU_ENVIRONMENT
 
 FITS = dict(d_k=128, d_v=1536, n_code=512, block_len=512, mem_len=512, dtype=jnp.bfloat16, n_head=1)
 
@@ -8,12 +35,17 @@ FITS = dict(d_k=128, d_v=1536, n_code=512, block_len=512, mem_len=512, dtype=jnp
     [
         ({}, "TPU v5 lite", None),
         ({}, "TPU v6 lite", None),
-        (dict(d_v=256, n_code=128, block_len=128, mem_len=128), "TPU v4", "no kernels for TPU v4"),
+        ({}, "TPU v4", None),
+        ({}, "TPU v3", "no kernels for TPU v3"),
+        (dict(n_code=8192), "TPU v4", "MiB of VMEM"),
+        (dict(d_v=4096), "TPU v5", None),
+        (dict(d_v=4096), "TPU7x", None),
         (dict(attn_type="full"), "TPU v5 lite", "config.model.attn_type=full has no codes"),
         (dict(mem_len=1024), "TPU v5 lite", "config.model.mem_len=1024 differs from config.model.block_len=512"),
         (dict(d_k=64), "TPU v5 lite", None),
         (dict(block_len=192, mem_len=192), "TPU v5 lite", "config.model.block_len=192 is not a multiple of 128"),
-        (dict(d_v=8192), "TPU v5", "MiB of VMEM"),
+        (dict(d_v=32 * 1031), "TPU v5", "no multiple of 64"),
+        (dict(d_v=64 * 1031), "TPU v5", "MiB of VMEM"),  # no parts of whole lanes
         ({}, "NVIDIA H100 80GB HBM3", "no kernels for NVIDIA H100"),
         (dict(d_v=1000), "cpu", None),
     ],
@@ -28,13 +60,40 @@ def test_whether_a_config_fits_is_known_before_anything_is_compiled(changes, dev
         assert implementation(config.replace(attention="pallas")) == "pallas"
 
 
-def test_kernels_need_whole_updates_and_whole_heads_on_a_device():
-    config = TransformerConfig().replace(**FITS)
-    assert "config.mesh.sequence=2" in (why_not(config, "TPU v5 lite", n_sequence=2) or "")
-    assert "config.mesh.model=2" in (why_not(config, "TPU v5 lite", n_model=2) or "")
-    several = config.replace(head_type="mha", n_head=4)
-    assert why_not(several, "TPU v5 lite", n_model=2) is None
-    assert why_not(several, "TPU v5 lite", n_model=3) is not None
+@pytest.mark.parametrize(
+    ("changes", "n_model", "reason"),
+    [
+        ({}, 2, None),  # the columns of one head's values
+        ({}, 5, "config.mesh.model=5 does not divide config.model.n_head=1, nor config.model.d_v=1536"),
+        ({}, 16, "config.model.d_v=1536 leaves 96 columns to a device"),
+        (dict(head_type="mha", n_head=4), 2, None),
+        (dict(head_type="mha", n_head=4), 3, None),  # 1536 = 3 * 512
+        (dict(head_type="mqa", n_head=4), 2, None),
+        (dict(head_type="mqa", n_head=4), 3, "config.mesh.model=3 does not divide config.model.n_head=4"),
+    ],
+    ids=str,
+)
+def test_kernels_need_whole_heads_or_columns_on_a_device(changes, n_model, reason):
+    found = why_not(TransformerConfig().replace(**(FITS | changes)), "TPU v5 lite", n_model)
+    assert found is None if reason is None else reason in (found or "")
+
+
+def sizes_on(device: str, n_rows: int = 2, **changes) -> list[tuple[int, int]]:
+    """Tile and parts of the forward and the backward kernel."""
+    c = TransformerConfig().replace(**(FITS | changes))
+    shape = shape_of(c, device, (4, n_rows, 1, 1, c.block_len, c.d_k), c.d_v, True)
+    x = Dtypes(shape.dtype, to_state=False)
+    return [
+        (s.tile, s.n_parts) for s in (sized(shape, operands, x) for operands in (forward_operands, backward_operands))
+    ]
+
+
+def test_values_are_cut_into_parts_where_vmem_is_small_or_a_core_would_be_idle():
+    assert sizes_on("TPU v5 lite") == [(256, 1), (256, 1)]
+    assert sizes_on("TPU v5", d_v=4096) == [(256, 2), (256, 2)]
+    assert sizes_on("TPU v5") == [(256, 1), (256, 1)]
+    assert sizes_on("TPU v5", n_rows=1) == [(256, 2), (256, 2)]
+    assert all(n_parts > 2 for _, n_parts in sizes_on("TPU v4"))
 
 
 def test_a_run_says_which_attention_it_takes_and_refuses_what_cannot_be(eight_devices):
@@ -45,46 +104,63 @@ def test_a_run_says_which_attention_it_takes_and_refuses_what_cannot_be(eight_de
         check_attention(core_config().replace(mem_len=8), mesh)
 
 
-class OnChip(Placement):
-    """One device of a topology."""
-
-    def __init__(self, device):
-        self._device = device
-
-    def device_kind(self):
-        return self._device.device_kind
-
-
-def compile_for_chip(config: TransformerConfig, device) -> str:
-    """The program of `compiled` on a device that need not be here."""
-    sharding = SingleDeviceSharding(device)
+def compile_for_mesh(config: TransformerConfig, devices: list, sizes: MeshSettings) -> str:
+    """The program of `compiled` on devices that need not be here."""
+    mesh = make_mesh(sizes, devices[: sizes.sequence * sizes.model])
 
     def abstract(tree):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree)
 
-    given = abstract(jax.eval_shape(lambda: arrays_of(config, 0)))
-    doc_ids = abstract(jax.ShapeDtypeStruct((N_BLOCKS, N_ROWS, config.block_len), jnp.int32))
+    given = abstract(jax.eval_shape(lambda: arrays_of(config, 0, 4)))
+    doc_ids = abstract(jax.ShapeDtypeStruct((4, N_ROWS, config.block_len), jnp.int32))
     state = abstract(jax.eval_shape(lambda: initial_state(config, N_ROWS)))
-    with placed_by(OnChip(device)):
+    with placed_by(OnMesh(mesh, fsdp=False)):
         lowered = compiled.__wrapped__(config).lower(**given, doc_ids=doc_ids, state=state)
     return lowered.compile().as_text() or ""
 
 
-@pytest.mark.slow(20)
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize("first", [0, 8])
+def test_rows_turn_by_steps_as_they_do_at_once(first):
+    """On chips without a rotate by another shift in every row; numpy's roll is the oracle."""
+    config = small_config(block_len=16, mem_len=16, attention="pallas")
+    shape = shape_of(config, "cpu", (1, 1, 1, 1, 16, config.d_k), config.d_v, False)
+    shape = dataclasses.replace(shape, tile=8, core=Core(0, can_turn=False))
+    x = np.random.default_rng(0).normal(size=[8, 16]).astype(np.float32)
+
+    def turned(function):
+        def kernel(x_ref, out_ref):
+            out_ref[...] = function(shape, x_ref[...], jnp.int32(first))
+
+        return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), interpret=True)(x)
+
+    np.testing.assert_array_equal(turned(turn), np.stack([np.roll(row, first + a) for a, row in enumerate(x)]))
+    back = np.stack([np.roll(row, -first - a) for a, row in enumerate(x)])[::-1]
+    np.testing.assert_allclose(turned(turned_back), back, rtol=1e-6)
+
+
+SMALL = dict(attention="pallas", d_k=64, d_v=128, n_code=64, block_len=256, mem_len=256, n_head=1, dtype=jnp.bfloat16)
+
+
+@pytest.mark.slow(30)
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_the_tpu_compiler_takes_the_kernels(topology, monkeypatch):
+    """On one device with one part and with several, and on four that share blocks, heads and columns."""
     for variable, value in LIBTPU_ENVIRONMENT.items():
         monkeypatch.setenv(variable, value)
-    (device, *_) = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    small = dict(attention="pallas", d_k=64, d_v=128, n_code=64, block_len=256, mem_len=256)
-    for changes in (
-        dict(n_head=1, dtype=jnp.bfloat16),
-        dict(head_type="mqa", n_head=2, window_bias=1.0),
-        dict(head_type="mha", n_head=2, agg_cache=False, grad_thru_cache=False, dtype=jnp.bfloat16),
+    more = dict(chip_config_name="megacore") if topology.startswith(("v4", "v5p")) else {}
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices
+    alone, shared = MeshSettings(data=1), MeshSettings(data=1, sequence=2, model=2)
+    for mesh, part_columns, changes in (
+        (alone, 350, {}),
+        (alone, 350, dict(head_type="mqa", n_head=2, window_bias=1.0, dtype=jnp.float32)),
+        (alone, 350, dict(head_type="mha", n_head=2, agg_cache=False, grad_thru_cache=False)),
+        (alone, -1e6, dict(d_v=256)),  # the more parts, the better
+        (shared, 350, dict(d_v=256)),
+        (shared, 350, dict(head_type="mqa", n_head=2)),
     ):
-        config = TransformerConfig().replace(**small, **changes)
-        assert why_not(config, device.device_kind) is None
-        assert shape_of(config, device.device_kind, N_BLOCKS, N_ROWS, False).tile == 256
-        text = compile_for_chip(config, device)
+        config = TransformerConfig().replace(**(SMALL | changes))
+        assert why_not(config, devices[0].device_kind, mesh.model) is None
+        monkeypatch.setattr(fit, "PART_COLUMNS", part_columns)
+        text = compile_for_mesh(config, devices, mesh)
         kernels = ["tvq_forward", "tvq_backward"] + ["tvq_caches"] * config.agg_cache
         assert all(f"%{name}" in text or f"{name}_" in text for name in kernels)

@@ -71,11 +71,12 @@ def trained(settings: Settings, made_there: bool = False) -> Trained:
 
 
 def assert_same_as_alone(mesh, model=None, *, made_there=False, microbatches=1, fsdp=True, weight_decay=0.0):
-    """The training on the mesh is that of one device, with the cumulative reduction, in one batch: metrics of every
-    step, parameters, codebooks, states."""
+    """The training on the mesh is that of one device, with the cumulative reduction, by XLA, in one batch: metrics of
+    every step, parameters, codebooks, states."""
     settings = settings_of(mesh, model, microbatches=microbatches, fsdp=fsdp, weight_decay=weight_decay)
     ours = trained(settings, made_there)
-    alone = trained(settings_of(ALONE, (model or {}) | dict(reduction="cumulative"), weight_decay=weight_decay))
+    by_xla = (model or {}) | dict(reduction="cumulative", attention="xla")
+    alone = trained(settings_of(ALONE, by_xla, weight_decay=weight_decay))
     for a, b in zip(ours.metrics, alone.metrics, strict=True):
         assert a["grad_norm"] > 0.01
         for name in a:
@@ -97,6 +98,11 @@ def test_losses_parameters_codebooks_and_states_do_not_depend_on_the_mesh(eight_
 @pytest.mark.slow
 def test_nor_do_they_on_several_slices(eight_devices):
     assert_same_as_alone((2, 2, 1, 2), made_there=True)
+
+
+@pytest.mark.slow
+def test_the_kernels_train_over_rows_blocks_and_columns_as_xla_does_on_one_device(eight_devices):
+    assert_same_as_alone((1, 2, 2, 2), dict(attention="pallas"))
 
 
 @pytest.mark.slow

@@ -89,9 +89,9 @@ def scores_of_tile(shape: Shape, ref, q_content, q_position, k_window, first) ->
     kernels: k, codes, by_distance, at_reach, positions, sees_cache, log_counts.
 
     The query at place a of its block sees distance d at column M + a - d of window and block, so row a of the biases by
-    distance is turned right by a: `by_distance` has distance -m mod L in row m, and `_turn` does the rest.
+    distance is turned right by a: `by_distance` has distance -m mod L in row m, and `turn` does the rest.
     """
-    turned = _turn(shape, dot_bt(q_position, ref.by_distance[...]), first)
+    turned = turn(shape, dot_bt(q_position, ref.by_distance[...]), first)
     farthest = jnp.sum(q_position.astype(jnp.float32) * ref.at_reach[...].astype(jnp.float32), axis=1, keepdims=True)
     if shape.window_bias:
         turned, farthest = turned + shape.window_bias, farthest + shape.window_bias
@@ -110,7 +110,7 @@ def scores_of_tile(shape: Shape, ref, q_content, q_position, k_window, first) ->
     return Scores(window, block, jnp.where(as_column(ref.sees_cache[...]) > 0, cache, NEVER))
 
 
-def _turn(shape: Shape, x: jax.Array, first: jax.Array) -> jax.Array:
+def turn(shape: Shape, x: jax.Array, first: jax.Array) -> jax.Array:
     """x [t, L], float32, with row a turned right by first + a.
 
     A TPU from v5 on has an instruction for it. The others turn all rows by each power of two, and each row takes the
@@ -128,10 +128,10 @@ def _turn(shape: Shape, x: jax.Array, first: jax.Array) -> jax.Array:
 def turned_back(shape: Shape, d_turned: jax.Array, first: jax.Array) -> jax.Array:
     """The inverse of the turn in `scores_of_tile`, rows upside down: [t, L] float32 -> [t, L].
 
-    `_turn` turns each row one further right than the row before it. Upside down, one further left is that.
+    `turn` turns each row one further right than the row before it. Upside down, one further left is that.
     """
     shift = lax.rem(2 * shape.block_len - first - shape.tile + 1, shape.block_len)
-    return _turn(shape, upside_down(shape, d_turned), shift)
+    return turn(shape, upside_down(shape, d_turned), shift)
 
 
 def upside_down(shape: Shape, x: jax.Array) -> jax.Array:
