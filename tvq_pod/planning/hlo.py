@@ -9,19 +9,18 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
+
+from tvq_pod.planning.arrays import arrays, top_level
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*)$")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"\d+","bytes_accessed":"(\d+)"')
+COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"\d+","bytes_accessed":"(\d+)"')
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
-_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8,
-          "s64": 8, "u64": 8, "c64": 8}  # fmt: skip
 _FREE_CALLS = (
     "AllocateBuffer",
     "AssumeGatherIndicesInBound",
@@ -29,6 +28,12 @@ _FREE_CALLS = (
     "GatherScatterIndicesBitpacked",
     "Sharding",
 )
+_NO_WORK = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional")
+_ATTRIBUTES = re.compile(
+    r"\b(?:kind|dimensions|slice|dynamic_slice_sizes|window|dim_labels|\w+_contracting_dims|\w+_batch_dims|padding|"
+    r"direction|custom_call_target|feature_group_count|batch_group_count|iota_dimension|index)=(?:\{[^}]*\}|[^\s,]+)"
+)
+_KERNEL = re.compile(r'"body":"[^"]*"')
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -38,6 +43,20 @@ class Instruction:
     type: str  # of what it returns
     opcode: str
     rest: str  # operands and attributes
+
+    @property
+    def operands(self) -> list[str]:
+        """The names of its operands."""
+        depth = 1
+        for place, letter in enumerate(self.rest):
+            depth += (letter in "([{") - (letter in ")]}")
+            if depth == 0:
+                return re.findall(r"%([^\s,()]+)", self.rest[:place])
+        return []
+
+    def called(self, attribute: str) -> str | None:
+        """The computation that an attribute names, as in calls=%fused_computation."""
+        return _called(self.rest, attribute)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,22 +81,100 @@ class Program:
     """A scheduled program. Raises ValueError on a text that is none.
 
     peak: kernels written by hand carry no estimate of cycles but one of their work, which takes at least so long.
+    bundles: what the compiler scheduled for operations, by their names: a kernel takes at least so many cycles.
     """
 
-    def __init__(self, text: str, peak: Peak | None = None):
+    def __init__(self, text: str, peak: Peak | None = None, bundles: Mapping[str, int] | None = None):
         self._peak = peak
+        self._bundles = bundles or {}
+        self._by_signature: dict[str, int] | None = None
+        self._signatures: dict[str, str] = {}
         self._computations: dict[str, list[Instruction]] = {}
+        self._roots: dict[str, Instruction] = {}
         entry: str | None = None
+        name: str | None = None
         current: list[Instruction] | None = None
         for line in text.splitlines():
             if opening := _COMPUTATION.match(line):
-                current = self._computations.setdefault(opening[2], [])
+                name = opening[2]
+                current = self._computations.setdefault(name, [])
                 entry = opening[2] if opening[1] else entry
-            elif current is not None and (found := _INSTRUCTION.match(line)):
+            elif current is not None and name and (found := _INSTRUCTION.match(line)):
                 current.append(Instruction(*found.groups()))
+                if line.lstrip().startswith("ROOT ") or name not in self._roots:
+                    self._roots[name] = current[-1]
         if entry is None:
             raise ValueError("no HLO module: it has no ENTRY computation")
         self._entry = entry
+        self._by_name = {i.name: i for body in self._computations.values() for i in body}
+        self._users: dict[str, dict[str, list[Instruction]]] = {}
+        self._types = {i.name: i.type for body in self._computations.values() for i in body}
+
+    @property
+    def entry(self) -> str:
+        """The computation that is run."""
+        return self._entry
+
+    def body(self, computation: str) -> list[Instruction]:
+        """The instructions of a computation in their order."""
+        return self._computations[computation]
+
+    def find(self, name: str) -> Instruction:
+        """The instruction of that name."""
+        return self._by_name[name]
+
+    def root(self, computation: str) -> Instruction:
+        """The instruction whose result is the computation's."""
+        return self._roots[computation]
+
+    def users(self, computation: str, name: str) -> list[Instruction]:
+        """The instructions of a computation that take the result of `name`."""
+        if computation not in self._users:
+            users = self._users[computation] = {}
+            for instruction in self._computations[computation]:
+                for operand in dict.fromkeys(instruction.operands):
+                    users.setdefault(operand, []).append(instruction)
+        return self._users[computation].get(name, [])
+
+    def operand_types(self, instruction: Instruction) -> list[str]:
+        """Types of its operands, in their order."""
+        return [self._types.get(name, "") for name in instruction.operands]
+
+    def bundles(self, instruction: Instruction) -> int | None:
+        """Bundles that it runs; None if they are not known. The compiler compiles equal operations once, and dumps them
+        under the name of one of them."""
+        if instruction.name in self._bundles:
+            return self._bundles[instruction.name]
+        if self._by_signature is None:
+            self._by_signature = {}
+            for other in itertools.chain.from_iterable(self._computations.values()):
+                if other.name in self._bundles:
+                    self._by_signature[self._signature(other)] = self._bundles[other.name]
+        if not self._bundles or instruction.opcode in _NO_WORK:
+            return None
+        return self._by_signature.get(self._signature(instruction))
+
+    def _signature(self, instruction: Instruction) -> str:
+        """Equal for two operations that are compiled to the same bundles."""
+        types = " ".join(self.operand_types(instruction))
+        attributes = _attributes(instruction)
+        callee = _called(instruction.rest, "calls")
+        inside = self._inside(callee) if callee in self._computations else ""
+        return f"{instruction.opcode} {instruction.type} {types} {attributes} {inside}"
+
+    def _inside(self, computation: str) -> str:
+        """A computation's text, with its instructions numbered instead of named."""
+        if computation not in self._signatures:
+            numbers = {i.name: f"%{n}" for n, i in enumerate(self._computations[computation])}
+            lines = []
+            for instruction in self._computations[computation]:
+                operands = ",".join(numbers.get(name, name) for name in instruction.operands)
+                own = instruction.rest.partition(")")[0] if not operands else ""  # a constant's value, a parameter's place
+                callee = _called(instruction.rest, "calls")
+                inside = self._inside(callee) if callee in self._computations else ""
+                lines.append(f"{instruction.type} {instruction.opcode} {operands}{own} {_attributes(instruction)} {inside}")
+            self._signatures[computation] = "; ".join(lines)
+        return self._signatures[computation]
 
     def cycles(self) -> int:
         """The compiler's estimate for one run, on one device. Collectives carry no estimate and count as 0."""
@@ -105,8 +202,9 @@ class Program:
     def _own_cycles(self, instruction: Instruction) -> int:
         if found := _CYCLES.search(instruction.rest):
             return int(found[1])
-        if self._peak and instruction.opcode == "custom-call" and (found := _COST.search(instruction.rest)):
-            return math.ceil(max(int(found[1]) / self._peak.flops, int(found[2]) / self._peak.hbm_bytes))
+        if self._peak and instruction.opcode == "custom-call" and (found := COST.search(instruction.rest)):
+            least = math.ceil(max(int(found[1]) / self._peak.flops, int(found[2]) / self._peak.hbm_bytes))
+            return max(least, self.bundles(instruction) or 0)
         return 0
 
     def _cycles_by(self, key) -> dict:
@@ -156,18 +254,19 @@ class Program:
         for instruction in self._computations[computation]:
             yield instruction, times
             if instruction.opcode == "while":
-                turns = times * self._trip_count(instruction)
+                turns = times * self.turns(instruction)
                 yield from self._instructions(_needed(instruction, "body"), turns)
             elif instruction.opcode in ("call", "async-start"):
                 callee = _called(instruction.rest, "to_apply") or _called(instruction.rest, "calls")
                 if callee:
                     yield from self._instructions(callee, times)
             elif instruction.opcode == "conditional":  # the dearest branch
-                branches = _branches(instruction.rest)
-                cost = {name: sum(t * self._own_cycles(i) for i, t in self._instructions(name, 1)) for name in branches}
+                names = branches(instruction.rest)
+                cost = {name: sum(t * self._own_cycles(i) for i, t in self._instructions(name, 1)) for name in names}
                 yield from self._instructions(max(cost, key=lambda name: cost[name]), times)
 
-    def _trip_count(self, loop: Instruction) -> int:
+    def turns(self, loop: Instruction) -> int:
+        """How often a while turns. Raises ValueError if that can't be read."""
         if known := _TRIP_COUNT.search(loop.rest):
             return int(known[1])
         condition = self._computations[_needed(loop, "condition")]
@@ -244,29 +343,26 @@ def _is_scattered(collective: Instruction) -> bool:
 
 def _returned_bytes(collective: Instruction) -> int:
     """Bytes of what a collective returns. One that only starts has a type (what it takes, what it returns, more)."""
-    parts = _top_level(collective.type)
+    parts = top_level(collective.type)
     is_start = collective.opcode.endswith("-start") and not collective.opcode.startswith("all-reduce")
     returned = parts[1] if is_start and len(parts) > 1 else collective.type
-    return sum(array_bytes(*array) for array in _ARRAY.findall(returned))
+    return sum(array.bytes for array in arrays(returned))
 
 
-def _top_level(type_: str) -> list[str]:
-    """The parts of a tuple's type, "(f32[2]{0:T(8)}, (s32[], s32[]))"; of any other, itself."""
-    if not type_.startswith("("):
-        return [type_]
-    parts, depth = [""], 0
-    for letter in type_[1:-1]:
-        depth += (letter in "([{") - (letter in ")]}")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return parts
+def _attributes(instruction: Instruction) -> str:
+    """What decides on an operation's program, but for its operands and the computation that it calls."""
+    return " ".join(_ATTRIBUTES.findall(instruction.rest) + _KERNEL.findall(instruction.rest))
 
 
-def array_bytes(dtype: str, dims: str) -> int:
-    """Bytes of an array type, as in f32[2,3]."""
-    return _BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n)
+def is_collective(instruction: Instruction) -> bool:
+    """Whether it sends to other devices, or waits for them."""
+    return instruction.opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES
+
+
+def is_kernel(instruction: Instruction) -> bool:
+    """Whether it is a custom call that computes."""
+    target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
+    return instruction.opcode == "custom-call" and not (target and target[1] in _FREE_CALLS)
 
 
 def _called(rest: str, attribute: str) -> str | None:
@@ -282,7 +378,7 @@ def _needed(instruction: Instruction, attribute: str) -> str:
     return called
 
 
-def _branches(rest: str) -> list[str]:
+def branches(rest: str) -> list[str]:
     listed = re.search(r"branch_computations=\{([^}]*)\}", rest)
     if listed:
         return re.findall(r"%([^,\s]+)", listed[1])
