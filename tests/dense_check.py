@@ -77,9 +77,7 @@ def predicted_mfu(model: Dense, topology: str) -> tuple[float, float]:
     mesh = jax.sharding.Mesh(np.array(devices), ("chips",))
     rows = NamedSharding(mesh, P("chips"))
     split = NamedSharding(mesh, P(None, None, "chips"))
-    weights = {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split) for name, shape in model.shapes.items()
-    }
+    weights = {name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split) for name, shape in model.shapes.items()}
     x_rtd = jax.ShapeDtypeStruct(
         (model.rows_per_chip * len(devices), model.length, model.d), jnp.bfloat16, sharding=rows
     )

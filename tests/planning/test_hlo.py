@@ -2,7 +2,8 @@
 
 import pytest
 
-from tvq_pod.planning.hlo import Instruction, Peak, Program, crossed_axes, replica_groups, source_of
+from tvq_pod.planning.hlo import Peak, Program, crossed_axes, replica_groups
+from tvq_pod.planning.module import Instruction, source_of
 
 PROGRAM = """HloModule jit_f, is_scheduled=true
 

@@ -16,6 +16,7 @@ its way. What it assumes:
 
 import bisect
 import dataclasses
+import itertools
 import operator
 import re
 from collections.abc import Callable
@@ -38,7 +39,7 @@ Value = int | None  # None: not known
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-    """cycles: bundles that are run. static: bundles that are listed. is_exact: whether every loop's turns were known."""
+    """cycles: bundles that are run; static: that are listed; is_exact: whether the turns of every loop were known."""
 
     cycles: int
     static: int
@@ -155,7 +156,7 @@ def _run(n_bundles: int, instructions: list[_Instruction], branches: list[_Branc
     borders = sorted({0, n_bundles} | {end for end in ends if end < n_bundles})
     first = [bisect.bisect_left(instructions, border, key=lambda i: i.bundle) for border in borders]
     blocks = {}
-    for n, (start, end) in enumerate(zip(borders, borders[1:], strict=False)):
+    for n, (start, end) in enumerate(itertools.pairwise(borders)):
         branch = next((by_bundle[b] for b in range(start, end) if b in by_bundle), None)
         blocks[start] = end, instructions[first[n] : first[n + 1]], branch
     machine, place, cycles, is_exact = _Scalars(), 0, 0, True

@@ -23,7 +23,7 @@ from tvq_pod.parallel.mesh import AXES_MEAN, check_rows, make_mesh, n_row_shards
 from tvq_pod.planning.chips import CHIPS, Chip
 from tvq_pod.planning.flops import train_flops
 from tvq_pod.planning.hlo import Peak, Program
-from tvq_pod.planning.roofline import HBM_SHARE, MATMUL_SHARE, Roofline
+from tvq_pod.planning.roofline import Roofline
 from tvq_pod.planning.schedules import Dumps
 from tvq_pod.training.step import abstract_batch, abstract_train_state, make_train_step
 

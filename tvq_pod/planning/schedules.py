@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from tvq_pod.planning.bundles import Count, count_bundles
 from tvq_pod.planning.module import Instruction, Module
@@ -63,10 +63,8 @@ class Dumps:
         for path in self._folder.iterdir() if self._folder else ():
             named = _DUMP.match(path.name)
             if named and not named[1].startswith(_NOT_OPERATIONS):
-                try:
+                with suppress(ValueError):
                     counts[named[1]] = count_bundles(path.read_text(errors="replace"))
-                except ValueError:
-                    pass
             path.unlink()
         return counts
 

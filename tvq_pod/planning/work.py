@@ -44,7 +44,8 @@ def moved_bytes(module: Module, instruction: Instruction) -> int:
     results = arrays(instruction.type)
     operands = [arrays(type_) for type_ in module.operand_types(instruction)]
     if stated := cost_estimate(instruction):
-        in_vmem = sum(array.held_bytes for array in [*results, *sum(operands, [])] if array.space != 0)
+        given = [array for of_operand in (*operands, results) for array in of_operand]
+        in_vmem = sum(array.held_bytes for array in given if array.space != 0)
         return max(stated[1] - in_vmem, 0)
     written = sum(array.hbm_bytes for array in results)
     size = sum(array.held_bytes for array in results)
