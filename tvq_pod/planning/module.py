@@ -89,7 +89,7 @@ class Module:
         name: str | None = None
         for line in text.splitlines():
             if opening := _COMPUTATION.match(line):
-                name = opening[2]
+                name = str(opening[2])
                 self._computations.setdefault(name, [])
                 entry = name if opening[1] else entry
             elif name is not None and (found := _INSTRUCTION.match(line)):
