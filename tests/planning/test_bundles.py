@@ -14,9 +14,9 @@ def schedule(text: str) -> str:
         label, bundle = line.strip().split("{", 1)
         label, _, region = label.partition("->")
         comment = f" /* Start region {region.strip()} */" if region else ""
-        lines.append(
-            f"{hex(place) if place else '0':>6} {label.strip():<2} : {'> ' if label else ''}{{{bundle}{comment}"
-        )
+        depth = ">" * label.count(">")
+        label = label.strip("> ")
+        lines.append(f"{hex(place) if place else '0':>6} {label.strip():<2} : {depth} {{{bundle}{comment}")
     return "\n".join(lines)
 
 
@@ -39,6 +39,22 @@ LB -> 7 {{ %s11_s1 = sphi %s10_s1, %s12_s1 /* phi copy */ ;; %v1_v0 = vadd.f32 %
 
 def test_a_loop_counts_as_often_as_it_turns():
     assert count_bundles(schedule(LOOP.replace("\n\n", "\n"))) == Count(1 + 5 * (4 + 4) + 1, 10, True)
+
+
+def test_a_loop_in_a_loop_counts_its_turns_each_time():
+    inner = """
+>> { %s40_s4 = smov 0 }
+LB >> -> 17 { %s41_s4 = sphi %s40_s4, %s42_s4 }
+>> { %s42_s4 = sadd.s32 2, %s41_s4 ;; %p43_p5 = scmp.ge.s32.totalorder %s41_s4, 8 }
+>> { %44 = sbr.rel (!%p43_p5) target = $region17 }
+>> {}
+>> {}
+>> {}
+>> {}
+"""
+    nested = LOOP.replace("{ %s12_s1 = sadd", f"{inner}{{ %s12_s1 = sadd")
+    text = "\n".join(line for line in nested.splitlines() if line)
+    assert count_bundles(schedule(text)) == Count(1 + 5 * (8 + 1 + 5 * 7) + 1, 18, True)
 
 
 def grid(steps: int, turns: int, guard: str = "", store: str = "", read: str = "%p21_p1") -> str:

@@ -137,8 +137,9 @@ def test_what_only_sends_takes_no_time_of_its_own():
 
 
 def flops(left: str, right: str, result: str, attributes: str, opcode: str = "convolution") -> int:
-    text = f"ENTRY %e (l: {left}, r: {right}) -> {result} {{\n  %l = {left}{{}} parameter(0)\n  %r = {right}{{}} parameter(1)\n"
-    module = Module(f"{text}  ROOT %o = {result}{{}} {opcode}(%l, %r), {attributes}\n}}\n")
+    parameters = f"  %l = {left}{{}} parameter(0)\n  %r = {right}{{}} parameter(1)\n"
+    root = f"  ROOT %o = {result}{{}} {opcode}(%l, %r), {attributes}\n"
+    module = Module(f"ENTRY %e (l: {left}, r: {right}) -> {result} {{\n{parameters}{root}}}\n")
     return matmul_flops(module, module.find("o"))
 
 

@@ -21,7 +21,7 @@ import operator
 import re
 from collections.abc import Callable
 
-_BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +([A-Z]{2})? *:(?: >)* +\{", re.MULTILINE)
+_BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +([A-Z]{2})? *:[ >]* \{", re.MULTILINE)
 _SCALAR = re.compile(r"%(?:([sp]\d+)_[sp]\d+|\d+) = (s(?!hal)[a-z]\w*(?:\.\w+)*|p[a-z]+|int_to_ptr\.\w+) ?([^;{}]*)")
 _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 _TARGET = re.compile(r"target = \$region(\d+)")
