@@ -122,9 +122,9 @@ def test_numbers_are_words_of_32_bits_with_a_sign():
 
 def test_an_instruction_that_is_guarded_changes_nothing_if_it_is_not_run():
     guarded = LOOP.replace(
-        "{ %p13_p0", "{ %p50_p5 = scmp.lt.s32.totalorder %s12_s1, 3 }\n{ %s12_s1 = smov (%p50_p5), 9 }\n{ %p13_p0"
+        "{ %p13_p0", "{ %p50_p5 = scmp.ge.s32.totalorder %s12_s1, 3 }\n{ %s12_s1 = smov (%p50_p5), 9 }\n{ %p13_p0"
     )
-    assert count_bundles(schedule(guarded.replace("\n\n", "\n"))).cycles == 1 + 1 * 10 + 1
+    assert count_bundles(schedule(guarded.replace("\n\n", "\n"))).cycles == 1 + 3 * 10 + 1
 
 
 def test_a_region_that_is_not_listed_begins_at_the_next_place_without_a_name():

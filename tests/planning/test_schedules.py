@@ -118,7 +118,7 @@ def test_a_kernel_counts_its_grid_its_loops_and_what_only_one_step_does(compiled
     base, steps, turns, once = (compiled[f"kernel{name}"]["bundles"] for name in ("", "_16_steps", "_4_turns", "_once"))
     assert steps / base == pytest.approx(2, rel=0.03)
     turn = (turns - base) / (8 * 2)
-    assert base == pytest.approx(8 * 2 * turn, rel=0.1)
+    assert base == pytest.approx(8 * 2 * turn, rel=0.15)
     assert once - base == pytest.approx(2 * turn, rel=0.2)
     matmuls = 8 * 2 * 2 * 512**3 / CHIPS["v5e"].flops_per_cycle
     assert matmuls < base < 1.5 * matmuls
