@@ -195,6 +195,7 @@ def test_a_sweep_is_one_table_and_a_point_that_fails_is_a_row_of_it(swept):
     _, out = swept
     lines = out.splitlines()
     assert len(lines) == 3
+    assert "MFU  roofline" in lines[0]
     assert lines[1].split()[:2] == ["64", "8"]
     assert lines[1].endswith("-")  # nobody says how much memory simulated devices have
     assert "config.model.block_len=100: must divide" in lines[2]

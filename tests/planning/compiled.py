@@ -3,6 +3,7 @@
 
 import functools
 import json
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,9 @@ def operands(steps: int) -> list:
     return [((1,), jnp.int32), ((steps * N, N), jnp.bfloat16), ((N, N), jnp.bfloat16)]
 
 
-def kernel(steps: int, turns: int | None, once: bool = False, semantics: str = "arbitrary"):
+def kernel(
+    steps: int, turns: int | None, once: bool = False, semantics: Literal["arbitrary", "parallel"] = "arbitrary"
+):
     """A kernel with a grid of `steps`, in each of which it multiplies so often, or as often as its first operand says;
     in the first twice as often with `once`."""
 

@@ -174,7 +174,8 @@ def flops(left: str, right: str, result: str, attributes: str, opcode: str = "co
     ],
 )
 def test_multiply_adds_of_matmuls_as_xla_writes_them(operands, attributes, expected):
-    assert flops(*operands, attributes) == 2 * expected
+    left, right, result = operands
+    assert flops(left, right, result, attributes) == 2 * expected
 
 
 def test_flops_of_a_dot_and_of_a_fusion():
