@@ -18,6 +18,8 @@ from tvq_pod.errors import UserError
 from tvq_pod.host.files import Unwritten, write_whole
 from tvq_pod.planning.cost import plan_step, topology_devices
 
+_SHOWN_WITHOUT = 5  # of what has no estimate or no bundles; plan.json has all
+
 
 def plan(settings: Settings, workdir: epath.Path, topology: str, slices: int, tokens: float | None) -> dict:
     """Plans one config: prints the result, writes it to plan.json in `workdir`, and returns it."""
@@ -118,8 +120,9 @@ def _text(result: dict, tokens: float | None) -> str:
             share, roofline = row["share"], row["roofline_share"]
             lines.append(f"  {share:6.1%} {roofline:6.1%}  {row['bound'] or '':<8} {row['source']}")
         for name, key in (("not in the estimate", "without_estimate"), ("bundles not known", "without_bundles")):
-            if result[key]:
-                lines.append(f"{name}: " + ", ".join(f"{n} x {source}" for source, n in result[key].items()))
+            if rows := [f"{n} x {source}" for source, n in result[key].items()]:
+                more = [f"and {len(rows) - _SHOWN_WITHOUT} more"] if len(rows) > _SHOWN_WITHOUT else []
+                lines.append(f"{name}: " + ", ".join(rows[:_SHOWN_WITHOUT] + more))
         alone = result["collective_seconds_if_alone"]
         took = f", {alone * 1e3:.2f} ms at the links' full speed" if alone is not None else ""
         lines += [f"collectives a step and device{took}:"] + [
