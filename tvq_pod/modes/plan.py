@@ -24,7 +24,6 @@ _SHOWN_WITHOUT = 5  # of what has no estimate or no bundles; plan.json has all
 def plan(settings: Settings, workdir: epath.Path, topology: str, slices: int, tokens: float | None) -> dict:
     """Plans one config: prints the result, writes it to plan.json in `workdir`, and returns it."""
     jax.config.update("jax_platforms", "cpu")  # never a real accelerator
-    jax.config.update("jax_enable_compilation_cache", False)  # what is not compiled anew shows no schedule
     settings = dataclasses.replace(settings, mesh=dataclasses.replace(settings.mesh, slices=slices))
     chip, devices = topology_devices(topology, slices)
     result: dict[str, Any] = dict(topology=topology, slices=slices) | plan_step(settings, chip, devices)
