@@ -81,7 +81,26 @@ def test_a_plan_says_how_long_the_step_takes(planned):
     assert 0.001 < plan["predicted_mfu"] < 0.9
     assert plan["days"] == pytest.approx(1e9 / plan["predicted_tokens_per_second"] / 86400)
     assert sum(row["share"] for row in plan["operations"]) <= 1
-    assert "tokens/s" in plan["printed"]
+    assert f"the compiler's estimate: {seconds * 1e3:.2f} ms a step, MFU {plan['predicted_mfu']:.1%}" in plan["printed"]
+
+
+@pytest.mark.slow
+def test_a_plan_has_a_roofline_beside_the_estimate(planned):
+    """At least the matmuls at 95% of the peak, at least the HBM traffic at 85% of the bandwidth."""
+    plan, chip = planned["fits"], CHIPS["v5e"]
+    seconds = plan["roofline_step_seconds"]
+    assert plan["roofline_tokens_per_second"] == pytest.approx(8 * 256 / seconds)
+    assert plan["roofline_mfu"] == pytest.approx(plan["model_flops_per_step"] / seconds / (4 * chip.peak_flops))
+    matmuls = plan["model_flops_per_step"] / 4 / (0.95 * chip.peak_flops)
+    traffic = plan["hbm_traffic_bytes_per_chip"] / (0.85 * chip.hbm_bandwidth)
+    assert max(matmuls, traffic) < seconds < plan["predicted_step_seconds"]
+    assert traffic > 2 * plan["bytes_per_chip"]["optimizer"] / chip.hbm_bandwidth  # read and written in each step
+    assert sum(plan["roofline_bounds"].values()) == pytest.approx(1)
+    shares = [row["roofline_share"] for row in plan["roofline_operations"]]
+    assert shares == sorted(shares, reverse=True)
+    assert 0.1 < sum(shares) <= 1
+    assert all(row["roofline_share"] >= 0 and 0 < row["share"] <= 1 for row in plan["operations"])
+    assert f"roofline: {seconds * 1e3:.2f} ms a step, MFU {plan['roofline_mfu']:.1%}" in plan["printed"]
 
 
 @pytest.mark.slow
@@ -176,6 +195,7 @@ def test_a_sweep_is_one_table_and_a_point_that_fails_is_a_row_of_it(swept):
     _, out = swept
     lines = out.splitlines()
     assert len(lines) == 3
+    assert "MFU  roofline" in lines[0]
     assert lines[1].split()[:2] == ["64", "8"]
     assert lines[1].endswith("-")  # nobody says how much memory simulated devices have
     assert "config.model.block_len=100: must divide" in lines[2]

@@ -2,7 +2,9 @@
 
 import pytest
 
-from tvq_pod.planning.hlo import Instruction, Peak, Program, crossed_axes, replica_groups, source_of
+from tvq_pod.planning.bundles import Count
+from tvq_pod.planning.hlo import Peak, Program, crossed_axes, replica_groups
+from tvq_pod.planning.module import Instruction, source_of
 
 PROGRAM = """HloModule jit_f, is_scheduled=true
 
@@ -150,7 +152,7 @@ def test_sources_name_the_pass():
     assert of("jit(t)/transpose(jvp(T))/while") == "backward (fusion)"
 
 
-def test_a_kernel_written_by_hand_takes_what_its_work_takes_at_least():
+def test_a_kernel_written_by_hand_takes_its_bundles_or_what_its_work_takes_at_least():
     call = (
         '  %%kernel = f32[8]{0} custom-call(%%x), custom_call_target="tpu_custom_call", backend_config='
         '{"custom_call_config":{"body":"TUzv","cost_estimate":{"flops":"%s","transcendentals":"9","bytes_accessed":"%s"}}}'
@@ -162,3 +164,6 @@ def test_a_kernel_written_by_hand_takes_what_its_work_takes_at_least():
         assert Program(text).cycles() == Program(PROGRAM).cycles()
         assert sum(Program(text).without_estimate().values()) == 1
         assert Program(text, Peak(10, 3)).without_estimate() == {}
+        for scheduled in (50, 700):
+            scheduled_too = Program(text, Peak(10, 3), dict(kernel=Count(scheduled, 9, True)))
+            assert scheduled_too.cycles() - Program(PROGRAM).cycles() == max(scheduled, cycles)

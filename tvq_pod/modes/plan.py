@@ -18,6 +18,8 @@ from tvq_pod.errors import UserError
 from tvq_pod.host.files import Unwritten, write_whole
 from tvq_pod.planning.cost import plan_step, topology_devices
 
+_SHOWN_WITHOUT = 5  # of what has no estimate or no bundles; plan.json has all
+
 
 def plan(settings: Settings, workdir: epath.Path, topology: str, slices: int, tokens: float | None) -> dict:
     """Plans one config: prints the result, writes it to plan.json in `workdir`, and returns it."""
@@ -61,15 +63,17 @@ def sweep(flags: list[str], workdir: epath.Path, grid: str) -> None:
     unwritten.tell()
     rows.sort(key=lambda row: -((row[1] or {}).get("predicted_tokens_per_second") or 0))
     heads = [f"{name.removeprefix('config.'):>18}" for name in names]
-    print("  ".join([*heads, "tokens/s", "    MFU", "peak GiB", "fits"]))
+    print("  ".join([*heads, "tokens/s", "    MFU", "roofline", "peak GiB", "fits"]))
     for point, result, message in rows:
         cells = [f"{value:>18}" for value in point]
         if result is None:
             print("  ".join([*cells, message]))
             continue
         speed, mfu = result.get("predicted_tokens_per_second"), result.get("predicted_mfu")
+        roofline = result.get("roofline_mfu")
         peak = result["bytes_per_chip"]["peak"]
         cells += [f"{speed:8,.0f}" if speed else f"{'-':>8}", f"{mfu:7.1%}" if mfu else f"{'-':>7}"]
+        cells += [f"{roofline:8.1%}" if roofline else f"{'-':>8}"]
         fits = {True: "yes", False: "no", None: "-"}[result["fits"]]
         cells += [f"{peak / 2**30:8.2f}" if peak else f"{'-':>8}", fits]
         print("  ".join(cells))
@@ -102,17 +106,22 @@ def _text(result: dict, tokens: float | None) -> str:
         by = f" by {short / gib:.2f} GiB a device" if short else ""
         lines += [f"does not fit{by}: {result['lack']}", f"what would help: {result['advice']}"]
     if "predicted_step_seconds" in result:
-        lines.append(
-            f"predicted: {result['predicted_step_seconds'] * 1e3:.2f} ms a step, MFU {result['predicted_mfu']:.1%}, "
-            f"{result['predicted_tokens_per_second']:,.0f} tokens/s"
-        )
+        for name, key in (("the compiler's estimate", "predicted"), ("roofline", "roofline")):
+            seconds, mfu, speed = (result[f"{key}_{field}"] for field in ("step_seconds", "mfu", "tokens_per_second"))
+            lines.append(f"{name}: {seconds * 1e3:.2f} ms a step, MFU {mfu:.1%}, {speed:,.0f} tokens/s")
         if "days" in result:
-            lines.append(f"{tokens:.3g} tokens: {result['days']:.2f} days")
-        lines += ["share of cycles:"] + [f"  {row['share']:6.1%}  {row['source']}" for row in result["operations"]]
-        if result["without_estimate"]:
-            lines.append(
-                "not in the estimate: " + ", ".join(f"{n} x {s}" for s, n in result["without_estimate"].items())
-            )
+            lines.append(f"{tokens:.3g} tokens: {result['days']:.2f} days by the estimate")
+        bounds = ", ".join(f"{name} {share:.0%}" for name, share in result["roofline_bounds"].items())
+        lines.append(f"the roofline is bound by: {bounds}")
+        rows = {row["source"]: row for row in (*result["operations"], *result["roofline_operations"])}.values()
+        lines.append("share of the estimate, of the roofline, and what bounds it there:")
+        for row in sorted(rows, key=lambda row: -max(row["share"], row["roofline_share"])):
+            share, roofline = row["share"], row["roofline_share"]
+            lines.append(f"  {share:6.1%} {roofline:6.1%}  {row['bound'] or '':<8} {row['source']}")
+        for name, key in (("not in the estimate", "without_estimate"), ("bundles not known", "without_bundles")):
+            if rows := [f"{n} x {source}" for source, n in result[key].items()]:
+                more = [f"and {len(rows) - _SHOWN_WITHOUT} more"] if len(rows) > _SHOWN_WITHOUT else []
+                lines.append(f"{name}: " + ", ".join(rows[:_SHOWN_WITHOUT] + more))
         alone = result["collective_seconds_if_alone"]
         took = f", {alone * 1e3:.2f} ms at the links' full speed" if alone is not None else ""
         lines += [f"collectives a step and device{took}:"] + [

@@ -23,6 +23,8 @@ from tvq_pod.parallel.mesh import AXES_MEAN, check_rows, make_mesh, n_row_shards
 from tvq_pod.planning.chips import CHIPS, Chip
 from tvq_pod.planning.flops import train_flops
 from tvq_pod.planning.hlo import Peak, Program
+from tvq_pod.planning.roofline import Roofline
+from tvq_pod.planning.schedules import Dumps
 from tvq_pod.training.step import abstract_batch, abstract_train_state, make_train_step
 
 _UNITS = dict(K=2**10, M=2**20, G=2**30, T=2**40)
@@ -36,6 +38,7 @@ LIBTPU_ENVIRONMENT = dict(
     TPU_SKIP_MDS_QUERY="1",
     TPU_WORKER_HOSTNAMES="localhost",
 )
+_DUMPS = Dumps()
 
 
 def topology_devices(topology: str, slices: int) -> tuple[Chip | None, list]:
@@ -61,7 +64,8 @@ def topology_devices(topology: str, slices: int) -> tuple[Chip | None, list]:
         more: dict[str, Any] = dict(num_slices=slices) if slices > 1 else {}
         if CHIPS[name].is_megacore:
             more["chip_config_name"] = "megacore"
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
+        with _DUMPS.asked_for():
+            described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
     except Exception as error:  # whatever libtpu has to say about the shape
         raise UserError(f"--topology={topology}: is no slice that libtpu knows ({str(error)[:200]})") from error
     return CHIPS[name], list(described.devices)
@@ -100,6 +104,7 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
         versions=versions(),
     )
     began = time.monotonic()
+    _DUMPS.discard()
     try:
         compiled = make_train_step(settings, mesh).lower(state, batch).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -124,25 +129,81 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
     result["fits"] = None if chip is None else True  # who knows what memory there is
     if chip is None:
         return result
-    text = compiled.as_text()
-    assert text is not None, "XLA prints its programs"
-    program = Program(text, Peak(chip.flops_per_cycle, chip.hbm_bandwidth / chip.devices / chip.clock_hz))
-    cycles = program.cycles()
-    seconds = cycles / chip.clock_hz
-    by_source = list(program.cycles_by_source().items())
-    collectives = program.collectives(named_axes(mesh))
+    cost = cost_of(compiled, chip)
+    collectives = cost.program.collectives(named_axes(mesh))
+    tokens = result["tokens_per_step"]
+    predicted = {
+        name + key: value
+        for name, cycles in (("predicted_", cost.program.cycles()), ("roofline_", cost.roofline.cycles))
+        for key, value in _speed(cycles / chip.clock_hz, flops / (n_chips * chip.peak_flops), tokens).items()
+    }
     return result | dict(
-        cycles=cycles,
-        predicted_step_seconds=seconds,
-        predicted_mfu=flops / seconds / (n_chips * chip.peak_flops),
-        predicted_tokens_per_second=result["tokens_per_step"] / seconds,
-        operations=[dict(source=source, share=own / cycles) for source, own in by_source[:SHOWN]],
-        without_estimate=program.without_estimate(),
+        cycles=cost.program.cycles(),
+        **predicted,
+        **cost.shares(),
+        without_estimate=cost.program.without_estimate(),
+        without_bundles=cost.roofline.without_bundles(),
+        kernels=cost.kernels(),
+        hbm_traffic_bytes_per_chip=cost.roofline.hbm_bytes * per_chip,
         collectives=[dataclasses.asdict(collective) for collective in collectives],
         collective_seconds_if_alone=None  # the network between slices is another, and slower by far
         if settings.mesh.slices > 1
         else sum(c.bytes * _TRAVELS.get(c.kind, 1) for c in collectives) * per_chip / chip.ici_bandwidth,
     )
+
+
+def _speed(seconds: float, seconds_at_peak: float, tokens: int) -> dict[str, float]:
+    return dict(step_seconds=seconds, mfu=seconds_at_peak / seconds, tokens_per_second=tokens / seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """A compiled program by both measures: the compiler's own estimate of cycles, and the roofline."""
+
+    program: Program
+    roofline: Roofline
+    peak: Peak
+
+    def shares(self) -> dict[str, Any]:
+        """The dearest operations by each measure, with their shares by both; what bounds the roofline."""
+        total, floor = self.program.cycles(), self.roofline.cycles
+        by_source, by_roofline = self.program.cycles_by_source(), self.roofline.cycles_by_source()
+        bounds = self.roofline.bounds()
+
+        def row(source: str) -> dict[str, Any]:
+            share, roofline_share = by_source.get(source, 0) / total, by_roofline.get(source, 0) / floor
+            return dict(source=source, share=share, roofline_share=roofline_share, bound=bounds.get(source))
+
+        return dict(
+            operations=[row(source) for source in list(by_source)[:SHOWN]],
+            roofline_operations=[row(source) for source in list(by_roofline)[:SHOWN]],
+            roofline_bounds={bound: cycles / floor for bound, cycles in self.roofline.cycles_by_bound().items()},
+        )
+
+    def kernels(self) -> list[dict[str, Any]]:
+        """The kernels written by hand: how often each runs in a step, and for one run the scheduled bundles, the cycles
+        of its matmuls at the peak, and those of its traffic at the full bandwidth."""
+        return [
+            dict(
+                source=operation.source,
+                times=operation.times,
+                bundles=operation.count.cycles if operation.count else None,
+                matmul_cycles=operation.flops / self.peak.flops,
+                hbm_cycles=operation.hbm_bytes / self.peak.hbm_bytes,
+            )
+            for operation in self.roofline.operations
+            if operation.instruction.opcode == "custom-call"
+        ]
+
+
+def cost_of(compiled: jax.stages.Compiled, chip: Chip) -> Cost:
+    """What a program costs that was compiled last, for devices of `topology_devices`. Without bundles if libtpu was in
+    use before the first call of that, by something else in this process."""
+    text = compiled.as_text()
+    assert text is not None, "XLA prints its programs"
+    peak = Peak(chip.flops_per_cycle, chip.hbm_bandwidth / chip.devices / chip.clock_hz)
+    program = Program(text, peak, _DUMPS.take())
+    return Cost(program, Roofline(program, peak), peak)
 
 
 def shortage(message: str) -> tuple[int | None, int | None]:

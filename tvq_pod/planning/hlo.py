@@ -1,7 +1,6 @@
 """Reads the program that XLA's TPU compiler scheduled: its own estimate of cycles, and what is sent between chips.
 
-The text is that of `compiled.as_text()`: computations, of which one is the entry, with an instruction a line. A `while`
-counts as often as it turns.
+A `while` counts as often as it turns.
 """
 
 import collections
@@ -9,35 +8,17 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*)$")
+from tvq_pod.planning.arrays import arrays, top_level
+from tvq_pod.planning.bundles import Count
+from tvq_pod.planning.module import COLLECTIVES, Instruction, Module, source_of
+from tvq_pod.planning.schedules import Schedules
+
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _COST = re.compile(r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"\d+","bytes_accessed":"(\d+)"')
-_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
-_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8,
-          "s64": 8, "u64": 8, "c64": 8}  # fmt: skip
-_FREE_CALLS = (
-    "AllocateBuffer",
-    "AssumeGatherIndicesInBound",
-    "ConcatBitcast",
-    "GatherScatterIndicesBitpacked",
-    "Sharding",
-)
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    name: str
-    type: str  # of what it returns
-    opcode: str
-    rest: str  # operands and attributes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,22 +43,13 @@ class Program:
     """A scheduled program. Raises ValueError on a text that is none.
 
     peak: kernels written by hand carry no estimate of cycles but one of their work, which takes at least so long.
+    counts: the bundles that the compiler scheduled for operations, by their names: kernels take at least these.
     """
 
-    def __init__(self, text: str, peak: Peak | None = None):
+    def __init__(self, text: str, peak: Peak | None = None, counts: Mapping[str, Count] | None = None):
+        self.module = Module(text)
+        self.schedules = Schedules(self.module, counts or {})
         self._peak = peak
-        self._computations: dict[str, list[Instruction]] = {}
-        entry: str | None = None
-        current: list[Instruction] | None = None
-        for line in text.splitlines():
-            if opening := _COMPUTATION.match(line):
-                current = self._computations.setdefault(opening[2], [])
-                entry = opening[2] if opening[1] else entry
-            elif current is not None and (found := _INSTRUCTION.match(line)):
-                current.append(Instruction(*found.groups()))
-        if entry is None:
-            raise ValueError("no HLO module: it has no ENTRY computation")
-        self._entry = entry
 
     def cycles(self) -> int:
         """The compiler's estimate for one run, on one device. Collectives carry no estimate and count as 0."""
@@ -92,12 +64,11 @@ class Program:
         """How often operations run that the compiler gives no cycles for, by source: gathers, scatters, kernels written
         by hand. Collectives, and what only renames memory, are left out."""
         count = collections.Counter()
-        for instruction, times in self._instructions(self._entry, 1):
+        for instruction, times in self._instructions(self.module.entry, 1):
             is_work = instruction.opcode in ("fusion", "custom-call", "gather", "scatter", "sort")
-            target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
-            if target and target[1] in _FREE_CALLS:
+            if instruction.is_free:
                 continue
-            callee = _called(instruction.rest, "calls")
+            callee = instruction.called("calls")
             if is_work and not self._own_cycles(instruction) and not (callee and any(True for _ in self._sent(callee))):
                 count[source_of(instruction)] += times
         return dict(count.most_common())
@@ -105,13 +76,16 @@ class Program:
     def _own_cycles(self, instruction: Instruction) -> int:
         if found := _CYCLES.search(instruction.rest):
             return int(found[1])
-        if self._peak and instruction.opcode == "custom-call" and (found := _COST.search(instruction.rest)):
-            return math.ceil(max(int(found[1]) / self._peak.flops, int(found[2]) / self._peak.hbm_bytes))
+        if self._peak and instruction.opcode == "custom-call" and not instruction.is_free:
+            flops, size = cost_estimate(instruction) or (0, 0)
+            count = self.schedules.count(instruction)
+            least = max(flops / self._peak.flops, size / self._peak.hbm_bytes)
+            return max(math.ceil(least), count.cycles if count else 0)
         return 0
 
     def _cycles_by(self, key) -> dict:
         totals = collections.Counter()
-        for instruction, times in self._instructions(self._entry, 1):
+        for instruction, times in self._instructions(self.module.entry, 1):
             if own := self._own_cycles(instruction):
                 totals[key(instruction)] += times * own
         return totals
@@ -121,7 +95,7 @@ class Program:
         are one."""
         count: collections.Counter[tuple[str, tuple[str, ...]]] = collections.Counter()
         size: collections.Counter[tuple[str, tuple[str, ...]]] = collections.Counter()
-        for kind, instruction, times in self._sent(self._entry):
+        for kind, instruction, times in self._sent(self.module.entry):
             try:
                 groups = replica_groups(instruction.rest)
                 axes = crossed_axes(groups, mesh_axes)
@@ -143,7 +117,7 @@ class Program:
         for instruction, times in self._instructions(computation, 1):
             if (kind := instruction.opcode.removesuffix("-start")) in COLLECTIVES:
                 yield kind, instruction, times
-            elif instruction.opcode == "fusion" and (callee := _called(instruction.rest, "calls")):
+            elif instruction.opcode == "fusion" and (callee := instruction.called("calls")):
                 for kind, part, _ in self._sent(callee):
                     channel = re.search(r"channel_id=(\d+)", part.rest)
                     if channel and channel[1] in channels:
@@ -153,50 +127,25 @@ class Program:
 
     def _instructions(self, computation: str, times: int):
         """Every instruction that is run, with how often; what is inside a fusion is the fusion's."""
-        for instruction in self._computations[computation]:
+        for instruction in self.module.body(computation):
             yield instruction, times
             if instruction.opcode == "while":
-                turns = times * self._trip_count(instruction)
-                yield from self._instructions(_needed(instruction, "body"), turns)
+                turns = times * self.module.turns(instruction)
+                yield from self._instructions(instruction.needed("body"), turns)
             elif instruction.opcode in ("call", "async-start"):
-                callee = _called(instruction.rest, "to_apply") or _called(instruction.rest, "calls")
+                callee = instruction.called("to_apply") or instruction.called("calls")
                 if callee:
                     yield from self._instructions(callee, times)
             elif instruction.opcode == "conditional":  # the dearest branch
-                branches = _branches(instruction.rest)
-                cost = {name: sum(t * self._own_cycles(i) for i, t in self._instructions(name, 1)) for name in branches}
+                names = instruction.branches
+                cost = {name: sum(t * self._own_cycles(i) for i, t in self._instructions(name, 1)) for name in names}
                 yield from self._instructions(max(cost, key=lambda name: cost[name]), times)
 
-    def _trip_count(self, loop: Instruction) -> int:
-        if known := _TRIP_COUNT.search(loop.rest):
-            return int(known[1])
-        condition = self._computations[_needed(loop, "condition")]
-        limits = [
-            int(found[1]) for i in condition if i.opcode == "constant" and (found := re.match(r"(\d+)\)", i.rest))
-        ]
-        if len(limits) != 1:
-            raise ValueError(f"while {loop.name}: its trip count can't be read from its condition")
-        return limits[0]
 
-
-def source_of(instruction: Instruction) -> str:
-    """Pass, module path and operation, from an instruction's metadata; its opcode, where that is all there is."""
-    found = _OP_NAME.search(instruction.rest)
-    if not found:
-        return f"other ({instruction.opcode})"
-    path = found[1]
-    passage = "recompute" if "rematted_computation" in path else "backward" if "transpose(" in path else "forward"
-    parts = [part for part in path.split("/") if not _is_noise(part)]
-    if "jvp(" not in path:
-        passage = "update"
-    kept = [part for n, part in enumerate(parts) if n == 0 or part != parts[n - 1]]
-    return f"{passage} {'/'.join(kept) or f'({instruction.opcode})'}"
-
-
-def _is_noise(part: str) -> bool:
-    return part in ("while", "body", "cond", "closed_call", "checkpoint", "rematted_computation") or bool(
-        re.match(r"(jit|jvp|transpose|pjit|vmap)\(", part)
-    )
+def cost_estimate(instruction: Instruction) -> tuple[int, int] | None:
+    """FLOPs and bytes to and from memory, as the author of a kernel states them; None if he doesn't."""
+    found = _COST.search(instruction.rest)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def replica_groups(rest: str) -> list[list[int]]:
@@ -244,46 +193,7 @@ def _is_scattered(collective: Instruction) -> bool:
 
 def _returned_bytes(collective: Instruction) -> int:
     """Bytes of what a collective returns. One that only starts has a type (what it takes, what it returns, more)."""
-    parts = _top_level(collective.type)
+    parts = top_level(collective.type)
     is_start = collective.opcode.endswith("-start") and not collective.opcode.startswith("all-reduce")
     returned = parts[1] if is_start and len(parts) > 1 else collective.type
-    return sum(array_bytes(*array) for array in _ARRAY.findall(returned))
-
-
-def _top_level(type_: str) -> list[str]:
-    """The parts of a tuple's type, "(f32[2]{0:T(8)}, (s32[], s32[]))"; of any other, itself."""
-    if not type_.startswith("("):
-        return [type_]
-    parts, depth = [""], 0
-    for letter in type_[1:-1]:
-        depth += (letter in "([{") - (letter in ")]}")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return parts
-
-
-def array_bytes(dtype: str, dims: str) -> int:
-    """Bytes of an array type, as in f32[2,3]."""
-    return _BYTES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n)
-
-
-def _called(rest: str, attribute: str) -> str | None:
-    found = re.search(rf"\b{attribute}=%([^,\s)}}]+)", rest)
-    return found[1] if found else None
-
-
-def _needed(instruction: Instruction, attribute: str) -> str:
-    """As _called, of an attribute that the instruction must have."""
-    called = _called(instruction.rest, attribute)
-    if called is None:
-        raise ValueError(f"{instruction.opcode} {instruction.name}: has no {attribute}")
-    return called
-
-
-def _branches(rest: str) -> list[str]:
-    listed = re.search(r"branch_computations=\{([^}]*)\}", rest)
-    if listed:
-        return re.findall(r"%([^,\s]+)", listed[1])
-    return [name for attribute in ("true_computation", "false_computation") if (name := _called(rest, attribute))]
+    return sum(array.bytes for array in arrays(returned))

@@ -1,0 +1,75 @@
+"""Array types as XLA prints them: how many bytes they take, and in which memory they live."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)((?::[^}]*)?)\})?")
+_TILE = re.compile(r"\(([\d,*]+)\)")
+_SPACE = re.compile(r"S\((\d+)\)")
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s16": 16, "u16": 16, "f32": 32,
+         "s32": 32, "u32": 32, "f64": 64, "s64": 64, "u64": 64, "c64": 64, "c128": 128}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array type, as in bf16[8,512]{1,0:T(8,128)(2,1)S(1)}."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    padded: tuple[int, ...]  # as the layout's tiles pad them, in the same order
+    space: int  # of memory; 0 is HBM, 1 VMEM
+
+    @property
+    def bytes(self) -> int:
+        """Without padding."""
+        return math.prod(self.dims) * _bits(self.dtype) // 8
+
+    @property
+    def held_bytes(self) -> int:
+        """With the padding of the layout's tiles, which is stored and moved as well."""
+        return math.prod(self.padded) * _bits(self.dtype) // 8
+
+    @property
+    def hbm_bytes(self) -> int:
+        """What moving it to or from HBM moves: nothing if it lives elsewhere."""
+        return self.held_bytes if self.space == 0 else 0
+
+
+def _bits(dtype: str) -> int:
+    """0 for what holds no numbers, as a token does."""
+    return _BITS.get(dtype, 8 if dtype.startswith("f8") else 0)
+
+
+def arrays(type_: str) -> list[Array]:
+    """All arrays of a type, of a tuple's parts in their order."""
+    return list(_arrays(type_))
+
+
+def _arrays(type_: str) -> Iterator[Array]:
+    for dtype, listed, order, layout in _ARRAY.findall(type_):
+        dims = tuple(int(n) for n in listed.split(",") if n)
+        padded = list(dims)
+        minor_first = [int(n) for n in order.split(",") if n]
+        tile = _TILE.search(layout.partition("T")[2]) if "T(" in layout else None
+        if tile and len(minor_first) == len(dims):
+            sizes = [int(n) if n.isdigit() else 1 for n in tile[1].split(",")]
+            for place, size in zip(minor_first, reversed(sizes), strict=False):
+                padded[place] = -(-padded[place] // size) * size
+        space = _SPACE.search(layout)
+        yield Array(dtype, dims, tuple(padded), int(space[1]) if space else 0)
+
+
+def top_level(type_: str) -> list[str]:
+    """The parts of a tuple's type, "(f32[2]{0:T(8)}, (s32[], s32[]))"; of any other, itself."""
+    if not type_.startswith("("):
+        return [type_]
+    parts, depth = [""], 0
+    for letter in type_[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts

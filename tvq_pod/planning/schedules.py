@@ -1,0 +1,115 @@
+"""The bundles that the compiler scheduled for each operation: has it dump them, and finds an operation's among them.
+
+libtpu reads its flags once, when it is loaded. So the flags must be asked for before, and hold for the process.
+"""
+
+import atexit
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+
+from tvq_pod.planning.bundles import Count, count_bundles
+from tvq_pod.planning.module import Instruction, Module
+
+_FLAGS = "LIBTPU_INIT_ARGS"
+_DUMP = re.compile(r"^\d+-(.+)-\d+-final_bundles\.txt$")
+_NOT_OPERATIONS = ("TLP", "<")  # the program that starts the operations, and what frames it
+_NO_PROGRAM = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional")
+_ATTRIBUTES = re.compile(
+    r"\b(?:kind|dimensions|slice|dynamic_slice_sizes|window|dim_labels|\w+_contracting_dims|\w+_batch_dims|padding|"
+    r"direction|custom_call_target|feature_group_count|batch_group_count|iota_dimension|index)=(?:\{[^}]*\}|[^\s,]+)"
+)
+_KERNEL = re.compile(r'"body":"[^"]*"')
+
+
+class Dumps:
+    """A temporary folder that libtpu writes schedules to. It goes when the process ends."""
+
+    def __init__(self):
+        self._folder: pathlib.Path | None = None
+
+    @contextmanager
+    def asked_for(self) -> Iterator[None]:
+        """Within it libtpu must be loaded, if it is to dump; a second time changes nothing."""
+        if self._folder is not None:
+            yield
+            return
+        self._folder = pathlib.Path(tempfile.mkdtemp(prefix="tvq_pod_schedules_"))
+        atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
+        before = os.environ.get(_FLAGS)
+        ours = f"--xla_jf_dump_to={self._folder} --xla_jf_dump_llo_text=true"
+        os.environ[_FLAGS] = f"{before or ''} {ours} --xla_jf_dump_llo_pass_label_regex=final_bundles".strip()
+        try:
+            yield
+        finally:  # a process that this one starts has no business in the folder
+            if before is None:
+                del os.environ[_FLAGS]
+            else:
+                os.environ[_FLAGS] = before
+
+    def discard(self) -> None:
+        """Deletes what has been dumped."""
+        for path in self._folder.iterdir() if self._folder else ():
+            path.unlink()
+
+    def take(self) -> dict[str, Count]:
+        """What has been dumped since the last discard, by the operations' names; deletes it. Empty if libtpu was loaded
+        before it was asked. A schedule that can't be read is left out."""
+        counts = {}
+        for path in self._folder.iterdir() if self._folder else ():
+            named = _DUMP.match(path.name)
+            if named and not named[1].startswith(_NOT_OPERATIONS):
+                with suppress(ValueError):
+                    counts[named[1]] = count_bundles(path.read_text(errors="replace"))
+            path.unlink()
+        return counts
+
+
+class Schedules:
+    """The counts of a program's operations. The compiler compiles equal operations once, and dumps their schedule under
+    the name of one of them."""
+
+    def __init__(self, module: Module, counts: Mapping[str, Count]):
+        self._module = module
+        self._counts = counts
+        self._computations: dict[str, str] = {}  # numbered texts
+        self._equal = {
+            self._signature(instruction): counts[instruction.name]
+            for body in module.computations()
+            for instruction in body
+            if instruction.name in counts
+        }
+
+    def count(self, instruction: Instruction) -> Count | None:
+        """None if it isn't known."""
+        if not self._counts or instruction.opcode in _NO_PROGRAM:
+            return None
+        return self._counts.get(instruction.name) or self._equal.get(self._signature(instruction))
+
+    def _signature(self, instruction: Instruction) -> str:
+        """Equal for two operations that are compiled to the same bundles."""
+        types = " ".join(self._module.operand_types(instruction))
+        return f"{instruction.opcode} {instruction.type} {types} {self._decides(instruction)}"
+
+    def _decides(self, instruction: Instruction) -> str:
+        """What decides on an operation's program, but for the types."""
+        attributes = instruction.attributes
+        callee = instruction.called("calls")
+        inside = self._numbered(callee) if callee and callee in self._module else ""
+        return " ".join([*_ATTRIBUTES.findall(attributes), *_KERNEL.findall(attributes), inside])
+
+    def _numbered(self, computation: str) -> str:
+        """A computation's text, with its instructions numbered instead of named."""
+        if computation not in self._computations:
+            body = self._module.body(computation)
+            numbers = {instruction.name: f"%{n}" for n, instruction in enumerate(body)}
+            lines = []
+            for i in body:
+                operands = ",".join(numbers.get(name, name) for name in i.operands) or i.argument
+                lines.append(f"{i.type} {i.opcode}({operands}) {self._decides(i)}")
+            self._computations[computation] = "; ".join(lines)
+        return self._computations[computation]

@@ -1,0 +1,164 @@
+"""What an operation does: the bytes that it moves to and from HBM, and the arithmetic of its matmuls.
+
+An array in HBM counts with the padding of its tiles. A fusion that slices an operand reads the slices; one that updates
+a slice of an operand in place writes the slice. Arrays in VMEM (S(1) in a layout) are not moved.
+"""
+
+import math
+import re
+
+from tvq_pod.planning.arrays import arrays, top_level
+from tvq_pod.planning.hlo import cost_estimate
+from tvq_pod.planning.module import Instruction, Module
+
+STARTS, ENDS = ("copy-start", "slice-start"), ("copy-done", "slice-done")  # of transfers beside other operations
+_RENAMES = ("bitcast", "reshape")
+_SLICES = ("slice", "dynamic-slice", "gather")
+_FREE = (
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
+    *("while", "call", "conditional", "iota"),
+)
+_WINDOW = re.compile(r"\b(size|stride|pad|lhs_dilate|rhs_dilate)=([\dx_-]+)")
+
+_Dims = tuple[int, ...]
+
+
+def is_free(module: Module, instruction: Instruction) -> bool:
+    """Whether it takes no time of its own here: it names what there is, or it sends to other devices."""
+    if instruction.opcode in (*_FREE, *STARTS) or instruction.is_free or instruction.is_collective:
+        return True
+    return instruction.opcode == "fusion" and _only_sends(module, instruction)
+
+
+def _only_sends(module: Module, fusion: Instruction) -> bool:
+    callee = fusion.called("calls")
+    sends = callee is not None and any(inner.is_collective for inner in module.body(callee))
+    return sends and not matmul_flops(module, fusion)
+
+
+def moved_bytes(module: Module, instruction: Instruction) -> int:
+    """Bytes that an instruction moves to and from HBM. Of a kernel written by hand: what its author states, but for
+    what is in VMEM already; if he states nothing, each operand and each result once."""
+    if is_free(module, instruction):
+        return 0
+    results = arrays(instruction.type)
+    operands = [arrays(type_) for type_ in module.operand_types(instruction)]
+    if stated := cost_estimate(instruction):
+        given = [array for of_operand in (*operands, results) for array in of_operand]
+        in_vmem = sum(array.held_bytes for array in given if array.space != 0)
+        return max(stated[1] - in_vmem, 0)
+    written = sum(array.hbm_bytes for array in results)
+    size = sum(array.held_bytes for array in results)
+    if instruction.opcode in ENDS:  # only its start says where it comes from
+        start = module.find(instruction.operands[0])
+        source = arrays(top_level(start.type)[0 if start.opcode == "slice-start" else 1])[0]
+        return size * (source.space == 0) + written
+    if instruction.opcode == "fusion":
+        return _moved_by_fusion(module, instruction)
+    if instruction.opcode in _SLICES:
+        return size * (operands[0][0].space == 0) + written
+    if instruction.opcode == "dynamic-update-slice":
+        update = operands[1][0]
+        return update.hbm_bytes + (update.held_bytes if written else 0)
+    return sum(array.hbm_bytes for of_operand in operands for array in of_operand) + written
+
+
+def _moved_by_fusion(module: Module, fusion: Instruction) -> int:
+    callee = fusion.needed("calls")
+    parameters = module.parameters(callee)
+    types = module.operand_types(fusion)
+    read = sum(_read(module, callee, parameters[n].name, _hbm_bytes(type_)) for n, type_ in enumerate(types))
+    return read + _written(module, callee, top_level(fusion.type))
+
+
+def _hbm_bytes(type_: str) -> int:
+    return sum(array.hbm_bytes for array in arrays(type_))
+
+
+def _read(module: Module, computation: str, name: str, whole: int) -> int:
+    """Bytes that a fusion reads of an operand that has `whole` in HBM: of what it slices only the slices, of what it
+    updates in place nothing."""
+    total = 0
+    for user in module.users(computation, name) if whole else []:
+        places = [n for n, operand in enumerate(user.operands) if operand == name]
+        if user.opcode in _RENAMES:
+            total += _read(module, computation, user.name, whole)
+        elif user.opcode in _SLICES and places == [0]:
+            total += sum(array.held_bytes for array in arrays(user.type))
+        elif user.opcode == "fusion":
+            callee = user.needed("calls")
+            total += sum(_read(module, callee, module.parameters(callee)[n].name, whole) for n in places)
+        elif user.opcode != "dynamic-update-slice" or places != [0]:
+            return whole
+    return min(total, whole)
+
+
+def _written(module: Module, computation: str, types: list[str]) -> int:
+    """Bytes that a fusion, which returns `types`, writes to HBM: of what it updates in place only the update."""
+    root = module.root(computation)
+    parts = [module.find(name) for name in root.operands] if root.opcode == "tuple" else [root]
+    if len(parts) != len(types):  # its root has several results of its own
+        return sum(_hbm_bytes(type_) for type_ in types)
+    total = 0
+    for renamed, type_ in zip(parts, types, strict=True):
+        part, whole = _unrenamed(module, renamed), _hbm_bytes(type_)
+        if part.opcode == "fusion" and not part.type.startswith("("):
+            total += _written(module, part.needed("calls"), [type_])
+        elif part.opcode == "dynamic-update-slice":
+            updated = _unrenamed(module, module.find(part.operands[0]))
+            update = sum(array.held_bytes for array in arrays(module.operand_types(part)[1]))
+            total += min(whole, update) if updated.opcode == "parameter" else whole
+        else:
+            total += whole
+    return total
+
+
+def _unrenamed(module: Module, instruction: Instruction) -> Instruction:
+    while instruction.opcode in _RENAMES:
+        instruction = module.find(instruction.operands[0])
+    return instruction
+
+
+def matmul_flops(module: Module, instruction: Instruction) -> int:
+    """Operations of the matmuls in an instruction, a multiply-add is two; of a kernel, what its author states."""
+    if stated := cost_estimate(instruction):
+        return stated[0]
+    if instruction.opcode == "fusion":
+        return sum(matmul_flops(module, inner) for inner in module.body(instruction.needed("calls")))
+    if instruction.opcode not in ("convolution", "dot"):
+        return 0
+    left, right = (arrays(type_)[0].dims for type_ in module.operand_types(instruction))
+    result = arrays(instruction.type)[0].dims
+    if instruction.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
+        places = [int(n) for n in contracted[1].split(",") if n] if contracted else []
+        return 2 * math.prod(result) * math.prod(left[n] for n in places)
+    return 2 * _convolved(instruction, left, right, result)
+
+
+def _convolved(instruction: Instruction, left: _Dims, right: _Dims, result: _Dims) -> int:
+    """The products of a convolution. XLA writes the batch of a matmul as an axis of the convolution in which most
+    places of the kernel meet padding; these don't count."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
+    if labels is None:
+        raise ValueError(f"convolution {instruction.name}: it has no dim_labels")
+    on_left, on_right, on_result = labels.groups()
+    window = re.search(r"window=\{([^}]*)\}", instruction.rest)
+    settings = {key: value.split("x") for key, value in _WINDOW.findall(window[1] if window else "")}
+    products = result[on_result.index("b")] * result[on_result.index("f")] * right[on_right.index("i")]
+    for axis in sorted(set(on_result) - {"b", "f"}):
+        own = {key: values[int(axis)] for key, values in settings.items()}
+        sizes = left[on_left.index(axis)], right[on_right.index(axis)], result[on_result.index(axis)]
+        products *= _met(*sizes, own)
+    return products
+
+
+def _met(left: int, right: int, result: int, window: dict[str, str]) -> int:
+    """How many pairs of a place in the kernel and one in the result meet an input, along one axis."""
+    stride, apart, dilated = (int(window.get(key, "1")) for key in ("stride", "lhs_dilate", "rhs_dilate"))
+    before = int(window.get("pad", "0_0").split("_")[0])
+    met = 0
+    for place in range(result):
+        first = place * stride - before
+        met += sum(at % apart == 0 and 0 <= at < left * apart for at in range(first, first + right * dilated, dilated))
+    return met
