@@ -47,7 +47,8 @@ class TransformerConfig:
     attention: Literal["auto", "plain", "xla", "pallas"] = "auto"
     """How attention of attn_type=vq is computed. plain: readable and slow; any JAX transformation goes through it, and
     the others are tested against it. xla: all blocks at once, with a hand-written gradient (reverse mode only).
-    pallas: the same as TPU kernels, with mem_len equal to block_len; they have not run on a TPU yet. auto: xla."""
+    pallas: the same as TPU kernels, with mem_len equal to block_len. auto: pallas on TPUs where it fits and, tried at
+    the start on a small input, agrees with xla; else xla. The program says which, and why."""
     head_type: Literal["shga", "mqa", "mha"] = "shga"
     """shga: layers of two gated units, of n_head heads each. mha: attention of n_head heads, then an MLP. mqa: the same
     with one key head, value head and codebook for all n_head query heads."""
@@ -59,7 +60,7 @@ class TransformerConfig:
     remat: Literal["projections", "dots", "full", "none"] = "projections"
     """What each unit keeps for the backward pass. projections: q, k, v and gate before their activations, shortcodes,
     the output of attention, and what is as small. dots: every matmul without a batch axis. full: only its input. none:
-    everything."""
+    everything. With attention=pallas, dots and none are as projections."""
     unroll: PositiveInt = 1
     """Layers in one turn of the loop over layers. With n_layer there is no loop: faster, but slower to compile."""
     dtype: FloatType = "float32"

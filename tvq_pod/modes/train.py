@@ -21,7 +21,7 @@ from tvq_pod.inference import images
 from tvq_pod.inference.evaluation_lines import own_losses, report, subject
 from tvq_pod.inference.evaluator import validation_evaluator
 from tvq_pod.inference.text import keep_sample
-from tvq_pod.parallel.attention import check_attention
+from tvq_pod.parallel.attention import check_attention, with_tried_attention
 from tvq_pod.parallel.mesh import check_rows, make_mesh
 from tvq_pod.parallel.processes import Votes, decided_by_process_zero, is_process_zero, on_process_zero
 from tvq_pod.parallel.sharding import on_one_device
@@ -53,7 +53,7 @@ def train(settings: Settings, workdir: epath.Path, preemption: Preemption) -> No
     with contextlib.ExitStack() as opened:
         on_process_zero(lambda: opened.enter_context(locked(workdir)))
         status = opened.enter_context(Status(workdir, settings.train.num_steps, enabled=is_process_zero()))
-        _Session(settings, workdir, mesh, preemption, opened, status).run()
+        _Session(with_tried_attention(settings, mesh), workdir, mesh, preemption, opened, status).run()
 
 
 def _check(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> None:

@@ -39,10 +39,10 @@ class Placement:
         return functools.partial(function, axis=None)
 
     def on_each_device(
-        self, function: Callable[[dict], dict], axes: dict[str, tuple], are_sums: bool = False
+        self, function: Callable[[dict], dict], axes: Callable[[str, jax.Array], tuple], are_sums: bool = False
     ) -> Callable[[dict], dict]:
-        """function(arrays), on every device with its part of them; both dicts of arrays by name. axes: of each name,
-        the names of the array's axes. Only the compiler looks into a function elsewhere; a kernel it can't divide.
+        """function(arrays), on every device with its part of them; both dicts of arrays by name. axes(name, array): the
+        names of the array's axes. Only the compiler looks into a function elsewhere; a kernel it can't divide.
 
         are_sums: what the function returns is a sum over all that it was given. So where devices have different
         arguments, and a result is not spread over those devices, theirs are summed."""

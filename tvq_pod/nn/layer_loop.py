@@ -9,13 +9,13 @@ The forward pass keeps of each unit what remat=projections keeps, but for the pr
 gate, which the gradient of the next projection wants: it is made again. With remat=full it keeps the unit's input.
 
 A unit is four functions. `raw` has the projections, `prepared` norms and the quantizer, then come the kernels, then
-`residual`. JAX differentiates the others one by one; of their forward pass only what a gradient needs is computed again.
+`residual`. JAX differentiates the others one by one; of their forward pass, only what a gradient needs is computed
+again.
 """
 
 import functools
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +26,7 @@ from jax.custom_derivatives import SymbolicZero
 from tvq_pod.nn.attn import VQAttention, grouped
 from tvq_pod.nn.axes import constrain, placement
 from tvq_pod.nn.mlp import MLP
-from tvq_pod.nn.pallas.core import core_backward, core_forward, operands, with_mean
+from tvq_pod.nn.pallas.core import STATE, core_backward, core_forward, operands, with_mean
 from tvq_pod.nn.pallas.tile import silu
 from tvq_pod.nn.types import UNITS, TransformerConfig, VQSpec
 
@@ -48,7 +48,8 @@ def layer_loop(config: TransformerConfig, params: dict, x: jax.Array, state: dic
 
     Returns x, the next state, and l_commit and l_codebook, float32 [n_layer] each.
     """
-    return _loop(config, params, x, state, given, keeps=False)[0]
+    x, new_state, losses, _ = _loop(config, params, x, state, given, keeps=False)
+    return x, new_state, losses
 
 
 def _loop(config: TransformerConfig, params, x, state, given: Given, keeps: bool):
@@ -80,12 +81,14 @@ def _loop(config: TransformerConfig, params, x, state, given: Given, keeps: bool
     shapes = {kind: shapes[kind] for kind in (["state"] if _is_written_out(config) else ["state", "kept"])}
     stacks = jax.tree.map(lambda array: lax.empty((config.n_layer, *array.shape), array.dtype), shapes)
     (x, stacks), made = _turns(config, turn, (x, stacks), layers)
-    if _is_written_out(config):
-        losses, kept = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *(own[0] for own in made)), [own[1] for own in made]
-    else:
-        losses, kept = made[0], stacks["kept"]
     new_state = {name: stacks["state"][name] for name in config.attention_units}
-    return x, new_state, losses, kept
+    if _is_written_out(config):
+        return x, new_state, _stacked([losses for losses, _ in made]), [kept for _, kept in made]
+    return x, new_state, made[0], stacks["kept"]
+
+
+def _stacked(of_layers: list):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_layers)
 
 
 def _is_written_out(config: TransformerConfig) -> bool:
@@ -114,20 +117,20 @@ def _forward(config: TransformerConfig, params, x, state, given):
 def _backward(config: TransformerConfig, residuals, cotangents):
     params, x, state, given, kept, asked = residuals
     to_state = bool(asked) or not all(isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(cotangents[1]))
-    cotangents = jax.tree.map(lambda d: jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d, cotangents)
+    cotangents = jax.tree.map(_instantiated, cotangents)
     if to_state:
-        _, vjp = jax.vjp(lambda *args: _plain_loop(config, *args, given), params, x, state)
+        _, vjp = jax.vjp(functools.partial(_plain_loop, config, given), params, x, state)
         return *vjp(cotangents), None
 
     def turn(d_x, own):
         number, params, rngs, d_losses = own
         d_params = {}
         for name, unit in reversed(_units(config, given._replace(rngs=rngs)).items()):
-            stacks = kept[number][name] if isinstance(kept, list) else kept[name]
-            own_kept = stacks if isinstance(kept, list) else _of_layer(number, stacks)
+            stacks = kept[number][name] if _is_written_out(config) else kept[name]
+            own_kept = stacks if _is_written_out(config) else _of_layer(number, stacks)
             unit_x, unit_state = own_kept["x"], state.get(name)
             if config.remat == "full":
-                unit_x = lax.optimization_barrier(unit_x)  # or XLA, with all turns in view, would keep what is made again
+                unit_x = lax.optimization_barrier(unit_x)  # or XLA, with all turns in view, would keep the rest
                 _, _, own_kept, _ = unit.forward(params[name], unit_x, unit_state, number, {})
                 stacks = own_kept
             of_unit = params[name], unit_x, unit_state, number, own_kept, stacks
@@ -138,15 +141,13 @@ def _backward(config: TransformerConfig, residuals, cotangents):
     d_x, _, d_losses = cotangents
     layers = np.arange(config.n_layer), params, given.rngs, d_losses
     d_x, d_params = _turns(config, turn, d_x, layers, reverse=True)
-    if isinstance(d_params, list):
-        d_params = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *d_params)
-    return d_params, d_x, None, None
+    return _stacked(d_params) if isinstance(d_params, list) else d_params, d_x, None, None
 
 
 layer_loop.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _plain_loop(config: TransformerConfig, params, x, state, given: Given):
+def _plain_loop(config: TransformerConfig, given: Given, params, x, state):
     """What `layer_loop` returns, for JAX to differentiate: gradients reach the states, too."""
 
     def turn(x, own):
@@ -163,6 +164,12 @@ def _plain_loop(config: TransformerConfig, params, x, state, given: Given):
 
     x, (new_state, losses) = lax.scan(turn, x, (params, given.rngs, state))
     return x, new_state, losses
+
+
+def _instantiated(cotangent):
+    """Zeros in full, where there is only a word for them."""
+    is_zero = isinstance(cotangent, SymbolicZero)
+    return jnp.zeros(cotangent.shape, cast(Any, cotangent).dtype) if is_zero else cotangent
 
 
 def _is_primal(x) -> bool:
@@ -204,7 +211,7 @@ class _Unit:
             return getattr(module, method)(*args)
 
         with jax.named_scope("layers"):
-            return self._module.apply({"params": params}, method=second_time, rngs=self._rngs)
+            return cast(Any, self._module).apply({"params": params}, method=second_time, rngs=self._rngs)
 
 
 class _Mlp(_Unit):
@@ -229,9 +236,9 @@ class _Attention(_Unit):
     def forward(self, params, x, state, number, stacks):
         """stacks: state and kept of all layers, as far as they are stacks: the kernels write into some of them."""
         raw = self._raw(params, x)
-        operands, (_, losses), (others, new_state, z) = self._operands(params, raw, _of_layer(number, state), None)
+        operands, (of_state, losses), (others, new_state, z) = self._operands(params, raw, _of_layer(number, state), None)
         into = self._kernels_stacks(stacks)
-        made = core_forward(self._config, operands, self._from_stacks(others, state, number) | into)
+        made = core_forward(self._config, operands, self._from_stacks(others | of_state, state, number) | into)
         mean, out = made.get("mean"), made["out"]
         if "mean_stack" in into and mean is not None:
             mean = jnp.swapaxes(mean, 0, 1)  # shards first

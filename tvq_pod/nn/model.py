@@ -13,8 +13,8 @@ from flax.core.scope import LazyRng
 
 from tvq_pod.nn.attn import VQAttention
 from tvq_pod.nn.axes import constrain, gathered, placement
-from tvq_pod.nn.layers import Dropout, RMSNorm, sinusoids, with_names
 from tvq_pod.nn.layer_loop import RESIDUAL_STREAM, Given, layer_loop
+from tvq_pod.nn.layers import Dropout, RMSNorm, sinusoids, with_names
 from tvq_pod.nn.mlp import MLP
 from tvq_pod.nn.pallas.fit import implementation
 from tvq_pod.nn.state import positions_of, state_axes
@@ -123,9 +123,8 @@ class Transformer(nn.Module):
         )(c, name="layers")
         doc_blocks = split_blocks(doc_ids, c.block_len)
         if self._has_own_loop():
-            params = self.get_variable("params", "layers")
-            given = Given(self._rngs_of_layers(), doc_blocks, vq_spec)
-            x, new_state, (l_commit, l_codebook) = layer_loop(c, params, x, state, given)
+            params, given = self.get_variable("params", "layers"), Given(self._rngs_of_layers(), doc_blocks, vq_spec)
+            x, new_state, (l_commit, l_codebook) = cast(tuple, layer_loop(c, params, x, state, given))
         else:
             x, (new_state, l_commit, l_codebook) = layers(x, state, doc_blocks, vq_spec)
         if c.e_norm:
@@ -142,7 +141,6 @@ class Transformer(nn.Module):
             result = dict(losses=join_blocks(token_losses(x, output, split_blocks(targets, c.block_len), c.e_scale)))
         return new_state, result | dict(l_commit=jnp.sum(l_commit), l_codebook=jnp.sum(l_codebook))
 
-
     def _has_own_loop(self) -> bool:
         """Whether layer_loop.py goes through the layers, and not flax's scan."""
         c = self.config
@@ -151,10 +149,9 @@ class Transformer(nn.Module):
     def _rngs_of_layers(self) -> dict[str, LazyRng]:
         """As flax's scan would split them."""
         assert self.scope is not None
-        return {
-            name: LazyRng(jax.random.split(rng.rng, self.config.n_layer), (*rng.suffix, "layers"))
-            for name, rng in self.scope.rngs.items()
-        }
+        rngs = cast(dict[str, LazyRng], self.scope.rngs)
+        n_layer = self.config.n_layer
+        return {n: LazyRng(jax.random.split(rng.rng, n_layer), (*rng.suffix, "layers")) for n, rng in rngs.items()}
 
 
 def embed(inputs: jax.Array, embedding: jax.Array) -> jax.Array:

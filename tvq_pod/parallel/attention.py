@@ -1,11 +1,19 @@
 """Which implementation of attention a run takes on its mesh, said at the start; see nn/pallas/fit.py."""
 
+import dataclasses
+
 import jax
 
 from tvq_pod.config.model import TransformerConfig
+from tvq_pod.config.settings import Settings
 from tvq_pod.errors import UserError
+from tvq_pod.host.terminal import say
+from tvq_pod.nn import trial
+from tvq_pod.nn.axes import placed_by
 from tvq_pod.nn.pallas.fit import implementation, why_not
 from tvq_pod.parallel.mesh import sizes
+from tvq_pod.parallel.processes import all_agree
+from tvq_pod.parallel.sharding import OnMesh
 
 
 def check_attention(config: TransformerConfig, mesh: jax.sharding.Mesh) -> None:
@@ -16,16 +24,47 @@ def check_attention(config: TransformerConfig, mesh: jax.sharding.Mesh) -> None:
         raise UserError(f"config.model.attention=pallas: {reason}; give xla or auto")
 
 
+def with_tried_attention(settings: Settings, mesh: jax.sharding.Mesh) -> Settings:
+    """The settings with config.model.attention=xla, if auto would take kernels that turn out wrong on these devices.
+
+    All processes try them, each on one device, and all go on alike. Raises what `check_attention` raises.
+    """
+    check_attention(settings.model, mesh)
+    if settings.model.attention != "auto" or chosen(settings.model, mesh) != "pallas":
+        return settings
+    problem = _problem(settings.model)
+    if all_agree(problem is None):
+        return settings
+    problem = problem or "another process says so"
+    say(f"config.model.attention=auto takes xla: the kernels do not work on this {_of_mesh(mesh)[0]} ({problem})")
+    return dataclasses.replace(settings, model=settings.model.replace(attention="xla"))
+
+
+def _problem(config: TransformerConfig) -> str | None:
+    """What is wrong with the kernels on this process's first device."""
+    try:
+        error = trial.largest_error(config)
+    except Exception as refused:  # whatever the compiler or the device has to say: there is another way
+        return f"{type(refused).__name__}: {' '.join(str(refused).split())[:200]}"
+    return None if error <= trial.TOLERANCE else f"a gradient is off by {error:.0%}"
+
+
+def chosen(config: TransformerConfig, mesh: jax.sharding.Mesh) -> str:
+    """Which implementation computes attention of attn_type vq on the mesh."""
+    with placed_by(OnMesh(mesh, fsdp=False)):
+        return implementation(config)
+
+
 def attention_line(config: TransformerConfig, mesh: jax.sharding.Mesh) -> str:
-    """Which one it is and, for `auto` on TPUs, whether the kernels could be used."""
-    device_kind, n_model = _of_mesh(mesh)
-    kind = implementation(config)
+    """Which one it is and, for `auto` on TPUs that do not take the kernels, why."""
+    kind = chosen(config, mesh)
     if config.attention != "auto" or config.attn_type != "vq":
         return f"config.model.attention={kind}"
-    if not device_kind.startswith("TPU"):
-        return f"config.model.attention=auto takes {kind}"
-    reason = why_not(config, device_kind, n_model)
-    return f"config.model.attention=auto takes {kind}; pallas " + (f"does not fit: {reason}" if reason else "fits, too")
+    device_kind, n_model = _of_mesh(mesh)
+    if kind == "pallas":
+        return f"config.model.attention=auto takes pallas, whose kernels fit {device_kind}"
+    reason = why_not(config, device_kind, n_model) if device_kind.startswith("TPU") else f"{device_kind} is no TPU"
+    return f"config.model.attention=auto takes {kind}, since {reason}"
 
 
 def _of_mesh(mesh: jax.sharding.Mesh) -> tuple[str, int]:

@@ -155,7 +155,9 @@ class OnMesh(Placement):
     def on_each_device(self, function, axes, are_sums=False):
         def mapped(arrays):
             made = jax.eval_shape(function, arrays)
-            in_specs, out_specs = (self._specs({n: axes(n, array) for n, array in x.items()}, x) for x in (arrays, made))
+            in_specs, out_specs = (
+                self._specs({n: axes(n, array) for n, array in x.items()}, x) for x in (arrays, made)
+            )
             given = set().union(*map(_mesh_axes, in_specs.values()))
 
             def of_device(arrays):

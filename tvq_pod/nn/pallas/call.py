@@ -173,7 +173,7 @@ class Operands:
         self._of_stacks: list[pl.BlockSpec] = []
 
     def take(self, name: str, array: jax.Array, spec: pl.BlockSpec) -> None:
-        """An input. One with an axis more than its pieces is a stack of layers' arrays, of which this layer's is read."""
+        """An input. One with an axis more than its pieces is a stack of layers' arrays: this layer's is read."""
         assert spec.block_shape is not None
         self.inputs[name] = array, self._of_layer(spec) if array.ndim > len(spec.block_shape) else spec
 
@@ -207,7 +207,8 @@ class Operands:
     def _of_layer(self, spec: pl.BlockSpec) -> pl.BlockSpec:
         """The same piece, of the array that this layer has in a stack."""
         block_shape, index_map = spec.block_shape, spec.index_map
-        assert block_shape is not None and index_map is not None
+        assert block_shape is not None
+        assert index_map is not None
         of_stack = pl.BlockSpec((None, *block_shape), lambda *at: (at[-1][0], *index_map(*at)))
         self._of_stacks.append(of_stack)
         return of_stack

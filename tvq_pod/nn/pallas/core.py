@@ -199,7 +199,9 @@ def _on_each_device(
         shape = shape_of(config, device_kind, x["q"].shape, x["v"].shape[-1], "gate" in x)
         n_shards = x["k_window"].shape[-5]  # on a device, 1
         own = {
-            name: lax.index_in_dim(array, 0, shard_axis(name, array), keepdims=False) if name.removesuffix("_stack") in OF_SHARD else array
+            name: lax.index_in_dim(array, 0, shard_axis(name, array), keepdims=False)
+            if name.removesuffix("_stack") in OF_SHARD
+            else array
             for name, array in x.items()
         }
         if "d_mean" in x:  # devices that share the query heads all have it, and each takes its share

@@ -21,6 +21,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from tvq_pod.nn.axes import placement
 from tvq_pod.nn.pallas.backward import backward_operands
 from tvq_pod.nn.pallas.call import PARALLEL, Core, Operands, Shape
 from tvq_pod.nn.pallas.forward import caches_operands, forward_operands
@@ -169,6 +170,10 @@ def why_not(config: TransformerConfig, device_kind: str, n_model: int = 1) -> st
 
 
 def implementation(config: TransformerConfig) -> str:
-    """Which of plain, xla and pallas computes attention of attn_type vq: what `config.attention` says. auto is xla: the
-    kernels have been compiled for TPUs, and have not run on one yet."""
-    return config.attention if config.attn_type == "vq" and config.attention != "auto" else "xla"
+    """Which of plain, xla and pallas computes attention of attn_type vq where arrays lie now (axes.py): what
+    `config.attention` says; with auto, pallas on TPUs where `why_not` has nothing against it, else xla."""
+    if config.attn_type != "vq" or config.attention != "auto":
+        return config.attention if config.attn_type == "vq" else "xla"
+    device_kind = placement().device_kind()
+    fits = device_kind in CORES and why_not(config, device_kind, placement().n_shards("heads")) is None
+    return "pallas" if fits else "xla"
