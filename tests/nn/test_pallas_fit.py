@@ -10,10 +10,9 @@ from jax.experimental import pallas as pl
 from jax.experimental import topologies
 
 from tests.common import small_config
-from tests.nn.pallas_cases import N_ROWS, arrays_of, compiled, core_config
+from tests.nn.pallas_cases import N_ROWS, arrays_of, compiled
 from tvq_pod.config.settings import MeshSettings
-from tvq_pod.errors import UserError
-from tvq_pod.nn.axes import placed_by
+from tvq_pod.nn.axes import Placement, placed_by
 from tvq_pod.nn.pallas import fit
 from tvq_pod.nn.pallas.backward import backward_operands
 from tvq_pod.nn.pallas.call import Core
@@ -22,12 +21,21 @@ from tvq_pod.nn.pallas.forward import forward_operands
 from tvq_pod.nn.pallas.tile import turn, turned_back
 from tvq_pod.nn.state import initial_state
 from tvq_pod.nn.types import TransformerConfig
-from tvq_pod.parallel.attention import attention_line, check_attention
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.parallel.sharding import OnMesh, replicated
 from tvq_pod.planning.cost import LIBTPU_ENVIRONMENT
 
 FITS = dict(d_k=128, d_v=1536, n_code=512, block_len=512, mem_len=512, dtype=jnp.bfloat16, n_head=1)
+
+
+class OnChip(Placement):
+    """One device of a kind."""
+
+    def __init__(self, device_kind: str):
+        self._device_kind = device_kind
+
+    def device_kind(self):
+        return self._device_kind
 
 
 @pytest.mark.parametrize(
@@ -55,9 +63,12 @@ def test_whether_a_config_fits_is_known_before_anything_is_compiled(changes, dev
     config = TransformerConfig().replace(**(FITS | changes))
     found = why_not(config, device)
     assert found is None if reason is None else reason in (found or "")
-    assert implementation(config) == "xla"
-    if config.attn_type == "vq":
-        assert implementation(config.replace(attention="pallas")) == "pallas"
+    with placed_by(OnChip(device)):
+        takes_them = reason is None and device not in ("cpu", "TPU v4")
+        assert implementation(config) == ("pallas" if takes_them else "xla")
+        if config.attn_type == "vq":
+            assert implementation(config.replace(attention="xla")) == "xla"
+            assert implementation(config.replace(attention="pallas")) == "pallas"
 
 
 @pytest.mark.parametrize(
@@ -94,14 +105,6 @@ def test_values_are_cut_into_parts_where_vmem_is_small_or_a_core_would_be_idle()
     assert sizes_on("TPU v5") == [(256, 1), (256, 1)]
     assert sizes_on("TPU v5", n_rows=1) == [(256, 2), (256, 2)]
     assert all(n_parts > 2 for _, n_parts in sizes_on("TPU v4"))
-
-
-def test_a_run_says_which_attention_it_takes_and_refuses_what_cannot_be(eight_devices):
-    mesh = make_mesh(MeshSettings(), eight_devices[:1])
-    assert attention_line(small_config(), mesh) == "config.model.attention=auto takes xla"
-    check_attention(core_config(), mesh)
-    with pytest.raises(UserError, match=r"^config.model.attention=pallas: config.model.mem_len=8 differs .*; give xla"):
-        check_attention(core_config().replace(mem_len=8), mesh)
 
 
 def compile_for_mesh(config: TransformerConfig, devices: list, sizes: MeshSettings) -> str:

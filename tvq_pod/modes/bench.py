@@ -13,7 +13,7 @@ from tvq_pod.errors import UserError
 from tvq_pod.host.extras import require
 from tvq_pod.host.files import Unwritten, write_whole
 from tvq_pod.host.terminal import say
-from tvq_pod.parallel.attention import check_attention
+from tvq_pod.parallel.attention import with_tried_attention
 from tvq_pod.parallel.mesh import check_rows, make_mesh
 from tvq_pod.planning.measured import measure
 
@@ -35,7 +35,7 @@ def bench(settings: Settings, workdir: epath.Path, against: str | None, lengths:
         require("matplotlib", f"--lengths={','.join(map(str, lengths))}: the picture")
     mesh = make_mesh(settings.mesh)
     check_rows(settings, mesh)
-    check_attention(settings.model, mesh)
+    settings = with_tried_attention(settings, mesh)
     unwritten = Unwritten()
     result: dict[str, Any] = dict(
         device=jax.devices()[0].device_kind,

@@ -236,7 +236,9 @@ class _Attention(_Unit):
     def forward(self, params, x, state, number, stacks):
         """stacks: state and kept of all layers, as far as they are stacks: the kernels write into some of them."""
         raw = self._raw(params, x)
-        operands, (of_state, losses), (others, new_state, z) = self._operands(params, raw, _of_layer(number, state), None)
+        operands, (of_state, losses), (others, new_state, z) = self._operands(
+            params, raw, _of_layer(number, state), None
+        )
         into = self._kernels_stacks(stacks)
         made = core_forward(self._config, operands, self._from_stacks(others | of_state, state, number) | into)
         mean, out = made.get("mean"), made["out"]

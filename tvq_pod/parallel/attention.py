@@ -10,7 +10,7 @@ from tvq_pod.errors import UserError
 from tvq_pod.host.terminal import say
 from tvq_pod.nn import trial
 from tvq_pod.nn.axes import placed_by
-from tvq_pod.nn.pallas.fit import implementation, why_not
+from tvq_pod.nn.pallas.fit import implementation, why_auto_takes_xla, why_not
 from tvq_pod.parallel.mesh import sizes
 from tvq_pod.parallel.processes import all_agree
 from tvq_pod.parallel.sharding import OnMesh
@@ -56,17 +56,15 @@ def chosen(config: TransformerConfig, mesh: jax.sharding.Mesh) -> str:
 
 
 def attention_line(config: TransformerConfig, mesh: jax.sharding.Mesh) -> str:
-    """Which one it is and, for `auto` on TPUs that do not take the kernels, why."""
-    kind = chosen(config, mesh)
+    """Which one it is and, for `auto` without the kernels, why."""
     if config.attention != "auto" or config.attn_type != "vq":
-        return f"config.model.attention={kind}"
+        return f"config.model.attention={chosen(config, mesh)}"
     device_kind, n_model = _of_mesh(mesh)
-    if kind == "pallas":
-        return f"config.model.attention=auto takes pallas, whose kernels fit {device_kind}"
-    reason = why_not(config, device_kind, n_model) if device_kind.startswith("TPU") else f"{device_kind} is no TPU"
-    return f"config.model.attention=auto takes {kind}, since {reason}"
+    if reason := why_auto_takes_xla(config, device_kind, n_model):
+        return f"config.model.attention=auto takes xla, since {reason}"
+    return f"config.model.attention=auto takes pallas, whose kernels fit {device_kind}"
 
 
 def _of_mesh(mesh: jax.sharding.Mesh) -> tuple[str, int]:
     """The kind of device, and the size of `model`."""
-    return mesh.devices.flat[0].device_kind, sizes(mesh)["model"]
+    return OnMesh(mesh, fsdp=False).device_kind(), sizes(mesh)["model"]

@@ -169,11 +169,19 @@ def why_not(config: TransformerConfig, device_kind: str, n_model: int = 1) -> st
     return None
 
 
+def why_auto_takes_xla(config: TransformerConfig, device_kind: str, n_model: int = 1) -> str | None:
+    """As `why_not`, of `config.attention=auto`; and where the kernels would gain nothing by plan's figures."""
+    if device_kind == "cpu" or "TPU" not in device_kind:
+        return f"{device_kind} is no TPU"
+    if reason := why_not(config, device_kind, n_model):
+        return reason
+    return None if CORES[device_kind].can_turn else f"kernels are no faster on {device_kind}"
+
+
 def implementation(config: TransformerConfig) -> str:
     """Which of plain, xla and pallas computes attention of attn_type vq where arrays lie now (axes.py): what
-    `config.attention` says; with auto, pallas on TPUs where `why_not` has nothing against it, else xla."""
+    `config.attention` says; auto takes pallas, or xla if there is a reason."""
     if config.attn_type != "vq" or config.attention != "auto":
         return config.attention if config.attn_type == "vq" else "xla"
-    device_kind = placement().device_kind()
-    fits = device_kind in CORES and why_not(config, device_kind, placement().n_shards("heads")) is None
-    return "pallas" if fits else "xla"
+    place = placement()
+    return "xla" if why_auto_takes_xla(config, place.device_kind(), place.n_shards("heads")) else "pallas"
