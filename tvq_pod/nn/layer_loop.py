@@ -280,7 +280,8 @@ class _Attention(_Unit):
         present = dict(z=made["shortcodes"], k_hat=made["quantized"], v=raw["v"], doc_ids=given.doc_ids)
         x, others, new_state = operands(c, made["biases"], grouped(made["q"], c), present, raw.get("gate"), state)
         # of the states that shards begin with, each device but the first makes its own, from what others have read
-        of_state = {} if _is_whole() else {name: others.pop(name) for name in STATE if name in others}
+        has_gradient = c.grad_thru_cache and not _is_whole()
+        of_state = {name: others.pop(name) for name in STATE if name in others} if has_gradient else {}
         losses = made["losses"]["l_commit"], made["losses"]["l_codebook"]
         return x, (of_state, losses), (others, new_state, made["shortcodes"])
 
