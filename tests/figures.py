@@ -1,7 +1,8 @@
 """Figures of speed, memory and quality that the configs, README and docs quote: each stands in docs/figures.json alone.
 
     python -m tests.figures                  says which texts quote something else
-    python -m tests.figures --run NAME ...   plans those figures anew (names that begin with "plan"), and writes
+    python -m tests.figures --run            plans all figures of plan anew, and writes them into the texts
+    python -m tests.figures --run NAME ...   plans those alone
     python -m tests.figures --write          writes the figures into the texts
 
 An entry has its command, date, machine and values, and `quoted`: for each file, the sentences that have them, with a
@@ -9,6 +10,7 @@ place like {step_ms:.2f} for each number. Texts may break their lines anywhere.
 """
 
 import argparse
+import collections
 import datetime
 import json
 import pathlib
@@ -42,6 +44,7 @@ def numbers(entry: dict) -> dict:
         values["step_seconds"] = seconds
         values["tokens_per_second"] = round(tokens / seconds, -3)
         values["tokens_per_chip"] = tokens / chips
+        values["tokens_per_chip_second"] = tokens / seconds / chips
         values["billion_per_hour"] = tokens / seconds * 3600 / 1e9
         values["million_per_chip_hour"] = tokens / seconds * 3600 / chips / 1e6
     if "num_steps" in values and "step_ms" in values:
@@ -124,8 +127,11 @@ def plan(entry: dict) -> None:
         known |= dict(
             step_ms=round(found["predicted_step_seconds"] * 1000, 3),
             mfu_percent=round(found["predicted_mfu"] * 100, 2),
+            roofline_ms=round(found["roofline_step_seconds"] * 1000, 3),
+            roofline_mfu_percent=round(found["roofline_mfu"] * 100, 2),
             temp_gib=round(sizes["temp"] / GIB, 3),
             peak_gib=round(sizes["peak"] / GIB, 3),
+            **sent(found),
         )
     else:
         known |= dict(short_gib=round(found["short_by_bytes"] / GIB, 2))
@@ -135,15 +141,28 @@ def plan(entry: dict) -> None:
     entry["machine"] = f"jax {versions['jax']}, libtpu {versions['libtpu']}; compiled on a CPU"
 
 
+def sent(found: dict) -> dict:
+    """What a device sends in a step, in MiB by what it is; and how long all of it takes at the links' full speed."""
+    totals = collections.Counter()
+    for collective in found["collectives"]:
+        axes = set(collective["axes"])
+        kind = "gathered" if collective["kind"] == "all-gather" else "summed"
+        totals["model" if "model" in axes else "sequence" if "sequence" in axes else kind] += collective["bytes"]
+    sizes = {f"{name}_mib": round(size / 2**20) for name, size in totals.items()}
+    return sizes | dict(sent_ms=round(found["collective_seconds_if_alone"] * 1000, 2))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", nargs="*", metavar="NAME")
     parser.add_argument("--write", action="store_true")
     arguments, figures = parser.parse_args(), load()
-    for name in arguments.run if arguments.run is not None else []:
+    asked = arguments.run
+    for name in asked or [name for name in figures if asked is not None and name.startswith("plan ")]:
+        print(name, flush=True)
         plan(figures[name])
         FIGURES.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
-    if arguments.write or arguments.run:
+    if arguments.write or asked is not None:
         write(figures)
     lines = wrong(figures)
     print("\n".join(lines) or "all agree")
