@@ -11,6 +11,7 @@ place like {step_ms:.2f} for each number. Texts may break their lines anywhere.
 
 import argparse
 import collections
+import concurrent.futures
 import datetime
 import json
 import pathlib
@@ -155,13 +156,17 @@ def sent(found: dict) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", nargs="*", metavar="NAME")
+    parser.add_argument("--jobs", type=int, default=1, help="plans at once; compile_seconds are of so many at once")
     parser.add_argument("--write", action="store_true")
     arguments, figures = parser.parse_args(), load()
     asked = arguments.run
-    for name in asked or [name for name in figures if asked is not None and name.startswith("plan ")]:
-        print(name, flush=True)
-        plan(figures[name])
-        FIGURES.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    names = asked or [name for name in figures if asked is not None and name.startswith("plan ")]
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        planned = {pool.submit(plan, figures[name]): name for name in names}
+        for done in concurrent.futures.as_completed(planned):
+            done.result()
+            print(planned[done], flush=True)
+            FIGURES.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     if arguments.write or asked is not None:
         write(figures)
     lines = wrong(figures)
