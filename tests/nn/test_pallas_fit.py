@@ -1,6 +1,7 @@
 """Which configs and chips the kernels fit, with which sizes, and that the TPU compiler takes them."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.experimental import topologies
 
 from tests.common import small_config
 from tests.nn.pallas_cases import N_ROWS, arrays_of, compiled
-from tvq_pod.config.settings import MeshSettings
+from tvq_pod.config.settings import MeshSettings, Settings, TrainSettings
 from tvq_pod.nn.axes import Placement, placed_by
 from tvq_pod.nn.pallas import fit
 from tvq_pod.nn.pallas.backward import backward_operands
@@ -24,6 +25,7 @@ from tvq_pod.nn.types import TransformerConfig
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.parallel.sharding import OnMesh, replicated
 from tvq_pod.planning.cost import LIBTPU_ENVIRONMENT
+from tvq_pod.training.step import abstract_batch, abstract_train_state, make_train_step
 
 FITS = dict(d_k=128, d_v=1536, n_code=512, block_len=512, mem_len=512, dtype=jnp.bfloat16, n_head=1)
 
@@ -144,26 +146,65 @@ def test_rows_turn_by_steps_as_they_do_at_once(first):
 SMALL = dict(attention="pallas", d_k=64, d_v=128, n_code=64, block_len=256, mem_len=256, n_head=1, dtype=jnp.bfloat16)
 
 
-@pytest.mark.slow(30)
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
-def test_the_tpu_compiler_takes_the_kernels(topology, monkeypatch):
-    """On one device with one part and with several, and on four that share blocks, heads and columns."""
+ALONE, SHARED = MeshSettings(data=1), MeshSettings(data=1, sequence=2, model=2)
+VARIANTS = {  # each a mesh, and changes of SMALL
+    "one part": (ALONE, {}),
+    "mqa": (ALONE, dict(head_type="mqa", n_head=2, window_bias=1.0, dtype=jnp.float32)),
+    "no cache": (ALONE, dict(head_type="mha", n_head=2, agg_cache=False, grad_thru_cache=False)),
+    "several parts": (ALONE, dict(d_v=256)),
+    "shared": (SHARED, dict(d_v=256)),
+    "shared mqa": (SHARED, dict(head_type="mqa", n_head=2)),
+}
+
+
+def chips_of(topology: str, monkeypatch) -> list:
+    """Devices that need not be here."""
     for variable, value in LIBTPU_ENVIRONMENT.items():
         monkeypatch.setenv(variable, value)
     more = dict(chip_config_name="megacore") if topology.startswith(("v4", "v5p")) else {}
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices
-    alone, shared = MeshSettings(data=1), MeshSettings(data=1, sequence=2, model=2)
-    for mesh, part_columns, changes in (
-        (alone, 350, {}),
-        (alone, 350, dict(head_type="mqa", n_head=2, window_bias=1.0, dtype=jnp.float32)),
-        (alone, 350, dict(head_type="mha", n_head=2, agg_cache=False, grad_thru_cache=False)),
-        (alone, -1e6, dict(d_v=256)),  # the more parts, the better
-        (shared, 350, dict(d_v=256)),
-        (shared, 350, dict(head_type="mqa", n_head=2)),
-    ):
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices
+
+
+@pytest.mark.slow(20)
+@pytest.mark.parametrize(
+    ("topology", "variants"),
+    [
+        ("v5e:2x2", ["mqa", "no cache", "several parts", "shared", "shared mqa"]),
+        ("v4:2x2x1", ["several parts"]),
+        ("v5p:2x2x1", ["several parts"]),
+        ("v6e:2x2", ["one part"]),
+        ("tpu7x:2x2x1", ["several parts"]),
+    ],
+)
+def test_the_tpu_compiler_takes_the_kernels(topology, variants, monkeypatch):
+    """On one device with one part and with several, and on four that share blocks, heads and columns."""
+    devices = chips_of(topology, monkeypatch)
+    for variant in variants:
+        mesh, changes = VARIANTS[variant]
         config = TransformerConfig().replace(**(SMALL | changes))
         assert why_not(config, devices[0].device_kind, mesh.model) is None
-        monkeypatch.setattr(fit, "PART_COLUMNS", part_columns)
+        monkeypatch.setattr(fit, "PART_COLUMNS", -1e6 if variant == "several parts" else 350)
         text = compile_for_mesh(config, devices, mesh)
         kernels = ["tvq_forward", "tvq_backward"] + ["tvq_caches"] * config.agg_cache
         assert all(f"%{name}" in text or f"{name}_" in text for name in kernels)
+
+
+@pytest.mark.slow(15)
+@pytest.mark.parametrize("topology", ["v5e:2x2"])
+def test_the_tpu_compiler_copies_no_layer_out_of_the_stacks(topology, monkeypatch):
+    """In a step of three layers; the values of a layer are [4, 2, 1, 256, 128]."""
+    devices = chips_of(topology, monkeypatch)[:1]
+    model = TransformerConfig().replace(**(SMALL | dict(n_layer=3, d_model=64, attention="auto")))
+    train = TrainSettings(batch_size=N_ROWS, update_len=4 * model.block_len)
+    settings, mesh = Settings(model=model, train=train), make_mesh(MeshSettings(), devices)
+    given = abstract_train_state(settings, mesh), abstract_batch(settings, mesh)
+    text = make_train_step(settings, mesh).lower(*given).compile().as_text() or ""
+    calls = [line for line in text.splitlines() if "custom-call(" in line and "tvq_" in line]
+    assert len(calls) == 6  # two units
+    values = r"bf16\[4,2,1,(?:1,)?256,128\]"
+    of_one_layer = dict(tvq_forward=2, tvq_caches=0, tvq_backward=1)  # values and gate; the gradient of the output
+    for call in calls:
+        (name,) = (name for name in of_one_layer if f"%{name}" in call)
+        assert len(re.findall(values, call.partition("operand_layout_constraints")[2])) == of_one_layer[name]
+        assert ("output_to_operand_aliasing" in call) == (name == "tvq_forward")  # the output, and the cache's means
+    assert not re.findall(rf"= {values}\S* dynamic-slice\(", text)
