@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def costs_on(topology: str, function, *shapes) -> dict:
-    """The roofline of the whole program, and and its dearest operation."""
+    """The roofline of the whole program, and its dearest operation."""
     chip, devices = topology_devices(topology, 1)
     assert chip is not None, "a TPU"
     where = SingleDeviceSharding(devices[0])

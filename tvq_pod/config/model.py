@@ -47,8 +47,9 @@ class TransformerConfig:
     attention: Literal["auto", "plain", "xla", "pallas"] = "auto"
     """How attention of attn_type=vq is computed. plain: readable and slow; any JAX transformation goes through it, and
     the others are tested against it. xla: all blocks at once, with a hand-written gradient (reverse mode only).
-    pallas: the same as TPU kernels, with mem_len equal to block_len. auto: pallas on TPUs where it fits and, tried at
-    the start on a small input, agrees with xla; else xla. The program says which, and why."""
+    pallas: the same as TPU kernels, with mem_len equal to block_len; they have been compiled for TPUs, and have not run
+    on one yet. auto: pallas on TPUs where it fits and, tried at the start of a run, agrees with xla; else xla. The
+    program says which, and why."""
     head_type: Literal["shga", "mqa", "mha"] = "shga"
     """shga: layers of two gated units, of n_head heads each. mha: attention of n_head heads, then an MLP. mqa: the same
     with one key head, value head and codebook for all n_head query heads."""

@@ -15,7 +15,7 @@ from tvq_pod.host.terminal import say
 from tvq_pod.inference.by_position import Positions, write_positions
 from tvq_pod.inference.evaluation_lines import report, subject
 from tvq_pod.inference.evaluator import Evaluator, Result
-from tvq_pod.parallel.attention import check_attention, with_tried_attention
+from tvq_pod.parallel.attention import attention_line, check_attention, with_tried_attention
 from tvq_pod.parallel.mesh import check_divides, make_mesh
 from tvq_pod.parallel.processes import is_process_zero
 from tvq_pod.run.checkpoint_reader import CheckpointReader
@@ -41,7 +41,9 @@ def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | No
     record = checkpoints.record(step)
     if record[FINGERPRINT] != store.fingerprint:
         say(f"{store.path} is not the corpus that the model was trained on")
-    evaluator = Evaluator(with_tried_attention(settings, mesh), mesh, store, split)
+    tried = with_tried_attention(settings, mesh)
+    say(attention_line(tried.model, mesh))
+    evaluator = Evaluator(tried, mesh, store, split)
     params = checkpoints.restore_params(step, abstract_train_state(settings, mesh).params)
     result = evaluator.evaluate(params)
     assert result is not None, "nobody told it to stop"

@@ -53,7 +53,7 @@ def train(settings: Settings, workdir: epath.Path, preemption: Preemption) -> No
     with contextlib.ExitStack() as opened:
         on_process_zero(lambda: opened.enter_context(locked(workdir)))
         status = opened.enter_context(Status(workdir, settings.train.num_steps, enabled=is_process_zero()))
-        _Session(with_tried_attention(settings, mesh), workdir, mesh, preemption, opened, status).run()
+        _Session(settings, workdir, mesh, preemption, opened, status).run()
 
 
 def _check(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> None:
@@ -86,9 +86,9 @@ class _Session:
         """opened: closes what has threads or files of its own, however the session ends."""
         self.settings, self.workdir, self.mesh = settings, workdir, mesh
         self.preemption, self.opened, self.status = preemption, opened, status
-        self.store = open_on_all(settings, workdir)
+        self.store, self.tried = open_on_all(settings, workdir), with_tried_attention(settings, mesh)
         self.split = self.store.split("train")
-        self.evaluator = validation_evaluator(settings, mesh, self.store)
+        self.evaluator = validation_evaluator(self.tried, mesh, self.store)
         self.record = run_record(settings, self.store.vocab_name, self.store.fingerprint)
         checkpoints = Checkpoints(workdir, settings.checkpoint, status.saved, before_named=lambda: self.writer.flush())
         self.checkpoints = opened.enter_context(contextlib.closing(checkpoints))
@@ -208,7 +208,7 @@ class _Session:
 
     def _compiled(self, first_step: int) -> jax.stages.Compiled:
         if self.step_fn is None:
-            self.step_fn = compiled_train_step(self.settings, self.mesh)
+            self.step_fn = compiled_train_step(self.tried, self.mesh)
             self.log.restart(first_step)  # what compiling took is no slowness
             self.preemption.can_save = True
         return self.step_fn

@@ -130,7 +130,8 @@ def _backward(config: TransformerConfig, residuals, cotangents):
             own_kept = stacks if _is_written_out(config) else _of_layer(number, stacks)
             unit_x, unit_state = own_kept["x"], state.get(name)
             if config.remat == "full":
-                unit_x = lax.optimization_barrier(unit_x)  # or XLA, with all turns in view, would keep the rest
+                # or XLA, with all turns in view, would do this early, or keep what the forward pass made
+                unit_x, d_x = lax.optimization_barrier((unit_x, d_x))
                 _, _, own_kept, _ = unit.forward(params[name], unit_x, unit_state, number, {})
                 stacks = own_kept
             of_unit = params[name], unit_x, unit_state, number, own_kept, stacks
@@ -167,7 +168,7 @@ def _plain_loop(config: TransformerConfig, given: Given, params, x, state):
 
 
 def _instantiated(cotangent):
-    """Zeros in full, where there is only a word for them."""
+    """The cotangent, as an array of zeros if it is a SymbolicZero."""
     is_zero = isinstance(cotangent, SymbolicZero)
     return jnp.zeros(cotangent.shape, cast(Any, cotangent).dtype) if is_zero else cotangent
 
@@ -181,7 +182,7 @@ def _of_layer(number: jax.Array, stacks):
 
 
 def _units(config: TransformerConfig, given: Given) -> dict[str, "_Attention | _Mlp"]:
-    """Those of one layer. given: has its keys."""
+    """The units of one layer, by name. given.rngs: this layer's keys."""
     return {
         name: _Attention(config, name, given) if name in config.attention_units else _Mlp(config, name, given)
         for name in UNITS
@@ -193,7 +194,7 @@ class _Unit:
 
     forward(params, x, state, number, stacks) returns what is added to x, the next state, what else than x to keep, and
     a list of losses. backward(params, x, state, number, kept, stacks, d_res, d_losses) returns the gradients of params
-    and x. State is that of all layers, number the layer's; stacks: see there.
+    and x. state: of all layers, stacked. number: the layer's. stacks: see `_Attention`.
     """
 
     def __init__(self, module: VQAttention | MLP, given: Given):
@@ -205,7 +206,7 @@ class _Unit:
         """A method of the module."""
 
         def second_time(module):
-            # flax's scan (model.py) traces its body twice and numbers the draws of both. Masks must be the same
+            # flax's scan (model.py) traces its body twice and numbers the draws of both. Masks must be the same.
             if self._rngs:
                 getattr(module, method)(*args)
             return getattr(module, method)(*args)

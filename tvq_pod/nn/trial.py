@@ -1,45 +1,64 @@
-"""Whether the kernels compute on this device what XLA computes: asked before a run relies on them."""
+"""Whether the kernels compute on this device what XLA computes: asked before a run relies on them.
+
+A model of two layers of the run's shape reads two updates of four blocks: so caches, states and stacks of layers are at
+work, forward and backward. Neither way is exact in bfloat16, and a key that lies between two codes may take either. So
+both are compared with float32, and the kernels may be twice as far from it as XLA is.
+"""
 
 from typing import cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tvq_pod.nn.attn import VQAttention
-from tvq_pod.nn.types import TransformerConfig
+from tvq_pod.nn.model import Transformer
+from tvq_pod.nn.types import TransformerConfig, VQSpec
 
-TOLERANCE = 0.1  # of bfloat16 both ways, and of a few keys that lie between two codes, errors are about 0.01
+TOLERANCE = 0.03  # what errors may differ by besides
+N_ROWS, N_BLOCKS = 2, 4
 
 
-def largest_error(config: TransformerConfig) -> float:
-    """Of attention by kernels against attention by XLA, on this process's first device: an update of two blocks of one
-    row with two documents, a layer's output and all gradients of its parameters and input. Each error is the norm of
-    the difference, relative to XLA's norm; NaN if there is one.
+def largest_excess(config: TransformerConfig) -> float:
+    """The largest error of the kernels on this process's first device, less twice that of XLA, over a loss, all
+    gradients of parameters, and the floats of the state. An error is the norm of the difference from float32, relative
+    to its norm. NaN if the kernels make one.
 
     Raises whatever the compiler raises on kernels that it does not take.
     """
-    c = config.replace(is_train=False)
-    rng = np.random.default_rng(0)
-    x, weights = (jnp.asarray(rng.normal(size=(2, 1, c.block_len, c.d_model)), c.dtype) for _ in range(2))
-    doc_ids = jnp.asarray(np.arange(2 * c.block_len) > 1.25 * c.block_len, jnp.int32).reshape(2, 1, c.block_len)
-    state = VQAttention.initial_state(c, 1)
-
-    def results(attention: str, params):
-        module = VQAttention(c.replace(attention=attention))
-
-        def loss(params, x):
-            applied = module.apply(dict(params=params), state, x, doc_ids, None, method=VQAttention.blocks)
-            _, out = cast(tuple[dict, dict], applied)
-            return jnp.sum((out["res"] * weights).astype(jnp.float32)), out["res"]
-
-        gradients, res = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
-        return jax.tree.map(lambda array: np.asarray(array, np.float64), (res, gradients))
-
+    c = config.replace(n_layer=2, unroll=1, n_vocab=64, is_train=False, attention="xla")
+    rng, shape = np.random.default_rng(0), (2, N_ROWS, N_BLOCKS * c.block_len)  # updates first
+    tokens = rng.integers(4, c.n_vocab, shape).astype(np.int32)
+    place = np.arange(2 * shape[2]).reshape(2, 1, -1)  # one row is one document, the other is cut in its second update
+    doc_ids = np.concatenate([np.zeros_like(place), place > 1.3 * shape[2]], axis=1).astype(np.int32)
     with jax.default_device(jax.local_devices()[0]):
-        inputs = dict(input_features=x[0], doc_ids=doc_ids[0], vq_spec=None)
-        init = jax.jit(VQAttention(c.replace(attention="xla")).init)
-        params = jax.tree.map(lambda array: array, init(jax.random.key(0), state, inputs)["params"])
-        expected, found = (jax.tree.leaves(results(attention, params)) for attention in ("xla", "pallas"))
-    errors = [np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30) for a, b in zip(found, expected, strict=True)]
-    return float(np.max(errors))
+        state = Transformer.initial_state(c, N_ROWS)
+        init = jax.jit(Transformer(c).init)
+        boxed = init(jax.random.key(0), Transformer.initial_state(c, 1), tokens[0, :1], doc_ids[0, :1])["params"]
+        params = nn.meta.unbox(boxed)
+        exact = _results(c.replace(dtype="float32"), params, state, tokens, doc_ids)
+        by_xla = _results(c, params, state, tokens, doc_ids)
+        by_kernels = _results(c.replace(attention="pallas"), params, state, tokens, doc_ids)
+
+    def error(found, expected):
+        return np.linalg.norm(found - expected) / max(np.linalg.norm(expected), 1e-30)
+
+    excess = [error(b, e) - 2.0 * error(a, e) for a, b, e in zip(by_xla, by_kernels, exact, strict=True)]
+    return float(np.max(excess))
+
+
+def _results(config: TransformerConfig, params, state, tokens, doc_ids) -> list[np.ndarray]:
+    """Of the second update."""
+    model, spec = Transformer(config), VQSpec(jnp.ones(tokens.shape[1:]))
+
+    def loss(params, state, tokens, doc_ids):
+        applied = model.apply(dict(params=params), state, tokens, doc_ids, spec, jnp.roll(tokens, -1, axis=1))
+        state, out = cast(tuple[dict, dict], applied)
+        return jnp.mean(out["losses"]), state
+
+    gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    state = jax.tree.map(lambda x: x.astype(config.dtype) if x.dtype == jnp.bfloat16 else x, state)
+    (_, state), _ = gradients(params, state, tokens[0], doc_ids[0])
+    (value, state), of_params = gradients(params, state, tokens[1], doc_ids[1])
+    leaves = jax.tree.leaves((value, state, of_params))
+    return [np.asarray(leaf, np.float64) for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]

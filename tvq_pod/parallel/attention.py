@@ -7,7 +7,7 @@ import jax
 from tvq_pod.config.model import TransformerConfig
 from tvq_pod.config.settings import Settings
 from tvq_pod.errors import UserError
-from tvq_pod.host.terminal import say
+from tvq_pod.host.terminal import say, tell
 from tvq_pod.nn import trial
 from tvq_pod.nn.axes import placed_by
 from tvq_pod.nn.pallas.fit import implementation, why_auto_takes_xla, why_not
@@ -33,20 +33,22 @@ def with_tried_attention(settings: Settings, mesh: jax.sharding.Mesh) -> Setting
     if settings.model.attention != "auto" or chosen(settings.model, mesh) != "pallas":
         return settings
     problem = _problem(settings.model)
+    line = f"the kernels of config.model.attention=auto do not work on {_of_mesh(mesh)[0]}"
+    if problem is not None:
+        tell(f"process {jax.process_index()}: {line} ({problem})")
     if all_agree(problem is None):
         return settings
-    problem = problem or "another process says so"
-    say(f"config.model.attention=auto takes xla: the kernels do not work on this {_of_mesh(mesh)[0]} ({problem})")
+    say(f"{line}, at least for one process: all take xla")
     return dataclasses.replace(settings, model=settings.model.replace(attention="xla"))
 
 
 def _problem(config: TransformerConfig) -> str | None:
     """What is wrong with the kernels on this process's first device."""
     try:
-        error = trial.largest_error(config)
+        excess = trial.largest_excess(config)
     except Exception as refused:  # whatever the compiler or the device has to say: there is another way
         return f"{type(refused).__name__}: {' '.join(str(refused).split())[:200]}"
-    return None if error <= trial.TOLERANCE else f"a gradient is off by {error:.0%}"
+    return None if excess <= trial.TOLERANCE else f"something that they compute is off by {excess:.0%}"
 
 
 def chosen(config: TransformerConfig, mesh: jax.sharding.Mesh) -> str:

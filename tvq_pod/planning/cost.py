@@ -60,14 +60,14 @@ def topology_devices(topology: str, slices: int) -> tuple[Chip | None, list]:
     require("libtpu", f"--topology={topology}: the TPU compiler")
     for variable, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    try:
-        more: dict[str, Any] = dict(num_slices=slices) if slices > 1 else {}
-        if CHIPS[name].is_megacore:
-            more["chip_config_name"] = "megacore"
-        with _DUMPS.asked_for():
+    more: dict[str, Any] = dict(num_slices=slices) if slices > 1 else {}
+    if CHIPS[name].is_megacore:
+        more["chip_config_name"] = "megacore"
+    with _DUMPS.asked_for():
+        try:
             described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
-    except Exception as error:  # whatever libtpu has to say about the shape
-        raise UserError(f"--topology={topology}: is no slice that libtpu knows ({str(error)[:200]})") from error
+        except Exception as error:  # whatever libtpu has to say about the shape
+            raise UserError(f"--topology={topology}: is no slice that libtpu knows ({str(error)[:200]})") from error
     return CHIPS[name], list(described.devices)
 
 

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
+from tvq_pod.errors import UserError
 from tvq_pod.planning.bundles import Count, count_bundles
 from tvq_pod.planning.module import Instruction, Module
 
@@ -26,6 +27,21 @@ _ATTRIBUTES = re.compile(
 _KERNEL = re.compile(r'"body":"[^"]*"')
 
 
+_PREFIX = "tvq_pod_schedules_"
+
+
+def _remove_abandoned() -> None:
+    """Folders of processes that were killed."""
+    for folder in pathlib.Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        pid = folder.name.removeprefix(_PREFIX).partition("_")[0]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (PermissionError, ValueError):
+            pass  # another user's, or no process' folder
+
+
 class Dumps:
     """A temporary folder that libtpu writes schedules to. It goes when the process ends."""
 
@@ -38,7 +54,13 @@ class Dumps:
         if self._folder is not None:
             yield
             return
-        self._folder = pathlib.Path(tempfile.mkdtemp(prefix="tvq_pod_schedules_"))
+        _remove_abandoned()
+        try:
+            self._folder = pathlib.Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}_"))
+        except OSError as error:
+            raise UserError(
+                f"TMPDIR={os.environ.get('TMPDIR', '')}: has no room for a temporary folder ({error})"
+            ) from None
         atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
         before = os.environ.get(_FLAGS)
         ours = f"--xla_jf_dump_to={self._folder} --xla_jf_dump_llo_text=true"
@@ -53,19 +75,22 @@ class Dumps:
 
     def discard(self) -> None:
         """Deletes what has been dumped."""
-        for path in self._folder.iterdir() if self._folder else ():
-            path.unlink()
+        for path in self._files():
+            path.unlink(missing_ok=True)
+
+    def _files(self) -> list[pathlib.Path]:
+        return [path for path in self._folder.glob("*") if path.is_file()] if self._folder else []
 
     def take(self) -> dict[str, Count]:
         """What has been dumped since the last discard, by the operations' names; deletes it. Empty if libtpu was loaded
         before it was asked. A schedule that can't be read is left out."""
         counts = {}
-        for path in self._folder.iterdir() if self._folder else ():
+        for path in self._files():
             named = _DUMP.match(path.name)
             if named and not named[1].startswith(_NOT_OPERATIONS):
                 with suppress(ValueError):
                     counts[named[1]] = count_bundles(path.read_text(errors="replace"))
-            path.unlink()
+            path.unlink(missing_ok=True)
         return counts
 
 

@@ -258,8 +258,8 @@ def compiled_train_step(settings: Settings, mesh: jax.sharding.Mesh) -> jax.stag
     """`make_train_step`, compiled for the settings' shapes. Says what it takes."""
     began = time.monotonic()
     abstract = abstract_train_state(settings, mesh), abstract_batch(settings, mesh)
-    compiled = make_train_step(settings, mesh).lower(*abstract).compile()
     say(attention_line(settings.model, mesh))
+    compiled = make_train_step(settings, mesh).lower(*abstract).compile()
     say(f"compiled in {time.monotonic() - began:.1f} s; {_memory(compiled)}")
     return compiled
 

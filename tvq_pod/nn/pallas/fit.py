@@ -30,12 +30,13 @@ from tvq_pod.nn.types import TransformerConfig
 MIB = 2**20
 
 
-CORES = {  # by what JAX calls the device
+_V5E, _V5P, _V6E, _V7X = Core(128 * MIB), Core(64 * MIB, n_per_device=2), Core(128 * MIB), Core(64 * MIB)
+CORES = {  # by what JAX calls the device, in one version or another
     "TPU v4": Core(16 * MIB, n_per_device=2, can_turn=False),
-    "TPU v5 lite": Core(128 * MIB),
-    "TPU v5": Core(64 * MIB, n_per_device=2),
-    "TPU v6 lite": Core(128 * MIB),
-    "TPU7x": Core(64 * MIB),
+    **dict.fromkeys(("TPU v5 lite", "TPU v5e"), _V5E),
+    **dict.fromkeys(("TPU v5", "TPU v5p"), _V5P),
+    **dict.fromkeys(("TPU v6 lite", "TPU v6e"), _V6E),
+    **dict.fromkeys(("TPU7x", "TPU v7x"), _V7X),
 }
 INTERPRETED = Core(0)
 TILES = {256: 1.0, 128: 1.15}  # queries at a time, and what a column of values costs
@@ -171,7 +172,7 @@ def why_not(config: TransformerConfig, device_kind: str, n_model: int = 1) -> st
 
 def why_auto_takes_xla(config: TransformerConfig, device_kind: str, n_model: int = 1) -> str | None:
     """As `why_not`, of `config.attention=auto`; and where the kernels would gain nothing by plan's figures."""
-    if device_kind == "cpu" or "TPU" not in device_kind:
+    if "TPU" not in device_kind:
         return f"{device_kind} is no TPU"
     if reason := why_not(config, device_kind, n_model):
         return reason
