@@ -6,10 +6,11 @@ predicted exactly where the key was seen before in its document, which is as lon
     python -m tvq_pod.main --mode=eval --workdir=runs/recall
 
 Evaluation prints the accuracy of values by distance since their keys were last seen. The same without the cache, with
-quadratic attention, and with a few pairs hidden in words:
+quadratic attention (which sees its own update and the window before it), and with a few pairs hidden in words:
 
     python -m tvq_pod.main --config=configs/recall.py --workdir=runs/no_cache --config.model.agg_cache=False
-    python -m tvq_pod.main --config=configs/recall.py --workdir=runs/full --config.model.attn_type=full
+    python -m tvq_pod.main --config=configs/recall.py --workdir=runs/full \\
+        --config.model.attn_type=full --config.train.update_len=4096 --config.train.batch_size=1
     python -m tvq_pod.main --config=configs/recall.py --workdir=runs/passkey --source=passkey
 
 This is the task, not a recipe that solves it: the optimizer's settings and the model, of 592,256 parameters, are
@@ -41,6 +42,6 @@ def get_config():
     config.optimizer.warmup_steps = 100
 
     config.checkpoint.every_steps = 500
-    config.eval.every_steps = 250
+    config.eval.every_steps = 500
     config.sample.length = 0
     return config

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -88,8 +89,9 @@ def make_eval_step(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int, wit
             state, out = Transformer(config).apply({"params": params}, state, *inputs)
         if not with_hits:
             return state, out["losses"] * batch["loss_mask"]
-        losses = optax.softmax_cross_entropy_with_integer_labels(out["logits"], targets)
-        return state, losses * batch["loss_mask"], jnp.argmax(out["logits"], axis=-1) == targets
+        logits = cast(jax.Array, out["logits"])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return state, losses * batch["loss_mask"], jnp.argmax(logits, axis=-1) == targets
 
     return jax.jit(
         eval_step,
