@@ -11,7 +11,8 @@ quadratic attention (which sees its own update and the window before it), and wi
     python -m tvq_pod.main --config=configs/recall.py --workdir=runs/no_cache --config.model.agg_cache=False
     python -m tvq_pod.main --config=configs/recall.py --workdir=runs/full \\
         --config.model.attn_type=full --config.train.update_len=4096 --config.train.batch_size=1
-    python -m tvq_pod.main --config=configs/recall.py --workdir=runs/passkey --source=passkey
+    python -m tvq_pod.main --config=configs/recall.py --workdir=runs/passkey \\
+        --source=passkey --config.data.recall_pairs=4
 
 This is the task, not a recipe that solves it: the optimizer's settings and the model, of 592,256 parameters, are
 those of configs/novels.py with a smaller window.

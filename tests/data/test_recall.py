@@ -38,10 +38,10 @@ def pairs_of(text, key_bytes):
 
 
 @pytest.mark.parametrize("source", KINDS)
-@pytest.mark.parametrize("key_bytes", [1, 2])
-def test_a_key_has_one_value_in_its_document_and_others_in_others(source, key_bytes):
+@pytest.mark.parametrize(("key_bytes", "n_keys"), [(1, 20), (2, 300)])
+def test_a_key_has_one_value_in_its_document_and_others_in_others(source, key_bytes, n_keys):
     tables = []
-    for text in texts(source=source, recall_key_bytes=key_bytes):
+    for text in texts(source=source, recall_key_bytes=key_bytes, recall_keys=n_keys):
         table = {}
         for _, key, value in pairs_of(text, key_bytes):
             assert table.setdefault(key, value) == value
@@ -49,14 +49,16 @@ def test_a_key_has_one_value_in_its_document_and_others_in_others(source, key_by
         tables.append(table)
     assert len({tuple(sorted(table.items())) for table in tables}) == len(tables) == 12
     assert len({frozenset(table) for table in tables}) > 1
+    pairs = {pair for table in tables for pair in table.items()}
+    assert len(pairs) > len({key for key, _ in pairs})
 
 
 @pytest.mark.parametrize("source", KINDS)
-@pytest.mark.parametrize("key_bytes", [1, 2])
-def test_distances_are_those_since_the_key_was_seen_and_there_where_it_was(source, key_bytes):
+@pytest.mark.parametrize(("key_bytes", "n_keys"), [(1, 20), (2, 300)])
+def test_distances_are_those_since_the_key_was_seen_and_there_where_it_was(source, key_bytes, n_keys):
     """All documents at once, as they lie on a row; the oracle reads each alone, with a dict."""
     tokens, doc_ids, expected = [], [], []
-    for number, text in enumerate(texts(source=source, recall_key_bytes=key_bytes)):
+    for number, text in enumerate(texts(source=source, recall_key_bytes=key_bytes, recall_keys=n_keys)):
         last, of_text = {}, [0] * (len(text) + 1)
         for at, key, _ in pairs_of(text, key_bytes):
             of_text[at] = at - last.get(key, at)
@@ -67,7 +69,8 @@ def test_distances_are_those_since_the_key_was_seen_and_there_where_it_was(sourc
     found = recall.distances(np.array(tokens), np.array(doc_ids))
     np.testing.assert_array_equal(found, expected)
     assert np.count_nonzero(found) > 100
-    assert not recall.distances(np.array([5, END_OF_DOC, 0, 0]), np.array([0, 0, 1, 1])).any()
+    no_pairs = np.array([*ByteVocab().encode(b"!! ! a !!"), END_OF_DOC, 0, 0])
+    assert not recall.distances(no_pairs, np.zeros(12, int)).any()
 
 
 def test_recall_begins_with_its_table_and_asks_at_all_distances():

@@ -36,7 +36,7 @@ def documents(data: DataSettings) -> Documents:
     if kind == "novels":
         return novels()
     if kind in GENERATED:
-        return getattr(recall, kind)(data)
+        return dict(recall=recall.recall, passkey=recall.passkey)[kind](data)
     path = pathlib.Path(data.source)
     if kind in ("folder", "pg19") and not path.is_dir():
         raise UserError(f"config.data.source={data.source}: must be a folder, as config.data.format={kind} says")
