@@ -51,7 +51,8 @@ def _compiled_once(monkeypatch):
 real_make_eval_step = eval_module.make_eval_step
 
 
-def compiled_step(settings, mesh, n_rows):
+def compiled_step(settings, mesh, n_rows, with_hits):
+    assert not with_hits, "nobody asks a corpus of text for them"
     # how many tokens are evaluated is no part of the step
     return _compiled_step(dataclasses.replace(settings, eval=EvalSettings(cache=settings.eval.cache)), mesh, n_rows)
 

@@ -1,6 +1,6 @@
 """Rules between several settings. What one setting may be by itself stands beside it, in settings.py and model.py."""
 
-from tvq_pod.config.settings import IMAGE_BYTES, Settings
+from tvq_pod.config.settings import IMAGE_BYTES, KEY_LETTERS, DataSettings, Settings, generated
 from tvq_pod.errors import UserError
 
 
@@ -35,8 +35,39 @@ def check_relations(settings: Settings) -> None:
         raise UserError(
             f"config.eval.cache=off: there is no cache with config.model.attn_type={model.attn_type}; give on"
         )
+    if kind := generated(data.format, data.source):
+        _check_recall(data, kind)
     _check_sequence_axis(settings)
     _check_model_axis(settings)
+
+
+def _check_recall(data: DataSettings, kind: str) -> None:
+    """Whether a generated corpus has enough different keys, and room for them in a document."""
+    if data.vocab != "bytes":
+        raise UserError(f"config.data.vocab={data.vocab}: must be bytes with the corpus {kind}")
+    most = KEY_LETTERS**data.recall_key_bytes
+    if data.recall_keys > most:
+        more = " or give config.data.recall_key_bytes=2" if data.recall_key_bytes == 1 else ""
+        raise UserError(
+            f"config.data.recall_keys={data.recall_keys}: there are {most} keys of config.data.recall_key_bytes="
+            f"{data.recall_key_bytes}; give at most that{more}"
+        )
+    if data.recall_pairs > data.recall_keys:
+        raise UserError(
+            f"config.data.recall_pairs={data.recall_pairs}: a document can't have more different keys than there are; "
+            f"give at most config.data.recall_keys={data.recall_keys}"
+        )
+    if kind == "recall":
+        least = (data.recall_pairs + 1) * (data.recall_key_bytes + 1)
+        needs = "its table, and one key that is asked again"
+    else:
+        least = 16 + 4 * data.recall_pairs * (data.recall_key_bytes + 2)
+        needs = "its pairs and what they are hidden in"
+    if data.recall_bytes < least:
+        raise UserError(
+            f"config.data.recall_bytes={data.recall_bytes}: has no room for {needs}; give at least {least}, or fewer "
+            "config.data.recall_pairs"
+        )
 
 
 def _check_sequence_axis(settings: Settings) -> None:

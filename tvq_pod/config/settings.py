@@ -16,9 +16,20 @@ class DataSettings:
     """The corpus, its vocabulary and the token store that is made of it."""
 
     source: str = ""
-    """The corpus: `stdlib`, `novels`, or a path; see docs/data.md."""
+    """The corpus: `stdlib`, `novels`, `recall`, `passkey`, or a path; see docs/data.md."""
     format: Literal[
-        "auto", "stdlib", "novels", "folder", "lines", "jsonl", "parquet", "enwik8", "pg19", "imagenet64"
+        "auto",
+        "stdlib",
+        "novels",
+        "recall",
+        "passkey",
+        "folder",
+        "lines",
+        "jsonl",
+        "parquet",
+        "enwik8",
+        "pg19",
+        "imagenet64",
     ] = "auto"
     """What the source is."""
     text_field: str = "text"
@@ -40,6 +51,22 @@ class DataSettings:
     """Share of documents held out for validation, chosen by a hash of their content."""
     test_share: Fraction = 0.02
     """Share of documents held out for the test, chosen in the same way."""
+    recall_documents: PositiveInt = 2000
+    """recall, passkey: documents to train on."""
+    recall_held_out: PositiveInt = 64
+    """recall, passkey: documents for validation, and as many others for the test."""
+    recall_bytes: PositiveInt = 4096
+    """recall, passkey: length of a document."""
+    recall_pairs: PositiveInt = 32
+    """recall, passkey: different keys in a document, each with its value."""
+    recall_keys: PositiveInt = 32
+    """recall, passkey: keys that the documents draw theirs from."""
+    recall_values: Annotated[int, Ge(2), Le(32)] = 32
+    """recall, passkey: values that the documents draw theirs from; each is a byte."""
+    recall_key_bytes: Annotated[int, Ge(1), Le(2)] = 1
+    """recall, passkey: length of a key."""
+    recall_seed: Seed = 0
+    """recall, passkey: seed of the documents."""
     prepare_processes: NonNegativeInt = 0
     """Processes that encode text when a store is made; 0: one per core."""
     num_threads: PositiveInt = 2
@@ -221,4 +248,12 @@ class Settings:
 NOT_IN_CONFIG = ("is_train",)  # fields that the mode decides
 IMAGE_SHAPE = (64, 64, 3)  # of imagenet64: rows, columns, colors
 IMAGE_BYTES = 64 * 64 * 3
-OWN_SPLITS = ("enwik8", "pg19", "imagenet64")  # formats whose corpora say themselves what is held out
+GENERATED = ("recall", "passkey")  # corpora that settings alone decide; as a source or a format
+KEY_LETTERS = 62  # of which their keys are made
+OWN_SPLITS = ("enwik8", "pg19", "imagenet64", *GENERATED)  # corpora that say themselves what is held out
+
+
+def generated(format: str, source: str) -> str:
+    """The name of the generated corpus that settings of config.data choose; "" for any other corpus."""
+    kind = source if format == "auto" else format
+    return kind if kind in GENERATED else ""

@@ -11,7 +11,7 @@ from etils import epath
 from tvq_pod.config.settings import DataSettings
 from tvq_pod.data.document import Document, Documents
 from tvq_pod.data.encode import encoded
-from tvq_pod.data.store import MADE_WITH, TokenStore, split_of
+from tvq_pod.data.store import TokenStore, made_with, split_of
 from tvq_pod.data.text import BLOCK_BYTES, usable
 from tvq_pod.data.vocab import Vocab, decoded
 from tvq_pod.data.writer import StoreWriter, adopted
@@ -28,11 +28,11 @@ def make_store(path: epath.PathLike, corpus, vocab: Vocab, data: DataSettings) -
 
     Raises UserError if there is something else at `path`, or no document is left to train on.
     """
-    made_with = {name: getattr(data, name) for name in MADE_WITH}
+    settings = made_with(data)
     counts_words = data.format == "pg19"
-    if store := adopted(path, vocab, made_with):
+    if store := adopted(path, vocab, settings):
         return store
-    with StoreWriter(path, vocab, made_with) as writer:
+    with StoreWriter(path, vocab, settings) as writer:
         left = _Left(corpus(), vocab, data)
         if not left.pass_over(writer.n_taken, writer.crc_taken):
             left.close()

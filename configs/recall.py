@@ -1,0 +1,48 @@
+"""Multi-query associative recall, a task in which memory is all there is (Zoology, arXiv 2312.04927). A document is a
+sequence of pairs of a key and a value, and is generated: there is nothing to download. The value of a key can be
+predicted exactly where the key was seen before in its document, which is as long as 256 windows of attention.
+
+    python -m tvq_pod.main --config=configs/recall.py --workdir=runs/recall
+    python -m tvq_pod.main --mode=eval --workdir=runs/recall
+
+Evaluation prints the accuracy of values by distance since their keys were last seen. The same without the cache, with
+quadratic attention (which sees its own update and the window before it), and with a few pairs hidden in words:
+
+    python -m tvq_pod.main --config=configs/recall.py --workdir=runs/no_cache --config.model.agg_cache=False
+    python -m tvq_pod.main --config=configs/recall.py --workdir=runs/full \\
+        --config.model.attn_type=full --config.train.update_len=4096 --config.train.batch_size=1
+    python -m tvq_pod.main --config=configs/recall.py --workdir=runs/passkey \\
+        --source=passkey --config.data.recall_pairs=4
+
+This is the task, not a recipe that solves it: the optimizer's settings and the model, of 592,256 parameters, are
+those of configs/novels.py with a smaller window.
+"""
+
+from tvq_pod.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.data.source = "recall"
+
+    config.model.d_model = 128
+    config.model.d_k = 64
+    config.model.d_v = 256
+    config.model.n_layer = 2
+    config.model.n_code = 128
+    config.model.block_len = 16
+    config.model.mem_len = 16
+    config.model.window_bias = 8.0
+    config.model.remat = "none"
+
+    config.train.batch_size = 16
+    config.train.update_len = 128  # eight blocks: gradients reach values in the cache
+    config.train.num_steps = 1000
+    config.train.log_every_steps = 50
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.warmup_steps = 100
+
+    config.checkpoint.every_steps = 500
+    config.eval.every_steps = 500
+    config.sample.length = 0
+    return config

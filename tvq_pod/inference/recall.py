@@ -1,0 +1,122 @@
+"""Recall by distance: how often the value of a key is predicted, by how long ago the key was last seen.
+
+For the corpora of data/recall.py. A prediction is a hit if its likeliest token, of the whole vocabulary, is the target.
+Distances are counted in windows of config.model.mem_len tokens, since what is further back is for the cache to know.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+from etils import epath
+
+from tvq_pod.data.recall import distances
+from tvq_pod.data.store import Split
+from tvq_pod.data.streams import PackedDocuments, read_row
+from tvq_pod.host.extras import is_installed
+from tvq_pod.host.terminal import say
+
+WINDOWS = (1, 4, 16, 64, 256)  # where one class of distances ends, and the next begins
+NAMES = ("in_window", *(f"{low}_to_{high}" for low, high in itertools.pairwise(WINDOWS)), "beyond_256")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recall:
+    """Of the values whose keys were seen before, by the class of their distance: see NAMES.
+
+    n_values: int64 [6], how many they are. hits: int64 [6], how many were predicted. nats: float64 [6], their loss,
+    summed. window: config.model.mem_len. chance: the share of hits that guessing a value has.
+    """
+
+    n_values: np.ndarray
+    hits: np.ndarray
+    nats: np.ndarray
+    window: int
+    chance: float
+
+    def numbers(self) -> dict[str, float]:
+        """Accuracy of all, and of each class that occurs, as metrics.jsonl has them."""
+        found = {"accuracy": self.hits.sum() / max(1, self.n_values.sum())}
+        found |= {f"accuracy_{name}": self.hits[k] / self.n_values[k] for k, name in self._there()}
+        return {name: float(value) for name, value in found.items()}
+
+    def _there(self) -> list[tuple[int, str]]:
+        return [(k, name) for k, name in enumerate(NAMES) if self.n_values[k]]
+
+    def table(self) -> Iterator[str]:
+        """Lines for people."""
+        yield f"{'windows since its key':>22}  {'values':>12}  {'loss':>7}  {'accuracy':>9}"
+        for k, name in self._there():
+            n = int(self.n_values[k])
+            yield f"{_words(name):>22}  {n:>12,}  {self.nats[k] / n:>7.4f}  {self.hits[k] / n:>9.2%}"
+        yield f"(a window has {self.window} tokens; guessing a value has an accuracy of {self.chance:.2%})"
+
+
+class RecallCounter:
+    """Counts what a plan's documents recall, from the losses and hits of all rows, update by update."""
+
+    def __init__(self, documents: Split, plan: PackedDocuments, update_len: int, window: int, n_values: int):
+        """window: config.model.mem_len. n_values: that the corpus draws from. Raises UserError if the store is damaged.
+        Reads all tokens of the plan once: every process knows all rows, as it knows their losses."""
+        self._update_len, self._window, self._n_values = update_len, window, n_values
+        length = -(-plan.row_len // update_len) * update_len
+        rows = (read_row(documents.tokens, plan, row, 0, length) for row in range(plan.n_rows))
+        found = np.stack([distances(row["targets"], row["doc_ids"]) for row in rows])
+        bounds = np.array(WINDOWS) * window
+        # The class of each position, and one more for all that is not counted: int8 [n_rows, length].
+        self._classes = np.where(found, np.searchsorted(bounds, found), len(NAMES)).astype(np.int8)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets what was counted."""
+        self._sums = np.zeros([3, len(NAMES)])
+
+    def add(self, step: int, losses: np.ndarray, hits: np.ndarray) -> None:
+        """Counts an update. losses, hits: [n_rows, update_len], of tokens [step * update_len, (step + 1) * update_len)
+        of every row."""
+        classes = self._classes[:, step * self._update_len : (step + 1) * self._update_len].ravel()
+        for total, weights in zip(self._sums, (np.ones_like(losses), hits, losses), strict=True):
+            total += np.bincount(classes, weights.ravel(), len(NAMES) + 1)[: len(NAMES)]
+
+    def result(self) -> Recall:
+        """What was counted since `clear`."""
+        n_values, hits, nats = self._sums
+        return Recall(n_values.astype(np.int64), hits.astype(np.int64), nats.copy(), self._window, 1 / self._n_values)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("in window", "inside the window")
+
+
+def write_recall(recall: Recall, folder: epath.Path, name: str) -> None:
+    """Writes FOLDER/NAME.tsv, a line for each class of distances, and, with matplotlib, FOLDER/NAME.png. Raises what
+    the disk or the bucket does."""
+    lines = ["windows\tvalues\tloss\taccuracy"]
+    for name_of, n, hits, nats in zip(NAMES, recall.n_values, recall.hits, recall.nats, strict=True):
+        lines.append(f"{name_of}\t{n}\t{nats / n:.6f}\t{hits / n:.6f}" if n else f"{name_of}\t0\t\t")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    if is_installed("matplotlib"):
+        _plot(recall, folder / f"{name}.png")
+        say(f"accuracy by distance since the key: {folder / name}.tsv, .png")
+    else:
+        say(f"accuracy by distance since the key: {folder / name}.tsv; a plot needs pip install -e '.[data]'")
+
+
+def _plot(recall: Recall, path: epath.Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    there = recall.n_values > 0
+    names = [_words(name) for name, is_there in zip(NAMES, there, strict=True) if is_there]
+    axes.plot(names, recall.hits[there] / recall.n_values[there], marker="o")
+    axes.axhline(recall.chance, linestyle=":", color="gray", label="guessing a value")
+    axes.set(
+        xlabel=f"windows of {recall.window} tokens since the key was seen", ylabel="accuracy of its value",
+        ylim=(0, 1.02), title=path.stem,
+    )  # fmt: skip
+    axes.legend()
+    with path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=120)
