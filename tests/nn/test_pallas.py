@@ -52,9 +52,18 @@ def test_kernels_give_what_the_plain_implementation_gives_wherever_documents_are
 
 
 @pytest.mark.slow(6)
-@pytest.mark.parametrize("agg_cache", [True, False])
-@pytest.mark.parametrize("grad_thru_cache", [True, False])
-@pytest.mark.parametrize("heads", [dict(n_head=2), dict(head_type="mqa"), dict(head_type="mha", n_head=3)], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "grad_thru_cache", "agg_cache"),
+    [  # of head types and these two settings, each pair of values
+        (dict(n_head=2), True, True),
+        (dict(n_head=2), False, False),
+        (dict(head_type="mqa"), False, True),
+        (dict(head_type="mqa"), True, False),
+        (dict(head_type="mha", n_head=3), True, True),
+        (dict(head_type="mha", n_head=3), False, False),
+    ],
+    ids=str,
+)
 def test_kernels_give_what_the_plain_implementation_gives_for_every_head_type(heads, grad_thru_cache, agg_cache):
     config = core_config(**heads, grad_thru_cache=grad_thru_cache, agg_cache=agg_cache)
     for found, expected in two_updates(config, [[5, 13], [8]]):

@@ -9,7 +9,7 @@ from tests.common import small_config
 from tvq_pod.config.settings import MeshSettings, Settings
 from tvq_pod.errors import UserError
 from tvq_pod.nn import layer_loop, trial
-from tvq_pod.nn.pallas import backward, forward, tile
+from tvq_pod.nn.pallas import forward
 from tvq_pod.parallel import attention
 from tvq_pod.parallel.attention import attention_line, check_attention, chosen, with_tried_attention
 from tvq_pod.parallel.mesh import make_mesh
@@ -84,9 +84,7 @@ def no_sums(shape, ref):
     ("where", "name", "wrong"),
     [
         (forward, "_add_leaving", no_sums),  # nothing gets into the cache
-        (backward, "_take_from_sums", lambda shape, ref, block: None),  # no gradient through it
         (layer_loop, "with_mean", lambda new_state, mean: new_state),  # the state keeps the old means
-        (tile, "NEVER", 0.0),  # no masks
     ],
 )
 def test_kernels_that_are_wrong_do_not(where, name, wrong, monkeypatch):
