@@ -1,7 +1,7 @@
 """The Transformer-VQ language model: embeddings, layers of two units, logits.
 
-The layers' parameters and states are stacked, and one lax.scan goes through them: compile time does not grow with
-depth.
+The layers' parameters and states are stacked, and one lax.scan goes through them, or the loop of layer_loop.py if the
+attention is computed by kernels: compile time does not grow with depth.
 """
 
 from typing import Any, cast
