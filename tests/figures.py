@@ -118,7 +118,6 @@ def plan(entry: dict) -> None:
         found = json.loads((pathlib.Path(workdir) / "plan.json").read_text())
     values, sizes = entry["values"], found["bytes_per_chip"]
     known = dict(
-        compile_seconds=round(found["compile_seconds"]),
         chips=found["chips"],
         tokens_per_step=found["tokens_per_step"],
         parameters=found["parameter_count"],
@@ -156,7 +155,7 @@ def sent(found: dict) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", nargs="*", metavar="NAME")
-    parser.add_argument("--jobs", type=int, default=1, help="plans at once; compile_seconds are of so many at once")
+    parser.add_argument("--jobs", type=int, default=1, help="plans at once")
     parser.add_argument("--write", action="store_true")
     arguments, figures = parser.parse_args(), load()
     asked = arguments.run

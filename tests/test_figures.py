@@ -95,7 +95,7 @@ def test_a_plans_tokens_and_steps_are_those_of_its_config(name):
         if flag.startswith("config."):
             *groups, setting = flag.split(".")[1:]
             group = config[groups[0]]
-            group[setting] = json.loads(value.lower())
+            group[setting] = value if isinstance(group[setting], str) else json.loads(value.lower())
     settings = resolve(config)
     assert values["tokens_per_step"] == settings.train.batch_size * settings.train.update_len
     assert values.get("num_steps", settings.train.num_steps) == settings.train.num_steps
