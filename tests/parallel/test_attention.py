@@ -65,7 +65,6 @@ def settings_of(**changes) -> Settings:
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(n_head=1),
         pytest.param(dict(n_head=1, dtype=jnp.bfloat16), marks=pytest.mark.slow),
         pytest.param(dict(head_type="mqa", n_head=2, remat="projections"), marks=pytest.mark.slow),
     ],
