@@ -1,7 +1,7 @@
 """Figures of speed, memory and quality that the configs, README and docs quote: each stands in docs/figures.json alone.
 
     python -m tests.figures                  says which texts quote something else
-    python -m tests.figures --run            plans all figures of plan anew, and writes them into the texts
+    python -m tests.figures --run            plans all figures anew whose names begin with "plan", and writes them
     python -m tests.figures --run NAME ...   plans those alone
     python -m tests.figures --write          writes the figures into the texts
 
@@ -45,7 +45,6 @@ def numbers(entry: dict) -> dict:
         values["step_seconds"] = seconds
         values["tokens_per_second"] = round(tokens / seconds, -3)
         values["tokens_per_chip"] = tokens / chips
-        values["tokens_per_chip_second"] = tokens / seconds / chips
         values["billion_per_hour"] = tokens / seconds * 3600 / 1e9
         values["million_per_chip_hour"] = tokens / seconds * 3600 / chips / 1e6
     if "num_steps" in values and "step_ms" in values:
