@@ -19,9 +19,10 @@ import tokenizers
 from etils import epath
 
 from tests.command import ROOT
-from tests.common import small_config, store_of
+from tests.common import store_of
+from tests.data.texts import TEXTS, settings_for
 from tests.preparing import assert_same, preparing, undisturbed
-from tvq_pod.config.settings import DataSettings, Settings
+from tvq_pod.config.settings import DataSettings
 from tvq_pod.data import encode as encode_module
 from tvq_pod.data import writer as writer_module
 from tvq_pod.data.build import make_store
@@ -32,28 +33,12 @@ from tvq_pod.data.train_vocab import train_sentencepiece
 from tvq_pod.data.vocab import ByteVocab, HuggingFaceVocab, SentencePieceVocab
 from tvq_pod.errors import UserError
 
-TEXTS = [f"the {n}th document says {n * n} and no more. " * (1 + n % 7) for n in range(60)]
-
 
 @pytest.fixture(scope="module")
 def vocab(tmp_path_factory):
     path = tmp_path_factory.mktemp("vocab") / "own.model"
     path.write_bytes(train_sentencepiece([text.encode() for text in TEXTS], 300))
     return SentencePieceVocab(path)
-
-
-@pytest.fixture
-def corpus(tmp_path):
-    (tmp_path / "corpus").mkdir()
-    for n, text in enumerate(TEXTS):
-        (tmp_path / f"corpus/{n:02d}.txt").write_text(text)
-    return tmp_path / "corpus"
-
-
-# ------------------------------------------------- settings and vocabularies
-def settings_for(corpus, **changes) -> Settings:
-    data = DataSettings(source=str(corpus), validation_share=0.2, test_share=0.1, **changes)
-    return Settings(model=small_config(n_vocab=400), data=data)
 
 
 # ------------------------------------------------- many processes

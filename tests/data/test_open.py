@@ -9,8 +9,8 @@ import pytest
 import tokenizers
 from etils import epath
 
-from tests.common import small_config, store_of
-from tvq_pod.config.settings import DataSettings, Settings
+from tests.common import store_of
+from tests.data.texts import TEXTS, settings_for
 from tvq_pod.data import store as store_module
 from tvq_pod.data import text as text_module
 from tvq_pod.data import train_vocab as train_vocab_module
@@ -20,22 +20,6 @@ from tvq_pod.data.train_vocab import train_sentencepiece
 from tvq_pod.data.vocab import ByteVocab, HuggingFaceVocab, SentencePieceVocab, decoded
 from tvq_pod.errors import UserError
 from tvq_pod.modes.prepare import train_vocab
-
-TEXTS = [f"the {n}th document says {n * n} and no more. " * (1 + n % 7) for n in range(60)]
-
-
-@pytest.fixture
-def corpus(tmp_path):
-    (tmp_path / "corpus").mkdir()
-    for n, text in enumerate(TEXTS):
-        (tmp_path / f"corpus/{n:02d}.txt").write_text(text)
-    return tmp_path / "corpus"
-
-
-# ------------------------------------------------- settings and vocabularies
-def settings_for(corpus, **changes) -> Settings:
-    data = DataSettings(source=str(corpus), validation_share=0.2, test_share=0.1, **changes)
-    return Settings(model=small_config(n_vocab=400), data=data)
 
 
 def test_a_vocabulary_is_trained_where_there_is_none_and_kept_beside_the_store(corpus, tmp_path, capsys):
