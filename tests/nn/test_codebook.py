@@ -16,7 +16,9 @@ from tvq_pod.nn.codebook import (
     codebook_average,
     ema_update,
     is_codebook,
+    n_revived,
     optimizer_labels,
+    revive,
 )
 
 GAMMA = 0.9
@@ -150,3 +152,75 @@ def test_use_without_parameters_or_on_weights_is_refused():
         average.update(sums, average.init(params), params)
     updates, _ = average.update(jax.tree.map(jnp.zeros_like, only), average.init(only), only)
     np.testing.assert_array_equal(cast(dict, updates)["quantizer"]["codebook"], 0.0)
+
+
+def revived_slowly(codebook, count, share):
+    """`revive` for one head, [S, K] and [S], one code at a time."""
+    codebook, count = codebook.astype(np.float64), count.astype(np.float64)
+    n_code, d_k = codebook.shape
+    dead = [s for s in np.argsort(count, kind="stable") if count[s] < share * count.mean()]
+    spread = [max(d_k**0.5 - code @ code, 0.0) for code in codebook]
+    alive = [s for s in range(n_code) if s not in dead]
+    costly = sorted(alive, key=lambda s: -count[s] * spread[s])
+    new_codebook, new_count = codebook.copy(), count.copy()
+    for s, source in zip(dead, costly, strict=False):
+        side = codebook[s] - codebook[source]
+        new_codebook[s] = codebook[source] + side / np.linalg.norm(side) * (spread[source] / d_k) ** 0.5
+        new_count[s] = new_count[source] = count[source] / 2
+    return new_codebook, new_count, min(len(dead), len(alive))
+
+
+@pytest.mark.parametrize("n_dead", [0, 1, 3, 4, 7])
+def test_dead_codes_divide_the_keys_of_the_costliest(n_dead):
+    """Each is divided once, so of seven dead codes one moves; heads and layers each have their own."""
+    rng = np.random.default_rng(n_dead)
+    old = dict(codebook=rng.normal(size=[3, 2, 8, 6]).astype(np.float32) * 0.4, count=np.ones([3, 2, 8], np.float32))
+    count = rng.uniform(5.0, 20.0, size=[3, 2, 8]).astype(np.float32)
+    for layer, head in np.ndindex(3, 2):
+        count[layer, head, rng.permutation(8)[:n_dead]] = rng.uniform(0.01, 0.1, size=n_dead)
+    step = dict(codebook=rng.normal(size=[3, 2, 8, 6]).astype(np.float32) * 0.01, count=count - 1)
+    after = cast(dict, optax.apply_updates(old, revive(old, step, share=0.1)))
+    for at in np.ndindex(3, 2):
+        codebook, counts, n_moved = revived_slowly(
+            *(old[n][at] + step[n][at] for n in ("codebook", "count")), share=0.1
+        )
+        np.testing.assert_allclose(after["codebook"][at], codebook, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(after["count"][at], counts, rtol=1e-5)
+        assert n_revived(count, 0.1)[at] == n_moved == min(n_dead, 8 - n_dead)
+
+
+def test_codes_that_do_not_move_step_as_without_revival_bit_for_bit():
+    rng = np.random.default_rng(0)
+    old, step = (
+        dict(codebook=rng.normal(size=[5, 3]).astype(np.float32), count=count) for count in np.ones([2, 5], np.float32)
+    )
+    old["count"] = np.array([9.0, 9.0, 0.0, 8.0, 7.0], np.float32)
+    after = revive(old, step, share=0.5)
+    assert n_revived(old["count"] + step["count"], 0.5) == 1
+    same = np.asarray(after["count"] == step["count"])
+    assert same.sum() == 3
+    assert not same[2]
+    np.testing.assert_array_equal(np.asarray(after["codebook"])[np.arange(5) != 2], step["codebook"][np.arange(5) != 2])
+
+
+def test_with_revival_all_codes_come_into_use():
+    """Keys lie in a narrow cone, as those of a new model do: one code is nearest to nearly all of them."""
+    rng = np.random.default_rng(1)
+    keys = rng.normal(size=[512, 8]) * 0.2 + np.eye(8)[0]
+    keys = (keys / np.linalg.norm(keys, axis=-1, keepdims=True) * 8**0.25).astype(np.float32)
+
+    def used_after_updates(share):
+        params = dict(
+            quantizer=dict(codebook=rng.normal(size=[1, 16, 8]).astype(np.float32), count=np.ones([1, 16], np.float32))
+        )
+        average = codebook_average(0.9, share)
+        for _ in range(60):
+            distances = ((keys[:, None] - params["quantizer"]["codebook"][0]) ** 2).sum(axis=-1)
+            onehot = np.eye(16, dtype=np.float32)[distances.argmin(axis=1)]
+            sums = dict(quantizer=dict(codebook=(onehot.T @ keys)[None], count=onehot.sum(axis=0)[None]))
+            updates, _ = average.update(sums, optax.EmptyState(), params)
+            params = jax.tree.map(lambda old, step: np.asarray(old + step, np.float32), params, updates)
+        return (onehot.sum(axis=0) > 0).sum()
+
+    assert used_after_updates(0.0) < 8
+    assert used_after_updates(0.1) == 16

@@ -30,6 +30,7 @@ MAY_CHANGE = {
     "p_droplyr": "only training drops",
     "c_beta": "a weight of the training loss",
     "c_gamma": "the decay of a moving average that only training moves",
+    "c_revive": "moves codes, which only training does",
     "is_train": "the mode decides",
 }
 # Entries that the first checkpoints do not have, with the values that held then.

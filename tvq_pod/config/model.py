@@ -88,6 +88,9 @@ class TransformerConfig:
     """Weight of the commit loss."""
     c_gamma: Fraction = 0.99
     """Decay of the codebook's moving average, per update."""
+    c_revive: Fraction = 0.0
+    """After each update, codes whose moving average is below this share of their head's mean move to where codes stand
+    for too much, and divide their keys; 0: never. 0.1 keeps nearly all codes in use."""
     is_train: bool = False
     """Dropout is on. The mode decides, so it is not in config files."""
 

@@ -7,10 +7,12 @@ Codes follow an exponential moving average (EMA) of the keys that chose them (Tr
     c_s <- (g N_s c_s + (1 - g) sum of the keys with shortcode s) / N_s
 
 with n_s the number of keys of the update, over the whole global batch, whose shortcode is s, and g = `c_gamma`.
-A code with n_s = 0 keeps its place exactly. The sums stand in the gradient's tree, at the codebook's own place (see
-vq.py), if `l_codebook` is part of the loss. An optimizer for a model that has VQAttention somewhere in it:
+A code with n_s = 0 keeps its place exactly, unless `revive` moves it. The sums stand in the gradient's tree, at the
+codebook's own place (see vq.py), if `l_codebook` is part of the loss. An optimizer for a model that has VQAttention
+somewhere in it:
 
-    optax.multi_transform({WEIGHTS: optax.adamw(1e-3), CODEBOOK: codebook_average(config.c_gamma)}, optimizer_labels)
+    codes = codebook_average(config.c_gamma, config.c_revive)
+    optax.multi_transform({WEIGHTS: optax.adamw(1e-3), CODEBOOK: codes}, optimizer_labels)
 
 Clipping and weight decay belong inside the transformation for the weights. The sums are not gradients, and are far
 larger: a global norm of both would be that of the sums.
@@ -41,16 +43,69 @@ def ema_update(quantizer_params: Mapping, sums: Mapping, gamma: float) -> dict:
     """
     codebook, count = quantizer_params["codebook"], quantizer_params["count"]
     key_sums, n = sums["codebook"], sums["count"]
-    new_count = jnp.maximum(gamma * count + (1.0 - gamma) * n, MIN_COUNT)
+    new_count = ema_count(count, n, gamma)
     # Written as a step from the old place, and not as the new place minus the old: so nothing of it is rounded away.
     step = (1.0 - gamma) * (key_sums - n[..., None] * codebook) / new_count[..., None]
     return dict(codebook=step, count=new_count - count)
 
 
-def codebook_average(gamma: float) -> optax.GradientTransformation:
+def ema_count(count: jax.Array, n: jax.Array, gamma: float) -> jax.Array:
+    """The moving average N of `ema_update` after an update with n keys of each code, float32 [..., S]."""
+    return jnp.maximum(gamma * count + (1.0 - gamma) * n, MIN_COUNT)
+
+
+def revive(quantizer_params: Mapping, step: Mapping, share: float) -> dict:
+    """Moves each dead code next to a code that stands for too much, so that the two divide its keys: the splitting of
+    Linde, Buzo & Gray (IEEE Transactions on Communications, 1980).
+
+    quantizer_params: codebook [..., S, K] and count [..., S], float32; leading axes are heads, layers. step: what an
+    update adds to them (see `ema_update`). share: a code is dead if its new count is below this share of the mean over
+    its head's codes. Returns the step with the moves in it. Other codes' steps are as they were, bit for bit.
+
+    Keys have squared norm sqrt(K), and a code is the mean of its keys, so sqrt(K) - |c|^2 is their mean squared
+    distance from it, and N (sqrt(K) - |c|^2) is what quantizing them costs. The dead code with the lowest count goes to
+    the code with the highest cost, the next to the next, until no code is left to divide. It lands one standard
+    deviation (along one axis) away from that code, on its own side of it, and takes half of its count. Nothing is
+    random, and nothing depends on the mesh.
+    """
+    codebook, count = (quantizer_params[name] + step[name] for name in ("codebook", "count"))
+    d_k = codebook.shape[-1]
+    dead = count < share * jnp.mean(count, axis=-1, keepdims=True)
+    spread = jnp.maximum(d_k**0.5 - jnp.sum(jnp.square(codebook), axis=-1), 0.0)
+    by_cost = jnp.argsort(jnp.where(dead, -1.0, count * spread), axis=-1, descending=True)
+    rank = _ranks(jnp.argsort(jnp.where(dead, count, jnp.inf), axis=-1))
+    n_moved = n_revived(count, share)[..., None]
+    moves, divided = rank < n_moved, _ranks(by_cost) < n_moved
+    source = jnp.take_along_axis(by_cost, rank, axis=-1)  # of each code, if it moves
+
+    place = jnp.take_along_axis(codebook, source[..., None], axis=-2)
+    side = codebook - place
+    side /= jnp.maximum(jnp.linalg.norm(side, axis=-1, keepdims=True), 1e-6)
+    place += side * jnp.sqrt(jnp.take_along_axis(spread, source, axis=-1) / d_k)[..., None]
+    halves = 0.5 * jnp.where(moves, jnp.take_along_axis(count, source, axis=-1), count)
+    return dict(
+        codebook=jnp.where(moves[..., None], place - quantizer_params["codebook"], step["codebook"]),
+        count=jnp.where(moves | divided, halves - quantizer_params["count"], step["count"]),
+    )
+
+
+def n_revived(count: jax.Array, share: float) -> jax.Array:
+    """How many codes `revive` moves, int32 [...], given the new counts [..., S]."""
+    dead = count < share * jnp.mean(count, axis=-1, keepdims=True)
+    n_dead = jnp.sum(dead, axis=-1)
+    return jnp.minimum(n_dead, count.shape[-1] - n_dead)
+
+
+def _ranks(order: jax.Array) -> jax.Array:
+    """The inverse of a permutation along the last axis."""
+    return jnp.argsort(order, axis=-1)
+
+
+def codebook_average(gamma: float, revive_below: float = 0.0) -> optax.GradientTransformation:
     """Returns the transformation of every quantizer's leaves: sums in, `ema_update` out. It keeps no state.
 
-    gamma: decay of the average, per update. The transformation takes trees of quantizers alone, which is what
+    gamma: decay of the average, per update. revive_below: share of the mean count below which `revive` moves a code; 0:
+    none is moved. The transformation takes trees of quantizers alone, which is what
     `optax.multi_transform` gives it; `update` needs the parameters, and raises ValueError without them, or if there are
     leaves that are not a quantizer's.
     """
@@ -65,7 +120,8 @@ def codebook_average(gamma: float) -> optax.GradientTransformation:
                     "codebook_average: was given weights too; combine it with the weights' optimizer by "
                     "optax.multi_transform and optimizer_labels"
                 )
-            return ema_update(quantizer_params, sums, gamma)
+            step = ema_update(quantizer_params, sums, gamma)
+            return revive(quantizer_params, step, revive_below) if revive_below else step
 
         return jax.tree.map(of_quantizer, updates, params, is_leaf=_is_quantizer), state
 

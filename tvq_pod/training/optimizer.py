@@ -53,7 +53,9 @@ def learning_rate(settings: OptimizerSettings, num_steps: int, step: int) -> flo
     return settings.learning_rate * float(jnp.asarray(schedule(settings, num_steps)(step)))
 
 
-def make_optimizer(settings: OptimizerSettings, num_steps: int, c_gamma: float) -> optax.GradientTransformation:
+def make_optimizer(
+    settings: OptimizerSettings, num_steps: int, c_gamma: float, c_revive: float = 0.0
+) -> optax.GradientTransformation:
     """Returns the transformation of gradients into what `optax.apply_updates` adds to the parameters.
 
     With g the gradient, clipped by its global norm, a the learning rate and s the schedule's share, a weight w becomes
@@ -61,14 +63,14 @@ def make_optimizer(settings: OptimizerSettings, num_steps: int, c_gamma: float) 
         w - s a direction(g) - weight_decay w
 
     Neither the direction, the learning rate nor the schedule scales the decay. Vectors (gains, biases, scales) are not
-    decayed. Codebooks follow their moving average, of decay c_gamma (see nn/codebook.py); neither the clipping's norm
-    nor anything else of the weights' chain sees them.
+    decayed. Codebooks follow their moving average, of decay c_gamma, and codes are revived below a share c_revive of the
+    mean count (see nn/codebook.py); neither the clipping's norm nor anything else of the weights' chain sees them.
 
     Only the weights' chain has a state, so it alone is the state here, with a `MaskedNode` at each codebook leaf. That
     is the form that checkpoints have had since before the codebooks' average was part of the transformation.
     """
     both = optax.multi_transform(
-        {WEIGHTS: _weights_chain(settings, num_steps), CODEBOOK: codebook_average(c_gamma)}, optimizer_labels
+        {WEIGHTS: _weights_chain(settings, num_steps), CODEBOOK: codebook_average(c_gamma, c_revive)}, optimizer_labels
     )
     no_state = optax.MaskedState(inner_state=optax.EmptyState())  # of the codebooks
 

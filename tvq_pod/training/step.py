@@ -18,9 +18,9 @@ from tvq_pod.config.settings import Settings
 from tvq_pod.data import digest
 from tvq_pod.host.terminal import say
 from tvq_pod.nn.axes import placed_by
-from tvq_pod.nn.codebook import DEAD_COUNT, codebook_counts, is_codebook
+from tvq_pod.nn.codebook import DEAD_COUNT, codebook_counts, ema_count, is_codebook, n_revived
 from tvq_pod.nn.model import Transformer
-from tvq_pod.nn.types import VQSpec
+from tvq_pod.nn.types import TransformerConfig, VQSpec
 from tvq_pod.nn.vq import code_metrics
 from tvq_pod.parallel.attention import attention_line
 from tvq_pod.parallel.mesh import compiler_options
@@ -73,7 +73,8 @@ def _train_state_of(params: dict, settings: Settings) -> TrainState:
 
 
 def _optimizer_of(settings: Settings) -> optax.GradientTransformation:
-    return make_optimizer(settings.optimizer, settings.train.num_steps, settings.model.c_gamma)
+    model = settings.model
+    return make_optimizer(settings.optimizer, settings.train.num_steps, model.c_gamma, model.c_revive)
 
 
 def initial_recurrent(settings: Settings) -> dict:
@@ -132,8 +133,8 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh):
     """The compiled step: (TrainState, batch) -> (TrainState, metrics); the TrainState given is donated.
 
     batch: see `Feed.batches`. metrics: float32 scalars: loss (nats a token, of the predictions alone), l_commit,
-    grad_norm, learning_rate; those of `code_report`; n_bad, int32: bad steps in a row, this one included, none of them
-    applied (see bad_steps.py); digest, uint32 [2].
+    grad_norm, learning_rate; those of `code_report` and `revival_report`; n_bad, int32: bad steps in a row, this one
+    included, none of them applied (see bad_steps.py); digest, uint32 [2].
     """
     optimizer = _optimizer_of(settings)
     share = schedule(settings.optimizer, settings.train.num_steps)
@@ -148,7 +149,8 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh):
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast(dict, optax.apply_updates(state.params, updates))
-        metrics |= code_report(grads, params) | dict(grad_norm=grad_norm(grads))
+        metrics |= code_report(grads, params) | revival_report(grads, state.params, settings.model)
+        metrics["grad_norm"] = grad_norm(grads)
         metrics["learning_rate"] = settings.optimizer.learning_rate * share(state.step)
         good, known = bad_steps.judge(state.bad_steps, metrics, codebook_sums(grads), settings.bad_steps)
         read_before = initial_recurrent(settings) if settings.bad_steps.forget_state else state.recurrent
@@ -239,6 +241,16 @@ def code_report(grads: dict, params: dict) -> dict:
         return {}
     dead = jnp.mean((averages < DEAD_COUNT).astype(jnp.float32), axis=(-2, -1))
     return code_metrics(used) | dict(dead_codes=dead, code_count_max=jnp.max(averages, axis=(-2, -1)))
+
+
+def revival_report(grads: dict, params: dict, config: TransformerConfig) -> dict:
+    """revived_codes, float32 for every unit: how many dead codes this update moves; nothing if none ever is. params:
+    those before the update."""
+    used, averages = codebook_counts(grads), codebook_counts(params)
+    if not config.c_revive or used is None or averages is None:
+        return {}
+    n_moved = n_revived(ema_count(averages, used, config.c_gamma), config.c_revive)
+    return dict(revived_codes=jnp.sum(n_moved, axis=-1).astype(jnp.float32))
 
 
 def grad_norm(grads: dict) -> jax.Array:
