@@ -63,8 +63,8 @@ def make_optimizer(
         w - s a direction(g) - weight_decay w
 
     Neither the direction, the learning rate nor the schedule scales the decay. Vectors (gains, biases, scales) are not
-    decayed. Codebooks follow their moving average, of decay c_gamma, and codes are revived below a share c_revive of the
-    mean count (see nn/codebook.py); neither the clipping's norm nor anything else of the weights' chain sees them.
+    decayed. Codebooks follow their moving average, of decay c_gamma, and are revived below a share c_revive of the
+    mean count (see nn/codebook.py). Neither the clipping's norm nor anything else of the weights' chain sees them.
 
     Only the weights' chain has a state, so it alone is the state here, with a `MaskedNode` at each codebook leaf. That
     is the form that checkpoints have had since before the codebooks' average was part of the transformation.
