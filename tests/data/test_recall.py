@@ -167,3 +167,25 @@ def test_a_store_says_how_its_documents_were_generated(tmp_path):
     mixture = Mixture.open(f"{data.store}=1,{other.store}=1")
     assert mixture.recall_values == 32
     assert mixture.meta["splits"]["validation"]["n_documents"] == 6
+
+
+def test_documents_to_train_on_have_smaller_sizes_too_with_as_many_tokens_in_each():
+    changes = dict(source="recall", recall_smaller=3, recall_bytes=1024, recall_pairs=16)
+    sizes = [(len(text), n_keys(text)) for text in texts("train", recall_documents=3000, **changes)]
+    assert set(sizes) == {(1024, 16), (512, 8), (256, 4), (128, 2)}
+    shares = [sum(n_bytes for n_bytes, _ in sizes if n_bytes == n) for n in (1024, 512, 256, 128)]
+    np.testing.assert_allclose(np.array(shares) / sum(shares), 0.25, atol=0.04)  # the largest: 200 documents +- 14
+    for split in ("validation", "test"):
+        assert texts(split, **changes) == texts(split, **changes | dict(recall_smaller=0))
+
+
+def n_keys(text: bytes) -> int:
+    return len(set(text[::2]))
+
+
+def test_the_smallest_documents_still_ask_for_a_pair():
+    for text in texts(
+        "train", source="recall", recall_smaller=9, recall_bytes=64, recall_pairs=8, recall_documents=100
+    ):
+        assert len(text) >= 6
+        assert 2 <= n_keys(text) < len(text) // 2

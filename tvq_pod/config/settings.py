@@ -63,6 +63,9 @@ class DataSettings:
     """recall, passkey: keys that the documents draw theirs from."""
     recall_values: Annotated[int, Ge(2), Le(32)] = 32
     """recall, passkey: values that the documents draw theirs from; each is a byte."""
+    recall_smaller: Annotated[int, Ge(0), Le(16)] = 0
+    """recall: smaller sizes that documents to train on have, too, each with half the pairs and bytes of the one before.
+    A model learns to recall from the small ones, and then from the large ones, which alone teach it next to nothing."""
     recall_key_bytes: Annotated[int, Ge(1), Le(2)] = 1
     """recall, passkey: length of a key."""
     recall_seed: Seed = 0

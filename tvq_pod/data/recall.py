@@ -11,6 +11,7 @@ the same bytes on every machine, and no two splits share random numbers.
 """
 
 import bisect
+import dataclasses
 import hashlib
 import itertools
 import string
@@ -37,8 +38,21 @@ def recall(data: DataSettings) -> Documents:
     in max(2, N / K) pairs it is a key of the half that was not seen for longest, and each of them is equally likely.
     Otherwise it is one of the other half, with a probability in proportion to 1 / (rank + 1). So some keys wait for
     most of the document, and every distance up to there occurs.
+
+    With `recall_smaller`, documents to train on have several sizes, and each size has about as many tokens.
     """
-    return (Document(name, _recall_text(data, draws), split) for split, name, draws in _each(data, "recall"))
+    for split, name, draws in _each(data, "recall"):
+        sized = _of_some_size(data, draws) if data.recall_smaller and split == "train" else data
+        yield Document(name, _recall_text(sized, draws), split)
+
+
+def _of_some_size(data: DataSettings, draws: "_Draws") -> DataSettings:
+    """The settings of one document. Its size is halved n times, n <= recall_smaller, with a probability in proportion
+    to 2 ** n; no document has less than two pairs, or too few bytes to ask for one."""
+    halvings = (1 + draws.below(2 ** (data.recall_smaller + 1) - 1)).bit_length() - 1
+    n_pairs = max(min(2, data.recall_pairs), data.recall_pairs >> halvings)
+    n_bytes = max((n_pairs + 1) * (data.recall_key_bytes + 1), data.recall_bytes >> halvings)
+    return dataclasses.replace(data, recall_pairs=n_pairs, recall_bytes=n_bytes)
 
 
 def _recall_text(data: DataSettings, draws: "_Draws") -> bytes:
