@@ -9,6 +9,7 @@ import pytest
 from tvq_pod.config.resolve import default_config, resolve
 from tvq_pod.config.settings import KEY_LETTERS, DataSettings
 from tvq_pod.data import recall
+from tvq_pod.data import store as store_module
 from tvq_pod.data.build import make_store
 from tvq_pod.data.corpora import documents
 from tvq_pod.data.mixture import Mixture
@@ -167,6 +168,20 @@ def test_a_store_says_how_its_documents_were_generated(tmp_path):
     mixture = Mixture.open(f"{data.store}=1,{other.store}=1")
     assert mixture.recall_values == 32
     assert mixture.meta["splits"]["validation"]["n_documents"] == 6
+
+
+def test_a_store_made_before_there_were_smaller_documents_has_none(tmp_path, monkeypatch):
+    data = dataclasses.replace(SMALL, source="recall", store=str(tmp_path / "store"))
+    with monkeypatch.context() as before:
+        before.setattr(store_module, "RECALL_MADE_WITH", set(store_module.RECALL_MADE_WITH) - {"recall_smaller"})
+        made = make_store(data.store, lambda: documents(data), ByteVocab(), data)
+    assert "recall_smaller" not in made.meta["made_with"]
+    config = default_config()
+    config.data.update(dataclasses.asdict(data))
+    open_store(resolve(config), tmp_path)
+    config.data.recall_smaller = 2
+    with pytest.raises(UserError, match=r"config.data.recall_smaller=2: the store .* was prepared with 0"):
+        open_store(resolve(config), tmp_path)
 
 
 def test_documents_to_train_on_have_smaller_sizes_too_with_as_many_tokens_in_each():

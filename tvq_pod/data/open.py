@@ -97,6 +97,8 @@ def words_of(store: TokenStore | Mixture, split: str) -> int:
 def _check_same_corpus(data: DataSettings, store: TokenStore) -> None:
     there = {name: store.meta[name] for name in ("source", "validation_share", "test_share") if name in store.meta}
     there |= store.meta["made_with"]
+    if "recall_bytes" in there:
+        there = dict(recall_smaller=0) | there  # the first such stores don't say it
     for name, value in (dict(vocab=store.vocab_name) | there).items():
         given = _vocab_name(data, store) if name == "vocab" else getattr(data, name)
         if given != value:

@@ -29,7 +29,7 @@ from tvq_pod.host.paths import BUCKET, is_bucket
 MADE_WITH = ("source", "format", "text_field", "glob", "invalid_utf8", "validation_share", "test_share")
 RECALL_MADE_WITH = (  # the same, of a generated corpus
     *("recall_documents", "recall_held_out", "recall_bytes", "recall_pairs", "recall_keys", "recall_values"),
-    *("recall_key_bytes", "recall_seed"),
+    *("recall_key_bytes", "recall_smaller", "recall_seed"),
 )
 SPLITS = ("train", "validation", "test")
 FORMAT = 2
