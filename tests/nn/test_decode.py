@@ -14,7 +14,7 @@ from tvq_pod.nn.model import Transformer
 STEPS, START = 40, 13
 
 KINDS = dict(
-    shga=(3, dict(window_bias=2.0, pe_abs=True)),
+    shga=(3, dict(window_bias=2.0, pe_abs=True, temperature="learned")),
     one_head=(1, dict(n_head=1, e_tie=True, e_norm=False, e_scale=0.3, mem_len=1, n_layer=2)),
     mqa=(1, dict(head_type="mqa", mem_len=17, n_head=4)),
     mha=(3, dict(head_type="mha", agg_cache=False)),

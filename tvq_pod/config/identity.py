@@ -12,7 +12,7 @@ STATE_VERSIONS = dict(adamw="1", lion="1", adafactor="2")
 # Fields of TransformerConfig that change the shape of a parameter or of the state, or the function that the model is.
 MODEL_IDENTITY = (
     *("d_model", "d_k", "d_v", "n_head", "n_code", "n_layer", "n_vocab", "mem_len", "agg_cache", "d_ff"),
-    *("window_bias", "attn_type", "head_type", "pe_abs", "e_tie", "e_norm", "e_scale"),
+    *("window_bias", "temperature", "attn_type", "head_type", "pe_abs", "e_tie", "e_norm", "e_scale"),
 )
 # Fields that a run keeps, and in which an evaluation or a sample may differ.
 RUN_IDENTITY = ("dtype", "param_dtype")
@@ -34,7 +34,7 @@ MAY_CHANGE = {
     "is_train": "the mode decides",
 }
 # Entries that the first checkpoints do not have, with the values that held then.
-LATER = {"config.model.window_bias": "0.0", OPTIMIZER_STATE: "1"}
+LATER = {"config.model.window_bias": "0.0", "config.model.temperature": "fixed", OPTIMIZER_STATE: "1"}
 
 
 def model_record(settings: Settings, vocab_name: str) -> dict[str, str]:

@@ -38,6 +38,9 @@ class TransformerConfig:
     window_bias: NonNegativeFloat = 0.0
     """Added to the scores of keys up to M back; 0: as in the paper. All keys are alike to a new model, so in a long
     document it hardly sees what is near, and learns to see it late; with 8, it does so soon."""
+    temperature: Literal["fixed", "learned"] = "fixed"
+    """learned: queries are scaled by a learned factor for each head, 1 at first. A query and a key have a product of at
+    most sqrt(d_k) otherwise, and one key among more than e ** sqrt(d_k) others can't have most of the weight."""
     agg_cache: bool = True
     """Attend to the cache. False: attention ends with the window."""
     grad_thru_cache: bool = True

@@ -9,7 +9,7 @@ query q_i and the keys j <= i of its document, with d = i - j,
 
 since a key farther than M contributes only through its code. So the answer does not depend on how tokens are cut into
 blocks, only on M, the reach of the relative bias. With `agg_cache` off, attention itself ends at d = M. In the paper
-`window_bias` is 0.
+`window_bias` is 0. With a learned temperature, q_i has a factor for each head.
 
 This file has the projections and the module. What it is made of: window.py cuts an update into blocks and finds the
 window of each, cache.py counts what has left it, state.py carries both from update to update, vq.py quantizes keys,
@@ -26,6 +26,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from tvq_pod.nn import state as states
 from tvq_pod.nn.attend import Places, Sources, attend
@@ -57,8 +58,8 @@ class VQAttention(nn.Module):
     Our own model uses `initial_state`, `blocks` and, to decode, `biases`. `__call__` is for other models (see
     docs/library.md). What exists for the contract alone comes last, under a heading that says so.
 
-    Parameters: norm, w_q, w_k, w_v, w_g (shga), w_o, w_r, u, v and quantizer; all but the quantizer's have
-    `param_dtype`.
+    Parameters: norm, w_q, w_k, w_v, w_g (shga), w_o, w_r, u, v, log_sharpness (with a learned temperature) and
+    quantizer; all but the quantizer's have `param_dtype`.
     """
 
     config: TransformerConfig
@@ -77,6 +78,9 @@ class VQAttention(nn.Module):
         bias_init = with_names(nn.initializers.zeros, "heads", "key")
         self.u = self.param("u", bias_init, (c.n_head, c.d_k), c.param_dtype)
         self.v = self.param("v", bias_init, (c.n_head, c.d_k), c.param_dtype)
+        if c.temperature == "learned":
+            log_init = with_names(nn.initializers.zeros, "heads")
+            self.log_sharpness = self.param("log_sharpness", log_init, (c.n_head,), c.param_dtype)
         self.quantizer = VectorQuantizer(c) if c.attn_type == "vq" else None
         self.drop_sin = Dropout(c.p_dropsin, "timeless", c.is_train)
 
@@ -141,6 +145,8 @@ class VQAttention(nn.Module):
         if they are known) and quantized too; biases; losses."""
         scale = self.config.d_k**-0.25
         q, k = self.key_norm(q) * scale, self.key_norm(k) * scale
+        if self.config.temperature == "learned":
+            q *= sharpness(self.log_sharpness, q.dtype)[None, None, :, None, None]
         if self.quantizer is None:
             keys = dict(k=k, losses=dict(l_commit=jnp.zeros([]), l_codebook=jnp.zeros([]), metrics={}))
         else:
@@ -249,6 +255,11 @@ class VQAttention(nn.Module):
     def get_agg_biases(counts: jax.Array) -> jax.Array:
         """`log_counts` (cache.py), by the contract's name."""
         return log_counts(counts)
+
+
+def sharpness(log_sharpness: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """What the queries of each head are scaled by with a learned temperature, [Q], of its logarithm."""
+    return jnp.exp(log_sharpness.astype(jnp.float32)).astype(dtype)
 
 
 def grouped(q: jax.Array, config: TransformerConfig) -> jax.Array:

@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tvq_pod.nn.attn import VQAttention
+from tvq_pod.nn.attn import VQAttention, sharpness
 from tvq_pod.nn.cache import NO_DOC, log_counts
 from tvq_pod.nn.layers import RMSNorm, sinusoids
 from tvq_pod.nn.model import embed
@@ -60,6 +60,9 @@ def _attention_weights(params: dict, config: TransformerConfig) -> dict:
         v=biases["v"].reshape(c.n_key_head, -1, c.d_k),
         r=biases["r"][:, ::-1],  # the farthest first
     )
+    if c.temperature == "learned":
+        factors = sharpness(params["log_sharpness"], c.dtype)
+        weights["sharpness"] = factors.reshape(1, c.n_key_head, -1, 1)
     if c.attn_type == "vq":
         codebook = params["quantizer"]["codebook"]
         weights |= dict(codebook=codebook, codes=biases["codes"])
@@ -211,6 +214,8 @@ def _attention(weights: dict, state: dict, x: jax.Array, docs: _Documents, c: Tr
     q, k, v, gate = jnp.split(joined, [widths[0], sum(widths[:2]), sum(widths)], axis=-1)
     q = _norm(None, q.reshape(n_rows, n_head, -1, c.d_k), c) * scale
     k = _norm(None, k.reshape(n_rows, n_head, c.d_k), c) * scale
+    if c.temperature == "learned":
+        q *= weights["sharpness"]
     v = v.reshape(n_rows, n_head, c.d_v)
     if c.head_type == "shga":
         v, gate = nn.silu(v), nn.silu(gate)
