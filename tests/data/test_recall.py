@@ -185,10 +185,10 @@ def test_a_store_made_before_there_were_smaller_documents_has_none(tmp_path, mon
 
 
 def test_documents_to_train_on_have_smaller_sizes_too_with_as_many_tokens_in_each():
-    changes = dict(source="recall", recall_smaller=3, recall_bytes=1024, recall_pairs=16)
+    changes = dict(source="recall", recall_smaller=3, recall_bytes=256, recall_pairs=16)
     sizes = [(len(text), n_keys(text)) for text in texts("train", recall_documents=3000, **changes)]
-    assert set(sizes) == {(1024, 16), (512, 8), (256, 4), (128, 2)}
-    shares = [sum(n_bytes for n_bytes, _ in sizes if n_bytes == n) for n in (1024, 512, 256, 128)]
+    assert set(sizes) == {(256, 16), (128, 16), (64, 8), (32, 4)}
+    shares = [sum(n_bytes for n_bytes, _ in sizes if n_bytes == n) for n in (256, 128, 64, 32)]
     np.testing.assert_allclose(np.array(shares) / sum(shares), 0.25, atol=0.04)  # the largest: 200 documents +- 14
     for split in ("validation", "test"):
         assert texts(split, **changes) == texts(split, **changes | dict(recall_smaller=0))

@@ -64,10 +64,8 @@ class DataSettings:
     recall_values: Annotated[int, Ge(2), Le(32)] = 32
     """recall, passkey: values that the documents draw theirs from; each is a byte."""
     recall_smaller: Annotated[int, Ge(0), Le(16)] = 0
-    """recall: smaller sizes that documents to train on have, too, each with half the pairs and bytes of the one before.
-    A model learns to recall from the small ones, and then from the large ones, which alone teach it next to nothing."""
-    recall_key_bytes: Annotated[int, Ge(1), Le(2)] = 1
-    """recall, passkey: length of a key."""
+    """recall: documents to train on have this many smaller lengths, too: half of recall_bytes, a quarter, and so on,
+    and as many of the pairs as fit in four times. A model learns to recall from the short ones."""
     recall_seed: Seed = 0
     """recall, passkey: seed of the documents."""
     prepare_processes: NonNegativeInt = 0

@@ -47,12 +47,13 @@ def recall(data: DataSettings) -> Documents:
 
 
 def _of_some_size(data: DataSettings, draws: "_Draws") -> DataSettings:
-    """The settings of one document. Its size is halved n times, n <= recall_smaller, with a probability in proportion
-    to 2 ** n; no document has less than two pairs, or too few bytes to ask for one."""
+    """The settings of one document. Its length is halved n times, n <= recall_smaller, with a probability in proportion
+    to 2 ** n. It has as many of the pairs as fit in four times, but two at least."""
     halvings = (1 + draws.below(2 ** (data.recall_smaller + 1) - 1)).bit_length() - 1
-    n_pairs = max(min(2, data.recall_pairs), data.recall_pairs >> halvings)
-    n_bytes = max((n_pairs + 1) * (data.recall_key_bytes + 1), data.recall_bytes >> halvings)
-    return dataclasses.replace(data, recall_pairs=n_pairs, recall_bytes=n_bytes)
+    pair_bytes = data.recall_key_bytes + 1
+    n_bytes = data.recall_bytes >> halvings
+    n_pairs = min(data.recall_pairs, max(2, n_bytes // (4 * pair_bytes)))
+    return dataclasses.replace(data, recall_pairs=n_pairs, recall_bytes=max((n_pairs + 1) * pair_bytes, n_bytes))
 
 
 def _recall_text(data: DataSettings, draws: "_Draws") -> bytes:
