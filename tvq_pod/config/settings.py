@@ -66,6 +66,8 @@ class DataSettings:
     recall_smaller: Annotated[int, Ge(0), Le(16)] = 0
     """recall: documents to train on have this many smaller lengths, too: half of recall_bytes, a quarter, and so on,
     and as many of the pairs as fit in four times. A model learns to recall from the short ones."""
+    recall_key_bytes: Annotated[int, Ge(1), Le(2)] = 1
+    """recall, passkey: length of a key."""
     recall_seed: Seed = 0
     """recall, passkey: seed of the documents."""
     prepare_processes: NonNegativeInt = 0
