@@ -63,7 +63,7 @@ class Dumps:
         atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
         before = os.environ.get(_FLAGS)
         ours = f"--xla_jf_dump_to={self._folder} --xla_jf_dump_llo_text=true"
-        os.environ[_FLAGS] = f"{before or ''} {ours} --xla_jf_dump_llo_pass_label_regex=final_bundles".strip()
+        os.environ[_FLAGS] = f"{before or ''} {ours} --xla_jf_dump_llo_pass_label_regex=^final_bundles$".strip()
         try:
             yield
         finally:  # a process that this one starts has no business in the folder
