@@ -57,6 +57,34 @@ def test_operations_without_a_schedule_count_their_traffic_and_are_named():
     assert unsure.cycles_by_source()["forward two"] == 70
 
 
+def test_operations_in_vmem_without_a_schedule_are_named_though_they_take_no_time_by_their_traffic():
+    entry = f"""  ROOT %f1 = f32[500]{{0:S(1)}} fusion(%v), kind=kLoop, calls=%big, {named("one")}"""
+    assert roofline(entry).cycles == 0
+    assert roofline(entry).without_bundles() == {"forward one": 1}
+    assert roofline(entry, dict(f1=Count(70, 9, True))).without_bundles() == {}
+
+
+def test_what_is_started_and_ends_later_counts_once_where_it_starts():
+    """A fusion that is started, in both forms that XLA writes, against the same fusion run at once."""
+    wrapper = f"""%wrapped (w: f32[500]) -> f32[500] {{
+  %w = f32[500]{{0}} parameter(0)
+  ROOT %f2 = f32[500]{{0}} fusion(%w), kind=kLoop, calls=%big, {named("one")}
+}}
+"""
+    started = "((f32[500]{0}), f32[500]{0}, s32[]{:S(2)})"
+    at_once = roofline(f"  ROOT %f2 = f32[500]{{0}} fusion(%x), kind=kLoop, calls=%big, {named('one')}")
+    short = f"""  %f2 = {started} fusion-start(%x), kind=kLoop, calls=%big, {named("one")}
+  ROOT %d = f32[500]{{0}} fusion-done(%f2)"""
+    long = f"""  %s = {started} async-start(%x), calls=%wrapped
+  %u = {started} async-update(%s)
+  ROOT %d = f32[500]{{0}} async-done(%u)"""
+    for entry in (short, long):
+        found = roofline(entry, computations=wrapper)
+        assert found.cycles_by_source() == at_once.cycles_by_source() == {"forward one": pytest.approx(400)}
+        assert found.without_bundles() == {"forward one": 1}
+        assert roofline(entry, dict(f2=Count(900, 9, True)), wrapper).cycles == 900
+
+
 LOOP = """
 %body (s: (s32[], f32[500])) -> (s32[], f32[500]) {
   %s = (s32[]{:S(6)}, f32[500]{0}) parameter(0)

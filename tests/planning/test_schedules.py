@@ -56,22 +56,25 @@ def test_equal_operations_share_a_schedule_and_others_do_not():
 def test_a_folder_of_dumps_is_read_once_and_goes(monkeypatch):
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--of_the_user=1")
     dumps = Dumps()
-    assert dumps.take() == {}
+    assert dumps.take({"fusion.1"}) == {}
     with dumps.asked_for():
         flags = dict(flag.removeprefix("--").split("=") for flag in os.environ["LIBTPU_INIT_ARGS"].split())
         assert flags.pop("of_the_user") == "1"
     assert os.environ["LIBTPU_INIT_ARGS"] == "--of_the_user=1"
     folder = flags["xla_jf_dump_to"]
-    for name in (
-        "12-fusion.1-01-final_bundles",
-        "12-fusion.1-00-schedule-analysis_final_bundles",
-        "13-TLP-01-final_bundles",
-    ):
+    whole = "     0   :  {}\n   0x1   :  {} /* exit bundle: %f = fusion(%x) */\n"
+    written = {
+        "12-fusion.1-01-final_bundles": whole,
+        "12-fusion.1-00-schedule-analysis_final_bundles": whole,
+        "13-all-reduce.2-01-final_bundles": whole,
+        "14-TLP-01-final_bundles": whole,
+        "15-half-01-final_bundles": whole.splitlines()[0],
+        "16-bad-01-final_bundles": "nothing\n",
+    }
+    for name, text in written.items():
         with open(f"{folder}/{name}.txt", "w") as file:
-            file.write("     0   :  {}\n   0x1   :  {}\n")
-    with open(f"{folder}/14-bad-01-final_bundles.txt", "w") as file:
-        file.write("nothing\n")
-    assert dumps.take() == {"fusion.1": Count(2, 2, True)}
+            file.write(text)
+    assert dumps.take({"fusion.1", "half", "bad"}) == {"fusion.1": Count(2, 2, True)}
     assert os.listdir(folder) == []
 
 

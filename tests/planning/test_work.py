@@ -113,6 +113,48 @@ def test_what_is_not_in_place_is_read_and_written_in_full():
     assert moved("both") == 24 * ROW + ROW + 24 * ROW + ROW
 
 
+MATMUL = """%matmul (m0: bf16[512,1024], m1: bf16[1024,256]) -> bf16[512,256] {
+  %m0 = bf16[512,1024]{1,0} parameter(0)
+  %m1 = bf16[1024,256]{1,0} parameter(1)
+  ROOT %conv = bf16[512,256]{1,0} convolution(%m0, %m1), dim_labels=bf_io->bf
+}
+
+%beside (n0: bf16[512,1024], n1: bf16[1024,256], n2: bf16[1,125,2048], n3: bf16[256,125,2048]) -> (bf16[512,256], bf16[1,125,2048], bf16[256,125,2048], bf16[256,125,2048]) {
+  %n0 = bf16[512,1024]{1,0} parameter(0)
+  %n1 = bf16[1024,256]{1,0} parameter(1)
+  %n2 = bf16[1,125,2048]{2,1,0} parameter(2)
+  %n3 = bf16[256,125,2048]{2,1,0} parameter(3)
+  %conv2 = bf16[512,256]{1,0} convolution(%n0, %n1), dim_labels=bf_io->bf
+  %gathered = bf16[256,125,2048]{2,1,0} all-gather(%n2), channel_id=61, replica_groups={{0,1}}, dimensions={0}
+  ROOT %all = (bf16[512,256]{1,0}, bf16[1,125,2048]{2,1,0}, bf16[256,125,2048]{2,1,0}, bf16[256,125,2048]{2,1,0}) tuple(%conv2, %n2, %n3, %gathered)
+}
+
+ENTRY %main (a: bf16[512,1024], b: bf16[1024,256], c: bf16[1,125,2048], d: bf16[256,125,2048]) -> bf16[512,256] {
+  %a = bf16[512,1024]{1,0} parameter(0)
+  %b = bf16[1024,256]{1,0} parameter(1)
+  %c = bf16[1,125,2048]{2,1,0} parameter(2)
+  %d = bf16[256,125,2048]{2,1,0} parameter(3)
+  %alone = bf16[512,256]{1,0} fusion(%a, %b), kind=kOutput, calls=%matmul
+  %sends = (bf16[512,256]{1,0}, bf16[1,125,2048]{2,1,0}, bf16[256,125,2048]{2,1,0}, /*index=3*/bf16[256,125,2048]{2,1,0}) fusion(%a, %b, %c, %d), kind=kOutput, output_to_operand_aliasing={{1}: (2, {}), {2}: (3, {}), {3}: (3, {})}, calls=%beside
+  ROOT %copies = (bf16[512,256]{1,0}, bf16[1,125,2048]{2,1,0}, bf16[256,125,2048]{2,1,0}, /*index=3*/bf16[256,125,2048]{2,1,0}) fusion(%a, %b, %c, %d), kind=kOutput, output_to_operand_aliasing={{1}: (2, {})}, calls=%beside
+}
+"""  # noqa: E501
+
+
+def test_a_matmul_beside_which_a_collective_sends_moves_what_the_matmul_alone_moves():
+    """The buffers of the all-gather, of 131 MB each, go through the fusion as they are."""
+    module = Module(MATMUL)
+    alone, sends = (moved_bytes(module, module.find(name)) for name in ("alone", "sends"))
+    assert alone == 2 * (512 * 1024 + 1024 * 256 + 512 * 256)
+    assert sends == alone
+
+
+def test_an_operand_that_is_returned_in_memory_of_its_own_is_copied():
+    module = Module(MATMUL)
+    copied = 2 * 2 * 256 * 125 * 2048  # read and written
+    assert moved_bytes(module, module.find("copies")) == moved_bytes(module, module.find("sends")) + copied
+
+
 def test_arrays_in_vmem_are_not_moved():
     assert moved("product") == 2 * (512 * 1024 + 512 * 256)
     assert moved("copied") == 2 * ROW

@@ -23,7 +23,8 @@ from tvq_pod.parallel.mesh import AXES_MEAN, check_rows, make_mesh, n_row_shards
 from tvq_pod.planning.chips import CHIPS, Chip
 from tvq_pod.planning.flops import train_flops
 from tvq_pod.planning.hlo import Peak, Program
-from tvq_pod.planning.roofline import Roofline
+from tvq_pod.planning.module import Module
+from tvq_pod.planning.roofline import Roofline, with_schedules
 from tvq_pod.planning.schedules import Dumps
 from tvq_pod.training.step import abstract_batch, abstract_train_state, make_train_step
 
@@ -202,7 +203,8 @@ def cost_of(compiled: jax.stages.Compiled, chip: Chip) -> Cost:
     text = compiled.as_text()
     assert text is not None, "XLA prints its programs"
     peak = Peak(chip.flops_per_cycle, chip.hbm_bandwidth / chip.devices / chip.clock_hz)
-    program = Program(text, peak, _DUMPS.take())
+    module = Module(text)
+    program = Program(module, peak, _DUMPS.take(with_schedules(module)))
     return Cost(program, Roofline(program, peak), peak)
 
 

@@ -40,14 +40,14 @@ class Peak:
 
 
 class Program:
-    """A scheduled program. Raises ValueError on a text that is none.
+    """A scheduled program, from its text or its module. Raises ValueError on a text that is not a program.
 
     peak: kernels written by hand carry no estimate of cycles but one of their work, which takes at least so long.
     counts: the bundles that the compiler scheduled for operations, by their names: kernels take at least these.
     """
 
-    def __init__(self, text: str, peak: Peak | None = None, counts: Mapping[str, Count] | None = None):
-        self.module = Module(text)
+    def __init__(self, program: str | Module, peak: Peak | None = None, counts: Mapping[str, Count] | None = None):
+        self.module = program if isinstance(program, Module) else Module(program)
         self.schedules = Schedules(self.module, counts or {})
         self._peak = peak
 

@@ -5,6 +5,9 @@ from HBM at 85% of the bandwidth, and its matmuls at 95% of the peak. The step t
 launch of an operation, the latency of a transfer, bundles that wait for something else than HBM, and all that is sent
 between chips.
 
+Of the operations that are started and end later, only those transfers are taken to run beside others: any other counts
+as if it ran where it is started (async-start and the opcodes that XLA writes for it, such as fusion-start).
+
 Transfers between HBM and VMEM that run beside other operations (copy-start, slice-start and their ends) cost what does
 not fit beside them: the operations between start and end leave the HBM idle for a part of their time, which is filled
 first; what is left of the transfer is the end's own time.
@@ -17,8 +20,8 @@ from collections.abc import Callable, Iterable
 from tvq_pod.planning.arrays import arrays
 from tvq_pod.planning.bundles import Count
 from tvq_pod.planning.hlo import Peak, Program
-from tvq_pod.planning.module import Instruction, source_of
-from tvq_pod.planning.work import ENDS, STARTS, is_free, matmul_flops, moved_bytes
+from tvq_pod.planning.module import Instruction, Module, source_of
+from tvq_pod.planning.work import ENDS, STARTS, is_free, matmul_flops, moved_bytes, synchronous
 
 HBM_SHARE = 0.85  # of the bandwidth
 MATMUL_SHARE = 0.95  # of the peak
@@ -80,7 +83,7 @@ class Roofline:
         for operation in self.operations:
             is_known = operation.count is not None and operation.count.is_exact
             is_small = all(array.bytes <= 8 for array in arrays(operation.instruction.type))
-            if operation.cycles and not is_known and not is_small and operation.instruction.opcode not in ENDS:
+            if not is_known and not is_small and operation.instruction.opcode not in ENDS:
                 times[operation.source] += operation.times
         return dict(times.most_common())
 
@@ -108,7 +111,7 @@ class Roofline:
                     left -= filled
                 inner = [dataclasses.replace(transfer, cycles=left, source=self._waits(computation, instruction))]
             elif not inner and not is_free(self._module, instruction):
-                inner = [self._operation(instruction)]
+                inner = [self._operation(synchronous(instruction))]
             busy = sum(operation.times * operation.hbm_cycles for operation in inner)
             idle.append(max(_total(inner) - busy, 0.0))
             found += inner
@@ -122,6 +125,8 @@ class Roofline:
             return [dataclasses.replace(operation, times=turns * operation.times) for operation in inner]
         if instruction.opcode == "call":
             return self._run(instruction.needed("to_apply"))
+        if instruction.opcode == "async-start":
+            return self._run(instruction.needed("calls"))
         if instruction.opcode == "conditional":
             return max((self._run(branch) for branch in instruction.branches), key=_total, default=[])
         return []
@@ -142,6 +147,11 @@ class Roofline:
         bundles = float(count.cycles if count else 0)
         cycles, bound = max((bundles, "bundles"), (hbm, "HBM"), (matmuls, "matmuls"))
         return Operation(instruction, source_of(instruction), 1, count, size, flops, hbm, cycles, bound)
+
+
+def with_schedules(module: Module) -> set[str]:
+    """The names of the operations whose schedules a roofline may ask for."""
+    return {i.name for body in module.computations() for i in body if not is_free(module, i)}
 
 
 def _total(operations: Iterable[Operation]) -> float:

@@ -9,7 +9,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 from tvq_pod.errors import UserError
@@ -18,7 +18,6 @@ from tvq_pod.planning.module import Instruction, Module
 
 _FLAGS = "LIBTPU_INIT_ARGS"
 _DUMP = re.compile(r"^\d+-(.+)-\d+-final_bundles\.txt$")
-_NOT_OPERATIONS = ("TLP", "<")  # the program that starts the operations, and what frames it
 _NO_PROGRAM = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional")
 _ATTRIBUTES = re.compile(
     r"\b(?:kind|dimensions|slice|dynamic_slice_sizes|window|dim_labels|\w+_contracting_dims|\w+_batch_dims|padding|"
@@ -64,7 +63,7 @@ class Dumps:
         atexit.register(shutil.rmtree, self._folder, ignore_errors=True)
         before = os.environ.get(_FLAGS)
         ours = f"--xla_jf_dump_to={self._folder} --xla_jf_dump_llo_text=true"
-        os.environ[_FLAGS] = f"{before or ''} {ours} --xla_jf_dump_llo_pass_label_regex=final_bundles".strip()
+        os.environ[_FLAGS] = f"{before or ''} {ours} --xla_jf_dump_llo_pass_label_regex=^final_bundles$".strip()
         try:
             yield
         finally:  # a process that this one starts has no business in the folder
@@ -81,13 +80,13 @@ class Dumps:
     def _files(self) -> list[pathlib.Path]:
         return [path for path in self._folder.glob("*") if path.is_file()] if self._folder else []
 
-    def take(self) -> dict[str, Count]:
-        """What has been dumped since the last discard, by the operations' names; deletes it. Empty if libtpu was loaded
-        before it was asked. A schedule that can't be read is left out."""
+    def take(self, wanted: Container[str]) -> dict[str, Count]:
+        """What has been dumped for the operations of these names since the last discard; deletes everything that has
+        been dumped. Empty if libtpu was loaded before it was asked. A schedule that can't be read is left out."""
         counts = {}
         for path in self._files():
             named = _DUMP.match(path.name)
-            if named and not named[1].startswith(_NOT_OPERATIONS):
+            if named and named[1] in wanted:
                 with suppress(ValueError):
                     counts[named[1]] = count_bundles(path.read_text(errors="replace"))
             path.unlink(missing_ok=True)

@@ -2,8 +2,13 @@
 
 An array in HBM counts with the padding of its tiles. A fusion that slices an operand reads the slices; one that updates
 a slice of an operand in place writes the slice. Arrays in VMEM (S(1) in a layout) are not moved.
+
+What is sent between chips is not counted. libtpu splits a collective over the fusions that run while it sends: each
+takes the collective's buffers, has one step of the collective beside its own work, and returns the same buffers. These
+buffers are often much larger than what the fusion itself works on, and it moves nothing of them.
 """
 
+import dataclasses
 import math
 import re
 
@@ -11,13 +16,16 @@ from tvq_pod.planning.arrays import arrays, top_level
 from tvq_pod.planning.hlo import cost_estimate
 from tvq_pod.planning.module import Instruction, Module
 
-STARTS, ENDS = ("copy-start", "slice-start"), ("copy-done", "slice-done")  # of transfers beside other operations
+# transfers beside other operations
+STARTS, ENDS = ("copy-start", "slice-start", "dynamic-slice-start"), ("copy-done", "slice-done", "dynamic-slice-done")
 _RENAMES = ("bitcast", "reshape")
 _SLICES = ("slice", "dynamic-slice", "gather")
 _FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"),
     *("while", "call", "conditional", "iota"),
 )
+_ALIASING = re.compile(r"output_to_operand_aliasing=\{((?:\{\d*\}: \(\d+, \{\}\)(?:, )?)+)\}")
+_ALIASED = re.compile(r"\{(\d*)\}: \(")
 _WINDOW = re.compile(r"\b(size|stride|pad|lhs_dilate|rhs_dilate)=([\dx_-]+)")
 
 _Dims = tuple[int, ...]
@@ -25,9 +33,20 @@ _Dims = tuple[int, ...]
 
 def is_free(module: Module, instruction: Instruction) -> bool:
     """Whether it takes no time of its own here: it names what there is, or it sends to other devices."""
-    if instruction.opcode in (*_FREE, *STARTS) or instruction.is_free or instruction.is_collective:
+    opcode = instruction.opcode
+    if opcode in (*_FREE, *STARTS) or instruction.is_free or instruction.is_collective:
+        return True
+    if opcode.endswith(("-done", "-update")) and opcode not in ENDS:  # what is started counts where it is started
         return True
     return instruction.opcode == "fusion" and _only_sends(module, instruction)
+
+
+def synchronous(instruction: Instruction) -> Instruction:
+    """The operation that an instruction such as fusion-start starts; any other instruction as it is."""
+    if not instruction.opcode.endswith("-start"):
+        return instruction
+    _, result, *_ = top_level(instruction.type)  # what it takes, what it will return, and what else it needs
+    return dataclasses.replace(instruction, opcode=instruction.opcode.removesuffix("-start"), type=result)
 
 
 def _only_sends(module: Module, fusion: Instruction) -> bool:
@@ -51,7 +70,7 @@ def moved_bytes(module: Module, instruction: Instruction) -> int:
     size = sum(array.held_bytes for array in results)
     if instruction.opcode in ENDS:  # only its start says where it comes from
         start = module.find(instruction.operands[0])
-        source = arrays(top_level(start.type)[0 if start.opcode == "slice-start" else 1])[0]
+        source = arrays(top_level(start.type)[1 if start.opcode == "copy-start" else 0])[0]
         return size * (source.space == 0) + written
     if instruction.opcode == "fusion":
         return _moved_by_fusion(module, instruction)
@@ -67,17 +86,24 @@ def _moved_by_fusion(module: Module, fusion: Instruction) -> int:
     callee = fusion.needed("calls")
     parameters = module.parameters(callee)
     types = module.operand_types(fusion)
-    read = sum(_read(module, callee, parameters[n].name, _hbm_bytes(type_)) for n, type_ in enumerate(types))
-    return read + _written(module, callee, top_level(fusion.type))
+    returned = _aliased(fusion)
+    read = sum(_read(module, callee, parameters[n].name, _hbm_bytes(type_), returned) for n, type_ in enumerate(types))
+    return read + _written(module, callee, top_level(fusion.type), returned)
+
+
+def _aliased(fusion: Instruction) -> frozenset[int]:
+    """The places of the results that live where an operand lives."""
+    listed = _ALIASING.search(fusion.attributes)
+    return frozenset(int(place or 0) for place in _ALIASED.findall(listed[1])) if listed else frozenset()
 
 
 def _hbm_bytes(type_: str) -> int:
     return sum(array.hbm_bytes for array in arrays(type_))
 
 
-def _read(module: Module, computation: str, name: str, whole: int) -> int:
-    """Bytes that a fusion reads of an operand that has `whole` in HBM: of what it slices only the slices, of what it
-    updates in place nothing."""
+def _read(module: Module, computation: str, name: str, whole: int, aliased: frozenset[int] = frozenset()) -> int:
+    """Bytes that a fusion reads of an operand that has `whole` in HBM: of what it slices only the slices; nothing of
+    what it updates in place, sends, or returns as one of the `aliased` results."""
     total = 0
     for user in module.users(computation, name) if whole else []:
         places = [n for n, operand in enumerate(user.operands) if operand == name]
@@ -88,20 +114,25 @@ def _read(module: Module, computation: str, name: str, whole: int) -> int:
         elif user.opcode == "fusion":
             callee = user.needed("calls")
             total += sum(_read(module, callee, module.parameters(callee)[n].name, whole) for n in places)
+        elif user.is_collective or (user.opcode == "tuple" and aliased.issuperset(places)):
+            continue
         elif user.opcode != "dynamic-update-slice" or places != [0]:
             return whole
     return min(total, whole)
 
 
-def _written(module: Module, computation: str, types: list[str]) -> int:
-    """Bytes that a fusion, which returns `types`, writes to HBM: of what it updates in place only the update."""
+def _written(module: Module, computation: str, types: list[str], aliased: frozenset[int] = frozenset()) -> int:
+    """Bytes that a fusion, which returns `types`, writes to HBM: of what it updates in place only the update; nothing
+    of what it sends, or of an operand that it returns as one of the `aliased` results."""
     root = module.root(computation)
     parts = [module.find(name) for name in root.operands] if root.opcode == "tuple" else [root]
     if len(parts) != len(types):  # its root has several results of its own
         return sum(_hbm_bytes(type_) for type_ in types)
     total = 0
-    for renamed, type_ in zip(parts, types, strict=True):
+    for place, (renamed, type_) in enumerate(zip(parts, types, strict=True)):
         part, whole = _unrenamed(module, renamed), _hbm_bytes(type_)
+        if part.is_collective or (part.opcode == "parameter" and place in aliased):
+            continue
         if part.opcode == "fusion" and not part.type.startswith("("):
             total += _written(module, part.needed("calls"), [type_])
         elif part.opcode == "dynamic-update-slice":
