@@ -134,6 +134,8 @@ def test_another_context_schedule_holds_from_the_checkpoint_on_in_the_same_strea
     assert rollback.schedule_at(4) == schedule
     longer, _ = made(tmp_path, {4: schedule}, contexts="0:32,7:16")  # it was at 32 and stays there until step 7
     assert cuts(longer.schedule_at(4), 9) == [0, 0, 0, 1, 1, 2, 2, 3, 4]
+    staged, _ = made(tmp_path, {4: schedule}, contexts="0:64,4:32,6:32")  # of the same length, but stages of their own
+    assert cuts(staged.schedule_at(4), 9) == [0, 0, 0, 1, 2, 2, 3, 3, 4]
     off, _ = made(tmp_path, {4: schedule})
     assert cuts(off.schedule_at(4), 9) == [0, 0, 0, 1, 2, 2, 2, 2, 2]
 
