@@ -129,6 +129,7 @@ class AskedToSaveAt:
         return self._asked in self._times
 
 
+@pytest.mark.slow
 def test_contexts_are_cut_alike_in_a_run_that_is_resumed_and_may_change(tmp_path, corpus, monkeypatch, capsys):
     """With a made-up step: the digest of metrics.jsonl has the ids that each step got, counted by hand here."""
     monkeypatch.setattr(train_module, "compiled_train_step", made_up_step)
