@@ -11,6 +11,7 @@ import ml_collections
 import pytest
 
 from tvq_pod.config import model as model_config
+from tvq_pod.config.context_schedule import check_context_schedule
 from tvq_pod.config.names import GROUPS, check_name
 from tvq_pod.config.resolve import default_config, resolve
 from tvq_pod.config.run_config import read_run_config, to_json
@@ -62,7 +63,7 @@ def test_a_whole_number_in_a_run_folder_stands_for_a_float_and_can_be_overridden
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_file_sets_everything_and_is_valid(path):
     scope = runpy.run_path(str(path))
-    resolve(scope["get_config"]())
+    check_context_schedule(resolve(scope["get_config"]()).train)
     assert f"--config=configs/{path.name}" in scope["__doc__"]
 
 
@@ -80,6 +81,7 @@ def test_every_config_file_sets_everything_and_is_valid(path):
         ("mesh.data", 0, "config.mesh.data=0: must be a number of devices, or -1 for all"),
         ("data.test_share", 0.99, "config.data.validation_share=0.02: with config.data.test_share=0.99 nothing"),
         ("sample.top_p", 0.0, "config.sample.top_p=0.0: must be above 0 and at most 1"),
+        ("train.context_schedule", "1024", "config.train.context_schedule=1024: '1024' is not STEP:LENGTH"),
         ("data.format", "csv", "config.data.format=csv: must be one of"),
     ],
 )  # fmt: skip

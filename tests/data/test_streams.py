@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tvq_pod.config.settings import MeshSettings
 from tvq_pod.data.loader import Feed
+from tvq_pod.data.schedule import Phase
 from tvq_pod.data.store import Split
 from tvq_pod.data.streams import PackedDocuments, TrainStreams, read_row
 from tvq_pod.data.vocab import END_OF_DOC, PAD
@@ -89,7 +90,8 @@ def test_epochs_and_seeds_have_different_orders():
     assert len(set(orders)) == 4
 
 
-def test_batches_are_the_same_for_any_number_of_hosts_and_any_start():
+@pytest.mark.parametrize("cuts_of", [None, Phase(0, 8, 5, contexts=((0, "0:5,3:10,6:0"), (8, "0:15"))).cuts])
+def test_batches_are_the_same_for_any_number_of_hosts_and_any_start(cuts_of):
     split = corpus([7, 3, 20, 2, 11, 9])
     batch_size, update_len, n_steps = 8, 5, 12
     mesh = make_mesh(MeshSettings())
@@ -97,7 +99,9 @@ def test_batches_are_the_same_for_any_number_of_hosts_and_any_start():
     def batches(process_count, first_step):
         streams = [TrainStreams(split.starts, batch_size, seed=3) for _ in range(process_count)]  # as processes have
         hosts = [
-            Feed(split, streams[process], mesh, batch_size, update_len, threads=2, ahead=3).host_batches(
+            Feed(
+                split, streams[process], mesh, batch_size, update_len, threads=2, ahead=3, cuts_of=cuts_of
+            ).host_batches(
                 range(process * batch_size // process_count, (process + 1) * batch_size // process_count),
                 first_step,
                 n_steps,
@@ -111,6 +115,11 @@ def test_batches_are_the_same_for_any_number_of_hosts_and_any_start():
 
     expected = batches(1, 0)
     assert len(expected) == n_steps
+    if cuts_of:
+        uncut = read_stream(split, TrainStreams(split.starts, batch_size, seed=3), 5, n_steps * update_len, update_len)
+        cuts = np.repeat([0, 1, 2, 3, 3, 4, 5, 5, 6, 6, 6, 7], update_len)
+        ids = np.concatenate([batch["doc_ids"][5] for batch in expected])
+        np.testing.assert_array_equal(ids - uncut["doc_ids"], cuts)
     for process_count, first_step in itertools.product((1, 2, 4), (0, 7)):
         for batch, same in zip(batches(process_count, first_step), expected[first_step:], strict=True):
             for name in same:

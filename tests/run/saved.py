@@ -14,7 +14,7 @@ SETTINGS = Settings(
     optimizer=OptimizerSettings(learning_rate=0.1, warmup_steps=0),
 )
 RECORD = run_record(SETTINGS, "bytes", "corpus-a")
-SCHEDULE = DataSchedule.begin(8, 8).skipping(3, 2)
+SCHEDULE = DataSchedule.begin(8, 8).skipping(3, 2).with_contexts(2, "0:16,9:0")
 
 
 def a_batch(mesh, seed):

@@ -6,16 +6,27 @@ import shutil
 import signal
 import subprocess
 
+import jax
 import pytest
 from etils import epath
 
 from tests import chaos, forked
 from tests.command import finish, metrics_of, run, said_until, start
-from tests.training.test_bad_steps import settings_for
+from tests.made_up import first_state, made_up_step
+from tests.training.test_bad_steps import AskedAt, NoSignals, settings_for
 from tvq_pod.config.settings import EvalSettings
+from tvq_pod.data import digest
+from tvq_pod.data.loader import Feed
+from tvq_pod.data.store import TokenStore
+from tvq_pod.data.streams import TrainStreams
+from tvq_pod.errors import Preempted, UserError
+from tvq_pod.modes import train as train_module
 from tvq_pod.modes.train import train
+from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.run.checkpoint import Checkpoints
 from tvq_pod.run.checkpoint_reader import CheckpointReader
+from tvq_pod.run.metrics import lines_of
+from tvq_pod.training import restore
 
 SLOW_STEPS = [
     "--config.sample.length=0",
@@ -36,6 +47,7 @@ def test_a_job_that_is_killed_and_damaged_ends_with_the_same_bits(tmp_path, monk
     monkeypatch.setattr(chaos, "STEPS", 24)
     monkeypatch.setattr(chaos, "DEVICES", 2)
     few = ["--config.checkpoint.every_steps=5", "--config.eval.every_steps=0", "--config.eval.at_end=False"]
+    few += ["--config.train.context_schedule=0:64,8:256,22:0"]  # the kill comes within a context
     monkeypatch.setattr(chaos, "TRAIN", [*chaos.TRAIN, *few])
     setting = chaos.Setting(tmp_path / "chaos")
     setting.leave_alone(2, warm_up=False)
@@ -115,6 +127,48 @@ class AskedToSaveAt:
     def take_save(self):
         self._asked += 1
         return self._asked in self._times
+
+
+@pytest.mark.slow
+def test_contexts_are_cut_alike_in_a_run_that_is_resumed_and_may_change(tmp_path, corpus, monkeypatch, capsys):
+    """With a made-up step: the digest of metrics.jsonl has the ids that each step got, counted by hand here."""
+    monkeypatch.setattr(train_module, "compiled_train_step", made_up_step)
+    monkeypatch.setattr(restore, "create_train_state", first_state)
+    settings = settings_for(corpus)
+
+    def trained_with(contexts, num_steps, workdir, preemption=None):
+        train_settings = dataclasses.replace(settings.train, num_steps=num_steps, context_schedule=contexts)
+        changed = dataclasses.replace(settings, train=train_settings)
+        train(changed, epath.Path(workdir), preemption or NoSignals())
+        return {step: line["digest"] for step, line in lines_of(epath.Path(workdir), "train").items()}
+
+    late = "0:8,6:16,10:0"
+    with pytest.raises(
+        UserError, match=r"^config.train.context_schedule=0:8,6:16,10:0: a stage begins at step 10, and"
+    ):
+        trained_with(late, 10, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    alone = trained_with(late, 12, tmp_path / "alone")
+    with pytest.raises(Preempted, match="saved step 7"):  # in the middle of a context
+        trained_with(late, 12, tmp_path / "resumed", AskedAt(7))
+    capsys.readouterr()
+    assert trained_with(late, 12, tmp_path / "resumed") == alone
+    assert "contexts: at most 16 tokens from step 7 on; no limit from step 10 on" in capsys.readouterr().err
+    trained_with("", 5, tmp_path / "changed")
+    changed = trained_with("0:24", 12, tmp_path / "changed")
+    assert "config.train.context_schedule=0:24: was  at the last start" in capsys.readouterr().err
+
+    split, mesh = TokenStore(f"{tmp_path}/alone/store").split("train"), make_mesh(settings.mesh)
+    plan, roll = TrainStreams(split.starts, settings.train.batch_size, settings.seed), jax.jit(digest.roll)
+    for found, cuts in (
+        (alone, [0, 1, 2, 3, 4, 5, 6, 6, 7, 7, 8, 8]),
+        (changed, [0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3]),
+    ):
+        value = digest.start()
+        batches = Feed(split, plan, mesh, settings.train.batch_size, settings.train.update_len, 1, 1).batches(0, 12)
+        for step, batch in enumerate(batches, start=1):
+            value = roll(value, batch | dict(doc_ids=batch["doc_ids"] + cuts[step - 1]))
+            assert found[step] == digest.as_text(value), step
 
 
 @pytest.mark.slow

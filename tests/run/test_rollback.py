@@ -38,8 +38,10 @@ class MadeUp:
         self.asked.append(f"check streams {step}")
 
 
-def made(workdir, schedules, max_rollbacks=10, batch_size=8, on_batch_change="refuse"):
-    train = TrainSettings(batch_size=batch_size, update_len=16, on_batch_change=on_batch_change)
+def made(workdir, schedules, max_rollbacks=10, batch_size=8, on_batch_change="refuse", contexts=""):
+    train = TrainSettings(
+        batch_size=batch_size, update_len=16, on_batch_change=on_batch_change, context_schedule=contexts
+    )
     checkpoints = MadeUp(schedules)
     settings = BadStepsSettings(rollback_after=3, max_rollbacks=max_rollbacks)
     return Rollback(checkpoints, Skipped(epath.Path(workdir)), train, settings), checkpoints
@@ -115,3 +117,42 @@ def test_other_streams_are_refused_unless_asked_for(tmp_path):
     rollback, checkpoints = made(tmp_path, {4: BEGUN})
     rollback.check_belongs(4, {})
     assert checkpoints.asked == ["check 4", "check streams 4"]
+
+
+def cuts(schedule, n):
+    """How many contexts have ended before each of the first n steps."""
+    return [schedule.now.cuts(step) for step in range(n)]
+
+
+def test_another_context_schedule_holds_from_the_checkpoint_on_in_the_same_streams(tmp_path):
+    """It is not asked for again, and a start with the same one changes nothing."""
+    rollback, _ = made(tmp_path, {3: BEGUN}, contexts="0:32,5:0")
+    schedule = rollback.schedule_at(3)
+    assert (len(schedule.phases), updates(schedule, 0, 8)) == (1, list(range(8)))
+    assert cuts(schedule, 8) == [0, 0, 0, 1, 1, 2, 2, 2]
+    rollback, _ = made(tmp_path, {4: schedule}, contexts="0:32,5:0")
+    assert rollback.schedule_at(4) == schedule
+    longer, _ = made(tmp_path, {4: schedule}, contexts="0:32,7:16")  # it was at 32 and stays there until step 7
+    assert cuts(longer.schedule_at(4), 9) == [0, 0, 0, 1, 1, 2, 2, 3, 4]
+    staged, _ = made(tmp_path, {4: schedule}, contexts="0:64,4:32,6:32")  # of the same length, but stages of their own
+    assert cuts(staged.schedule_at(4), 9) == [0, 0, 0, 1, 2, 2, 3, 3, 4]
+    off, _ = made(tmp_path, {4: schedule})
+    assert cuts(off.schedule_at(4), 9) == [0, 0, 0, 1, 2, 2, 2, 2, 2]
+
+
+def test_contexts_are_cut_at_the_same_steps_after_going_back(tmp_path):
+    """Whatever is skipped; and a run that goes back to before it knew the setting has it from there on."""
+    schedule = BEGUN.with_contexts(0, "0:48")
+    rollback, _ = made(tmp_path, {4: schedule}, contexts="0:48")
+    rollback.go_back(BadStretch(10, 3), schedule)
+    assert cuts(rollback.schedule_at(4), 9) == cuts(schedule, 9) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    later, _ = made(tmp_path, {4: BEGUN, 8: BEGUN}, contexts="0:48")
+    assert later.go_back(BadStretch(10, 3), later.schedule_at(8)) == 4
+    assert cuts(later.schedule_at(4), 9) == [0, 0, 0, 0, 1, 1, 1, 2, 2]
+
+
+def test_contexts_begin_with_other_streams(tmp_path):
+    """Whose states are empty and whose documents are counted from 0."""
+    begun = BEGUN.with_contexts(0, "0:32")
+    wider, _ = made(tmp_path, {3: begun}, batch_size=16, on_batch_change="restart_streams", contexts="0:32")
+    assert [wider.schedule_at(3).now.cuts(step) for step in range(3, 8)] == [0, 0, 1, 1, 2]

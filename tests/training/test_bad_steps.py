@@ -150,8 +150,8 @@ def poison(monkeypatch):
     """Updates of the streams whose third row makes the loss NaN."""
     updates, read_row = set(), streams.read_row
 
-    def poisoned(tokens, plan, row, begin, end):
-        arrays = read_row(tokens, plan, row, begin, end)
+    def poisoned(tokens, plan, row, begin, *rest):
+        arrays = read_row(tokens, plan, row, begin, *rest)
         if begin // UPDATE_LEN in updates and row == 2:
             arrays["loss_mask"] = np.full_like(arrays["loss_mask"], np.nan)
         return arrays

@@ -1,5 +1,6 @@
 """Rules between several settings. What one setting may be by itself stands beside it, in settings.py and model.py."""
 
+from tvq_pod.config.context_schedule import stages_of
 from tvq_pod.config.settings import IMAGE_BYTES, KEY_LETTERS, DataSettings, Settings, generated
 from tvq_pod.errors import UserError
 
@@ -18,6 +19,7 @@ def check_relations(settings: Settings) -> None:
         raise UserError(
             f"config.train.microbatches={train.microbatches}: must divide config.train.batch_size={train.batch_size}"
         )
+    stages_of(train.context_schedule)
     if data.validation_share + data.test_share >= 1:
         raise UserError(
             f"config.data.validation_share={data.validation_share}: with config.data.test_share={data.test_share} "

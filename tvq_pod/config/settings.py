@@ -90,6 +90,9 @@ class TrainSettings:
     """Parts of the batch's rows that are computed one after the other, to save memory; their gradients are added."""
     on_batch_change: Literal["refuse", "restart_streams"] = "refuse"
     """What happens if a run resumes with another batch_size or update_len."""
+    context_schedule: str = ""
+    """Most tokens of a stream that attention sees, by step: `STEP:LENGTH,STEP:LENGTH`, where length 0 is no limit, as
+    in `0:1024,500:4096,1000:0`. Empty: no limit. See docs/data.md."""
     num_steps: PositiveInt = 1000
     """Step at which training ends. Step n has consumed updates 0 to n - 1."""
     log_every_steps: PositiveInt = 20

@@ -18,7 +18,7 @@ def start() -> jax.Array:
 
 
 def roll(digest: jax.Array, batch: dict) -> jax.Array:
-    """The digest after one more batch (see `Feed.batches`), of its targets and where documents begin.
+    """The digest after one more batch (see `Feed.batches`), of its targets and where documents and contexts begin.
 
     Each token is hashed with its place in the batch; sums of integers do not depend on how the batch lies on devices.
     """

@@ -46,7 +46,8 @@ def joined(
 class Feed:
     """All that feeding the devices needs. split: whose tokens are read. plan: what each row reads of them. mesh: where
     batches [B, T] of batch_size rows and update_len tokens lie. threads: that read. ahead: batches that may wait to be
-    used. update_of: which update of the rows a step reads (see Phase); None: step n reads update n."""
+    used. update_of: which update of the rows a step reads (see Phase); None: step n reads update n. cuts_of: how many
+    contexts have ended before a step (see Phase); None: none ever."""
 
     split: Split
     plan: Plan
@@ -56,6 +57,7 @@ class Feed:
     threads: int
     ahead: int
     update_of: Callable[[int], int] | None = None
+    cuts_of: Callable[[int], int] | None = None
 
     def host_batches(
         self, rows: Sequence[int], first_step: int, last_step: int, tokens: Sequence[range] | None = None
@@ -64,9 +66,8 @@ class Feed:
 
         tokens: ranges of the T that are read; None reads all.
         """
-        source = RowSource(
-            self.split.tokens, self.plan, rows, self.update_len, first_step, last_step, tokens, self.update_of
-        )
+        steps = first_step, last_step, tokens, self.update_of, self.cuts_of
+        source = RowSource(self.split.tokens, self.plan, rows, self.update_len, *steps)
         dataset = grain.MapDataset.source(source).batch(len(rows))
         options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=self.ahead)
         with contextlib.closing(iter(dataset.to_iter_dataset(options))) as batches:  # also when the caller stops early

@@ -1,10 +1,14 @@
 """Which update of which streams a step consumes: step n consumes update n of the first streams, unless the batch was
-changed or a stretch of data skipped.
+changed or a stretch of data skipped. And where the contexts of the streams are cut.
 
 A schedule is data: it goes into every checkpoint, and with (corpus, seed) it says what every step has read.
 """
 
 import dataclasses
+import functools
+import itertools
+
+from tvq_pod.config.context_schedule import Stage, stage_at, stages_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +19,7 @@ class Phase:
     batch_size: int
     update_len: int
     skips: tuple[tuple[int, int], ...] = ()  # (update, how many), in the order in which they were skipped
+    contexts: tuple[tuple[int, str], ...] = ()  # (steps done before, the context schedule that holds from there on)
 
     def update(self, step: int) -> int:
         """The update of these streams that comes after `step` steps of the run."""
@@ -25,6 +30,37 @@ class Phase:
                 update += end - begin
             skipped_to = max(skipped_to, end)
         return update
+
+    def cuts(self, step: int) -> int:
+        """How many contexts of these streams have ended before the update that comes after `step` steps of the run.
+
+        A context ends when it has the tokens that the schedule allows, counted in updates that steps have consumed, and
+        where another stage begins. Lengths are multiples of update_len, so contexts end with an update. The number
+        never decreases, and grows by one at most from step to step, whatever is skipped and however the schedule is
+        changed.
+        """
+        stages = [stage for stage in self._stages if stage.first_step <= step]
+        n_ended = 0
+        for stage, following in itertools.pairwise(stages):
+            n_ended += 1 + self._full_contexts(stage, following.first_step - stage.first_step - 1)
+        return n_ended + self._full_contexts(stages[-1], step - stages[-1].first_step)
+
+    def _full_contexts(self, stage: Stage, n_updates: int) -> int:
+        """How many contexts of a stage are full after its first n_updates updates."""
+        return n_updates * self.update_len // stage.length if stage.length else 0
+
+    @functools.cached_property
+    def _stages(self) -> list[Stage]:
+        """The stages that held and will hold, of all schedules; the first begins with the phase. A change of the
+        schedule that leaves the length of now as it was begins no new stage."""
+        stages = [Stage(self.first_step, 0)]
+        for since, text in self.contexts:
+            stages = [stage for stage in stages if stage.first_step < since]
+            asked = stage_at(text, since)
+            if not stages or asked.first_step == since or asked.length != stages[-1].length:
+                stages.append(Stage(since, asked.length))
+            stages += [stage for stage in stages_of(text) if stage.first_step > since]
+        return stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +76,7 @@ class DataSchedule:
 
     @staticmethod
     def from_json(phases: list[dict]) -> "DataSchedule":
-        """What `to_json` gave."""
+        """What `to_json` gave. Older versions knew of no contexts."""
         return DataSchedule(
             tuple(
                 Phase(
@@ -48,6 +84,7 @@ class DataSchedule:
                     phase["batch_size"],
                     phase["update_len"],
                     tuple((update, count) for update, count in phase["skips"]),
+                    tuple((step, text) for step, text in phase.get("contexts", [])),
                 )
                 for phase in phases
             )
@@ -55,7 +92,11 @@ class DataSchedule:
 
     def to_json(self) -> list[dict]:
         """As lists and dicts."""
-        return [dataclasses.asdict(phase) | dict(skips=[list(skip) for skip in phase.skips]) for phase in self.phases]
+        pairs = ("skips", "contexts")
+        return [
+            dataclasses.asdict(phase) | {name: [list(pair) for pair in getattr(phase, name)] for name in pairs}
+            for phase in self.phases
+        ]
 
     @property
     def now(self) -> Phase:
@@ -63,12 +104,21 @@ class DataSchedule:
         return self.phases[-1]
 
     def changed(self, step: int, batch_size: int, update_len: int) -> "DataSchedule":
-        """With streams of another number or update length from `step` on."""
+        """With streams of another number or update length from `step` on, and contexts without a limit."""
         return DataSchedule((*self.phases, Phase(step, batch_size, update_len)))
 
     def skipping(self, update: int, count: int) -> "DataSchedule":
         """Without `count` updates of the streams of now, from `update` on. Skipping them again changes nothing."""
         if (update, count) in self.now.skips:
             return self
-        phase = dataclasses.replace(self.now, skips=(*self.now.skips, (update, count)))
-        return DataSchedule((*self.phases[:-1], phase))
+        return self._with_now(skips=(*self.now.skips, (update, count)))
+
+    def with_contexts(self, step: int, text: str) -> "DataSchedule":
+        """With this context schedule from `step` on, in the same streams. See config/context_schedule.py."""
+        before = tuple((since, schedule) for since, schedule in self.now.contexts if since < step)
+        if text == (before[-1][1] if before else ""):
+            return self._with_now(contexts=before)
+        return self._with_now(contexts=(*before, (step, text)))
+
+    def _with_now(self, **changes) -> "DataSchedule":
+        return DataSchedule((*self.phases[:-1], dataclasses.replace(self.now, **changes)))

@@ -314,12 +314,13 @@ class PackedDocuments:
             place += 1
 
 
-def read_row(tokens: tensorstore.TensorStore, plan: Plan, row: int, begin: int, end: int) -> dict:
+def read_row(tokens: tensorstore.TensorStore, plan: Plan, row: int, begin: int, end: int, cuts: int = 0) -> dict:
     """The arrays of tokens [begin, end) of one row's stream, each [end - begin]:
 
     inputs int32: the token before each target in its document; end-of-document at a document's first position.
     targets int32. doc_ids int32. loss_mask float32: 0 on padding, which has a document id of its own.
-    Raises UserError if the store is damaged there.
+    cuts: contexts of the stream that ended before these tokens (see Phase). Each counts as the end of a document in
+    doc_ids, and nowhere else. Raises UserError if the store is damaged there.
     """
     length = end - begin
     inputs = np.full(length, PAD, np.int32)
@@ -338,7 +339,7 @@ def read_row(tokens: tensorstore.TensorStore, plan: Plan, row: int, begin: int, 
         stop = at + segment.length
         targets[at:stop] = values[-segment.length :]
         inputs[at:stop] = np.concatenate([[END_OF_DOC], values[:-1]]) if segment.begins else values[:-1]
-        doc_ids[at:stop] = segment.doc_id
+        doc_ids[at:stop] = segment.doc_id + cuts  # numpy refuses what int32 does not hold
         loss_mask[at:stop] = 1.0
         at = stop
     if at < length:
@@ -360,15 +361,17 @@ class RowSource:
         last_step: int,
         parts: Sequence[range] | None = None,
         update_of: Callable[[int], int] | None = None,
+        cuts_of: Callable[[int], int] | None = None,
     ):
         """rows: the global rows that this process reads. Steps first_step .. last_step - 1 are served. parts: ranges
         of an update's tokens that are read; None reads all. update_of: which update of the streams a step
-        reads; None: step n reads update n."""
+        reads; None: step n reads update n. cuts_of: how many contexts have ended before a step; None: none ever."""
         self._tokens, self._plan = tokens, plan
         self._rows, self._update_len = rows, update_len
         self._parts = parts or [range(update_len)]
         self._first_step, self._n_steps = first_step, max(last_step - first_step, 0)
         self._update_of = update_of or (lambda step: step)
+        self._cuts_of = cuts_of or (lambda step: 0)
 
     def __len__(self) -> int:
         return self._n_steps * len(self._rows)
@@ -376,8 +379,9 @@ class RowSource:
     def __getitem__(self, index: int) -> dict:
         step, row = divmod(int(index), len(self._rows))
         first = self._update_of(self._first_step + step) * self._update_len
+        cuts = self._cuts_of(self._first_step + step)
         reads = [
-            read_row(self._tokens, self._plan, self._rows[row], first + part.start, first + part.stop)
+            read_row(self._tokens, self._plan, self._rows[row], first + part.start, first + part.stop, cuts)
             for part in self._parts
         ]
         return (

@@ -9,6 +9,7 @@ import dataclasses
 import jax
 from etils import epath
 
+from tvq_pod.config.context_schedule import check_context_schedule
 from tvq_pod.config.identity import run_record
 from tvq_pod.config.settings import Settings
 from tvq_pod.data.loader import Feed
@@ -58,6 +59,7 @@ def train(settings: Settings, workdir: epath.Path, preemption: Preemption) -> No
 
 def _check(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> None:
     """What can be refused before anything is written."""
+    check_context_schedule(settings.train)
     check_rows(settings, mesh)
     check_attention(settings.model, mesh)
     check_packages(settings.metrics)
@@ -204,7 +206,7 @@ class _Session:
         config, data, schedule = self.settings.train, self.settings.data, self.saver.schedule
         streams = streams_of(schedule, self.split.starts, self.settings.seed, self.split.parts)
         sizes = config.batch_size, config.update_len, data.num_threads, data.prefetch_batches
-        return Feed(self.split, streams, self.mesh, *sizes, schedule.now.update)
+        return Feed(self.split, streams, self.mesh, *sizes, schedule.now.update, schedule.now.cuts)
 
     def _compiled(self, first_step: int) -> jax.stages.Compiled:
         if self.step_fn is None:

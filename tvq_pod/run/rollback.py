@@ -46,14 +46,15 @@ class Rollback:
 
     def schedule_at(self, step: int | None) -> DataSchedule:
         """The data schedule that leads on from a checkpoint, or for None from the beginning. Stretches that have been
-        skipped since, and a change of the batch, are in it."""
+        skipped since, and a change of the batch or of the context schedule, are in it."""
         sizes = self._train.batch_size, self._train.update_len
         if step is None:
-            return self._skipped.put_into(DataSchedule.begin(*sizes))
-        schedule = self._checkpoints.schedule(step)
-        if (schedule.now.batch_size, schedule.now.update_len) != sizes:
-            schedule = schedule.changed(step, *sizes)
-        return self._skipped.put_into(schedule)
+            schedule = DataSchedule.begin(*sizes)
+        else:
+            schedule = self._checkpoints.schedule(step)
+            if (schedule.now.batch_size, schedule.now.update_len) != sizes:
+                schedule = schedule.changed(step, *sizes)
+        return self._skipped.put_into(schedule.with_contexts(step or 0, self._train.context_schedule))
 
     def go_back(self, bad: BadStretch, schedule: DataSchedule) -> int | None:
         """The newest good step before a stretch of bad ones; None for the seed. From now on their data is skipped.
