@@ -1,0 +1,179 @@
+"""Studies of what makes a model better. Not a test: each trains many models, by the commands that a user has.
+
+    python -m tests.study --name=recall --workdir=DIR
+
+A study has arms, each a few settings that differ, and seeds. All runs are trained, one after the other, and evaluated
+on the validation split. A run that is complete in DIR is not trained again, so a study that was stopped goes on. Writes
+docs/studies/NAME.tsv, a line for each run, and a picture if the study has one; prints a table of means over seeds with
+their standard errors.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+STUDIED = pathlib.Path(__file__).resolve().parent.parent / "docs" / "studies"
+DISTANCES = {  # in windows, and the metrics that have them
+    "inside": "accuracy_in_window",
+    "1 to 4": "accuracy_1_to_4",
+    "4 to 16": "accuracy_4_to_16",
+    "16 to 64": "accuracy_16_to_64",
+    "64 to 256": "accuracy_64_to_256",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training. numbers: what the evaluation of the validation split gave; minutes: wall time of all."""
+
+    arm: str
+    seed: int
+    numbers: dict[str, float]
+    minutes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """config: of configs/. arms: by name, what differs, as settings below `config.`. settings: of all arms. columns:
+    metrics of the table, by their headings."""
+
+    config: str
+    arms: dict[str, dict]
+    columns: dict[str, str]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    settings: dict = dataclasses.field(default_factory=dict)
+    plot: Callable[["Study", list[Run], pathlib.Path], None] | None = None
+
+
+def by_distance(study: Study, runs: list[Run], path: pathlib.Path) -> None:
+    """A line for each arm: accuracy by distance, with the range over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for arm, metrics in _by_arm(runs).items():
+        means = [statistics.mean(metrics[name]) for name in study.columns.values()]
+        line = axes.plot(list(study.columns), means, marker="o", label=arm)[0]
+        low, high = ([pick(metrics[name]) for name in study.columns.values()] for pick in (min, max))
+        axes.fill_between(list(study.columns), low, high, alpha=0.2, color=line.get_color())
+    axes.set(xlabel="windows since the key was last seen", ylabel="accuracy of its value", ylim=(0, 1.02))
+    axes.axhline(1 / 32, linestyle=":", color="gray", label="guessing a value")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+STUDIES = {
+    "recall": Study(
+        config="recall",
+        arms={
+            "with the cache": {},
+            "without the cache": {"model.agg_cache": False},
+            "quadratic attention": {"model.attn_type": "full", "train.update_len": 4096, "train.batch_size": 1},
+        },
+        columns=DISTANCES,
+        plot=by_distance,
+    ),
+    "recall_recipe": Study(
+        config="recall",
+        arms={
+            "all": {},
+            "recall_smaller=0": {"data.recall_smaller": 0},
+            "c_revive=0": {"model.c_revive": 0.0},
+            "c_gamma=0.99": {"model.c_gamma": 0.99},
+            "temperature=fixed": {"model.temperature": "fixed"},
+            "window_bias=0": {"model.window_bias": 0.0},
+            "n_code=256": {"model.n_code": 256},
+        },
+        columns=DISTANCES,
+        settings={"train.num_steps": 400},
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--name", choices=STUDIES, required=True)
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--seeds", default="", help="numbers with commas; those of the study if not given")
+    asked = parser.parse_args()
+    study = STUDIES[asked.name]
+    seeds = [int(seed) for seed in asked.seeds.split(",")] if asked.seeds else study.seeds
+    runs = []
+    for seed in seeds:  # each seed for all arms, so that a study that is stopped can be read
+        for arm in study.arms:
+            runs.append(trained(study, arm, seed, asked.workdir / asked.name))
+            write(study, runs, STUDIED / f"{asked.name}.tsv")
+    if study.plot:
+        study.plot(study, runs, STUDIED / f"{asked.name}.png")
+    print("\n".join(table(study, runs)))
+
+
+def trained(study: Study, arm: str, seed: int, folder: pathlib.Path) -> Run:
+    """Trains, or reads what was trained before."""
+    workdir = folder / re.sub(r"[^\w.=]+", "_", arm) / f"seed_{seed}"
+    done = workdir / "study.json"
+    settings = {"data.store": str(folder / _store_name(study, arm)), "seed": seed} | study.settings | study.arms[arm]
+    if not done.exists():
+        print(f"{arm}, seed {seed}", file=sys.stderr, flush=True)
+        flags = [f"--config.{name}={value}" for name, value in settings.items()]
+        began = time.monotonic()
+        workdir.mkdir(parents=True, exist_ok=True)
+        with (workdir / "study.log").open("ab") as log:
+            command = [sys.executable, "-m", "tvq_pod.main", f"--config=configs/{study.config}.py"]
+            subprocess.run([*command, f"--workdir={workdir}", *flags], check=True, stdout=log, stderr=log)
+        done.write_text(json.dumps(dict(minutes=(time.monotonic() - began) / 60)))
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    numbers = [line for line in lines if line["split"] == "validation"][-1]
+    return Run(arm, seed, numbers, json.loads(done.read_text())["minutes"])
+
+
+def _store_name(study: Study, arm: str) -> str:
+    """Runs of the same corpus share a store."""
+    settings = study.settings | study.arms[arm]
+    own = [f"{name}={value}" for name, value in sorted(settings.items()) if name.startswith("data.")]
+    return re.sub(r"[^\w.=]+", "_", "_".join(["store", *own]))
+
+
+def write(study: Study, runs: list[Run], path: pathlib.Path) -> None:
+    """A line for each run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["\t".join(["arm", "seed", *study.columns.values(), "minutes"])]
+    for run in runs:
+        numbers = (f"{run.numbers[name]:.5f}" if name in run.numbers else "" for name in study.columns.values())
+        lines.append("\t".join([run.arm, str(run.seed), *numbers, f"{run.minutes:.1f}"]))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def table(study: Study, runs: list[Run]) -> list[str]:
+    """A Markdown table: for each arm the mean over seeds, and its standard error if there are several."""
+    lines = [f"| | {' | '.join(study.columns)} | minutes |", "| --- " * (len(study.columns) + 2) + "|"]
+    for arm, metrics in _by_arm(runs).items():
+        cells = [_mean(metrics[name]) for name in study.columns.values()]
+        lines.append(f"| {arm} | {' | '.join(cells)} | {statistics.mean(metrics['minutes']):.0f} |")
+    return lines
+
+
+def _by_arm(runs: list[Run]) -> dict[str, dict[str, list[float]]]:
+    """For each arm and metric, the values of its seeds."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for run in runs:
+        metrics = found.setdefault(run.arm, {})
+        for name, value in (run.numbers | dict(minutes=run.minutes)).items():
+            metrics.setdefault(name, []).append(value)
+    return found
+
+
+def _mean(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else mean
+
+
+if __name__ == "__main__":
+    main()
