@@ -126,21 +126,28 @@ class VQAttention(nn.Module):
         raw = self.raw(x)
         return {name: raw[name] for name in ("v", "gate")} | self.prepared(raw["q"], raw["k"], vq_spec)
 
-    def raw(self, x: jax.Array) -> dict:
+    def raw(self, x: jax.Array, inverse: jax.Array | None = None) -> dict:
         """Of x [R, B, L, D]: q [R, B, Q, L, K], k [R, B, H, L, K], before they are normalised; v [R, B, H, L, V] and
-        gate [R, B, Q, L, V] or None, before their SiLU if there is a gate."""
-        x = self.norm(x)
+        gate [R, B, Q, L, V] or None, before their SiLU if there is a gate. inverse: see RMSNorm."""
+        x = self.norm(x, inverse)
         projections = dict(q=self.w_q, k=self.w_k, v=self.w_v, gate=self.w_g)
         return {
             name: None if project is None else checkpoint_name(project(x), "projected")
             for name, project in projections.items()
         }
 
-    def prepared(self, q: jax.Array, k: jax.Array, vq_spec: VQSpec | None, shortcodes: jax.Array | None = None) -> dict:
+    def prepared(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        vq_spec: VQSpec | None,
+        shortcodes: jax.Array | None = None,
+        inverse: tuple[jax.Array, jax.Array] | tuple[None, None] = (None, None),
+    ) -> dict:
         """Of q and k as `raw` makes them: q, normalised and scaled; k, with attn_type vq its shortcodes (those given,
-        if they are known) and quantized too; biases; losses."""
+        if they are known) and quantized too; biases; losses. inverse: of q and k, see RMSNorm."""
         scale = self.config.d_k**-0.25
-        q, k = self.key_norm(q) * scale, self.key_norm(k) * scale
+        q, k = (self.key_norm(x, known) * scale for x, known in zip((q, k), inverse, strict=True))
         if self.quantizer is None:
             keys = dict(k=k, losses=dict(l_commit=jnp.zeros([]), l_codebook=jnp.zeros([]), metrics={}))
         else:

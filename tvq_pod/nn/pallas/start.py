@@ -23,8 +23,9 @@ def start(config: TransformerConfig, present: dict, state: dict, is_gated: bool)
     """present, state: see `fused_attention` in core.py. is_gated: values are still to be activated.
 
     Returns operands of the kernels: k_window [N, B, H, M, K], v_window [N, B, H, M, V], positions and kept; with
-    agg_cache first_mean [N, B, H, S, V], first_count [N, B, H, 1, S] and what is made of counts. And the state after
-    the last block, in which the cache's means are those before the update if there is one shard.
+    agg_cache first_mean [N, B, H, S, V] and first_count [N, B, H, 1, S], whose product is the first sum, and what is
+    made of counts. And the state after the last block, in which the cache's means are those before the update if there
+    is one shard.
     """
     c = config
     heads, value = c.value_names
@@ -67,14 +68,15 @@ def _start(c: TransformerConfig, is_gated: bool, present: dict, state: dict, axi
     leaving = leaving_chunks(window, present, ("z", "doc_ids"))
     if axis is None:
         latest, kept, z, counts = count_leaving(cache["latest_doc_id"], cache["lower"], leaving, c.reduction)
-        first_mean, after = cache["upper_div_lower"], cache | dict(lower=counts[-1], latest_doc_id=latest[-1])
+        first_mean, first_count = cache["upper_div_lower"], counts[0]
+        after = cache | dict(lower=counts[-1], latest_doc_id=latest[-1])
     else:
         latest, kept, z, counts, lower_after = counts_of_shard(cache, leaving, c.reduction, axis)
         of_last_document = jnp.where((latest[1:] == latest[-1:])[:, :, None, None], z, -1)
         total = _leaving_sums(of_last_document, window["v"], present["v"], c.n_code, is_gated)
         first_sums = cache["upper_div_lower"] * cache["lower"][..., None]
-        sums, sums_after = exclusive_scan(first_sums, total, latest[-1] == latest[0], axis)
-        first_mean = sums / jnp.maximum(counts[0], 1.0)[..., None]
+        first_mean, sums_after = exclusive_scan(first_sums, total, latest[-1] == latest[0], axis)
+        first_count = jnp.ones_like(counts[0])  # what came is the sum already
         after = dict(
             upper_div_lower=sums_after / jnp.maximum(lower_after, 1.0)[..., None],
             lower=lower_after,
@@ -93,7 +95,7 @@ def _start(c: TransformerConfig, is_gated: bool, present: dict, state: dict, axi
         inverse=inverse[:-1, :, :, None],
         inverse_after=inverse[1:, :, :, None],
         first_mean=_of_shard(first_mean, axis),
-        first_count=_of_shard(counts[0][:, :, None], axis),
+        first_count=_of_shard(first_count[:, :, None], axis),
     )
     return started, new_state | dict(aggcache=after)
 
@@ -114,10 +116,18 @@ def _leaving_sums(z: jax.Array, v_window: jax.Array, v: jax.Array, n_code: int, 
     z: [R, B, H, L], of each chunk's tokens, -1 for those that do not count. v_window: [B, H, L, V], the first chunk.
     v: [R, B, H, L, V], of the blocks, of which all but the last leave.
     """
+    dot = functools.partial(jnp.einsum, "bhts,bhtv->bhsv", preferred_element_type=jnp.float32)
 
-    onehot = jax.nn.one_hot(z, n_code, dtype=v.dtype)
-    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    total = dot("bhls,bhlv->bhsv", onehot[0], v_window)
+    def onehot(z):  # one for each matmul: XLA makes it where it is used, and holds none
+        return jax.nn.one_hot(z, n_code, dtype=v.dtype)
+
+    total = dot(onehot(z[0]), v_window)
     if len(v) > 1:
-        total += dot("rbhls,rbhlv->bhsv", onehot[1:], _activated(v[:-1], is_gated))
+        total += dot(onehot(_joined(z[1:])), _joined(_activated(v[:-1], is_gated)))
     return total
+
+
+def _joined(x: jax.Array) -> jax.Array:
+    """[R, B, H, L, ...] -> [B, H, R L, ...]: one sum over all tokens."""
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
