@@ -143,9 +143,11 @@ class VQAttention(nn.Module):
         vq_spec: VQSpec | None,
         shortcodes: jax.Array | None = None,
         inverse: tuple[jax.Array, jax.Array] | tuple[None, None] = (None, None),
+        table: jax.Array | None = None,
     ) -> dict:
         """Of q and k as `raw` makes them: q, normalised and scaled; k, with attn_type vq its shortcodes (those given,
-        if they are known) and quantized too; biases; losses. inverse: of q and k, see RMSNorm."""
+        if they are known) and quantized too; biases; losses. inverse: of q and k, see RMSNorm. table: `distances`, if
+        they have been made before."""
         scale = self.config.d_k**-0.25
         q, k = (self.key_norm(x, known) * scale for x, known in zip((q, k), inverse, strict=True))
         if self.quantizer is None:
@@ -154,7 +156,7 @@ class VQAttention(nn.Module):
             quantized = self.quantizer(k, vq_spec, shortcodes)
             keys = {name: quantized[name] for name in ("shortcodes", "quantized")}
             keys["losses"] = {name: quantized[name] for name in ("l_commit", "l_codebook", "metrics")}
-        return dict(q=q, biases=self.biases(), **keys)
+        return dict(q=q, biases=self.biases(table), **keys)
 
     def residual(self, out: jax.Array) -> jax.Array:
         """[R, B, Q, L, V] -> [R, B, L, D]."""
@@ -203,11 +205,11 @@ class VQAttention(nn.Module):
         )
         return cast(jax.Array, out), new_state
 
-    def biases(self) -> dict[str, jax.Array]:
+    def biases(self, table: jax.Array | None = None) -> dict[str, jax.Array]:
         """What scores are made of besides queries and keys: codes [H, S, K] (not with attn_type full), u and v [Q, K],
-        r [H, M + 1, K]; in `dtype`."""
+        r [H, M + 1, K]; in `dtype`. table: `distances`, if they have been made before."""
         c = self.config
-        table = constrain(self.drop_sin(sinusoids(jnp.arange(c.mem_len + 1), c.d_model)), None, None)
+        table = constrain(self.drop_sin(distances(c) if table is None else table), None, None)
         codes = dict(codes=self.quantizer.codes().astype(c.dtype)) if self.quantizer else {}
         return dict(
             **codes,
@@ -256,6 +258,11 @@ class VQAttention(nn.Module):
     def get_agg_biases(counts: jax.Array) -> jax.Array:
         """`log_counts` (cache.py), by the contract's name."""
         return log_counts(counts)
+
+
+def distances(config: TransformerConfig) -> jax.Array:
+    """Features of the distances 0 .. M, float32 [M + 1, D]; all layers have the same."""
+    return sinusoids(jnp.arange(config.mem_len + 1), config.d_model)
 
 
 def grouped(q: jax.Array, config: TransformerConfig) -> jax.Array:

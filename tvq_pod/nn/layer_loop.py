@@ -36,11 +36,12 @@ RESIDUAL_STREAM = ("blocks", "batch", "token", "residual")
 
 class Given(NamedTuple):
     """What every layer reads and no gradient reaches: rngs, by name of the stream, each with n_layer keys; doc_ids
-    int32 [R, B, L]; loss_mask [R, B, L] in vq_spec."""
+    int32 [R, B, L]; loss_mask [R, B, L] in vq_spec; distances, see attn.py."""
 
     rngs: dict[str, LazyRng]
     doc_ids: jax.Array
     vq_spec: VQSpec | None
+    distances: jax.Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -300,7 +301,7 @@ class _Attention(_Unit):
     def _operands(self, params, raw, state, shortcodes, of_keys):
         """Of the kernels: what has a gradient; (others that have one, losses); (others, the next state, shortcodes)."""
         c, given = self._config, self._given
-        made = self.apply("prepared", params, raw["q"], raw["k"], given.vq_spec, shortcodes, of_keys)
+        made = self.apply("prepared", params, raw["q"], raw["k"], given.vq_spec, shortcodes, of_keys, given.distances)
         present = dict(z=made["shortcodes"], k_hat=made["quantized"], v=raw["v"], doc_ids=given.doc_ids)
         x, others, new_state = operands(c, made["biases"], grouped(made["q"], c), present, raw.get("gate"), state)
         # of the states that shards begin with, each device but the first makes its own, from what others have read
