@@ -194,6 +194,11 @@ def _put(number: jax.Array, raw: dict, stacks: dict) -> dict:
     }
 
 
+def _values(raw: dict, number: jax.Array) -> dict:
+    """The values' stack and the layer, if there is a stack; see start.py."""
+    return dict(v=raw["v"], layer=jnp.asarray(number, jnp.int32)[None]) if "v" in raw else {}
+
+
 def _of_layer(number: jax.Array, stacks):
     return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, number, keepdims=False), stacks)
 
@@ -257,11 +262,12 @@ class _Attention(_Unit):
         """stacks: state and kept of all layers, as far as they are stacks: the kernels write into some of them."""
         raw = self._raw(inverse, params, x)
         of_keys = inverse_rms(raw["q"]), inverse_rms(raw["k"])
+        # Kernels read what they can from the stacks, where it is kept anyway: so it is written once.
+        into, in_stacks = self._kernels_stacks(stacks), _put(number, raw, stacks)
         operands, (of_state, losses), (others, new_state, z) = self._operands(
-            params, raw, _of_layer(number, state), None, of_keys
+            params, raw, _of_layer(number, state), None, of_keys, _values(in_stacks, number)
         )
-        # The kernel reads what it can from the stacks, where it is kept anyway: so it is written once.
-        into, raw = self._kernels_stacks(stacks), raw | _put(number, raw, stacks)
+        raw = raw | in_stacks
         operands |= {name: raw[name] for name in ("v", "gate") if name in operands}
         made = core_forward(self._config, operands, self._from_stacks(others | of_state, state, number) | into)
         mean, out = made.get("mean"), made["out"]
@@ -280,8 +286,12 @@ class _Attention(_Unit):
         gated = (out * silu(raw["gate"])).astype(out.dtype) if "gate" in raw else out
         of_residual, d_gated = _vjp(self._residual, params, gated)(d_res)
 
+        stacked = _values(stacks["raw"], number) if stacks["raw"]["v"].ndim > raw["v"].ndim else {}
+
         def prepared(params, raw):
-            operands, (of_state, losses), constant = self._operands(params, raw, before, kept["z"], kept["of_keys"])
+            operands, (of_state, losses), constant = self._operands(
+                params, raw, before, kept["z"], kept["of_keys"], stacked
+            )
             return (operands, of_state, losses), constant
 
         (operands, of_state, _), vjp, (others, *_) = jax.vjp(prepared, params, raw, has_aux=True)
@@ -298,12 +308,14 @@ class _Attention(_Unit):
         raw = self.apply("raw", params, x, inverse)
         return {name: grouped(a, self._config) if name == "gate" else a for name, a in raw.items() if a is not None}
 
-    def _operands(self, params, raw, state, shortcodes, of_keys):
-        """Of the kernels: what has a gradient; (others that have one, losses); (others, the next state, shortcodes)."""
+    def _operands(self, params, raw, state, shortcodes, of_keys, stacked):
+        """Of the kernels: what has a gradient; (others that have one, losses); (others, the next state, shortcodes).
+        stacked: see start.py."""
         c, given = self._config, self._given
         made = self.apply("prepared", params, raw["q"], raw["k"], given.vq_spec, shortcodes, of_keys, given.distances)
         present = dict(z=made["shortcodes"], k_hat=made["quantized"], v=raw["v"], doc_ids=given.doc_ids)
-        x, others, new_state = operands(c, made["biases"], grouped(made["q"], c), present, raw.get("gate"), state)
+        q, gate = grouped(made["q"], c), raw.get("gate")
+        x, others, new_state = operands(c, made["biases"], q, present, gate, state, stacked)
         # of the states that shards begin with, each device but the first makes its own, from what others have read
         has_gradient = c.grad_thru_cache and not _is_whole()
         of_state = {name: others.pop(name) for name in STATE if name in others} if has_gradient else {}
