@@ -73,12 +73,13 @@ def _loop(config: TransformerConfig, params, x, state, given: Given, keeps: bool
         return x, inverse, dict(state=new_state, kept=kept), jax.tree.map(lambda *of_units: sum(of_units), *losses)
 
     def turn(carry, own):
-        x, inverse, made, losses = layer(*carry[:2], own, carry[2])
+        x, inverse, stacks = carry
+        x, inverse, made, losses = layer(x, inverse, own, stacks)
 
         def put(stack, array):  # the kernels have put theirs
             return array if array.ndim == stack.ndim else lax.dynamic_update_index_in_dim(stack, array, own[0], axis=0)
 
-        stacks = {kind: jax.tree.map(put, stack, made[kind]) for kind, stack in carry[2].items()}
+        stacks = {kind: jax.tree.map(put, stack, made[kind]) for kind, stack in stacks.items()}
         return (x, inverse, stacks), (losses, made["kept"] if "kept" not in stacks else {})
 
     layers = np.arange(config.n_layer), params, given.rngs

@@ -36,7 +36,7 @@ def start(
     heads, value = c.value_names
     axes, blocks, of_shard = state_axes(c), ("blocks", "batch"), ("shards", "batch", heads)
     codes = (*blocks, heads, "token")
-    in_axes = dict(z=codes, k_hat=(*codes, "key"), v=(*codes, value), doc_ids=(*blocks, "token")), axes
+    of_present: dict[str, tuple] = dict(z=codes, k_hat=(*codes, "key"), v=(*codes, value), doc_ids=(*blocks, "token"))
     of_counts = (*blocks, heads, None, "codes")
     out_axes = dict(
         k_window=(*of_shard, "window", "key"),
@@ -52,13 +52,12 @@ def start(
             first_mean=(*of_shard, "codes", value),
             first_count=(*of_shard, None, "codes"),
         )
-    own_total = {}
     if placement().n_shards("blocks") > 1:
         v, z, doc_ids = (present[name] for name in ("v", "z", "doc_ids"))
-        own_total = dict(own_total=own_sums(c, is_gated, v, z, doc_ids, stacked or {}))
-        in_axes[0]["own_total"] = (*of_shard, "codes", value)
-    mapped = placement().over_blocks(functools.partial(_start, c, is_gated), in_axes, (out_axes, axes))
-    started, new_state = mapped(present | own_total, state)
+        present = present | dict(own_total=own_sums(c, is_gated, v, z, doc_ids, stacked or {}))
+        of_present["own_total"] = (*of_shard, "codes", value)
+    mapped = placement().over_blocks(functools.partial(_start, c, is_gated), (of_present, axes), (out_axes, axes))
+    started, new_state = mapped(present, state)
     if not c.grad_thru_cache:
         started = jax.lax.stop_gradient(started)
     return started, new_state
@@ -67,8 +66,8 @@ def start(
 def _start(c: TransformerConfig, is_gated: bool, present: dict, state: dict, axis: str | None) -> tuple[dict, dict]:
     """`start`, of one shard."""
     ids_alone = state | dict(xlcache=dict(doc_ids=state["xlcache"]["doc_ids"]))
-    present = dict(present)
-    own_total = present.pop("own_total", None)
+    own_total = present.get("own_total")  # [1, B, H, S, V], if there are several shards
+    present = {name: x for name, x in present.items() if name != "own_total"}
     last = {name: x[-1] for name, x in present.items()}  # mem_len = block_len: the window after the blocks
     own_next = next_state(dict(doc_ids=present["doc_ids"]), ids_alone)
     own_next["xlcache"] = last | dict(v=_activated(last["v"], is_gated))
@@ -83,11 +82,13 @@ def _start(c: TransformerConfig, is_gated: bool, present: dict, state: dict, axi
         first_mean, first_count = cache["upper_div_lower"], counts[0]
         after = cache | dict(lower=counts[-1], latest_doc_id=latest[-1])
     else:
+        assert own_total is not None
         latest, kept, z, counts, lower_after = counts_of_shard(cache, leaving, c.reduction, axis)
         # the chunk that leaves first is the window: the shard before has made it
         of_last_document = jnp.where((latest[1] == latest[-1])[:, None, None], z[0], -1)
         onehot = jax.nn.one_hot(of_last_document, c.n_code, dtype=window["v"].dtype)
-        total = jnp.einsum("bhls,bhlv->bhsv", onehot, window["v"], preferred_element_type=jnp.float32) + own_total[0]
+        total = jnp.einsum("bhls,bhlv->bhsv", onehot, window["v"], preferred_element_type=jnp.float32)
+        total = total + own_total[0]
         first_sums = cache["upper_div_lower"] * cache["lower"][..., None]
         first_mean, sums_after = exclusive_scan(first_sums, total, latest[-1] == latest[0], axis)
         first_count = jnp.ones_like(counts[0])  # what came is the sum already
@@ -132,7 +133,8 @@ def own_sums(
 
     v [N R, B, H, L, V], z [N R, B, H, L], doc_ids [N R, B, L]; stacked: see `start`.
     """
-    return _on_shards(config, is_gated, leaving_sums, sums_operands, dict(v=v, z=z, doc_ids=doc_ids) | stacked)["total"]
+    x = dict(v=v, z=z, doc_ids=doc_ids) | stacked
+    return _on_shards(config, is_gated, leaving_sums, sums_operands, x)["total"]
 
 
 def _own_sums_forward(config, is_gated, v, z, doc_ids, stacked):
