@@ -22,7 +22,7 @@ def leaving_sums(shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
     [B, H, S, V]."""
     shape = one_step_a_block(shape)
     kernel = functools.partial(_sums_kernel, shape)
-    return sums_operands(shape, x).run(kernel, "tvq_leaving", shape, x, shape.multiply_adds(0, 0))
+    return sums_operands(shape, x).run(kernel, "tvq_leaving", shape, x, _multiply_adds(shape))
 
 
 def sums_operands(shape: Shape, x: dict) -> Operands:
@@ -38,7 +38,7 @@ def leaving_gradient(shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Arr
     """x: that of `leaving_sums`, and d_total [B, H, S, V] in `dtype`. Returns v_gradient [R, B, H, L, V]."""
     shape = one_step_a_block(shape)
     kernel = functools.partial(_gradient_kernel, shape)
-    return gradient_operands(shape, x).run(kernel, "tvq_leaving_backward", shape, x, shape.multiply_adds(0, 0))
+    return gradient_operands(shape, x).run(kernel, "tvq_leaving_backward", shape, x, _multiply_adds(shape))
 
 
 def gradient_operands(shape: Shape, x: dict) -> Operands:
@@ -51,6 +51,11 @@ def gradient_operands(shape: Shape, x: dict) -> Operands:
     gradient = *blocks, shape.block_len, shape.d_v
     operands.give("v_gradient", gradient, shape.dtype, columns.of_block(shape.block_len, shape.width))
     return operands
+
+
+def _multiply_adds(shape: Shape) -> int:
+    """Of all blocks but the last."""
+    return shape.n_rows * shape.n_key_head * (shape.n_blocks - 1) * shape.n_code * shape.block_len * shape.d_v
 
 
 def _take(operands: Operands, shape: Shape, x: dict) -> None:
