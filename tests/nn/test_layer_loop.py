@@ -168,11 +168,11 @@ def test_kernels_read_and_write_stacks_so_that_no_layer_is_copied_out_of_them():
     for name, taken, given in found:
         assert v_window in taken
         assert (mean in taken) == (name != "tvq_backward")
+        assert values in taken
         if name == "tvq_forward":
+            assert taken.count(by_query) == 2  # gate, and the stack that the output is written into
             assert by_query in given
             assert mean in given
-        else:
-            assert values in taken
         if name == "tvq_backward":
             assert taken.count(by_query) == 2  # gate and output
 

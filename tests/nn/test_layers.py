@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tvq_pod.nn.layers import Dropout, random_bits
+from tests.common import small_config
+from tvq_pod.nn.layers import Dropout, RMSNorm, inverse_rms, random_bits
 
 SHAPE = (4, 8, 64, 96)
 bits_of = jax.jit(random_bits, static_argnums=1)
@@ -57,3 +58,17 @@ def test_per_stream_draws_one_number_for_each_row():
     per_row = y.transpose(1, 0, 2, 3).reshape(64, -1)
     assert (per_row == per_row[:, :1]).all()
     assert 10 < (per_row[:, 0] == 0).sum() < 54
+
+
+def test_a_norm_that_is_given_its_scale_has_the_same_gradient():
+    """By x and by the gain, though the scale comes as a constant."""
+    norm, x = RMSNorm(small_config(), use_scale=True), jax.random.normal(jax.random.key(0), (3, 5))
+    params = dict(params=dict(scale=jnp.linspace(0.5, 2.0, 5)))
+
+    def loss(params, x, inverse):
+        return jnp.sum(jnp.sin(norm.apply(params, x, inverse)))
+
+    expected = jax.value_and_grad(loss, (0, 1))(params, x, None)
+    found = jax.value_and_grad(loss, (0, 1))(params, x, inverse_rms(x))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -37,6 +37,14 @@ def test_what_shards_of_tokens_send_does_not_grow_with_the_update(eight_devices,
     assert few["all-to-all", ("sequence",)] > 0
 
 
+@pytest.mark.slow
+def test_the_backward_pass_does_not_make_again_what_shards_begin_with(eight_devices):
+    """With kernels: a cache's sums go to and fro once, their gradients once, and counts once."""
+    settings = settings_of((1, 1, 4, 1), TWO_LAYERS | dict(attention="pallas", remat="projections"))
+    of_unit = ROWS * settings.model.n_code * (4 * settings.model.d_v + 2) * 4
+    assert collectives_of(settings)["all-to-all", ("sequence",)] == 4 * of_unit
+
+
 def test_over_data_layers_are_gathered_twice_and_gradients_cross_once(eight_devices):
     """Gathered: 2 P, P being the bytes of the kernels as they are used, forward and again in the backward pass; the
     embeddings once each; not a byte of activations. Of gradients, at most the bytes of all parameters once, though the

@@ -130,21 +130,30 @@ class VQAttention(nn.Module):
         raw = self.raw(x)
         return {name: raw[name] for name in ("v", "gate")} | self.prepared(raw["q"], raw["k"], vq_spec)
 
-    def raw(self, x: jax.Array) -> dict:
+    def raw(self, x: jax.Array, inverse: jax.Array | None = None) -> dict:
         """Of x [R, B, L, D]: q [R, B, Q, L, K], k [R, B, H, L, K], before they are normalised; v [R, B, H, L, V] and
-        gate [R, B, Q, L, V] or None, before their SiLU if there is a gate."""
-        x = self.norm(x)
+        gate [R, B, Q, L, V] or None, before their SiLU if there is a gate. inverse: see RMSNorm."""
+        x = self.norm(x, inverse)
         projections = dict(q=self.w_q, k=self.w_k, v=self.w_v, gate=self.w_g)
         return {
             name: None if project is None else checkpoint_name(project(x), "projected")
             for name, project in projections.items()
         }
 
-    def prepared(self, q: jax.Array, k: jax.Array, vq_spec: VQSpec | None, shortcodes: jax.Array | None = None) -> dict:
+    def prepared(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        vq_spec: VQSpec | None,
+        shortcodes: jax.Array | None = None,
+        inverse: tuple[jax.Array, jax.Array] | tuple[None, None] = (None, None),
+        table: jax.Array | None = None,
+    ) -> dict:
         """Of q and k as `raw` makes them: q, normalised and scaled; k, with attn_type vq its shortcodes (those given,
-        if they are known) and quantized too; biases; losses."""
+        if they are known) and quantized too; biases; losses. inverse: of q and k, see RMSNorm. table: `distances`, if
+        they have been made before."""
         scale = self.config.d_k**-0.25
-        q, k = self.key_norm(q) * scale, self.key_norm(k) * scale
+        q, k = (self.key_norm(x, known) * scale for x, known in zip((q, k), inverse, strict=True))
         if self.config.temperature == "learned":
             q *= sharpness(self.log_sharpness, q.dtype)[None, None, :, None, None]
         if self.quantizer is None:
@@ -153,7 +162,7 @@ class VQAttention(nn.Module):
             quantized = self.quantizer(k, vq_spec, shortcodes)
             keys = {name: quantized[name] for name in ("shortcodes", "quantized")}
             keys["losses"] = {name: quantized[name] for name in ("l_commit", "l_codebook", "metrics")}
-        return dict(q=q, biases=self.biases(), **keys)
+        return dict(q=q, biases=self.biases(table), **keys)
 
     def residual(self, out: jax.Array) -> jax.Array:
         """[R, B, Q, L, V] -> [R, B, L, D]."""
@@ -202,11 +211,11 @@ class VQAttention(nn.Module):
         )
         return cast(jax.Array, out), new_state
 
-    def biases(self) -> dict[str, jax.Array]:
+    def biases(self, table: jax.Array | None = None) -> dict[str, jax.Array]:
         """What scores are made of besides queries and keys: codes [H, S, K] (not with attn_type full), u and v [Q, K],
-        r [H, M + 1, K]; in `dtype`."""
+        r [H, M + 1, K]; in `dtype`. table: `distances`, if they have been made before."""
         c = self.config
-        table = constrain(self.drop_sin(sinusoids(jnp.arange(c.mem_len + 1), c.d_model)), None, None)
+        table = constrain(self.drop_sin(distances(c) if table is None else table), None, None)
         codes = dict(codes=self.quantizer.codes().astype(c.dtype)) if self.quantizer else {}
         return dict(
             **codes,
@@ -260,6 +269,11 @@ class VQAttention(nn.Module):
 def sharpness(log_sharpness: jax.Array, dtype: DTypeLike) -> jax.Array:
     """What the queries of each head are scaled by with a learned temperature, [Q], of its logarithm."""
     return jnp.exp(log_sharpness.astype(jnp.float32)).astype(dtype)
+
+
+def distances(config: TransformerConfig) -> jax.Array:
+    """Features of the distances 0 .. M, float32 [M + 1, D]; all layers have the same."""
+    return sinusoids(jnp.arange(config.mem_len + 1), config.d_model)
 
 
 def grouped(q: jax.Array, config: TransformerConfig) -> jax.Array:

@@ -25,6 +25,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from tvq_pod.nn.attn import VQAttention, grouped
 from tvq_pod.nn.axes import constrain, placement
+from tvq_pod.nn.layers import inverse_rms
 from tvq_pod.nn.mlp import MLP
 from tvq_pod.nn.pallas.core import STATE, core_backward, core_forward, operands, with_mean
 from tvq_pod.nn.pallas.tile import silu
@@ -35,11 +36,12 @@ RESIDUAL_STREAM = ("blocks", "batch", "token", "residual")
 
 class Given(NamedTuple):
     """What every layer reads and no gradient reaches: rngs, by name of the stream, each with n_layer keys; doc_ids
-    int32 [R, B, L]; loss_mask [R, B, L] in vq_spec."""
+    int32 [R, B, L]; loss_mask [R, B, L] in vq_spec; distances, see attn.py."""
 
     rngs: dict[str, LazyRng]
     doc_ids: jax.Array
     vq_spec: VQSpec | None
+    distances: jax.Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -56,31 +58,36 @@ def _loop(config: TransformerConfig, params, x, state, given: Given, keeps: bool
     """What `layer_loop` returns, and what to keep for the backward pass: of each unit, stacks; or, if all turns are
     written out, of each layer of each unit."""
 
-    def layer(x, own, stacks):
+    def layer(x, inverse, own, stacks):
         number, params, rngs = own
         new_state, kept, losses = {}, {}, []
         for name, unit in _units(config, given._replace(rngs=rngs)).items():
             into = {} if stacks is None else {kind: stacks[kind].get(name, {}) for kind in stacks}
-            res, new_state[name], own_kept, own_losses = unit.forward(params[name], x, state.get(name), number, into)
-            kept[name] = (dict(x=x) if config.remat == "full" else dict(x=x) | own_kept) if keeps else {}
+            given_to_unit = params[name], x, inverse, state.get(name), number, into
+            res, new_state[name], own_kept, own_losses = unit.forward(*given_to_unit)
+            own_kept = dict(x=x) if config.remat == "full" else dict(x=x, inverse=inverse) | own_kept
+            kept[name] = own_kept if keeps else {}
             x = constrain(x + res, *RESIDUAL_STREAM)
+            inverse = inverse_rms(x)  # here, where x is made: so it is not read again for it
             losses += own_losses
-        return x, dict(state=new_state, kept=kept), jax.tree.map(lambda *of_units: sum(of_units), *losses)
+        return x, inverse, dict(state=new_state, kept=kept), jax.tree.map(lambda *of_units: sum(of_units), *losses)
 
     def turn(carry, own):
-        x, made, losses = layer(carry[0], own, carry[1])
+        x, inverse, stacks = carry
+        x, inverse, made, losses = layer(x, inverse, own, stacks)
 
         def put(stack, array):  # the kernels have put theirs
             return array if array.ndim == stack.ndim else lax.dynamic_update_index_in_dim(stack, array, own[0], axis=0)
 
-        stacks = {kind: jax.tree.map(put, stack, made[kind]) for kind, stack in carry[1].items()}
-        return (x, stacks), (losses, made["kept"] if "kept" not in stacks else {})
+        stacks = {kind: jax.tree.map(put, stack, made[kind]) for kind, stack in stacks.items()}
+        return (x, inverse, stacks), (losses, made["kept"] if "kept" not in stacks else {})
 
     layers = np.arange(config.n_layer), params, given.rngs
-    _, shapes, _ = jax.eval_shape(functools.partial(layer, stacks=None), x, jax.tree.map(lambda leaf: leaf[0], layers))
+    first, inverse = jax.tree.map(lambda leaf: leaf[0], layers), inverse_rms(x)
+    _, _, shapes, _ = jax.eval_shape(functools.partial(layer, stacks=None), x, inverse, first)
     shapes = {kind: shapes[kind] for kind in (["state"] if _is_written_out(config) else ["state", "kept"])}
     stacks = jax.tree.map(lambda array: lax.empty((config.n_layer, *array.shape), array.dtype), shapes)
-    (x, stacks), made = _turns(config, turn, (x, stacks), layers)
+    (x, _, stacks), made = _turns(config, turn, (x, inverse, stacks), layers)
     new_state = {name: stacks["state"][name] for name in config.attention_units}
     if _is_written_out(config):
         return x, new_state, _stacked([losses for losses, _ in made]), [kept for _, kept in made]
@@ -132,8 +139,9 @@ def _backward(config: TransformerConfig, residuals, cotangents):
             if config.remat == "full":
                 # or XLA, with all turns in view, would do this early, or keep what the forward pass made
                 unit_x, d_x = lax.optimization_barrier((unit_x, d_x))
-                _, _, own_kept, _ = unit.forward(params[name], unit_x, unit_state, number, {})
-                stacks = own_kept
+                inverse = inverse_rms(unit_x)
+                _, _, own_kept, _ = unit.forward(params[name], unit_x, inverse, unit_state, number, {})
+                stacks = own_kept = own_kept | dict(inverse=inverse)
             of_unit = params[name], unit_x, unit_state, number, own_kept, stacks
             d_params[name], d_own = unit.backward(*of_unit, d_x, d_losses)
             d_x = constrain(d_x + d_own, *RESIDUAL_STREAM)
@@ -177,6 +185,21 @@ def _is_primal(x) -> bool:
     return hasattr(x, "perturbed")
 
 
+def _put(number: jax.Array, raw: dict, stacks: dict) -> dict:
+    """Values and gates, put into the stacks of what is kept, if there are any."""
+    kept = stacks.get("kept", {}).get("raw", {})
+    return {
+        name: lax.dynamic_update_index_in_dim(kept[name], raw[name], number, axis=0)
+        for name in ("v", "gate")
+        if name in kept
+    }
+
+
+def _values(raw: dict, number: jax.Array) -> dict:
+    """The values' stack and the layer, if there is a stack; see start.py."""
+    return dict(v=raw["v"], layer=jnp.asarray(number, jnp.int32)[None]) if "v" in raw else {}
+
+
 def _of_layer(number: jax.Array, stacks):
     return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, number, keepdims=False), stacks)
 
@@ -192,9 +215,10 @@ def _units(config: TransformerConfig, given: Given) -> dict[str, "_Attention | _
 class _Unit:
     """A unit of one layer: methods of its module, as functions of parameters.
 
-    forward(params, x, state, number, stacks) returns what is added to x, the next state, what else than x to keep, and
-    a list of losses. backward(params, x, state, number, kept, stacks, d_res, d_losses) returns the gradients of params
-    and x. state: of all layers, stacked. number: the layer's. stacks: see `_Attention`.
+    forward(params, x, inverse, state, number, stacks) returns what is added to x, the next state, what to keep besides
+    x and inverse, and a list of losses. backward(params, x, state, number, kept, stacks, d_res, d_losses) returns the
+    gradients of params and x. inverse: inverse_rms of x. state: of all layers, stacked. number: the layer's. stacks:
+    see `_Attention`.
     """
 
     def __init__(self, module: VQAttention | MLP, given: Given):
@@ -219,13 +243,14 @@ class _Mlp(_Unit):
     def __init__(self, config: TransformerConfig, name: str, given: Given):
         super().__init__(MLP(config, name=name, parent=None), given)
 
-    def forward(self, params, x, state, number, stacks):
-        hidden = self.apply("raw", params, x)
+    def forward(self, params, x, inverse, state, number, stacks):
+        hidden = self.apply("raw", params, x, inverse)
         return self.apply("residual", params, hidden), {}, dict(hidden=hidden), []
 
     def backward(self, params, x, state, number, kept, stacks, d_res, d_losses):
         d_params, d_hidden = _vjp(functools.partial(self.apply, "residual"), params, kept["hidden"])(d_res)
-        more, d_x = _vjp(functools.partial(self.apply, "raw"), params, x)(d_hidden)
+        raw = functools.partial(self.apply, "raw")
+        more, d_x = _vjp(lambda params, x: raw(params, x, kept["inverse"]), params, x)(d_hidden)
         return jax.tree.map(jnp.add, d_params, more), d_x
 
 
@@ -234,20 +259,26 @@ class _Attention(_Unit):
         super().__init__(VQAttention(config, name=name, parent=None), given)
         self._config = config
 
-    def forward(self, params, x, state, number, stacks):
+    def forward(self, params, x, inverse, state, number, stacks):
         """stacks: state and kept of all layers, as far as they are stacks: the kernels write into some of them."""
-        raw = self._raw(params, x)
+        raw = self._raw(inverse, params, x)
+        of_keys = inverse_rms(raw["q"]), inverse_rms(raw["k"])
+        # Kernels read what they can from the stacks, where it is kept anyway: so it is written once.
+        into, in_stacks = self._kernels_stacks(stacks), _put(number, raw, stacks)
         operands, (of_state, losses), (others, new_state, z) = self._operands(
-            params, raw, _of_layer(number, state), None
+            params, raw, _of_layer(number, state), None, of_keys, _values(in_stacks, number)
         )
-        into = self._kernels_stacks(stacks)
+        raw = raw | in_stacks
+        operands |= {name: raw[name] for name in ("v", "gate") if name in operands}
         made = core_forward(self._config, operands, self._from_stacks(others | of_state, state, number) | into)
         mean, out = made.get("mean"), made["out"]
         if "mean_stack" in into and mean is not None:
             mean = jnp.swapaxes(mean, 0, 1)  # shards first
         new_state = with_mean(new_state, mean)
         gated = made["gated"] if "gate" in operands else _of_layer(number, out) if "out_stack" in into else out
-        kept = dict(raw=raw, z=z, out=out, log_total=made["log_total"])
+        kept = dict(raw=raw, z=z, of_keys=of_keys, out=out, log_total=made["log_total"])
+        if not _is_whole():
+            kept |= dict(started=of_state | {name: array for name, array in others.items() if name != "codes"})
         return self._residual(params, gated), new_state, kept, [losses]
 
     def backward(self, params, x, state, number, kept, stacks, d_res, d_losses):
@@ -256,30 +287,36 @@ class _Attention(_Unit):
         gated = (out * silu(raw["gate"])).astype(out.dtype) if "gate" in raw else out
         of_residual, d_gated = _vjp(self._residual, params, gated)(d_res)
 
+        stacked = _values(stacks["raw"], number) if stacks["raw"]["v"].ndim > raw["v"].ndim else {}
+
         def prepared(params, raw):
-            operands, (of_state, losses), constant = self._operands(params, raw, before, kept["z"])
+            operands, (of_state, losses), constant = self._operands(
+                params, raw, before, kept["z"], kept["of_keys"], stacked
+            )
             return (operands, of_state, losses), constant
 
         (operands, of_state, _), vjp, (others, *_) = jax.vjp(prepared, params, raw, has_aux=True)
         operands = operands | {name: stacks["raw"][name] for name in ("v", "gate") if name in operands}
-        others = self._from_stacks(others | of_state, state, number)
+        others = self._from_stacks(others | of_state | kept.get("started", {}), state, number)
         of_core = {name: stacks[name] for name in ("out", "log_total")}
         d_operands, d_state = core_backward(self._config, operands, others, of_core, d_gated, None, bool(of_state))
         of_prepared, d_raw = vjp((d_operands, d_state, d_losses))
-        of_raw, d_x = _vjp(self._raw, params, x)(d_raw)
+        of_raw, d_x = _vjp(functools.partial(self._raw, kept["inverse"]), params, x)(d_raw)
         return jax.tree.map(lambda *parts: sum(parts), of_residual, of_prepared, of_raw), d_x
 
-    def _raw(self, params, x):
+    def _raw(self, inverse, params, x):
         """See VQAttention.raw; gate [R, B, H, G, L, V], if there is one."""
-        raw = self.apply("raw", params, x)
+        raw = self.apply("raw", params, x, inverse)
         return {name: grouped(a, self._config) if name == "gate" else a for name, a in raw.items() if a is not None}
 
-    def _operands(self, params, raw, state, shortcodes):
-        """Of the kernels: what has a gradient; (others that have one, losses); (others, the next state, shortcodes)."""
+    def _operands(self, params, raw, state, shortcodes, of_keys, stacked):
+        """Of the kernels: what has a gradient; (others that have one, losses); (others, the next state, shortcodes).
+        stacked: see start.py."""
         c, given = self._config, self._given
-        made = self.apply("prepared", params, raw["q"], raw["k"], given.vq_spec, shortcodes)
+        made = self.apply("prepared", params, raw["q"], raw["k"], given.vq_spec, shortcodes, of_keys, given.distances)
         present = dict(z=made["shortcodes"], k_hat=made["quantized"], v=raw["v"], doc_ids=given.doc_ids)
-        x, others, new_state = operands(c, made["biases"], grouped(made["q"], c), present, raw.get("gate"), state)
+        q, gate = grouped(made["q"], c), raw.get("gate")
+        x, others, new_state = operands(c, made["biases"], q, present, gate, state, stacked)
         # of the states that shards begin with, each device but the first makes its own, from what others have read
         has_gradient = c.grad_thru_cache and not _is_whole()
         of_state = {name: others.pop(name) for name in STATE if name in others} if has_gradient else {}

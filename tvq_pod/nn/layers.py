@@ -131,11 +131,31 @@ class RMSNorm(nn.Module):
     use_scale: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
-        y = x * checkpoint_name(jax.lax.rsqrt(mean_square + 1e-6), "projected")
+    def __call__(self, x: jax.Array, inverse: jax.Array | None = None) -> jax.Array:
+        """inverse: `inverse_rms` of x, where it has been made before."""
+        y = x * (checkpoint_name(inverse_rms(x), "projected") if inverse is None else _known_inverse_rms(x, inverse))
         if self.use_scale:
             init = with_names(nn.initializers.ones, "residual")
             scale = self.param("scale", init, x.shape[-1:], self.config.param_dtype)
             y *= as_last_axes(scale, y)
         return y.astype(self.config.dtype)
+
+
+def inverse_rms(x: jax.Array) -> jax.Array:
+    """1 / sqrt(mean(x^2) + 1e-6) over the last axis, float32 [..., 1]."""
+    return jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True) + 1e-6)
+
+
+@jax.custom_vjp
+def _known_inverse_rms(x: jax.Array, inverse: jax.Array) -> jax.Array:
+    """`inverse`, which is `inverse_rms` of x: its gradient goes to x."""
+    return inverse
+
+
+def _known_inverse_rms_backward(kept, cotangent):
+    x, inverse = kept
+    slope = -cotangent * inverse**3 / x.shape[-1]
+    return (slope * x.astype(jnp.float32)).astype(x.dtype), None
+
+
+_known_inverse_rms.defvjp(lambda x, inverse: (inverse, (x, inverse)), _known_inverse_rms_backward)

@@ -22,9 +22,9 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.residual(self.raw(x))
 
-    def raw(self, x: jax.Array) -> jax.Array:
-        """[R, B, L, D] -> [R, B, 1, L, width], before the GELU."""
-        return checkpoint_name(self.w_up(self.norm(x)), "projected")
+    def raw(self, x: jax.Array, inverse: jax.Array | None = None) -> jax.Array:
+        """[R, B, L, D] -> [R, B, 1, L, width], before the GELU. inverse: see RMSNorm."""
+        return checkpoint_name(self.w_up(self.norm(x, inverse)), "projected")
 
     def residual(self, hidden: jax.Array) -> jax.Array:
         """What `raw` returns -> [R, B, L, D]."""

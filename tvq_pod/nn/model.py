@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.core.scope import LazyRng
 
-from tvq_pod.nn.attn import VQAttention
+from tvq_pod.nn.attn import VQAttention, distances
 from tvq_pod.nn.axes import constrain, gathered, placement
 from tvq_pod.nn.layer_loop import RESIDUAL_STREAM, Given, layer_loop
 from tvq_pod.nn.layers import Dropout, RMSNorm, sinusoids, with_names
@@ -123,7 +123,8 @@ class Transformer(nn.Module):
         )(c, name="layers")
         doc_blocks = split_blocks(doc_ids, c.block_len)
         if self._has_own_loop():
-            params, given = self.get_variable("params", "layers"), Given(self._rngs_of_layers(), doc_blocks, vq_spec)
+            params = self.get_variable("params", "layers")
+            given = Given(self._rngs_of_layers(), doc_blocks, vq_spec, distances(c))
             x, new_state, (l_commit, l_codebook) = cast(tuple, layer_loop(c, params, x, state, given))
         else:
             x, (new_state, l_commit, l_codebook) = layers(x, state, doc_blocks, vq_spec)

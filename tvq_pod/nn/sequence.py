@@ -14,8 +14,12 @@ state that it would have at its first block. That state is made here, with commu
 Everything is differentiable, the gradients go the same ways back.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+
+LANES = 128  # of a TPU's tile
 
 
 def at_shard(state: dict, own_next: dict, present: dict, axis: str | None) -> tuple[dict, dict]:
@@ -94,16 +98,35 @@ def exclusive_scan(first, total, keep, axis: str):
     first [B, H, S / n, ...]: x_0, this device's part of the codes. total [B, H, S, ...]: of this shard. keep [B] bool:
     of this shard. Returns x_s [B, H, S, ...] of this shard, and its part [B, H, S / n, ...] of x_n.
     """
-    # [B, H, S, ...] -> [n, B, H, S / n, ...]: of every shard, one part of the codes
+    own_shape = first.shape
     n_shards = jax.lax.axis_size(axis)
-    parts = total.reshape(*total.shape[:2], n_shards, -1, *total.shape[3:])
-    totals = jax.lax.all_to_all(jnp.moveaxis(parts, 2, 0), axis, 0, 0)
+    totals = jax.lax.all_to_all(_parts(total, n_shards), axis, 0, 0)
     keeps = jax.lax.all_gather(keep, axis)
-    terms = jnp.concatenate([first[None], totals])
-    # document of each term: a new one wherever nothing is kept
+    # document of each x: a new one wherever nothing is kept
     segment = jnp.concatenate([jnp.zeros_like(keep[None], jnp.int32), jnp.cumsum(~keeps, axis=0, dtype=jnp.int32)])
     n = jnp.arange(n_shards + 1)
-    same = (segment[:, None] == segment[None, :]) & (n[:, None] >= n[None, :])[..., None]
-    sums = jnp.einsum("tsb,sb...->tb...", same.astype(jnp.float32), terms, precision="highest")
-    before = jnp.moveaxis(jax.lax.all_to_all(sums[:-1], axis, 0, 0), 0, 2)
-    return before.reshape(total.shape), sums[-1]
+    # x_s has the totals of the shards before it, and x_0, as far as their document goes on until there
+    has_total = (segment[:, None] == segment[None, 1:]) & (n[:, None] > n[None, :-1])[..., None]
+    has_first = (segment == segment[:1]).astype(first.dtype)
+    first = _rows(first, 2)
+
+    def sums(of: slice):
+        own = has_first[of].reshape(*has_first[of].shape, *[1] * (first.ndim - 1)) * first[None]
+        terms = has_total[of].astype(first.dtype)
+        return own + jnp.einsum("tsb,sb...->tb...", terms, totals, precision="highest")
+
+    before = jnp.moveaxis(jax.lax.all_to_all(sums(slice(n_shards)), axis, 0, 0), 0, 2)
+    return before.reshape(total.shape), sums(slice(n_shards, None))[0].reshape(own_shape)
+
+
+def _parts(total: jax.Array, n_shards: int) -> jax.Array:
+    """[B, H, S, ...] -> [n, B, H, S / n, ...], of every shard's codes one part; but see `_rows`."""
+    parts = total.reshape(*total.shape[:2], n_shards, -1, *total.shape[3:])
+    return jnp.moveaxis(_rows(parts, 3), 2, 0)
+
+
+def _rows(x: jax.Array, axis: int) -> jax.Array:
+    """x with all axes from this one on as rows of LANES numbers, if they are as many: a device's few codes would fill
+    a part of a TPU's tile alone, and every pass over them take as long as over whole tiles."""
+    size = math.prod(x.shape[axis:])
+    return x.reshape(*x.shape[:axis], -1, LANES) if size % LANES == 0 else x

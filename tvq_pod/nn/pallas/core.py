@@ -84,13 +84,19 @@ def fused_attention(
 
 
 def operands(
-    config: TransformerConfig, biases: dict, q, present: dict, gate: jax.Array | None, state: dict
+    config: TransformerConfig,
+    biases: dict,
+    q,
+    present: dict,
+    gate: jax.Array | None,
+    state: dict,
+    stacked: dict | None = None,
 ) -> tuple[dict, dict, dict]:
     """What the kernels take, for the arguments of `fused_attention`, in which config.block_len is L: x, which has a
     gradient always; others: STATE, which has one if somebody asks, and CONSTANT, which never has; and the next state,
-    without the cache's mean if the kernels make it."""
+    without the cache's mean if the kernels make it. stacked: see `start`."""
     c, r = config, biases["r"]
-    others, new_state = start(c, present, state, gate is not None)
+    others, new_state = start(c, present, state, gate is not None, stacked)
     u, v_bias = (biases[name].reshape(*q.shape[2:4], 1, c.d_k) for name in ("u", "v"))
     x = dict(
         q=q,

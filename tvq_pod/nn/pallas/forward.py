@@ -100,7 +100,7 @@ def _forward_kernel(shape: Shape, ref) -> None:
     q, first = ref.q[...], ref.tile * shape.tile
     rows = pl.ds(pl.multiple_of(first, shape.tile), shape.tile)
     for columns in chunks(shape.width):
-        ref.values[now, rows, columns] = _activated(shape, ref.v[rows, columns])
+        ref.values[now, rows, columns] = activated(shape, ref.v[rows, columns])
     scores = scores_of_tile(shape, ref, q + ref.u[...], q + ref.v_bias[...], ref.k_window[...], first)
     top = functools.reduce(jnp.maximum, [jnp.max(part, axis=1, keepdims=True) for part in scores.there()])
     weights = [jnp.exp(part - top) for part in scores.there()]
@@ -145,7 +145,8 @@ def _start_sums(shape: Shape, ref) -> None:
         ref.sums[...] = ref.first_mean[...] * as_column(ref.first_count[...])
 
 
-def _activated(shape: Shape, values: jax.Array) -> jax.Array:
+def activated(shape: Shape, values: jax.Array) -> jax.Array:
+    """Values as attention takes them: SiLU of what was projected, if there are gates."""
     return silu(values).astype(shape.dtype) if shape.is_gated else values
 
 
@@ -162,21 +163,22 @@ def _add_leaving(shape: Shape, ref):
 
 def caches_again(shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Returns means [R, B, H, S, V], in `dtype`: those that each block meets."""
-    shape = _one_step_a_block(shape)
+    shape = one_step_a_block(shape)
     kernel, multiply_adds = functools.partial(_caches_kernel, shape), shape.multiply_adds(0, 0)
     return caches_operands(shape, x).run(kernel, "tvq_caches", shape, x, multiply_adds)
 
 
 def caches_operands(shape: Shape, x: dict) -> Operands:
     """Arrays, or ShapeDtypeStructs, as the kernel takes them that makes the caches again."""
-    shape, operands = _one_step_a_block(shape), Operands()
+    shape, operands = one_step_a_block(shape), Operands()
     take_sums(operands, shape, x)
     means = shape.n_blocks, shape.n_rows, shape.n_key_head, shape.n_code, shape.d_v
     operands.give("means", means, shape.dtype, Pieces(shape, of="columns").of_block(shape.n_code, shape.width))
     return operands
 
 
-def _one_step_a_block(shape: Shape) -> Shape:
+def one_step_a_block(shape: Shape) -> Shape:
+    """For kernels that queries have no part in."""
     return dataclasses.replace(shape, n_per_key_head=1, tile=shape.block_len)
 
 
@@ -186,6 +188,6 @@ def _caches_kernel(shape: Shape, ref) -> None:
         _start_sums(shape, ref)
 
     ref.means[...] = (ref.sums[...] * as_column(ref.inverse[...])).astype(shape.dtype)
-    ref.values[lax.rem(ref.step, 2)] = _activated(shape, ref.v[...])
+    ref.values[lax.rem(ref.step, 2)] = activated(shape, ref.v[...])
     for _columns in _add_leaving(shape, ref):
         pass

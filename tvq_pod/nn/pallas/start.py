@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from tvq_pod.nn.axes import placement
 from tvq_pod.nn.cache import caches, count_leaving, counts_of_shard, log_counts
+from tvq_pod.nn.pallas.fit import shape_of, sized
+from tvq_pod.nn.pallas.leaving import gradient_operands, leaving_gradient, leaving_sums, sums_operands
 from tvq_pod.nn.pallas.tile import silu
 from tvq_pod.nn.sequence import at_shard, exclusive_scan, of_last_shard
 from tvq_pod.nn.state import doc_positions, next_state, state_axes
@@ -19,18 +21,22 @@ from tvq_pod.nn.types import TransformerConfig
 from tvq_pod.nn.window import leaving_chunks
 
 
-def start(config: TransformerConfig, present: dict, state: dict, is_gated: bool) -> tuple[dict, dict]:
-    """present, state: see `fused_attention` in core.py. is_gated: values are still to be activated.
+def start(
+    config: TransformerConfig, present: dict, state: dict, is_gated: bool, stacked: dict | None = None
+) -> tuple[dict, dict]:
+    """present, state: see `fused_attention` in core.py. is_gated: values are still to be activated. stacked: where the
+    values lie in a stack of layers', v of all layers, and layer, int32 [1]: kernels read them there.
 
     Returns operands of the kernels: k_window [N, B, H, M, K], v_window [N, B, H, M, V], positions and kept; with
-    agg_cache first_mean [N, B, H, S, V], first_count [N, B, H, 1, S] and what is made of counts. And the state after
-    the last block, in which the cache's means are those before the update if there is one shard.
+    agg_cache first_mean [N, B, H, S, V] and first_count [N, B, H, 1, S], whose product is the first sum, and what is
+    made of counts. And the state after the last block, in which the cache's means are those before the update if there
+    is one shard.
     """
     c = config
     heads, value = c.value_names
     axes, blocks, of_shard = state_axes(c), ("blocks", "batch"), ("shards", "batch", heads)
     codes = (*blocks, heads, "token")
-    in_axes = dict(z=codes, k_hat=(*codes, "key"), v=(*codes, value), doc_ids=(*blocks, "token")), axes
+    of_present: dict[str, tuple] = dict(z=codes, k_hat=(*codes, "key"), v=(*codes, value), doc_ids=(*blocks, "token"))
     of_counts = (*blocks, heads, None, "codes")
     out_axes = dict(
         k_window=(*of_shard, "window", "key"),
@@ -46,7 +52,11 @@ def start(config: TransformerConfig, present: dict, state: dict, is_gated: bool)
             first_mean=(*of_shard, "codes", value),
             first_count=(*of_shard, None, "codes"),
         )
-    mapped = placement().over_blocks(functools.partial(_start, c, is_gated), in_axes, (out_axes, axes))
+    if placement().n_shards("blocks") > 1:
+        v, z, doc_ids = (present[name] for name in ("v", "z", "doc_ids"))
+        present = present | dict(own_total=own_sums(c, is_gated, v, z, doc_ids, stacked or {}))
+        of_present["own_total"] = (*of_shard, "codes", value)
+    mapped = placement().over_blocks(functools.partial(_start, c, is_gated), (of_present, axes), (out_axes, axes))
     started, new_state = mapped(present, state)
     if not c.grad_thru_cache:
         started = jax.lax.stop_gradient(started)
@@ -56,6 +66,8 @@ def start(config: TransformerConfig, present: dict, state: dict, is_gated: bool)
 def _start(c: TransformerConfig, is_gated: bool, present: dict, state: dict, axis: str | None) -> tuple[dict, dict]:
     """`start`, of one shard."""
     ids_alone = state | dict(xlcache=dict(doc_ids=state["xlcache"]["doc_ids"]))
+    own_total = present.get("own_total")  # [1, B, H, S, V], if there are several shards
+    present = {name: x for name, x in present.items() if name != "own_total"}
     last = {name: x[-1] for name, x in present.items()}  # mem_len = block_len: the window after the blocks
     own_next = next_state(dict(doc_ids=present["doc_ids"]), ids_alone)
     own_next["xlcache"] = last | dict(v=_activated(last["v"], is_gated))
@@ -67,14 +79,19 @@ def _start(c: TransformerConfig, is_gated: bool, present: dict, state: dict, axi
     leaving = leaving_chunks(window, present, ("z", "doc_ids"))
     if axis is None:
         latest, kept, z, counts = count_leaving(cache["latest_doc_id"], cache["lower"], leaving, c.reduction)
-        first_mean, after = cache["upper_div_lower"], cache | dict(lower=counts[-1], latest_doc_id=latest[-1])
+        first_mean, first_count = cache["upper_div_lower"], counts[0]
+        after = cache | dict(lower=counts[-1], latest_doc_id=latest[-1])
     else:
+        assert own_total is not None
         latest, kept, z, counts, lower_after = counts_of_shard(cache, leaving, c.reduction, axis)
-        of_last_document = jnp.where((latest[1:] == latest[-1:])[:, :, None, None], z, -1)
-        total = _leaving_sums(of_last_document, window["v"], present["v"], c.n_code, is_gated)
+        # the chunk that leaves first is the window: the shard before has made it
+        of_last_document = jnp.where((latest[1] == latest[-1])[:, None, None], z[0], -1)
+        onehot = jax.nn.one_hot(of_last_document, c.n_code, dtype=window["v"].dtype)
+        total = jnp.einsum("bhls,bhlv->bhsv", onehot, window["v"], preferred_element_type=jnp.float32)
+        total = total + own_total[0]
         first_sums = cache["upper_div_lower"] * cache["lower"][..., None]
-        sums, sums_after = exclusive_scan(first_sums, total, latest[-1] == latest[0], axis)
-        first_mean = sums / jnp.maximum(counts[0], 1.0)[..., None]
+        first_mean, sums_after = exclusive_scan(first_sums, total, latest[-1] == latest[0], axis)
+        first_count = jnp.ones_like(counts[0])  # what came is the sum already
         after = dict(
             upper_div_lower=sums_after / jnp.maximum(lower_after, 1.0)[..., None],
             lower=lower_after,
@@ -93,7 +110,7 @@ def _start(c: TransformerConfig, is_gated: bool, present: dict, state: dict, axi
         inverse=inverse[:-1, :, :, None],
         inverse_after=inverse[1:, :, :, None],
         first_mean=_of_shard(first_mean, axis),
-        first_count=_of_shard(counts[0][:, :, None], axis),
+        first_count=_of_shard(first_count[:, :, None], axis),
     )
     return started, new_state | dict(aggcache=after)
 
@@ -107,17 +124,61 @@ def _of_shard(x: jax.Array, axis: str | None) -> jax.Array:
     return jnp.broadcast_to(x, (1 if axis else placement().n_shards("blocks"), *x.shape))
 
 
-@functools.partial(jax.checkpoint, static_argnums=(3, 4))  # what is kept for the backward pass is no larger than v
-def _leaving_sums(z: jax.Array, v_window: jax.Array, v: jax.Array, n_code: int, is_gated: bool) -> jax.Array:
-    """The sum for each code of the values that leave during a shard's blocks, float32 [B, H, S, V].
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def own_sums(
+    config: TransformerConfig, is_gated: bool, v: jax.Array, z: jax.Array, doc_ids: jax.Array, stacked: dict
+) -> jax.Array:
+    """The sum for each code of a shard's own values that leave during its blocks, of all its blocks but the last:
+    those of the document that the last of them has. Float32 [N, B, H, S, V].
 
-    z: [R, B, H, L], of each chunk's tokens, -1 for those that do not count. v_window: [B, H, L, V], the first chunk.
-    v: [R, B, H, L, V], of the blocks, of which all but the last leave.
+    v [N R, B, H, L, V], z [N R, B, H, L], doc_ids [N R, B, L]; stacked: see `start`.
     """
+    x = dict(v=v, z=z, doc_ids=doc_ids) | stacked
+    return _on_shards(config, is_gated, leaving_sums, sums_operands, x)["total"]
 
-    onehot = jax.nn.one_hot(z, n_code, dtype=v.dtype)
-    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    total = dot("bhls,bhlv->bhsv", onehot[0], v_window)
-    if len(v) > 1:
-        total += dot("rbhls,rbhlv->bhsv", onehot[1:], _activated(v[:-1], is_gated))
-    return total
+
+def _own_sums_forward(config, is_gated, v, z, doc_ids, stacked):
+    return own_sums(config, is_gated, v, z, doc_ids, stacked), (v, z, doc_ids, stacked)
+
+
+def _own_sums_backward(config, is_gated, kept, d_total):
+    v, z, doc_ids, stacked = kept
+    x = dict(v=v, z=z, doc_ids=doc_ids) | stacked | dict(d_total=d_total.astype(v.dtype))
+    made = _on_shards(config, is_gated, leaving_gradient, gradient_operands, x)
+    return made["v_gradient"], None, None, None
+
+
+own_sums.defvjp(_own_sums_forward, _own_sums_backward)
+
+
+def _on_shards(config: TransformerConfig, is_gated: bool, function, operands, x: dict) -> dict:
+    """A kernel of leaving.py, of what each device has. x: v, or a stack with layer; z; doc_ids; d_total."""
+    heads, value = config.value_names
+    blocks, device_kind = ("blocks", "batch", heads), placement().device_kind()
+    n_shards, n_blocks = placement().n_shards("blocks"), len(x["z"])
+    axes = dict(
+        **dict.fromkeys(("v", "v_gradient"), (*blocks, "token", value)),
+        z=(*blocks, "token"),
+        doc_ids=("blocks", "batch", "token"),
+        **dict.fromkeys(("total", "d_total"), ("shards", "batch", heads, "codes", value)),
+        layer=(None,),
+    )
+
+    def axes_with_layers(name, array):
+        return ("layers", *axes[name]) if array.ndim > len(axes[name]) else axes[name]
+
+    def of_device(x):
+        own = {name: array for name, array in x.items() if name not in ("z", "doc_ids")}
+        ids, z = x["doc_ids"], x["z"]
+        counted = ids[:-1] == ids[-2:-1, :, -1:]  # nothing of the last block leaves
+        leaving = jnp.concatenate([jnp.where(counted[:, :, None], z[:-1], -1), jnp.full_like(z[:1], -1)])
+        own |= dict(leaving=leaving[:, :, :, None], kept=jnp.ones(leaving.shape[:2], jnp.int32))
+        if "d_total" in own:
+            own["d_total"] = own["d_total"][0]
+        q_shape = *leaving.shape[:3], 1, leaving.shape[3], config.d_k
+        shape = shape_of(config, device_kind, q_shape, own["v"].shape[-1], is_gated)
+        made = function(sized(shape, operands, own), own)
+        n_here = n_shards * len(z) // n_blocks  # all, where shapes alone are asked for
+        return {name: jnp.broadcast_to(a, (n_here, *a.shape)) if name == "total" else a for name, a in made.items()}
+
+    return placement().on_each_device(of_device, axes_with_layers)(x)
