@@ -30,6 +30,7 @@ from tvq_pod.errors import Preempted, UserError
 from tvq_pod.modes import train as train_module
 from tvq_pod.modes.train import train
 from tvq_pod.parallel.mesh import make_mesh
+from tvq_pod.planning.module import Module
 from tvq_pod.run.checkpoint import Checkpoints
 from tvq_pod.run.checkpoint_reader import CheckpointReader
 from tvq_pod.run.hashes import sha256_of
@@ -103,6 +104,33 @@ def test_a_codebook_that_collapses_in_any_layer_is_bad():
     assert not judged(min_code_perplexity=3.5)
     assert judged(max_dead_codes=0.6)
     assert not judged(max_dead_codes=0.4)
+
+
+def stacks_of(fill: float) -> dict:
+    """Three layers of states of some dtypes, with what is not equal to itself among them."""
+    values = np.arange(3 * 512, dtype=np.float32).reshape(3, 2, 256) + fill
+    values[1, 0, :2] = np.nan, -0.0
+    return dict(mean=jnp.array(values), cache=dict(v=jnp.array(values, jnp.bfloat16), z=jnp.array(values[..., 2], int)))
+
+
+def test_states_of_a_good_step_are_the_new_ones_and_of_a_bad_step_the_old_ones():
+    new, old = stacks_of(1.0), stacks_of(1000.0)
+    choose = jax.jit(bad_steps.choose_stacks)
+    assert sha256_of(choose(True, new, old)) == sha256_of(new)
+    assert sha256_of(choose(False, new, old)) == sha256_of(old) != sha256_of(new)
+
+
+def test_a_good_step_copies_no_state():
+    """The program has no memory for a copy, and its only loop makes no turn, by plan's count."""
+    stacks = dict(mean=stacks_of(1.0)["mean"])  # a CPU computes bfloat16 in float32
+    compiled = jax.jit(bad_steps.choose_stacks, donate_argnums=1).lower(True, stacks, stacks).compile()
+    memory, size = compiled.memory_analysis(), sum(leaf.nbytes for leaf in jax.tree.leaves(stacks))
+    assert memory is not None
+    assert memory.alias_size_in_bytes == size
+    assert memory.temp_size_in_bytes < size / 4
+    module = Module(compiled.as_text() or "")
+    loops = [instruction for body in module.computations() for instruction in body if instruction.opcode == "while"]
+    assert [module.turns(loop) for loop in loops] == [0]
 
 
 # ------------------------------------------------------------------ whole runs, whose data is poisoned
@@ -225,6 +253,7 @@ def test_a_bad_step_changes_nothing_but_its_count(corpus, forget_state):
     assert sha256_of(before.recurrent) != sha256_of(fresh)
     kept = jax.device_get(before)
     after, metrics = step_fn(before, batch | dict(loss_mask=np.where(tokens == tokens[2, 0], np.nan, mask)))
+    assert all(array.is_deleted() for array in jax.tree.leaves(before))
     assert (int(metrics["n_bad"]), int(after.step)) == (1, 2)
     for name in ("params", "opt_state"):
         assert sha256_of(getattr(after, name)) == sha256_of(getattr(kept, name)), name

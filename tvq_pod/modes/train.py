@@ -41,7 +41,7 @@ from tvq_pod.run.stopping import StopTogether
 from tvq_pod.run.training_log import TrainingLog
 from tvq_pod.training.optimizer import learning_rate
 from tvq_pod.training.restore import describe_state, state_at
-from tvq_pod.training.step import TrainState, compiled_train_step
+from tvq_pod.training.step import TrainState, TrainStep, compiled_train_step
 
 
 def train(settings: Settings, workdir: epath.Path, preemption: Preemption) -> None:
@@ -98,7 +98,7 @@ class _Session:
         self.rollback = Rollback(checkpoints, Skipped(workdir), settings.train, settings.bad_steps)
         self.stop = StopTogether(preemption, settings.checkpoint.grace_seconds)
         self.evaluated: dict[int, float | None] = {}  # losses on the way to the state, by step
-        self.step_fn: jax.stages.Compiled | None = None
+        self.step_fn: TrainStep | None = None
 
     def run(self) -> None:
         """From the newest good checkpoint to the end."""
@@ -208,7 +208,7 @@ class _Session:
         sizes = config.batch_size, config.update_len, data.num_threads, data.prefetch_batches
         return Feed(self.split, streams, self.mesh, *sizes, schedule.now.update, schedule.now.cuts)
 
-    def _compiled(self, first_step: int) -> jax.stages.Compiled:
+    def _compiled(self, first_step: int) -> TrainStep:
         if self.step_fn is None:
             self.step_fn = compiled_train_step(self.tried, self.mesh)
             self.log.restart(first_step)  # what compiling took is no slowness

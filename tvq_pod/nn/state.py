@@ -100,10 +100,13 @@ def doc_positions(state: dict, doc_ids: jax.Array) -> jax.Array:
     """Position of each token in its document, int32 [R, B, L]. doc_ids: [R, B, L], after what `state` has read."""
     block_len = doc_ids.shape[2]
     doc_ids = join_blocks(doc_ids)
-    before = jnp.concatenate([state["xlcache"]["doc_ids"][:, -1:], doc_ids[:, :-1]], axis=1)
     t = jnp.broadcast_to(jnp.arange(doc_ids.shape[1], dtype=jnp.int32), doc_ids.shape)
-    latest_start = jax.lax.cummax(jnp.where(doc_ids != before, t, -1), axis=1)
-    return split_blocks(jnp.where(latest_start < 0, state["pos_offset"][:, None] + t, t - latest_start), block_len)
+    # The running maximum is dear, and XLA makes it once for all layers if no layer's state is in it.
+    starts = jnp.where(doc_ids[:, 1:] != doc_ids[:, :-1], t[:, 1:], 0)
+    start = jax.lax.cummax(jnp.pad(starts, ((0, 0), (1, 0))), axis=1)  # 0: of the first token's document
+    is_continued = state["xlcache"]["doc_ids"][:, -1] == doc_ids[:, 0]
+    read_before = jnp.where(is_continued, state["pos_offset"], 0)[:, None]
+    return split_blocks(t - start + jnp.where(start == 0, read_before, 0), block_len)
 
 
 def positions_of(state: dict, doc_ids: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from tvq_pod.inference.evaluator import make_eval_state, make_eval_step
 from tvq_pod.inference.sampler import Sampler, Sampling
 from tvq_pod.parallel.sharding import batch_sharding
 from tvq_pod.planning.flops import train_flops
-from tvq_pod.training.step import create_train_state, make_train_step
+from tvq_pod.training.step import TrainStep, create_train_state, make_train_step
 
 SAMPLED = {1: 256, 64: 32}  # rows side by side: tokens of each in a turn
 
@@ -49,7 +49,8 @@ class Run:
         self._batch = jax.device_put(batch, batch_sharding(self._mesh))
         self._state = create_train_state(settings, self._mesh)
         began = time.monotonic()
-        self._train_step = make_train_step(settings, self._mesh).lower(self._state, self._batch).compile()
+        program = make_train_step(settings, self._mesh).lower(self._state, self._batch).compile()
+        self._train_step, self._memory = TrainStep(program), program.memory_analysis()
         self._compile_seconds = time.monotonic() - began
         self._eval_step = make_eval_step(settings, self._mesh, rows)
         self._eval_state = make_eval_state(settings, self._mesh, rows)
@@ -114,7 +115,7 @@ class Run:
             for name, times in self._seconds.items()
         }
         seconds = summary["train_step_seconds"]["median"]
-        memory = self._train_step.memory_analysis()
+        memory = self._memory
         assert memory is not None, "XLA knows what it gave to a program"
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         stats = jax.local_devices()[0].memory_stats() or {}

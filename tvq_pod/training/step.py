@@ -3,6 +3,7 @@
 `step` counts updates that have been applied: a state with step n has consumed updates 0 .. n - 1 of every stream.
 """
 
+import dataclasses
 import functools
 import time
 from typing import cast
@@ -129,8 +130,36 @@ def create_recurrent(settings: Settings, mesh: jax.sharding.Mesh) -> dict:
     return jax.jit(lambda: initial_recurrent(settings), out_shardings=shardings)()
 
 
-def make_train_step(settings: Settings, mesh: jax.sharding.Mesh):
-    """The compiled step: (TrainState, batch) -> (TrainState, metrics); the TrainState given is donated.
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A step: (TrainState, batch) -> (TrainState, metrics). The arrays of the TrainState given are deleted.
+
+    program: the function of a TrainState without its recurrent state, the recurrent state, and a batch. The first is
+    donated: the program overwrites it with what it returns. The recurrent state has to stay as it is until the step is
+    known to be good. So the next one has its own memory, layers write to it directly, and a good step copies nothing.
+    """
+
+    program: jax.stages.Wrapped | jax.stages.Compiled
+
+    def __call__(self, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        """Returns the next state and metrics, while they are still computed."""
+        made = self.program(*_split(state), batch)
+        for array in jax.tree.leaves(state.recurrent):
+            array.delete()  # once the program has read it
+        return made
+
+    def lower(self, state: TrainState, batch: dict) -> jax.stages.Lowered:
+        """Lowers a program that isn't compiled, for arrays or ShapeDtypeStructs."""
+        assert not isinstance(self.program, jax.stages.Compiled)
+        return self.program.lower(*_split(state), batch)
+
+
+def _split(state: TrainState) -> tuple[TrainState, dict]:
+    return state.replace(recurrent={}), state.recurrent
+
+
+def make_train_step(settings: Settings, mesh: jax.sharding.Mesh) -> TrainStep:
+    """Returns the step, which is compiled when it is first called.
 
     batch: see `Feed.batches`. metrics: float32 scalars: loss (nats a token, of the predictions alone), l_commit,
     grad_norm, learning_rate; those of `code_report` and `revival_report`; n_bad, int32: bad steps in a row, this one
@@ -141,11 +170,11 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh):
     gradients = make_gradients(settings)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_train_state(settings, mesh))
 
-    def train_step(state: TrainState, batch: dict):
+    def train_step(state: TrainState, recurrent: dict, batch: dict):
         # Masks are a function of (seed, step): a resumed run draws what the run that never stopped would have drawn.
         key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
         with placed_by(OnMesh(mesh, settings.mesh.fsdp)):
-            grads, recurrent, metrics = gradients(state.params, state.recurrent, batch, key)
+            grads, next_recurrent, metrics = gradients(state.params, recurrent, batch, key)
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = cast(dict, optax.apply_updates(state.params, updates))
@@ -153,21 +182,21 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh):
         metrics["grad_norm"] = grad_norm(grads)
         metrics["learning_rate"] = settings.optimizer.learning_rate * share(state.step)
         good, known = bad_steps.judge(state.bad_steps, metrics, codebook_sums(grads), settings.bad_steps)
-        read_before = initial_recurrent(settings) if settings.bad_steps.forget_state else state.recurrent
-        params, opt_state, recurrent = bad_steps.choose(
-            good, (params, opt_state, recurrent), (state.params, state.opt_state, read_before)
-        )
+        read_before = initial_recurrent(settings) if settings.bad_steps.forget_state else recurrent
+        params, opt_state = bad_steps.choose(good, (params, opt_state), (state.params, state.opt_state))
+        recurrent = bad_steps.choose_stacks(good, next_recurrent, read_before)
         rolled = digest.roll(state.digest, batch)
         metrics |= dict(n_bad=known["n_bad"], digest=rolled)
         return TrainState(state.step + 1, params, opt_state, recurrent, known, rolled), metrics
 
-    return jax.jit(
+    program = jax.jit(
         train_step,
-        in_shardings=(shardings, batch_sharding(mesh)),
+        in_shardings=(*_split(shardings), batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
         compiler_options=compiler_options(mesh),
     )
+    return TrainStep(program)
 
 
 def make_gradients(settings: Settings):
@@ -266,14 +295,14 @@ def abstract_batch(settings: Settings, mesh: jax.sharding.Mesh) -> dict:
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for name, dtype in dtypes.items()}
 
 
-def compiled_train_step(settings: Settings, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
+def compiled_train_step(settings: Settings, mesh: jax.sharding.Mesh) -> TrainStep:
     """`make_train_step`, compiled for the settings' shapes. Says what it takes."""
     began = time.monotonic()
     abstract = abstract_train_state(settings, mesh), abstract_batch(settings, mesh)
     say(attention_line(settings.model, mesh))
     compiled = make_train_step(settings, mesh).lower(*abstract).compile()
     say(f"compiled in {time.monotonic() - began:.1f} s; {_memory(compiled)}")
-    return compiled
+    return TrainStep(compiled)
 
 
 def _memory(compiled: jax.stages.Compiled) -> str:
@@ -282,5 +311,6 @@ def _memory(compiled: jax.stages.Compiled) -> str:
     if analysis is None:
         return "memory unknown"
     gib = 2**30
-    state, temp = analysis.argument_size_in_bytes / gib, analysis.temp_size_in_bytes / gib
-    return f"a device holds {state:.2f} GiB of state and batch, and {temp:.2f} GiB while it computes"
+    state, made = analysis.argument_size_in_bytes / gib, analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    more = (made + analysis.temp_size_in_bytes) / gib
+    return f"a device holds {state:.2f} GiB of state and batch, and {more:.2f} GiB while it computes"
