@@ -101,7 +101,7 @@ def doc_positions(state: dict, doc_ids: jax.Array) -> jax.Array:
     block_len = doc_ids.shape[2]
     doc_ids = join_blocks(doc_ids)
     t = jnp.broadcast_to(jnp.arange(doc_ids.shape[1], dtype=jnp.int32), doc_ids.shape)
-    # The running maximum is dear, and XLA makes it once for all layers if no layer's state is in it.
+    # The running maximum is dear. No state is in it: so XLA makes it once for all units whose code it sees at once.
     starts = jnp.where(doc_ids[:, 1:] != doc_ids[:, :-1], t[:, 1:], 0)
     start = jax.lax.cummax(jnp.pad(starts, ((0, 0), (1, 0))), axis=1)  # 0: of the first token's document
     is_continued = state["xlcache"]["doc_ids"][:, -1] == doc_ids[:, 0]

@@ -90,6 +90,8 @@ class Run:
         self._seconds[name].append(time.monotonic() - began)
 
     def _train(self):
+        assert self._state is not None, "warm_up made it"
+        assert self._batch is not None, "warm_up made it"
         self._state, metrics = self._train_step(self._state, self._batch)
         return self._state, metrics
 
