@@ -12,7 +12,7 @@ quadratic attention (which sees its own update and the window before it), and wi
     python -m tvq_pod.main --config=configs/recall.py --workdir=runs/full \\
         --config.model.attn_type=full --config.train.update_len=4096 --config.train.batch_size=1
     python -m tvq_pod.main --config=configs/recall.py --workdir=runs/passkey \\
-        --source=passkey --config.data.recall_pairs=4
+        --source=passkey --config.data.recall_pairs=4 --config.data.recall_documents=2000
 
 What the recipe needs, and what each part is worth, is in docs/recall.md.
 """
@@ -24,10 +24,10 @@ def get_config():
     config = default_config()
     config.data.source = "recall"
     config.data.recall_smaller = 8
-    config.data.recall_documents = 60_000  # of nine lengths, 72 bytes in the mean
+    config.data.recall_documents = 100_000  # of nine lengths, 72 bytes in the mean
 
     config.model.d_model = 128
-    config.model.d_k = 128
+    config.model.d_k = 64
     config.model.d_v = 128
     config.model.n_layer = 2
     config.model.n_code = 128
@@ -35,18 +35,19 @@ def get_config():
     config.model.mem_len = 16
     config.model.window_bias = 8.0
     config.model.temperature = "learned"
+    config.model.c_beta = 0.0
     config.model.c_gamma = 0.9
     config.model.c_revive = 0.1
     config.model.remat = "none"
 
     config.train.batch_size = 16
     config.train.update_len = 128  # eight blocks: gradients reach values in the cache
-    config.train.num_steps = 1500
+    config.train.num_steps = 3500
     config.train.log_every_steps = 50
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 100
 
-    config.checkpoint.every_steps = 500
-    config.eval.every_steps = 500
+    config.checkpoint.every_steps = 1000
+    config.eval.every_steps = 1750
     config.sample.length = 0
     return config
