@@ -49,7 +49,7 @@ class Study:
     columns: dict[str, str]
     seeds: tuple[int, ...] = (0, 1, 2)
     settings: dict = dataclasses.field(default_factory=dict)
-    plot: Callable[["Study", list[Run], pathlib.Path], None] | None = None
+    plot: Callable[["Study", list[Run], pathlib.Path], None] = lambda study, runs, path: None
 
 
 def by_distance(study: Study, runs: list[Run], path: pathlib.Path) -> None:
@@ -84,11 +84,12 @@ STUDIES = {
         config="recall",
         arms={
             "all": {},
-            "recall_smaller=0": {"data.recall_smaller": 0},
+            "recall_smaller=0": {"data.recall_smaller": 0, "data.recall_documents": 2000},
             "c_revive=0": {"model.c_revive": 0.0},
             "c_gamma=0.99": {"model.c_gamma": 0.99},
             "temperature=fixed": {"model.temperature": "fixed"},
             "window_bias=0": {"model.window_bias": 0.0},
+            "c_beta=0.0001": {"model.c_beta": 1e-4},
             "n_code=256": {"model.n_code": 256},
         },
         columns=DISTANCES,
@@ -110,8 +111,7 @@ def main() -> None:
         for arm in study.arms:
             runs.append(trained(study, arm, seed, asked.workdir / asked.name))
             write(study, runs, STUDIED / f"{asked.name}.tsv")
-    if study.plot:
-        study.plot(study, runs, STUDIED / f"{asked.name}.png")
+    study.plot(study, runs, STUDIED / f"{asked.name}.png")
     print("\n".join(table(study, runs)))
 
 
