@@ -8,7 +8,7 @@ are PNG files. Needs pip install -e '.[data]'. To see what it costs before a sli
 
     python -m tvq_pod.main --mode=plan --config=configs/imagenet64.py --topology=v5p:4x4x4 --workdir=runs/imagenet64
 
-It says 0.10 s a step, 1,883,000 tokens/s, and a peak of 6.7 of a chip's 95 GiB.
+It says 0.10 s a step, 1,997,000 tokens/s, and a peak of 6.7 of a chip's 95 GiB.
 Settings: arXiv 2309.16354, appendix, and scripts/lm_imagenet64.sh of its code (github.com/transformer-vq).
 """
 

@@ -8,7 +8,7 @@ what it costs before a slice is rented:
 
     python -m tvq_pod.main --mode=plan --config=configs/pg19.py --topology=v5p:4x4x4 --workdir=runs/pg19
 
-It says 0.15 s a step, 1,792,000 tokens/s, and a peak of 8.2 of a chip's 95 GiB.
+It says 0.14 s a step, 1,828,000 tokens/s, and a peak of 8.2 of a chip's 95 GiB.
 Settings: arXiv 2309.16354, appendix, and scripts/lm_pg19.sh of its code (github.com/transformer-vq/transformer_vq).
 """
 

@@ -36,7 +36,7 @@ from tvq_pod.run.checkpoint_reader import CheckpointReader
 from tvq_pod.run.hashes import sha256_of
 from tvq_pod.run.preemption import Preemption
 from tvq_pod.training import bad_steps, restore
-from tvq_pod.training.step import abstract_train_state, make_train_step
+from tvq_pod.training.step import abstract_batch, abstract_train_state, make_train_step
 
 STEPS, EVERY, UPDATE_LEN = 24, 5, 8
 GOOD = dict(
@@ -260,6 +260,18 @@ def test_a_bad_step_changes_nothing_but_its_count(corpus, forget_state):
     assert sha256_of(after.recurrent) == sha256_of(fresh if forget_state else kept.recurrent)
     _, metrics = step_fn(after, batch)
     assert int(metrics["n_bad"]) == 0
+
+
+@pytest.mark.parametrize("forget_state", [False, True])
+def test_a_step_overwrites_the_states_of_before_only_if_nothing_needs_them(corpus, forget_state):
+    """With forget_state there is no second copy of the states."""
+    settings = settings_for(corpus, forget_state=forget_state)
+    mesh = make_mesh(settings.mesh)
+    lowered = make_train_step(settings, mesh).lower(
+        abstract_train_state(settings, mesh), abstract_batch(settings, mesh)
+    )
+    state, recurrent, batch = ({info.donated for info in jax.tree.leaves(part)} for part in lowered.args_info[0])
+    assert (state, recurrent, batch) == ({True}, {forget_state}, {False})
 
 
 @pytest.mark.slow

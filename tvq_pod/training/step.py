@@ -137,6 +137,7 @@ class TrainStep:
     program: the function of a TrainState without its recurrent state, the recurrent state, and a batch. The first is
     donated: the program overwrites it with what it returns. The recurrent state has to stay as it is until the step is
     known to be good. So the next one has its own memory, layers write to it directly, and a good step copies nothing.
+    With config.bad_steps.forget_state nothing needs the state of before, so it is donated too.
     """
 
     program: jax.stages.Wrapped | jax.stages.Compiled
@@ -169,6 +170,7 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh) -> TrainStep:
     share = schedule(settings.optimizer, settings.train.num_steps)
     gradients = make_gradients(settings)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_train_state(settings, mesh))
+    forgets = settings.bad_steps.forget_state
 
     def train_step(state: TrainState, recurrent: dict, batch: dict):
         # Masks are a function of (seed, step): a resumed run draws what the run that never stopped would have drawn.
@@ -182,9 +184,11 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh) -> TrainStep:
         metrics["grad_norm"] = grad_norm(grads)
         metrics["learning_rate"] = settings.optimizer.learning_rate * share(state.step)
         good, known = bad_steps.judge(state.bad_steps, metrics, codebook_sums(grads), settings.bad_steps)
-        read_before = initial_recurrent(settings) if settings.bad_steps.forget_state else recurrent
         params, opt_state = bad_steps.choose(good, (params, opt_state), (state.params, state.opt_state))
-        recurrent = bad_steps.choose_stacks(good, next_recurrent, read_before)
+        if forgets:
+            recurrent = bad_steps.choose(good, next_recurrent, initial_recurrent(settings))
+        else:
+            recurrent = bad_steps.choose_stacks(good, next_recurrent, recurrent)
         rolled = digest.roll(state.digest, batch)
         metrics |= dict(n_bad=known["n_bad"], digest=rolled)
         return TrainState(state.step + 1, params, opt_state, recurrent, known, rolled), metrics
@@ -193,7 +197,7 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh) -> TrainStep:
         train_step,
         in_shardings=(*_split(shardings), batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
-        donate_argnums=0,
+        donate_argnums=(0, 1) if forgets else 0,
         compiler_options=compiler_options(mesh),
     )
     return TrainStep(program)
