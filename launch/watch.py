@@ -49,10 +49,7 @@ class Watch:
 
     def step(self) -> float:
         """Looks once, and does what is to be done. Returns how many seconds there is nothing to do."""
-        machines, record = self.machines, self.machines.record
-        status = machines.status()
-        if status and (status.get("saved_step") or -1) > record.saved_step:
-            machines.note(saved_step=status["saved_step"], failures=0, restarts=0)
+        machines, status = self.machines, self._status()
         if status and status["state"] == "done":
             machines.note(phase=DONE)
             return 0.0
@@ -68,6 +65,13 @@ class Watch:
             return self._give_back(queued)
         self._say(queued.state + ("" if queued.state in WAITING else ": waits for it to be gone"))
         return self.machines.poll_seconds
+
+    def _status(self) -> dict | None:
+        """What the run says of itself. A newer checkpoint is progress: failures and restarts count from there."""
+        status = self.machines.status()
+        if status and (status.get("saved_step") or -1) > self.machines.record.saved_step:
+            self.machines.note(saved_step=status["saved_step"], failures=0, restarts=0)
+        return status
 
     def _finished(self) -> bool:
         if self.machines.gcloud.dry_run:
@@ -130,7 +134,7 @@ class Watch:
         if said.word == "none" or said.rest.split()[:1] != [attempt]:  # it is another machine
             machines.note(phase=ASKED)
             return self._start()
-        return self._ended(status)
+        return self._ended()
 
     def _unreachable(self) -> float:
         """ACTIVE, and its first machine does not answer: it may be gone without the request knowing."""
@@ -166,7 +170,7 @@ class Watch:
             return self._failed(str(error), then=ASKED if record.phase == ASKED else PREPARED)
         return self.machines.poll_seconds
 
-    def _ended(self, status: dict | None) -> float:
+    def _ended(self) -> float:
         """Worker 0 has ended: waits for the others, and starts again or gives up."""
         machines = self.machines
         states = machines.states()
@@ -179,6 +183,7 @@ class Watch:
         if running:
             machines.stop()
         self._ending_since = None
+        status = self._status()  # it may have saved since this step began
         codes = {where: said.rest.split()[-1] for where, said in states.items() if said.word == "exited"}
         if codes and len(codes) == machines.expected and set(codes.values()) == {"0"}:
             machines.note(phase=DONE)

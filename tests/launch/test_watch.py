@@ -100,6 +100,34 @@ def test_failures_with_progress_are_no_reason_to_give_up(laptop):
     assert sorted(attempts(laptop)) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
+def test_a_checkpoint_just_before_the_end_is_progress(laptop, monkeypatch):
+    """A run saves and fails between the two looks of one step: at what it says, and at its machines."""
+    laptop.set(training=[dict(steps=7, exit=1), dict(steps=12, exit=1), dict(steps=17, exit=1), {}])
+    laptop.must("up", *UP)
+    laptop.must("run", *RUN)
+    machines, _ = in_this_process(laptop)
+    said, knows_machines, look, ask = [None], [False], machines.status, machines.states
+
+    def status():
+        before, said[0] = said[0], look()
+        return said[0] if knows_machines[0] else before
+
+    def states(*args):
+        knows_machines[0] = True
+        return ask(*args)
+
+    class Late(Watch):
+        def step(self) -> float:
+            knows_machines[0] = False
+            return super().step()
+
+    monkeypatch.setattr(machines, "status", status)
+    monkeypatch.setattr(machines, "states", states)
+    Late(machines, max_restarts=1).run()
+    assert sorted(attempts(laptop)) == [1, 2, 3, 4]
+
+
 def in_this_process(laptop, poll_seconds=30.0):
     """The run's machines, by a clock that only sleep moves, and what is said."""
 
