@@ -19,9 +19,9 @@ from kubeflow_trainer_api import models
 from launch import libtpu, slices
 from launch.record import Record, Records
 from tests import forked
+from tests.launch.commands import status_of
 from tests.launch.conftest import ROOT, write_program
 from tests.launch.gcloud_program import TABLE
-from tests.launch.test_pod import status_of
 from tvq_pod.planning.chips import CHIPS
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))

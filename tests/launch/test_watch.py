@@ -14,7 +14,7 @@ from launch.machines import Machines
 from launch.record import Records
 from launch.watch import GivenUp, Watch
 from tests.launch.cloud import pids
-from tests.launch.test_pod import RUN, UP, WATCH, status_of
+from tests.launch.commands import RUN, UP, WATCH, status_of
 
 
 @pytest.fixture
