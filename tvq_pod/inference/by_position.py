@@ -1,14 +1,18 @@
 """Loss by place in the document: what a long context is worth, as a table, tab-separated values and a plot."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
 
-from tvq_pod.host.extras import is_installed
-from tvq_pod.host.terminal import say
+from tvq_pod.inference.tables import write_table
 from tvq_pod.run.metrics import LOG_2
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 BUCKET = 1024  # tokens of context that are taken together
 
@@ -47,24 +51,12 @@ def write_positions(positions: Positions, folder: epath.Path, name: str) -> None
         f"{index * BUCKET}\t{n}\t{nats / n:.6f}\t{positions.bits_per_byte(index, index + 1):.6f}"
         for index, (nats, n) in enumerate(zip(positions.nats, positions.n_tokens, strict=True))
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.tsv").write_text("\n".join(["first_position\ttokens\tloss\tbits_per_byte", *rows]) + "\n")
-    if is_installed("matplotlib"):
-        _plot(positions, folder / f"{name}.png")
-        say(f"loss by place in the document: {folder / name}.tsv, .png")
-    else:
-        say(f"loss by place in the document: {folder / name}.tsv; a plot needs pip install -e '.[data]'")
+    lines = ["first_position\ttokens\tloss\tbits_per_byte", *rows]
+    write_table("loss by place in the document", lines, functools.partial(_draw, positions), folder, name)
 
 
-def _plot(positions: Positions, path: epath.Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+def _draw(positions: Positions, axes: "Axes") -> None:
     places = (np.arange(len(positions.nats)) + 0.5) * BUCKET
     axes.step(places, [positions.bits_per_byte(k, k + 1) for k in range(len(places))], where="mid")
     axes.axhline(positions.bits_per_byte(), linestyle=":", color="gray", label="all")
-    axes.set(xlabel="tokens before, in the document", ylabel="bits per byte", title=path.stem)
-    axes.legend()
-    with path.open("wb") as file:
-        figure.savefig(file, format="png", dpi=120)
+    axes.set(xlabel="tokens before, in the document", ylabel="bits per byte")

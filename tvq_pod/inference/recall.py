@@ -5,8 +5,10 @@ Distances are counted in windows of config.model.mem_len tokens, since what is f
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
@@ -14,8 +16,10 @@ from etils import epath
 from tvq_pod.data.recall import distances
 from tvq_pod.data.store import Split
 from tvq_pod.data.streams import PackedDocuments, read_row
-from tvq_pod.host.extras import is_installed
-from tvq_pod.host.terminal import say
+from tvq_pod.inference.tables import write_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 WINDOWS = (1, 4, 16, 64, 256)  # where one class of distances ends, and the next begins
 NAMES = ("in_window", *(f"{low}_to_{high}" for low, high in itertools.pairwise(WINDOWS)), "beyond_256")
@@ -95,28 +99,13 @@ def write_recall(recall: Recall, folder: epath.Path, name: str) -> None:
     lines = ["windows\tvalues\tloss\taccuracy"]
     for name_of, n, hits, nats in zip(NAMES, recall.n_values, recall.hits, recall.nats, strict=True):
         lines.append(f"{name_of}\t{n}\t{nats / n:.6f}\t{hits / n:.6f}" if n else f"{name_of}\t0\t\t")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
-    if is_installed("matplotlib"):
-        _plot(recall, folder / f"{name}.png")
-        say(f"accuracy by distance since the key: {folder / name}.tsv, .png")
-    else:
-        say(f"accuracy by distance since the key: {folder / name}.tsv; a plot needs pip install -e '.[data]'")
+    write_table("accuracy by distance since the key", lines, functools.partial(_draw, recall), folder, name)
 
 
-def _plot(recall: Recall, path: epath.Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+def _draw(recall: Recall, axes: "Axes") -> None:
     there = recall.n_values > 0
     names = [_words(name) for name, is_there in zip(NAMES, there, strict=True) if is_there]
     axes.plot(names, recall.hits[there] / recall.n_values[there], marker="o")
     axes.axhline(recall.chance, linestyle=":", color="gray", label="guessing a value")
-    axes.set(
-        xlabel=f"windows of {recall.window} tokens since the key was seen", ylabel="accuracy of its value",
-        ylim=(0, 1.02), title=path.stem,
-    )  # fmt: skip
-    axes.legend()
-    with path.open("wb") as file:
-        figure.savefig(file, format="png", dpi=120)
+    xlabel = f"windows of {recall.window} tokens since the key was seen"
+    axes.set(xlabel=xlabel, ylabel="accuracy of its value", ylim=(0, 1.02))

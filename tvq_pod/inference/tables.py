@@ -1,0 +1,32 @@
+"""A table of an evaluation in files: its lines, and a picture of them."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from etils import epath
+
+from tvq_pod.host.extras import is_installed
+from tvq_pod.host.terminal import say
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def write_table(what: str, lines: Sequence[str], draw: Callable[["Axes"], None], folder: epath.Path, name: str) -> None:
+    """Writes FOLDER/NAME.tsv and, with matplotlib, FOLDER/NAME.png; says where they are. what: the table, in words.
+    draw: draws it, and labels what has a legend. Raises what the disk or the bucket does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    if not is_installed("matplotlib"):
+        say(f"{what}: {folder / name}.tsv; a plot needs pip install -e '.[data]'")
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    draw(axes)
+    axes.set(title=name)
+    axes.legend()
+    with (folder / f"{name}.png").open("wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+    say(f"{what}: {folder / name}.tsv, .png")
