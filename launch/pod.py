@@ -29,7 +29,7 @@ from launch.gcloud import Gcloud, GcloudError
 from launch.machines import MISSING, Machines, settings_of
 from launch.record import ASKED, DONE, PREPARED, STARTED, STARTING, STOPPED, Gone, Record, Records
 from launch.request import asked_for, planned
-from launch.show import HEADS, progress, row
+from launch.show import HEADS, goodput, progress, row
 from launch.source import pack
 from launch.watch import Watch
 from tvq_pod.errors import UserError
@@ -193,12 +193,16 @@ def watch(records: Records) -> None:
 
 
 def status(records: Records) -> None:
-    """A line for each run."""
+    """A line for each run; with --name, also where its time went."""
     names = [slices.check_name(_NAME.value)] if _NAME.value else records.names()
     rows: list[tuple[str, ...]] = [HEADS]
+    time_spent = ""
     for name in names:
         try:
-            rows.append(row(_own(records) if _NAME.value else _machines(records.get(name), records)))
+            machines = _own(records) if _NAME.value else _machines(records.get(name), records)
+            said = machines.status()
+            rows.append(row(machines, said))
+            time_spent = goodput(said) if _NAME.value else ""
         except UserError as error:
             if _NAME.value:
                 raise
@@ -208,6 +212,8 @@ def status(records: Records) -> None:
     widths = [max(len(cells[i]) for cells in rows) for i in range(len(rows[0]))]
     for cells in rows:
         _say("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
+    if time_spent:
+        _say(time_spent)
 
 
 def _place(machines: Machines) -> tuple[str, str]:

@@ -6,8 +6,9 @@ from launch.clock import ago
 from launch.gcloud import GcloudError
 from launch.machines import Machines
 from tvq_pod.errors import UserError
+from tvq_pod.run.goodput_table import table
 
-HEADS = ("run", "slice", "queue", "training", "step", "tokens/s", "loss", "saved")
+HEADS = ("run", "slice", "queue", "training", "step", "tokens/s", "MFU", "loss", "goodput", "saved")
 
 
 def progress(status: dict | None) -> str:
@@ -21,15 +22,21 @@ def progress(status: dict | None) -> str:
     )
 
 
-def row(machines: Machines) -> tuple[str, ...]:
-    """A cell for each of HEADS."""
+def goodput(status: dict | None) -> str:
+    """Where the run's time went, as a table; "" if it does not say."""
+    record = (status or {}).get("goodput")
+    return table(record) if record else ""
+
+
+def row(machines: Machines, status: dict | None) -> tuple[str, ...]:
+    """A cell for each of HEADS. status: of the run."""
     record = machines.record
     what = f"{record.slices}x{record.accelerator}" if record.slices > 1 else record.accelerator
     try:
         queue = machines.queue().state.lower()
     except UserError as error:
         queue = error.kind if isinstance(error, GcloudError) else "not ours"
-    status = machines.status() or {}
+    status = status or {}
     training, saved = status.get("state", "-"), "-"
     if training == "training":
         training += f" ({_since(status['time'])} ago)"
@@ -42,7 +49,9 @@ def row(machines: Machines) -> tuple[str, ...]:
         training,
         f"{status['step']}/{status['num_steps']}" if "step" in status else "-",
         _number(status, "tokens_per_second", ",.0f"),
+        _number(status, "mfu", ".1%"),
         _number(status, "loss", ".4f"),
+        _number(status.get("goodput") or {}, "goodput", ".1%"),
         saved,
     )
 

@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import sys
+import time
 import traceback
 
 from absl import app, flags, logging
@@ -32,6 +33,8 @@ TOGETHER = ("train", "eval", "sample", "prepare")  # modes for any number of pro
 MODES = ("train", "eval", "sample", "prepare", "train_vocab", "inspect", "plan", "bench")
 
 NAMED_VOCABS = ("bytes", "sentencepiece")
+
+_STARTED_AT = time.time()
 
 # What jax says when a process of the job is gone.
 LOST_PEER = ("Gloo", "heartbeat", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination service")
@@ -98,7 +101,7 @@ def main(argv: list[str], preemption: Preemption) -> None:
     if mode == "train":
         from tvq_pod.modes.train import train
 
-        train(settings, workdir, preemption)
+        train(settings, workdir, preemption, started_at=_STARTED_AT)
     elif mode == "eval":
         from tvq_pod.modes.evaluate import evaluate
 

@@ -21,6 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))  # a program: nobody says where its modules are
 
 from tests.launch.cloud import Cloud, fail  # noqa: E402
+from tvq_pod.run.goodput_table import KINDS  # noqa: E402
 
 
 def services() -> pathlib.Path:
@@ -159,6 +160,8 @@ def pretend_training(arguments: list[str]) -> None:
     def write(state, step, saved):
         values = dict(state=state, step=step, num_steps=goal, saved_step=saved, saved_at=time.time(), loss=1.0)
         values |= dict(tokens_per_second=1000.0, time=time.time(), run_id=os.environ["TVQ_POD_RUN_ID"])
+        spent = {kind: 0.0 for kind in KINDS} | dict(steps=90.0, waiting=30.0)
+        values |= dict(goodput=dict(goodput=0.75, starts=attempt, seconds=spent))
         if first:
             path.with_suffix(".w").write_text(json.dumps(values))
             path.with_suffix(".w").replace(path)

@@ -19,6 +19,10 @@ def test_from_nothing_to_done_and_nothing_left(laptop):
     shown = laptop.must("status").splitlines()[1]
     assert shown.split()[:5] == ["run", "v4-16", "spot", "active", "done"]
     assert "20/20" in shown
+    assert "75.0%" in shown
+    head, *parts = laptop.must("status", "--name=run").splitlines()[2:]
+    assert head == "goodput 75.0%: of 0:02:00 since the first start, 1 start"
+    assert [part.split()[0] for part in parts] == ["steps", "waiting"]
     assert "begins after step" in laptop.must("logs", "--name=run", "--worker=1")
     said = laptop.must("down", "--name=run", "--yes")
     assert "deletes 1 slice(s) v4-16, 2 machine(s) and their disks" in said

@@ -158,11 +158,15 @@ def test_bits_per_byte():
 
 def test_speed_and_time_left_by_the_clock():
     now = [0.0]
-    speed = Speed(first_step=10, num_steps=50, tokens_per_step=100, clock=lambda: now[0])
+    sizes = dict(chips=4.0, seconds_at_peak=0.05)
+    speed = Speed(first_step=10, num_steps=50, tokens_per_step=100, clock=lambda: now[0], **sizes)
     now[0] = 2.0
-    assert speed.seen(20) == pytest.approx(dict(tokens_per_second=500.0, eta_seconds=6.0))
+    expected = dict(tokens_per_second=500.0, tokens_per_second_per_chip=125.0, mfu=0.25, eta_seconds=6.0)
+    assert speed.seen(20) == pytest.approx(expected)
     now[0] = 12.0  # ten seconds of evaluation
     speed.skip()
     now[0] = 13.0
-    assert speed.seen(30) == pytest.approx(dict(tokens_per_second=1000.0, eta_seconds=13.0))
+    expected = dict(tokens_per_second=1000.0, tokens_per_second_per_chip=250.0, mfu=0.5, eta_seconds=13.0)
+    assert speed.seen(30) == pytest.approx(expected)
+    assert "mfu" not in Speed(0, 50, 100).seen(1)  # the peak is not known
     assert hours(3661) == "1:01:01"

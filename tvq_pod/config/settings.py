@@ -103,6 +103,9 @@ class TrainSettings:
     average is kept. See docs/optimizer.md."""
     log_every_steps: PositiveInt = 20
     """Steps between two lines of training metrics."""
+    detail_every_steps: NonNegativeInt = 0
+    """Steps between two lines of norms by layer: of gradients, of weights, and of what a step adds to the weights as a
+    share of theirs; 0: never."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,8 +27,11 @@ from tvq_pod.parallel.attention import check_attention, with_tried_attention
 from tvq_pod.parallel.mesh import check_rows, make_mesh
 from tvq_pod.parallel.processes import Votes, decided_by_process_zero, is_process_zero, on_process_zero
 from tvq_pod.parallel.sharding import on_one_device
+from tvq_pod.planning.utilization import yardstick
 from tvq_pod.run.checkpoint import Checkpoints
 from tvq_pod.run.continued import check_continues
+from tvq_pod.run.goodput import Goodput
+from tvq_pod.run.goodput_table import COMPILE, END, EVALUATION, RESTORE
 from tvq_pod.run.lock import locked
 from tvq_pod.run.metrics import MetricsWriter, check_packages, lines_of
 from tvq_pod.run.preemption import SAVE, STOP, Preemption
@@ -46,15 +49,18 @@ from tvq_pod.training.restore import describe_state, state_at
 from tvq_pod.training.step import TrainState, TrainStep, compiled_train_step, weights_in_use
 
 
-def train(settings: Settings, workdir: epath.Path, preemption: Preemption) -> None:
+def train(settings: Settings, workdir: epath.Path, preemption: Preemption, started_at: float | None = None) -> None:
     """Trains to config.train.num_steps, from the newest good checkpoint in `workdir` if there is one.
+
+    started_at: when the command was given, in seconds since 1970; now if not given.
 
     Raises Preempted after SIGTERM, SIGINT or SIGHUP to any process, once all is saved.
     """
+    goodput = Goodput(started_at)
     mesh = make_mesh(settings.mesh)
     _check(settings, workdir, mesh)
     num_steps, enabled = settings.train.num_steps, is_process_zero()
-    status = Status(workdir, num_steps, enabled)
+    status = Status(workdir, num_steps, enabled, goodput)
     result = RunResult(workdir, num_steps, status, preemption, enabled)
     with result, contextlib.ExitStack() as opened:
         on_process_zero(lambda: opened.enter_context(locked(workdir)))
@@ -101,13 +107,14 @@ class _Session:
         """opened: closes what has threads or files of its own, however the session ends."""
         self.settings, self.workdir, self.mesh = settings, workdir, mesh
         self.preemption, self.opened, self.status, self.result = preemption, opened, status, result
+        self.goodput = status.goodput
         self.store, self.tried = open_on_all(settings, workdir), with_tried_attention(settings, mesh)
         self.split = self.store.split("train")
         self.evaluator = validation_evaluator(self.tried, mesh, self.store)
         self.record = run_record(settings, self.store.vocab_name, self.store.fingerprint)
         checkpoints = Checkpoints(workdir, settings.checkpoint, status.saved, before_named=lambda: self.writer.flush())
         self.checkpoints = opened.enter_context(contextlib.closing(checkpoints))
-        self.saver = Saver(checkpoints, Votes(mesh, VOTES), settings.checkpoint, self.record)
+        self.saver = Saver(checkpoints, Votes(mesh, VOTES), settings.checkpoint, self.record, self.goodput)
         self.rollback = Rollback(checkpoints, Skipped(workdir), settings.train, settings.bad_steps)
         self.stop = StopTogether(preemption, settings.checkpoint.grace_seconds)
         self.evaluated: dict[int, float | None] = {}  # losses on the way to the state, by step
@@ -116,8 +123,9 @@ class _Session:
     def run(self) -> None:
         """From the newest good checkpoint to the end."""
         num_steps = self.settings.train.num_steps
-        newest = self._check_newest()
-        state, first_step = self._state_at(newest), newest or 0
+        with self.goodput.on(RESTORE):
+            newest = self._check_newest()
+            state, first_step = self._state_at(newest), newest or 0
         self._open_logs(state, first_step)  # from here on nothing is refused
         if first_step >= num_steps:
             say(f"nothing to train: step {first_step} of config.train.num_steps={num_steps} is there")
@@ -132,6 +140,7 @@ class _Session:
             except BadStretch as raised:
                 bad = raised.with_traceback(None)  # whose frames hold the state
             del state
+            self.goodput.end_steps(bad.last_step, RESTORE)
             before = self.rollback.go_back(bad, self.saver.schedule)
             self.status.saved(before)
             state, first_step = self._state_at(before), before or 0
@@ -144,10 +153,13 @@ class _Session:
         behind = None
         with contextlib.closing(self._feed().batches(first_step, num_steps)) as batches:
             # step: what the state's will be when the update is done
-            for step, batch in zip(range(first_step + 1, num_steps + 1), batches, strict=True):
+            steps, goodput = range(first_step + 1, num_steps + 1), self.goodput
+            for step, batch in zip(steps, goodput.fetched(batches), strict=True):
                 step_fn = self._compiled(first_step)  # once there is a batch: a damaged store is told before
+                goodput.begin_step(step)
                 self.saver.vote()
                 state, metrics = step_fn(state, batch)
+                goodput.given(metrics["n_bad"])
                 if behind is not None:  # the host runs ahead of the device by one step, no more: batches take memory
                     check_good(behind, step - 1, bad_steps)
                 behind = metrics
@@ -162,6 +174,7 @@ class _Session:
                     self.log.end_line(step)
                 if save or asked == STOP or evaluate:
                     self.log.write_due()
+                    jax.block_until_ready(metrics)  # they wait for the step, too: its time is not theirs
                 if asked == STOP:
                     self.saver.save_and_leave(state, step)
                 if evaluate:
@@ -171,6 +184,7 @@ class _Session:
                     self.saver.save_last(state, step, is_bad=bool(int(metrics["n_bad"])))
                 elif save:
                     self.saver.save(state, step)
+        goodput.end_steps(num_steps, END)
         return state
 
     # ------------------------------------------------------------------ where to go on
@@ -205,9 +219,15 @@ class _Session:
         self.log = TrainingLog(
             writer,
             self.status,
-            Speed(first_step, config.num_steps, config.batch_size * config.update_len),
+            Speed(
+                first_step,
+                config.num_steps,
+                config.batch_size * config.update_len,
+                **dataclasses.asdict(yardstick(settings, self.mesh)),
+            ),
             num_steps=config.num_steps,
             every_steps=config.log_every_steps,
+            detail_every_steps=config.detail_every_steps,
             tokens_per_byte=self.store.tokens_per_byte("train"),
         )
         self.evaluated = own_losses(workdir, settings, self.store, self.checkpoints.identity)
@@ -224,7 +244,8 @@ class _Session:
 
     def _compiled(self, first_step: int) -> TrainStep:
         if self.step_fn is None:
-            self.step_fn = compiled_train_step(self.tried, self.mesh)
+            with self.goodput.on(COMPILE):
+                self.step_fn = compiled_train_step(self.tried, self.mesh)
             self.log.restart(first_step)  # what compiling took is no slowness
             self.preemption.can_save = True
         return self.step_fn
@@ -242,7 +263,8 @@ class _Session:
             return asked == STOP
 
         assert self.evaluator is not None
-        result = self.evaluator.evaluate(weights_in_use(state), told_to_stop)
+        with self.goodput.on(EVALUATION):
+            result = self.evaluator.evaluate(weights_in_use(state), told_to_stop)
         if result is None:
             self.saver.save_and_leave(state, step)
         report(result, step, "validation")

@@ -51,3 +51,14 @@ CHIPS = {
         Chip("tpu7x", "tpu7x", 192 * GIB, 2307e12, 7.38e12, 0.6e12, 2, 3, 2**19, 2, ""),
     )
 }
+
+# What jax calls the devices of each, by name; topologies of jax 0.10.2 with libtpu 0.0.42.1 say so.
+DEVICE_KINDS = {
+    "v2": "TPU v2",
+    "v3": "TPU v3",
+    "v4": "TPU v4",
+    "v5e": "TPU v5 lite",
+    "v5p": "TPU v5",
+    "v6e": "TPU v6 lite",
+    "tpu7x": "TPU7x",
+}

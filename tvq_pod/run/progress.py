@@ -14,20 +14,35 @@ class Speed:
     """Tokens per second and time left, from the times at which steps were seen to be done."""
 
     def __init__(
-        self, first_step: int, num_steps: int, tokens_per_step: int, clock: Callable[[], float] = time.monotonic
+        self,
+        first_step: int,
+        num_steps: int,
+        tokens_per_step: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        chips: float = 1.0,
+        seconds_at_peak: float | None = None,
     ):
+        """chips: that share the tokens. seconds_at_peak: that a step takes at the chips' peak, for MFU; None: it is
+        not known."""
         self._clock, self._tokens_per_step, self._num_steps = clock, tokens_per_step, num_steps
+        self._chips, self._seconds_at_peak = chips, seconds_at_peak
         self._begin = self._latest = (first_step, clock())
 
     def seen(self, step: int) -> dict:
-        """Call when `step` is done. Returns tokens_per_second since the call before, and eta_seconds from the average
-        over the whole session, evaluations and saves included."""
+        """Call when `step` is done. Returns tokens_per_second, tokens_per_second_per_chip and, if the chips' peak is
+        known, mfu, 0 .. 1, since the call before; and eta_seconds from the average over the whole session, evaluations
+        and saves included."""
         now = (step, self._clock())
-        tokens_per_second = self._tokens_per_step * _rate(self._latest, now)
+        latest = _rate(self._latest, now)
+        tokens_per_second = self._tokens_per_step * latest
         steps_per_second = _rate(self._begin, now)
         self._latest = now
+        mfu = {} if self._seconds_at_peak is None else dict(mfu=self._seconds_at_peak * latest)
         return dict(
             tokens_per_second=tokens_per_second,
+            tokens_per_second_per_chip=tokens_per_second / self._chips,
+            **mfu,
             eta_seconds=(self._num_steps - step) / steps_per_second if steps_per_second else 0.0,
         )
 

@@ -14,6 +14,8 @@ from tvq_pod.data.schedule import DataSchedule
 from tvq_pod.errors import Preempted, UserError
 from tvq_pod.host.terminal import say
 from tvq_pod.run.checkpoint import RETRY_SECONDS, Checkpoints
+from tvq_pod.run.goodput import Goodput
+from tvq_pod.run.goodput_table import SAVES
 from tvq_pod.run.saved_state import State
 
 RETRIES = 30  # to write the last checkpoint
@@ -31,8 +33,16 @@ class Counted(Protocol):
 class Saver:
     """Says at each step whether it must be saved, and saves. All processes call the same methods in the same order."""
 
-    def __init__(self, checkpoints: Checkpoints, votes: Counted, settings: CheckpointSettings, record: dict):
-        """record: what the checkpoints belong to; see `run_record`."""
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        votes: Counted,
+        settings: CheckpointSettings,
+        record: dict,
+        goodput: Goodput | None = None,
+    ):
+        """record: what the checkpoints belong to; see `run_record`. goodput: is told what time saves take."""
+        self._goodput = goodput or Goodput()
         self._checkpoints, self._votes, self._record = checkpoints, votes, record
         self._every_steps = settings.every_steps
         self._owed = False  # a checkpoint is due, and was not begun
@@ -74,15 +84,16 @@ class Saver:
 
     def save(self, state: State, step: int, retain_all: bool = False) -> None:
         """Begins to save, in the background. retain_all: deletes no older step."""
-        self._checkpoints.wait()  # whether the one before could be written makes no difference to this one
-        self._checkpoints.save(state, step, self._record, self.schedule, retain_all=retain_all)
+        with self._goodput.on(SAVES):
+            self._checkpoints.wait()  # whether the one before could be written makes no difference to this one
+            self._checkpoints.save(state, step, self._record, self.schedule, retain_all=retain_all)
         self._owed &= retain_all  # one that was asked for in passing does not stand for the one that is due
 
     def save_and_leave(self, state: State, step: int) -> NoReturn:
         """Saves, and raises Preempted; UserError if the state could not be saved."""
         # It may be between bad steps: those of before, which the run may have to go back to, stay.
         self.save(state, step, retain_all=True)
-        if not self._checkpoints.wait_for_all():
+        if not self._wait_for_all():
             raise UserError(
                 f"--workdir={self._checkpoints.path.parent}: asked to end, and step {step} could not be saved "
                 f"({self._checkpoints.error}); the checkpoints before it are whole"
@@ -96,7 +107,7 @@ class Saver:
         """
         for attempt in itertools.count(1):
             self.save(state, step, retain_all=is_bad)
-            if self._checkpoints.wait_for_all():
+            if self._wait_for_all():
                 return
             why = self._checkpoints.error or "another process says why"
             if attempt == RETRIES:
@@ -105,7 +116,12 @@ class Saver:
                     "before it are whole; make room and start again"
                 )
             say(f"WARNING: the last checkpoint could not be written ({why}): tries again in {RETRY_SECONDS:g} s")
-            time.sleep(RETRY_SECONDS)
+            with self._goodput.on(SAVES):
+                time.sleep(RETRY_SECONDS)
+
+    def _wait_for_all(self) -> bool:
+        with self._goodput.on(SAVES):
+            return self._checkpoints.wait_for_all()
 
 
 def is_every(every: int, step: int) -> bool:

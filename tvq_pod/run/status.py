@@ -2,11 +2,15 @@
 
     state         starting, training, preempted (saved: run me again), done, or failed
     step, num_steps, loss, bits_per_byte, tokens_per_second, eta_seconds     as last logged
-    saved_step    the newest step that is on disk; saved_at when, in seconds since 1970, as are started_at and time
+    saved_step    the newest step that is on disk; saved_at when, in seconds since 1970, as are the times below
+    started_at    when this session began
+    time          when the run last got on: it logged a step, or its state changed
+    alive_at      when the file was written: every 10 seconds, also while a run compiles or evaluates
+    goodput       where the time of all sessions went; see goodput.py
     error         why it failed, in one line
     run_id        the environment's TVQ_POD_RUN_ID: which launch it belongs to
 
-A process that is killed leaves what it wrote last: `time` says how old it is.
+A process that is killed leaves what it wrote last.
 """
 
 import contextlib
@@ -21,8 +25,11 @@ from etils import epath
 
 from tvq_pod.errors import Preempted
 from tvq_pod.host.files import write_whole
+from tvq_pod.host.terminal import say
+from tvq_pod.run.goodput import Goodput
+from tvq_pod.run.goodput_table import table
 
-EVERY_SECONDS = 10.0  # at most; changes of state at once
+EVERY_SECONDS = 10.0  # changes of state are written at once
 
 
 class Status(contextlib.AbstractContextManager):
@@ -31,14 +38,19 @@ class Status(contextlib.AbstractContextManager):
     Never the reason why a run ends: what can't be written is left out.
     """
 
-    def __init__(self, workdir: epath.Path, num_steps: int, enabled: bool = True):
+    def __init__(self, workdir: epath.Path, num_steps: int, enabled: bool = True, goodput: Goodput | None = None):
+        """goodput: counts this session's time; one that begins now if not given."""
         self._path = workdir / "status.json" if enabled else None
-        now = time.time()
+        self.goodput = goodput or Goodput()
         self._values: dict[str, Any] = dict(
-            state="starting", num_steps=num_steps, run_id=os.environ.get("TVQ_POD_RUN_ID", ""), started_at=now
+            state="starting",
+            num_steps=num_steps,
+            run_id=os.environ.get("TVQ_POD_RUN_ID", ""),
+            started_at=self.goodput.started_at,
+            time=time.time(),
         )
-        self._written_at, self._lock = 0.0, threading.Lock()
-        self._writer: threading.Thread | None = None
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._writer = threading.Thread(target=self._write_on, daemon=True)
         self._begun = False
 
     @property
@@ -47,25 +59,24 @@ class Status(contextlib.AbstractContextManager):
         return dict(self._values)
 
     def begin(self) -> None:
-        """From now on the file is written: a mistake that was refused before touches nothing."""
+        """From now on the file is written: a mistake that was refused before touches nothing. What the sessions before
+        have counted of the run's time goes on from there."""
         if self._path is not None:
-            with contextlib.suppress(Exception):  # what the session before knew of its last save
+            with contextlib.suppress(Exception):  # there is none, or it is no status
                 before = json.loads(self._path.read_text())
+                self.goodput.resume(before.get("goodput"))
                 if before["saved_step"] == self._values.get("saved_step"):
                     self._values["saved_at"] = before["saved_at"]
         self._begun = True
         self._write()
+        if self._path is not None:
+            self._writer.start()
 
     def update(self, step: int, **values) -> None:
-        """A step that was trained. Numbers that are not finite are null. In the background: training does not wait for
-        a bucket."""
+        """A step that was trained. Numbers that are not finite are null. The file has it within EVERY_SECONDS: training
+        does not wait for a bucket."""
         values = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._values.update(state="training", step=step, **values)
-        busy = self._writer is not None and self._writer.is_alive()
-        if self._path is None or busy or time.time() - self._written_at < EVERY_SECONDS:
-            return
-        self._writer = threading.Thread(target=self._write, daemon=True)
-        self._writer.start()
+        self._values.update(state="training", step=step, time=time.time(), **values)
 
     def saved(self, step: int | None) -> None:
         """The newest step that is on disk; None if there is none."""
@@ -81,14 +92,22 @@ class Status(contextlib.AbstractContextManager):
             self._values.update(state="preempted")
         else:
             self._values.update(state="failed", error=" ".join(str(error).split())[:500] or kind.__name__)
+        self._values.update(time=time.time())
+        self._ended.set()
+        self.goodput.close()
         self._write()
+        if self._begun and self._path is not None and (kind is None or issubclass(kind, Preempted)):
+            say(table(self.goodput.record()))
+
+    def _write_on(self) -> None:
+        while not self._ended.wait(EVERY_SECONDS):
+            self._write()
 
     def _write(self) -> None:
         if self._path is None or not self._begun or not self._lock.acquire(timeout=60.0):
             return
         try:
-            self._written_at = time.time()
-            text = json.dumps(self._values | dict(time=self._written_at)) + "\n"
+            text = json.dumps(self._values | dict(alive_at=time.time(), goodput=self.goodput.record())) + "\n"
             with contextlib.suppress(Exception):  # a full disk, a bucket out of reach: the next time, perhaps
                 write_whole(self._path, text)
         finally:

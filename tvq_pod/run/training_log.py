@@ -7,11 +7,15 @@ import numpy as np
 
 from tvq_pod.data import digest
 from tvq_pod.host.terminal import say
+from tvq_pod.run.goodput import LOGGED
+from tvq_pod.run.goodput_table import DATA, EVALUATION, SAVES
 from tvq_pod.run.metrics import MetricsWriter, bits_per_byte
 from tvq_pod.run.progress import Speed, hours
 from tvq_pod.run.status import Status
 
-STATUS_VALUES = ("loss", "bits_per_byte", "tokens_per_second", "eta_seconds")
+STATUS_VALUES = ("loss", "bits_per_byte", "tokens_per_second", "mfu", "eta_seconds")
+DETAIL = "detail"  # of a step's metrics: norms by layer; a line of its own, with this as its split
+SHORT = {DATA: "data", SAVES: "saves", EVALUATION: "eval"}  # on the progress line
 
 
 class TrainingLog:
@@ -26,17 +30,22 @@ class TrainingLog:
         num_steps: int,
         every_steps: int,
         tokens_per_byte: float,
+        detail_every_steps: int = 0,
     ):
         """tokens_per_byte: of the training split, for bits per byte."""
         self._writer, self._status, self._speed = writer, status, speed
         self._num_steps, self._every_steps, self._tokens_per_byte = num_steps, every_steps, tokens_per_byte
+        self._detail_every_steps = detail_every_steps
         self._interval: list[dict] = []  # since the last line
         self._waiting: tuple[int, list[dict]] | None = None  # a line that is due: its step, and the metrics
+        self._detail: tuple[int, dict] | None = None  # a line of norms that is due
 
     def add(self, step: int, metrics: dict) -> None:
         """A step was given to the device; metrics: see `make_train_step`. Writes the line that was due before it."""
         self.write_due()
-        self._interval.append(metrics)
+        self._interval.append({name: value for name, value in metrics.items() if name != DETAIL})
+        if DETAIL in metrics and step % self._detail_every_steps == 0:
+            self._detail = (step, metrics[DETAIL])
         if step % self._every_steps == 0:
             self.end_line(step)
 
@@ -46,20 +55,19 @@ class TrainingLog:
             self._waiting, self._interval = (step, self._interval), []
 
     def write_due(self) -> None:
-        """Writes the line that is due, if one is: waits for its step."""
+        """Writes the line that is due, if one is, and the norms of a step: waits for the step."""
+        if self._detail is not None:
+            (step, norms), self._detail = self._detail, None
+            self._writer.write(step, DETAIL, {name: norm.tolist() for name, norm in jax.device_get(norms).items()})
         if self._waiting is None:
             return
         (step, metrics), self._waiting = self._waiting, None
         values = means(jax.device_get(metrics)) | self._speed.seen(step)
         values["bits_per_byte"] = bits_per_byte(values["loss"], self._tokens_per_byte)
+        values |= peak_memory() | self._status.goodput.shares()
         self._writer.write(step, "train", values)
-        self._status.update(step=step, **{name: values[name] for name in STATUS_VALUES})
-        bad = f"  {values['bad_steps']} bad" if values["bad_steps"] else ""
-        say(
-            f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  loss {values['loss']:.4f}  "
-            f"bits/byte {values['bits_per_byte']:.4f}  {values['tokens_per_second']:,.0f} tokens/s  "
-            f"ETA {hours(values['eta_seconds'])}{bad}"
-        )
+        self._status.update(step=step, **{name: values[name] for name in STATUS_VALUES if name in values})
+        say(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {in_words(values)}")
 
     def skip(self) -> None:
         """Call after something that is no training (an evaluation): it does not count as slowness."""
@@ -67,8 +75,30 @@ class TrainingLog:
 
     def restart(self, step: int) -> None:
         """The run goes on from another step: what was collected since the last line is of steps that do not count."""
-        self._interval, self._waiting = [], None
+        self._interval, self._waiting, self._detail = [], None, None
         self._speed.restart(step)
+        self._status.goodput.shares()  # what was before is in no line
+
+
+def peak_memory() -> dict[str, int]:
+    """peak_memory_bytes: the most that any device of this process has held at a time, where its runtime counts; nothing
+    on a CPU, which does not. No device is asked."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
+    return dict(peak_memory_bytes=max(peaks)) if peaks else {}
+
+
+def in_words(values: dict) -> str:
+    """A line's values, as a person reads them."""
+    mfu = f"MFU {values['mfu']:.1%}  " if "mfu" in values else ""
+    memory = f"{values['peak_memory_bytes'] / 2**30:.2f} GiB  " if "peak_memory_bytes" in values else ""
+    shares = " ".join(f"{short} {values[LOGGED[kind]]:.0%}" for kind, short in SHORT.items())
+    bad = f"  {values['bad_steps']} bad" if values["bad_steps"] else ""
+    speed = f"{values['tokens_per_second']:,.0f} tokens/s ({values['tokens_per_second_per_chip']:,.0f} a chip)"
+    return (
+        f"loss {values['loss']:.4f}  bits/byte {values['bits_per_byte']:.4f}  {speed}  {mfu}{memory}{shares}  "
+        f"ETA {hours(values['eta_seconds'])}{bad}"
+    )
 
 
 def means(metrics: Sequence[dict]) -> dict:

@@ -33,6 +33,7 @@ from tvq_pod.parallel.sharding import (
     shardings_of,
 )
 from tvq_pod.training import bad_steps, ema
+from tvq_pod.training.detail import at_some_steps, detail
 from tvq_pod.training.optimizer import make_optimizer, schedule
 
 
@@ -174,7 +175,7 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh) -> TrainStep:
     batch: see `Feed.batches`. metrics: float32 scalars: loss (nats a token, of the predictions alone), l_commit,
     z_loss (if the loss has it: mean of log(Z)^2), grad_norm, learning_rate; those of `code_report` and
     `revival_report`; n_bad, int32: bad steps in a row, this one included, none of them applied (see bad_steps.py);
-    digest, uint32 [2].
+    digest, uint32 [2]; detail, with config.train.detail_every_steps: a dict (see detail.py).
     """
     optimizer = _optimizer_of(settings)
     share = schedule(settings.optimizer, settings.train.num_steps)
@@ -205,6 +206,12 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh) -> TrainStep:
             recurrent = bad_steps.choose_stacks(good, next_recurrent, recurrent)
         rolled = digest.roll(state.digest, batch)
         metrics |= dict(n_bad=known["n_bad"], digest=rolled)
+
+        def computed_detail():  # the updates are made a second time: see detail.py
+            again, _ = optimizer.update(grads, state.opt_state, state.params)
+            return detail(grads, state.params, cast(dict, again))
+
+        metrics |= at_some_steps(state.step + 1, settings.train.detail_every_steps, computed_detail)
         return TrainState(state.step + 1, params, opt_state, recurrent, known, rolled, average), metrics
 
     program = jax.jit(
