@@ -70,6 +70,13 @@ _JOIN_TIMEOUT = flags.DEFINE_integer(
 _WAIT_TIMEOUT = flags.DEFINE_integer(
     "wait_timeout_seconds", 1800, "How long they may wait for each other later, but for training steps.", lower_bound=1
 )
+_PROFILER_PORT = flags.DEFINE_integer(
+    "profiler_port",
+    None,
+    "train, eval, sample: a port at which xprof can capture traces of each process.",
+    lower_bound=1,
+    upper_bound=65535,
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "bench: turns after the warm-up.", lower_bound=1)
 
 
@@ -96,6 +103,10 @@ def main(argv: list[str], preemption: Preemption) -> None:
         job = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _MULTIHOST.value
         processes.join(*job, _PEER_TIMEOUT.value, _JOIN_TIMEOUT.value, _WAIT_TIMEOUT.value)
         _cache_compiled(settings.compile_cache, workdir)
+        if _PROFILER_PORT.value:
+            from tvq_pod.run.profile import start_server
+
+            start_server(_PROFILER_PORT.value)
     elif _is_one_of_many() or _NUM_PROCESSES.value or _PROCESS_ID.value is not None:
         raise UserError(f"--mode={mode}: is for one process; leave --multihost, --coordinator_address and others out")
     if mode == "train":

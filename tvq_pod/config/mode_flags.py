@@ -17,6 +17,7 @@ MODES_OF = {  # by flag; all other flags are for every mode
     "against": ("bench",),
     "lengths": ("bench",),
     "rounds": ("bench",),
+    "profiler_port": ("train", "eval", "sample"),
 }
 
 

@@ -1,7 +1,17 @@
 """Rules between several settings. What one setting may be by itself stands beside it, in settings.py and model.py."""
 
+import re
+
 from tvq_pod.config.context_schedule import stages_of
-from tvq_pod.config.settings import IMAGE_BYTES, KEY_LETTERS, DataSettings, OptimizerSettings, Settings, generated
+from tvq_pod.config.settings import (
+    IMAGE_BYTES,
+    KEY_LETTERS,
+    DataSettings,
+    OptimizerSettings,
+    ProfileSettings,
+    Settings,
+    generated,
+)
 from tvq_pod.errors import UserError
 
 
@@ -21,6 +31,7 @@ def check_relations(settings: Settings) -> None:
         )
     stages_of(train.context_schedule)
     _check_schedule(settings.optimizer, train.num_steps)
+    _check_profile(settings.profile, train.num_steps)
     if data.validation_share + data.test_share >= 1:
         raise UserError(
             f"config.data.validation_share={data.validation_share}: with config.data.test_share={data.test_share} "
@@ -66,6 +77,22 @@ def _check_schedule(optimizer: OptimizerSettings, num_steps: int) -> None:
     elif optimizer.schedule_steps and warmup > end:
         raise UserError(
             f"config.optimizer.schedule_steps={end}: must be at least config.optimizer.warmup_steps={warmup}"
+        )
+
+
+def _check_profile(profile: ProfileSettings, num_steps: int) -> None:
+    """Whether there are steps to trace, by processes that can be named."""
+    if profile.hosts != "all" and not re.fullmatch(r"\d+(,\d+)*", profile.hosts, re.ASCII):
+        raise UserError(f"config.profile.hosts={profile.hosts}: must be all, or indices of processes, as 0,3")
+    if profile.at_step > num_steps:
+        raise UserError(
+            f"config.profile.at_step={profile.at_step}: is after the last step, config.train.num_steps={num_steps}; "
+            "give at most that, or 0 for no trace"
+        )
+    if 0 < profile.every_steps < profile.num_steps:
+        raise UserError(
+            f"config.profile.every_steps={profile.every_steps}: must be at least config.profile.num_steps="
+            f"{profile.num_steps}, so that a trace ends before the next begins; or 0 for one trace"
         )
 
 

@@ -260,6 +260,30 @@ class MetricsSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProfileSettings:
+    """Traces of training steps, for xprof; see docs/profiling.md."""
+
+    at_step: NonNegativeInt = 0
+    """First step that is traced; 0: none is."""
+    num_steps: PositiveInt = 3
+    """Steps of a trace."""
+    every_steps: NonNegativeInt = 0
+    """Steps from the beginning of a trace to that of the next; 0: there is only one trace."""
+    hosts: str = "0"
+    """Processes that trace: `all`, or their indices, as in `0,3`."""
+
+    def begins_at(self, step: int) -> bool:
+        """Whether a trace begins with this step."""
+        if not self.every_steps:
+            return step == self.at_step
+        return step >= self.at_step and (step - self.at_step) % self.every_steps == 0
+
+    def traced_hosts(self) -> tuple[int, ...] | None:
+        """The indices of the processes that trace; None: all do. Raises ValueError if `hosts` is neither."""
+        return None if self.hosts == "all" else tuple(int(index) for index in self.hosts.split(","))
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """All settings of a run: those that belong to no group, and the groups."""
 
@@ -277,6 +301,7 @@ class Settings:
     eval: EvalSettings = EvalSettings()
     sample: SampleSettings = SampleSettings()
     metrics: MetricsSettings = MetricsSettings()
+    profile: ProfileSettings = ProfileSettings()
 
 
 NOT_IN_CONFIG = ("is_train",)  # fields that the mode decides

@@ -35,6 +35,7 @@ from tvq_pod.run.goodput_table import COMPILE, END, EVALUATION, RESTORE
 from tvq_pod.run.lock import locked
 from tvq_pod.run.metrics import MetricsWriter, check_packages, lines_of
 from tvq_pod.run.preemption import SAVE, STOP, Preemption
+from tvq_pod.run.profile import Profiler, check_hosts
 from tvq_pod.run.progress import Speed
 from tvq_pod.run.result import RunResult
 from tvq_pod.run.rollback import BadStretch, Rollback, check_good
@@ -74,6 +75,7 @@ def _check(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
     check_rows(settings, mesh)
     check_attention(settings.model, mesh)
     check_packages(settings.metrics)
+    check_hosts(settings.profile)
     images.check_packages(settings)
     if settings.eval.cache == "off":
         raise UserError("config.eval.cache=off: is for --mode=eval; training evaluates the model as it is")
@@ -140,6 +142,7 @@ class _Session:
             except BadStretch as raised:
                 bad = raised.with_traceback(None)  # whose frames hold the state
             del state
+            self.profiler.end()
             self.goodput.end_steps(bad.last_step, RESTORE)
             before = self.rollback.go_back(bad, self.saver.schedule)
             self.status.saved(before)
@@ -157,11 +160,14 @@ class _Session:
             for step, batch in zip(steps, goodput.fetched(batches), strict=True):
                 step_fn = self._compiled(first_step)  # once there is a batch: a damaged store is told before
                 goodput.begin_step(step)
-                self.saver.vote()
-                state, metrics = step_fn(state, batch)
-                goodput.given(metrics["n_bad"])
-                if behind is not None:  # the host runs ahead of the device by one step, no more: batches take memory
-                    check_good(behind, step - 1, bad_steps)
+                with self.profiler.step(step, behind):
+                    self.saver.vote()
+                    state, metrics = step_fn(state, batch)
+                    goodput.given(metrics["n_bad"])
+                    # the host runs ahead of the device by one step, no more: batches take memory
+                    if behind is not None:
+                        check_good(behind, step - 1, bad_steps)
+                self.profiler.end_step(step, metrics)
                 behind = metrics
                 self.saver.hear()
                 asked = self.stop.now()
@@ -233,6 +239,7 @@ class _Session:
         self.evaluated = own_losses(workdir, settings, self.store, self.checkpoints.identity)
         self.checkpoints.know_losses(self.evaluated)
         self.result.begin(first_step, lambda: self.saver.schedule, self.evaluated)
+        self.profiler = self.opened.enter_context(contextlib.closing(Profiler(workdir, settings.profile, self.goodput)))
         describe_state(state, self.mesh)
 
     def _feed(self) -> Feed:

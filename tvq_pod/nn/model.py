@@ -103,7 +103,8 @@ class Transformer(nn.Module):
             c.param_dtype,
         )
         in_use = gathered(embedding.astype(dtype), ("vocab", "embed"))
-        x = embed(inputs, in_use)
+        with jax.named_scope("embed"):
+            x = embed(inputs, in_use)
         if c.pe_abs:
             first_unit = jax.tree.map(lambda leaf: leaf[0], state[UNITS[0]])
             positions = join_blocks(positions_of(first_unit, split_blocks(doc_ids, c.block_len)))
@@ -139,9 +140,11 @@ class Transformer(nn.Module):
             output = self.param("w_out", init, (c.d_model, c.n_vocab), c.param_dtype)
             output = gathered(output.astype(dtype), ("embed", "vocab"))
         if targets is None:
-            result = dict(logits=join_blocks(logits_of(x, output, c.e_scale)))
+            with jax.named_scope("logits"):
+                result = dict(logits=join_blocks(logits_of(x, output, c.e_scale)))
         else:
-            of_tokens = token_losses(x, output, split_blocks(targets, c.block_len), c.e_scale, with_log_z)
+            with jax.named_scope("loss"):
+                of_tokens = token_losses(x, output, split_blocks(targets, c.block_len), c.e_scale, with_log_z)
             result = {name: join_blocks(of_token) for name, of_token in of_tokens.items()}
         return new_state, result | dict(l_commit=jnp.sum(l_commit), l_codebook=jnp.sum(l_codebook))
 

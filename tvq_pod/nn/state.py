@@ -84,7 +84,8 @@ def surroundings(config: TransformerConfig, present: dict, state: dict) -> tuple
     before = dict(
         upper_div_lower=(*blocks, heads, "codes", value), lower=(*blocks, heads, "codes"), latest_doc_id=blocks
     )
-    return placement().over_blocks(of_shard, in_axes, (past, before, (*blocks, "token"), axes))(present, state)
+    with jax.named_scope("cache"):
+        return placement().over_blocks(of_shard, in_axes, (past, before, (*blocks, "token"), axes))(present, state)
 
 
 def next_state(present: dict, state: dict) -> dict:

@@ -189,22 +189,28 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh) -> TrainStep:
         with placed_by(OnMesh(mesh, settings.mesh.fsdp)):
             grads, next_recurrent, metrics = gradients(state.params, recurrent, batch, key)
         grads = jax.lax.with_sharding_constraint(grads, shardings.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = cast(dict, optax.apply_updates(state.params, updates))
-        metrics |= code_report(grads, params) | revival_report(grads, state.params, settings.model)
-        metrics["grad_norm"] = grad_norm(grads)
-        metrics["learning_rate"] = settings.optimizer.learning_rate * share(state.step)
-        good, known = bad_steps.judge(state.bad_steps, metrics, codebook_sums(grads), settings.bad_steps)
-        params, opt_state = bad_steps.choose(good, (params, opt_state), (state.params, state.opt_state))
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = cast(dict, optax.apply_updates(state.params, updates))
+        with jax.named_scope("metrics"):
+            metrics |= code_report(grads, params) | revival_report(grads, state.params, settings.model)
+            metrics["grad_norm"] = grad_norm(grads)
+            metrics["learning_rate"] = settings.optimizer.learning_rate * share(state.step)
+        with jax.named_scope("bad_steps"):
+            good, known = bad_steps.judge(state.bad_steps, metrics, codebook_sums(grads), settings.bad_steps)
+            params, opt_state = bad_steps.choose(good, (params, opt_state), (state.params, state.opt_state))
         average = state.ema
         if average is not None:
-            moved = ema.moved(average, params, ema.decay_after(state.step, ema_decay))
-            average = bad_steps.choose(good, moved, average)
-        if forgets:
-            recurrent = bad_steps.choose(good, next_recurrent, initial_recurrent(settings))
-        else:
-            recurrent = bad_steps.choose_stacks(good, next_recurrent, recurrent)
-        rolled = digest.roll(state.digest, batch)
+            with jax.named_scope("ema"):
+                moved = ema.moved(average, params, ema.decay_after(state.step, ema_decay))
+                average = bad_steps.choose(good, moved, average)
+        with jax.named_scope("bad_steps"):
+            if forgets:
+                recurrent = bad_steps.choose(good, next_recurrent, initial_recurrent(settings))
+            else:
+                recurrent = bad_steps.choose_stacks(good, next_recurrent, recurrent)
+        with jax.named_scope("digest"):
+            rolled = digest.roll(state.digest, batch)
         metrics |= dict(n_bad=known["n_bad"], digest=rolled)
 
         def computed_detail():  # the updates are made a second time: see detail.py
