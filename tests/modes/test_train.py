@@ -20,6 +20,17 @@ def test_training_shows_progress_evaluates_samples_and_saves(trained):
     assert {"tokens_per_second", "bits_per_byte", "grad_norm", "learning_rate", "code_perplexity", "l_commit"} <= set(
         metrics_of(workdir, "train")[0]
     )
+    for line in metrics_of(workdir, "train"):
+        assert line["tokens_per_second_per_chip"] == pytest.approx(line["tokens_per_second"] / 8)
+        shares = [line[f"share_{name}"] for name in ("waiting_for_data", "saving", "evaluating")]
+        assert min(shares) >= 0
+        assert sum(shares) <= 1
+        assert not {"mfu", "peak_memory_bytes"} & set(line)  # a CPU has neither
+    spent = json.loads((workdir / "status.json").read_text())["goodput"]
+    assert f"goodput {spent['goodput']:.1%}: of " in err
+    assert spent["reached_step"] == 40
+    assert all(spent["seconds"][kind] > 0 for kind in ("steps", "saves", "evaluation", "compile", "restore", "end"))
+    assert spent["seconds"]["repeated"] == spent["seconds"]["waiting"] == 0
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["20", "40"]
     assert json.loads((workdir / "config.json").read_text())["train"]["num_steps"] == 40
     *sample, _ = out.splitlines(keepends=True)  # the last line is the result's
@@ -36,7 +47,7 @@ def test_tensorboard_reads_the_events(trained):
     logged = metrics_of(workdir, "train")
     assert [step for step, _ in written] == [line["step"] for line in logged]
     assert [value for _, value in written] == pytest.approx([line["loss"] for line in logged], abs=1e-5)
-    assert "validation/bits_per_byte" in events.Tags()["scalars"]
+    assert {"validation/bits_per_byte", "train/share_saving"} <= set(events.Tags()["scalars"])
 
 
 @pytest.mark.slow

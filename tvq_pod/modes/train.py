@@ -27,6 +27,7 @@ from tvq_pod.parallel.attention import check_attention, with_tried_attention
 from tvq_pod.parallel.mesh import check_rows, make_mesh
 from tvq_pod.parallel.processes import Votes, decided_by_process_zero, is_process_zero, on_process_zero
 from tvq_pod.parallel.sharding import on_one_device
+from tvq_pod.planning.source_lines import operations
 from tvq_pod.planning.utilization import yardstick
 from tvq_pod.run.checkpoint import Checkpoints
 from tvq_pod.run.continued import check_continues
@@ -252,7 +253,8 @@ class _Session:
     def _compiled(self, first_step: int) -> TrainStep:
         if self.step_fn is None:
             with self.goodput.on(COMPILE):
-                self.step_fn = compiled_train_step(self.tried, self.mesh)
+                step_fn = self.step_fn = compiled_train_step(self.tried, self.mesh)
+            self.profiler.keep_operations(lambda: operations(step_fn.as_text()))
             self.log.restart(first_step)  # what compiling took is no slowness
             self.preemption.can_save = True
         return self.step_fn

@@ -114,6 +114,10 @@ class Module:
         """The instructions of all computations."""
         return list(self._computations.values())
 
+    def named_computations(self) -> list[tuple[str, list[Instruction]]]:
+        """All computations: their names, and their instructions in order."""
+        return list(self._computations.items())
+
     def find(self, name: str) -> Instruction:
         """The instruction of that name."""
         return self._by_name[name]

@@ -1,4 +1,5 @@
-"""Traces of some training steps, for xprof: WORKDIR/profile/plugins/profile/step_N/process_I.xplane.pb.
+"""Traces of some training steps, for xprof: WORKDIR/profile/plugins/profile/step_N/process_I.xplane.pb; and beside
+them operations.tsv, which says what line of the code made each operation of the step.
 
 docs/profiling.md says how to read them. Names in a trace: the steps, `train` with their numbers; what the host does
 besides, by the kinds of goodput_table.py; and operations of the devices, by the paths of modules and named scopes that
@@ -11,13 +12,14 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 from etils import epath
 
 from tvq_pod.config.settings import ProfileSettings
 from tvq_pod.errors import UserError
+from tvq_pod.host.files import write_whole
 from tvq_pod.host.terminal import say, tell
 from tvq_pod.run.goodput import Goodput
 from tvq_pod.run.goodput_table import PROFILE
@@ -70,6 +72,19 @@ class Profiler:
             self._begin(step, before)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
+
+    def keep_operations(self, table: Callable[[], str]) -> None:
+        """Writes WORKDIR/profile/operations.tsv, if there will be traces. table: returns its text."""
+        hosts = self._settings.traced_hosts()
+        if not self._is_on or jax.process_index() != min(hosts or (0,)):
+            return
+        path = self._workdir / "profile" / "operations.tsv"
+        with self._goodput.on(PROFILE):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(path, table())
+            except Exception as error:  # each store has its own; and what compilers write may change
+                _warn(path, error)
 
     def end_step(self, step: int, metrics: dict) -> None:
         """The devices were given the step. metrics: of it."""
@@ -127,6 +142,10 @@ def _move(folder: pathlib.Path, path: epath.Path) -> None:
         path.write_bytes(found.read_bytes())
         say(f"trace: {path}")
     except Exception as error:  # each store has its own
-        tell(f"WARNING: {path} can't be written ({' '.join(str(error).split())[:200]})")
+        _warn(path, error)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _warn(path: epath.Path, error: Exception) -> None:
+    tell(f"WARNING: {path} can't be written ({' '.join(str(error).split())[:200]})")

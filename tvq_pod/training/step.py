@@ -159,6 +159,11 @@ class TrainStep:
             array.delete()  # once the program has read it
         return made
 
+    def as_text(self) -> str:
+        """The text of a compiled program."""
+        assert isinstance(self.program, jax.stages.Compiled)
+        return self.program.as_text() or ""
+
     def lower(self, state: TrainState, batch: dict) -> jax.stages.Lowered:
         """Lowers a program that isn't compiled, for arrays or ShapeDtypeStructs."""
         assert not isinstance(self.program, jax.stages.Compiled)
