@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import signal
 import time
 
@@ -161,11 +160,11 @@ class Devices:
 
 
 def until(condition):
-    """Waits for another thread."""
-    deadline = time.monotonic() + 30
+    """Waits for another thread, or process."""
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
-        os.sched_yield()
+        time.sleep(0.001)
 
 
 def test_the_devices_wait_for_data_only_once_they_have_nothing_to_do(monkeypatch):
@@ -257,5 +256,5 @@ def test_a_run_that_was_killed_tells_the_time_of_all_its_sessions(tmp_path, conf
     assert spent[RESTORE] > 0
     wall = after["until"] - after["first_start"]
     assert sum(after["seconds"].values()) == pytest.approx(wall, abs=0.5)
-    assert 0 < after["first_start"] - began < 5
+    assert 0 < after["first_start"] - began < 30  # what Python takes to begin, on a busy machine
     assert after["goodput"] == pytest.approx(after["seconds"][STEPS] / wall, abs=0.01)
