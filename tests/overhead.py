@@ -23,7 +23,7 @@ from tvq_pod.config.settings import MeshSettings, OptimizerSettings, ProfileSett
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.parallel.sharding import batch_sharding
 from tvq_pod.run.goodput import Goodput
-from tvq_pod.run.profile import Profiler
+from tvq_pod.run.traces import Profiler
 from tvq_pod.run.training_log import peak_memory
 from tvq_pod.training.step import TrainStep, create_train_state, make_train_step
 

@@ -104,7 +104,7 @@ def main(argv: list[str], preemption: Preemption) -> None:
         processes.join(*job, _PEER_TIMEOUT.value, _JOIN_TIMEOUT.value, _WAIT_TIMEOUT.value)
         _cache_compiled(settings.compile_cache, workdir)
         if _PROFILER_PORT.value:
-            from tvq_pod.run.profile import start_server
+            from tvq_pod.run.traces import start_server
 
             start_server(_PROFILER_PORT.value)
     elif _is_one_of_many() or _NUM_PROCESSES.value or _PROCESS_ID.value is not None:

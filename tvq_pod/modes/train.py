@@ -36,7 +36,6 @@ from tvq_pod.run.goodput_table import COMPILE, END, EVALUATION, RESTORE
 from tvq_pod.run.lock import locked
 from tvq_pod.run.metrics import MetricsWriter, check_packages, lines_of
 from tvq_pod.run.preemption import SAVE, STOP, Preemption
-from tvq_pod.run.profile import Profiler, check_hosts
 from tvq_pod.run.progress import Speed
 from tvq_pod.run.result import RunResult
 from tvq_pod.run.rollback import BadStretch, Rollback, check_good
@@ -45,6 +44,7 @@ from tvq_pod.run.skipped import Skipped
 from tvq_pod.run.start import record_start
 from tvq_pod.run.status import Status
 from tvq_pod.run.stopping import StopTogether
+from tvq_pod.run.traces import Profiler, check_hosts
 from tvq_pod.run.training_log import TrainingLog
 from tvq_pod.training.optimizer import learning_rate
 from tvq_pod.training.restore import describe_state, state_at

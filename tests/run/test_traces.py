@@ -23,9 +23,9 @@ from tvq_pod.errors import UserError
 from tvq_pod.modes import train as train_module
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.planning.module import Instruction, source_of
-from tvq_pod.run import profile as profile_module
+from tvq_pod.run import traces as traces_module
 from tvq_pod.run.goodput import Goodput
-from tvq_pod.run.profile import Profiler, check_hosts, start_server
+from tvq_pod.run.traces import Profiler, check_hosts, start_server
 from tvq_pod.training import restore
 from tvq_pod.training.step import abstract_batch, abstract_train_state, make_train_step
 
@@ -114,7 +114,7 @@ def test_a_trace_goes_into_a_bucket(tmp_path, monkeypatch, server):
 
 
 def test_only_chosen_processes_trace(tmp_path, monkeypatch):
-    monkeypatch.setattr(profile_module.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(traces_module.jax, "process_index", lambda: 1)
     trained(tmp_path, ProfileSettings(at_step=1, num_steps=1, hosts="0,2"), 2)
     assert traces(tmp_path) == {}
     for hosts in ("all", "1", "0,1"):
@@ -124,7 +124,7 @@ def test_only_chosen_processes_trace(tmp_path, monkeypatch):
 
 
 def test_a_process_that_is_not_there_can_not_trace(monkeypatch):
-    monkeypatch.setattr(profile_module.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(traces_module.jax, "process_count", lambda: 2)
     check_hosts(ProfileSettings(at_step=1, hosts="0,1"))
     check_hosts(ProfileSettings(at_step=1, hosts="all"))
     check_hosts(ProfileSettings(hosts="7"))  # nothing is traced
