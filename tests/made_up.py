@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from tests.common import model_params
 from tvq_pod.config.settings import Settings
 from tvq_pod.data import digest
-from tvq_pod.training import bad_steps
+from tvq_pod.training import bad_steps, ema
 from tvq_pod.training.step import TrainState, abstract_train_state, initial_recurrent
 
 
@@ -29,9 +29,13 @@ def made_up_step(settings: Settings, mesh: jax.sharding.Mesh):
         before = state.params, state.opt_state, state.recurrent
         moved = jax.tree.map(lambda x: (0.9 * x + 1000 * loss).astype(x.dtype), before)
         params, opt_state, recurrent = bad_steps.choose(good, moved, before)
+        average = state.ema
+        if average is not None:
+            decay = ema.decay_after(state.step, settings.train.ema_decay)
+            average = bad_steps.choose(good, ema.moved(average, params, decay), average)
         rolled = digest.roll(state.digest, batch)
         metrics |= dict(n_bad=known["n_bad"], digest=rolled)
-        return TrainState(state.step + 1, params, opt_state, recurrent, known, rolled), metrics
+        return TrainState(state.step + 1, params, opt_state, recurrent, known, rolled, average), metrics
 
     return step
 
@@ -53,6 +57,7 @@ def _first_state(settings: Settings, mesh: jax.sharding.Mesh):
             recurrent=initial_recurrent(settings),
             bad_steps=bad_steps.start(),
             digest=digest.start(),
+            ema=ema.start(params) if settings.train.ema_decay else None,
         )
 
     return jax.jit(state_with, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))

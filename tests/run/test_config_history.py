@@ -145,6 +145,29 @@ def test_a_rate_that_was_or_becomes_0_is_a_jump_without_a_number(tmp_path, capsy
     assert "to 0, 0 times as much; give --config.optimizer.learning_rate=0.001 to keep" in capsys.readouterr().err
 
 
+def test_a_run_that_is_extended_within_its_decay_is_told_where_it_could_start_again(tmp_path, capsys):
+    """The decay of wsd is the last 200 of 1000 steps; extended to 2000, it comes 1000 steps later."""
+    first = changed(FIRST, optimizer=dict(schedule="wsd", decay_steps=200, final_fraction=0.0))
+    config_history.keep(tmp_path, first, 0)
+    extended = changed(first, train=dict(num_steps=2000))
+
+    def warnings(settings, step):
+        config_history.tell(tmp_path, settings, step, learning_rate)
+        return [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+
+    assert warnings(extended, 800) == []
+    (line,) = warnings(extended, 900)
+    assert line.endswith(
+        "the learning rate jumps at step 900 from 0.0005 to 0.001, 2 times as much; give "
+        "--config.optimizer.learning_rate=0.0005 to keep the rate, or --config.train.num_steps=1000 to keep the "
+        "schedule, or a start from step 800 or before, where the decay began"
+    )
+    (line,) = warnings(extended, 1000)
+    assert "from 0 to 0.001; give a start from step 800 or before" in line
+    # a schedule of its own goes on as it was
+    assert warnings(changed(extended, optimizer=dict(schedule_steps=1000)), 900) == []
+
+
 def test_nothing_jumps_where_nothing_is_trained(tmp_path, capsys):
     config_history.keep(tmp_path, FIRST, 0)
     settings = changed(FIRST, optimizer=dict(learning_rate=1.0))
@@ -156,5 +179,5 @@ def test_nothing_jumps_where_nothing_is_trained(tmp_path, capsys):
 def test_settings_of_the_schedule_are_all_that_it_depends_on():
     """With another one that the learning rate follows from, a jump would not be seen."""
     names = {name.rpartition(".")[2] for name in config_history.OF_SCHEDULE}
-    known = names | {"name", "b1", "b2", "eps", "weight_decay", "clip_norm", "multiply_by_parameter_scale"}
+    known = names | {"name", "b1", "b2", "eps", "momentum", "weight_decay", "clip_norm", "multiply_by_parameter_scale"}
     assert {field.name for field in dataclasses.fields(OptimizerSettings)} <= known

@@ -97,7 +97,7 @@ def test_a_line_counts_only_if_all_it_is_about_is_the_runs_own(tmp_path, store):
                fingerprint=store.fingerprint, dtype="float32")  # fmt: skip
     foreign = [own | dict([change], loss=1.0) for change in (
         ("split", "test"), ("split", "validation_cache_off"), ("tokens", n_tokens - 1), ("checkpoint", "4-bb"),
-        ("fingerprint", "of another"), ("dtype", "bfloat16"), ("step", 8),
+        ("fingerprint", "of another"), ("dtype", "bfloat16"), ("step", 8), ("weights", "ema"),
     )]  # fmt: skip
     foreign += [
         {name: value for name, value in dict(own, loss=1.0).items() if name != left_out}
@@ -111,6 +111,10 @@ def test_a_line_counts_only_if_all_it_is_about_is_the_runs_own(tmp_path, store):
 
     nan = dict(own, step=8, checkpoint="8-aa", loss=None)
     assert found(own, *foreign, nan) == {4: 2.0, 8: None}
+    assert found(own, dict(own, weights="raw", loss=1.5)) == {4: 1.5}  # older lines do not say which weights
+    # A run that keeps an average of its weights evaluates that.
+    averaged = dataclasses.replace(settings, train=dataclasses.replace(settings.train, ema_decay=0.9))
+    assert found(own, dict(own, weights="ema", loss=1.5), own, settings=averaged) == {4: 1.5}
     # A run that evaluates a part of the split compares what it evaluates.
     part = settings_for(store, 12, max_tokens=100)
     some = PackedDocuments(store.split("validation").starts, 8, 100).n_tokens
@@ -135,7 +139,8 @@ def test_only_complete_evaluations_of_its_own_split_decide_which_step_is_the_bes
     ):
         losses["next"] = 0.1
         evaluate(dataclasses.replace(settings, **changes), epath.Path(workdir), "validation", 12)
-    assert all(json.loads(line)["checkpoint"] for line in capsys.readouterr().out.splitlines())
+    printed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("result: ")]
+    assert all(json.loads(line)["checkpoint"] for line in printed)
     own, *others = lines_at(workdir, 12)
     assert own["fingerprint"] == store.fingerprint
     assert own["tokens"] == store.split("validation").starts[-1]

@@ -25,14 +25,14 @@ from tvq_pod.training.step import abstract_train_state
 
 BASE = OptimizerSettings(learning_rate=0.5, schedule="linear", final_fraction=1.0, warmup_steps=0, clip_norm=0.0)
 STEPS, WARMUP, FINAL, GAMMA = 20, 4, 0.1, 0.9
-NAMES = ["adamw", "lion", "adafactor"]
+NAMES = ["adamw", "lion", "adafactor", "muon", "nadamw", "sgd"]
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def tree(seed) -> dict:
     rng = np.random.default_rng(seed)
     return dict(
-        w=dict(kernel=jnp.array(rng.normal(size=[4, 3]), jnp.float32)),
+        w=dict(kernel=jnp.array(rng.normal(size=[1, 4, 3]), jnp.float32)),
         norm=dict(scale=jnp.array(rng.normal(size=[4]), jnp.float32)),
         quantizer=dict(codebook=jnp.array(rng.normal(size=[1, 5, 2]), jnp.float32), count=jnp.ones([1, 5])),
     )
@@ -80,6 +80,19 @@ def adamw_direction(g, memory, t, settings):
     return m_hat / (np.sqrt(v_hat) + settings.eps), (m, v)
 
 
+def nadamw_direction(g, memory, t, settings):
+    """Dozat's: the first moment of the step to come, in which this gradient counts once more."""
+    m, v = memory or (0.0, 0.0)
+    m, v = settings.b1 * m + (1 - settings.b1) * g, settings.b2 * v + (1 - settings.b2) * g**2
+    ahead = settings.b1 * m / (1 - settings.b1 ** (t + 1)) + (1 - settings.b1) * g / (1 - settings.b1**t)
+    return ahead / (np.sqrt(v / (1 - settings.b2**t)) + settings.eps), (m, v)
+
+
+def sgd_direction(g, memory, t, settings):
+    m = g + settings.momentum * (0.0 if memory is None else memory)
+    return m, m
+
+
 def lion_direction(g, memory, t, settings):
     """Its momentum is kept in bfloat16."""
     m = np.zeros_like(g) if memory is None else memory
@@ -88,13 +101,21 @@ def lion_direction(g, memory, t, settings):
 
 
 @pytest.mark.parametrize("schedule_name", ["cosine", slow("linear"), slow("inverse_sqrt")])
-@pytest.mark.parametrize(("name", "direction"), [("adamw", adamw_direction), ("lion", lion_direction)])
+@pytest.mark.parametrize(
+    ("name", "direction"),
+    [
+        ("adamw", adamw_direction),
+        ("lion", lion_direction),
+        ("nadamw", nadamw_direction),
+        ("sgd", sgd_direction),
+    ],
+)
 def test_twenty_steps_are_those_of_the_original(name, direction, schedule_name):
     """The gradient is clipped first, by the norm of all weights; then comes the optimizer, then the learning rate and
     the schedule; last, a matrix loses a share of itself that nothing scales."""
     settings = OptimizerSettings(
         name=name, learning_rate=0.03, schedule=schedule_name, warmup_steps=WARMUP, final_fraction=FINAL,
-        b1=0.25, b2=0.5, eps=1e-3, weight_decay=0.02, clip_norm=2.0,
+        b1=0.25, b2=0.5, eps=1e-3, momentum=0.5, weight_decay=0.02, clip_norm=2.0,
     )  # fmt: skip
     # (powers of two: a momentum in bfloat16 times one of them is exact, so no sign hangs on how products are rounded)
     params, gradients = tree(0), gradients_of(tree)

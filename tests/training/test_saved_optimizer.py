@@ -41,7 +41,15 @@ MOMENTS = dict(
     adamw={f"{moment}/{name}": shape for moment in ("mu", "nu") for name, shape in WEIGHTS.items()},
     lion={f"mu/{name}": shape for name, shape in WEIGHTS.items()},
     adafactor={f"moments/{name}": shape for name, shape in (WHOLE | FACTORED).items()},
+    sgd={f"trace/{name}": shape for name, shape in WEIGHTS.items()},
 )
+MOMENTS["nadamw"] = MOMENTS["adamw"]
+# Muon's: the momentum of kernels, and Adam's moments of all else
+KERNELS = {name: shape for name, shape in WEIGHTS.items() if name.endswith("kernel")}
+MATRIX, OTHER = "inner_states/matrix/inner_state/0", "inner_states/other/inner_state"
+MUON = {f"{MATRIX}/mu/{name}": shape for name, shape in KERNELS.items()}
+MUON |= {f"{MATRIX}/count": (), f"{MATRIX}/ns_coeffs": (3,), f"{OTHER}/count": ()}
+MUON |= {f"{OTHER}/{m}/{name}": shape for m in ("mu", "nu") for name, shape in WEIGHTS.items() if name not in KERNELS}
 
 
 def settings_of(name: str) -> Settings:
@@ -65,15 +73,26 @@ def saved(workdir: pathlib.Path, name: str, state: TrainState) -> Checkpoints:
     return checkpoints
 
 
+def on_disk(workdir: pathlib.Path) -> tuple[dict, dict]:
+    """What a checkpoint has of the optimizer's state, by path: all of it, and the shapes of the arrays."""
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        tree = handler.metadata(workdir / "checkpoints/3/train").tree["opt_state"]
+    found = {"/".join(path): leaf for path, leaf in ocp.tree.to_flat_dict(tree, keep_empty_nodes=True).items()}
+    return found, {path: tuple(leaf.shape) for path, leaf in found.items() if hasattr(leaf, "shape")}
+
+
+def test_muon_s_layout_on_disk(tmp_path):
+    saved(tmp_path, "muon", counted(abstract_of("muon"))).close()
+    _, arrays = on_disk(tmp_path)
+    assert arrays == {f"inner_state/1/{path}": shape for path, shape in MUON.items()} | {"inner_state/4/count": ()}
+
+
 @pytest.mark.parametrize("name", MOMENTS)
 def test_the_layout_on_disk_is_the_one_that_it_has_always_been(tmp_path, name):
     saved(tmp_path, name, counted(abstract_of(name))).close()
-    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-        tree = handler.metadata(tmp_path / "checkpoints/3/train").tree["opt_state"]
-    found = {"/".join(path): leaf for path, leaf in ocp.tree.to_flat_dict(tree, keep_empty_nodes=True).items()}
-    arrays = {path: tuple(leaf.shape) for path, leaf in found.items() if hasattr(leaf, "shape")}
+    found, arrays = on_disk(tmp_path)
     steps = {f"inner_state/1/{path}": shape for path, shape in MOMENTS[name].items()}
-    counts = {"inner_state/1/count": (), "inner_state/4/count": ()}
+    counts = {"inner_state/4/count": ()} | ({} if name == "sgd" else {"inner_state/1/count": ()})
     assert arrays == steps | counts
     # what is empty has its place too, and orbax compares those
     trees = {path.split("/")[0] for path in MOMENTS[name]}

@@ -8,7 +8,7 @@ from tvq_pod.config.settings import Settings
 FINGERPRINT = "config.data.store, fingerprint"
 OPTIMIZER_STATE = "config.optimizer.name, state"
 # Version of each optimizer's state. A checkpoint with another one is refused: adafactor 1 had one scale for all layers.
-STATE_VERSIONS = dict(adamw="1", lion="1", adafactor="2")
+STATE_VERSIONS = dict(adamw="1", lion="1", adafactor="2", muon="1", nadamw="1", sgd="1")
 # Fields of TransformerConfig that change the shape of a parameter or of the state, or the function that the model is.
 MODEL_IDENTITY = (
     *("d_model", "d_k", "d_v", "n_head", "n_code", "n_layer", "n_vocab", "mem_len", "agg_cache", "d_ff"),

@@ -1,7 +1,7 @@
 """Rules between several settings. What one setting may be by itself stands beside it, in settings.py and model.py."""
 
 from tvq_pod.config.context_schedule import stages_of
-from tvq_pod.config.settings import IMAGE_BYTES, KEY_LETTERS, DataSettings, Settings, generated
+from tvq_pod.config.settings import IMAGE_BYTES, KEY_LETTERS, DataSettings, OptimizerSettings, Settings, generated
 from tvq_pod.errors import UserError
 
 
@@ -20,6 +20,7 @@ def check_relations(settings: Settings) -> None:
             f"config.train.microbatches={train.microbatches}: must divide config.train.batch_size={train.batch_size}"
         )
     stages_of(train.context_schedule)
+    _check_schedule(settings.optimizer, train.num_steps)
     if data.validation_share + data.test_share >= 1:
         raise UserError(
             f"config.data.validation_share={data.validation_share}: with config.data.test_share={data.test_share} "
@@ -41,6 +42,43 @@ def check_relations(settings: Settings) -> None:
         _check_recall(data, kind)
     _check_sequence_axis(settings)
     _check_model_axis(settings)
+
+
+def _check_schedule(optimizer: OptimizerSettings, num_steps: int) -> None:
+    """Whether the parts of a learning-rate schedule have room in it.
+
+    A warm-up that a short run does not finish is allowed where the schedule's length was not asked for: it is how a
+    config for a long run is tried for a few steps. See `unfinished_warmup`.
+    """
+    end, warmup, decay = optimizer.end_of_schedule(num_steps), optimizer.warmup_steps, optimizer.decay_steps
+    named = "config.optimizer.schedule_steps" if optimizer.schedule_steps else "config.train.num_steps"
+    if optimizer.schedule == "wsd":
+        if not decay:
+            raise UserError(
+                "config.optimizer.decay_steps=0: must be at least 1 with config.optimizer.schedule=wsd, for example "
+                f"{max(end // 10, 1)}; a schedule that does not decay is config.optimizer.schedule=constant"
+            )
+        if warmup + decay > end:
+            raise UserError(
+                f"config.optimizer.decay_steps={decay}: with config.optimizer.warmup_steps={warmup} the schedule's "
+                f"parts have {warmup + decay} steps, and {named}={end}; give fewer of these, or more steps"
+            )
+    elif optimizer.schedule_steps and warmup > end:
+        raise UserError(
+            f"config.optimizer.schedule_steps={end}: must be at least config.optimizer.warmup_steps={warmup}"
+        )
+
+
+def unfinished_warmup(settings: Settings) -> str:
+    """A warning, if the learning rate never reaches its full value because the run is shorter than the warm-up; else
+    ""."""
+    warmup, num_steps = settings.optimizer.warmup_steps, settings.train.num_steps
+    if warmup < num_steps:
+        return ""
+    return (
+        f"config.optimizer.warmup_steps={warmup}: config.train.num_steps={num_steps} ends the run before the learning "
+        "rate has its full value; give fewer of the former, unless this is a trial"
+    )
 
 
 def _check_recall(data: DataSettings, kind: str) -> None:

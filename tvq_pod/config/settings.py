@@ -95,6 +95,12 @@ class TrainSettings:
     in `0:1024,500:4096,1000:0`. Empty: no limit. See docs/data.md."""
     num_steps: PositiveInt = 1000
     """Step at which training ends. Step n has consumed updates 0 to n - 1."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight in the training loss of log(Z)^2, averaged over predicted tokens, where Z is the sum of exp(logits); PaLM
+    has 1e-4. 0: none. Reported losses do not include it. See docs/optimizer.md."""
+    ema_decay: Fraction = 0.0
+    """Decay, per step, of a moving average of the weights that evaluations and samples use; for example 0.999. 0: no
+    average is kept. See docs/optimizer.md."""
     log_every_steps: PositiveInt = 20
     """Steps between two lines of training metrics."""
 
@@ -103,22 +109,30 @@ class TrainSettings:
 class OptimizerSettings:
     """The optimizer and its learning-rate schedule; see docs/optimizer.md."""
 
-    name: Literal["adamw", "lion", "adafactor"] = "adamw"
+    name: Literal["adamw", "lion", "adafactor", "muon", "nadamw", "sgd"] = "adamw"
     """The optimizer."""
     learning_rate: NonNegativeFloat = 1e-3
     """Learning rate at the end of warm-up."""
-    schedule: Literal["cosine", "linear", "inverse_sqrt"] = "cosine"
-    """How the learning rate falls after warm-up."""
+    schedule: Literal["cosine", "linear", "inverse_sqrt", "wsd", "constant"] = "cosine"
+    """How the learning rate falls after warm-up. wsd: it stays, and falls in the last decay_steps."""
+    schedule_steps: NonNegativeInt = 0
+    """Step at which the schedule ends (cosine, linear, wsd); later steps keep its last learning rate. 0:
+    train.num_steps."""
     warmup_steps: NonNegativeInt = 100
     """Steps in which the learning rate rises from 0, at the first step, to its full value."""
+    decay_steps: NonNegativeInt = 0
+    """Steps at the end of the schedule in which the learning rate falls to its last value (wsd, which needs it)."""
     final_fraction: NonNegativeFloat = 0.1
-    """The learning rate at the last step, as a share of learning_rate (cosine, linear)."""
+    """The learning rate at the end of the schedule, as a share of learning_rate (cosine, linear, wsd)."""
     b1: Fraction = 0.9
-    """Decay of the first moment (adamw, lion). The original code uses 0.95 with lion."""
+    """Decay of the first moment (adamw, nadamw, lion; muon's vectors, embedding and output). The original code uses
+    0.95 with lion."""
     b2: Fraction = 0.98
-    """Decay of the second moment (adamw), or of lion's moment."""
+    """Decay of the second moment (adamw, nadamw; muon's vectors, embedding and output), or of lion's moment."""
     eps: NonNegativeFloat = 1e-8
-    """Added to the denominator of adamw."""
+    """Added to the denominator of Adam's direction (adamw, nadamw, muon)."""
+    momentum: Fraction = 0.95
+    """Decay of the momentum of muon's matrices, and of sgd."""
     multiply_by_parameter_scale: bool = True
     """adafactor: the learning rate is a share of the root mean square of each matrix, as in the paper. False: it is the
     size of a step itself, and must then be far smaller."""
@@ -126,6 +140,14 @@ class OptimizerSettings:
     """Share of each matrix that is lost at every step, whatever the schedule says. Vectors are not decayed."""
     clip_norm: NonNegativeFloat = 1.0
     """Largest global norm of the gradient; 0: it is never clipped."""
+
+    def end_of_schedule(self, num_steps: int) -> int:
+        """The step at which the schedule ends, of a run that ends at num_steps."""
+        return self.schedule_steps or num_steps
+
+    def decay_begins(self, num_steps: int) -> int:
+        """The last step whose learning rate wsd has not lowered, of a run that ends at num_steps."""
+        return self.end_of_schedule(num_steps) - self.decay_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +219,9 @@ class EvalSettings:
     batch_size: NonNegativeInt = 0
     """Rows that documents are laid out on. 0: as many as leave at most 5% of the positions to padding, and no more than
     train.batch_size."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Weights that evaluations and samples use. ema: the moving average, if the checkpoint has one
+    (config.train.ema_decay). raw: those that the last step left."""
     cache: Literal["on", "off"] = "on"
     """off: without the compressed cache, so that attention ends with the window."""
     max_tokens: NonNegativeInt = 0

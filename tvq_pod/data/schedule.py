@@ -103,6 +103,14 @@ class DataSchedule:
         """The phase that is being run."""
         return self.phases[-1]
 
+    def tokens(self, step: int) -> int:
+        """Tokens of all streams that the first `step` steps have consumed, those of bad steps among them."""
+        ends = [*(phase.first_step for phase in self.phases[1:]), step]
+        return sum(
+            max(min(end, step) - phase.first_step, 0) * phase.batch_size * phase.update_len
+            for phase, end in zip(self.phases, ends, strict=True)
+        )
+
     def changed(self, step: int, batch_size: int, update_len: int) -> "DataSchedule":
         """With streams of another number or update length from `step` on, and contexts without a limit."""
         return DataSchedule((*self.phases, Phase(step, batch_size, update_len)))

@@ -13,9 +13,10 @@ from tvq_pod.inference.evaluator import Result
 from tvq_pod.run.metrics import all_lines
 
 
-def subject(settings: Settings, store: TokenStore | Mixture, checkpoint: str) -> dict:
-    """What an evaluation is about, for its line in metrics.jsonl. checkpoint: see Checkpoints.identity."""
-    return dict(checkpoint=checkpoint, fingerprint=store.fingerprint, dtype=str(settings.model.dtype))
+def subject(settings: Settings, store: TokenStore | Mixture, checkpoint: str, weights: str) -> dict:
+    """What an evaluation is about, for its line in metrics.jsonl. checkpoint: see Checkpoints.identity. weights: ema
+    for their moving average, or raw."""
+    return dict(checkpoint=checkpoint, fingerprint=store.fingerprint, dtype=str(settings.model.dtype), weights=weights)
 
 
 def own_losses(
@@ -25,7 +26,8 @@ def own_losses(
     about the tokens that the run itself evaluates, and about its own states.
 
     Left out are evaluations of another corpus or split, of more or fewer documents, in another dtype, without the
-    cache, and of checkpoints of another branch. identity: of the run's state at a step, see Checkpoints.identity.
+    cache, of other weights (their moving average, or not), and of checkpoints of another branch. identity: of the
+    run's state at a step, see Checkpoints.identity.
     """
     if not store.meta["splits"]["validation"]["n_documents"]:
         return {}
@@ -33,8 +35,10 @@ def own_losses(
     losses = {}
     for line in all_lines(workdir):
         step = line["step"]
-        expected = subject(settings, store, identity(step)) | dict(split="validation", tokens=n_tokens)
-        if expected["checkpoint"] and line.items() >= expected.items():
+        about = subject(settings, store, identity(step), "ema" if settings.train.ema_decay else "raw")
+        expected = about | dict(split="validation", tokens=n_tokens)
+        known = dict(weights="raw") | line  # older versions had no average, and did not say so
+        if expected["checkpoint"] and known.items() >= expected.items():
             losses[step] = line.get("loss")
     return losses
 

@@ -45,12 +45,13 @@ def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | No
     tried = with_tried_attention(settings, mesh)
     say(attention_line(tried.model, mesh))
     evaluator = Evaluator(tried, mesh, store, split)
-    params = checkpoints.restore_params(step, abstract_train_state(settings, mesh).params)
+    weights = checkpoints.weights(step, settings.eval.weights)
+    params = checkpoints.restore_params(step, abstract_train_state(settings, mesh).params, weights)
     result = evaluator.evaluate(params)
     assert result is not None, "nobody told it to stop"
-    name = _name(settings, split, record)
+    name = _name(settings, split, record, is_other=checkpoints.has_ema(step) and weights == "raw")
     report(result, step, name)
-    numbers = result.numbers() | subject(settings, store, checkpoints.identity(step))
+    numbers = result.numbers() | subject(settings, store, checkpoints.identity(step), weights)
     if is_process_zero():
         for line in [*result.by_position.table(), *(result.recall.table() if result.recall else ())]:
             say(line)
@@ -76,9 +77,12 @@ def _write(settings: Settings, workdir: epath.Path, numbers: dict, result: Resul
     unwritten.tell()
 
 
-def _name(settings: Settings, split: str, record: dict) -> str:
-    """What an evaluation's lines and files are called: the split, and what differs from how training evaluates it."""
-    parts = [split, *(["cache_off"] if settings.eval.cache == "off" else [])]
+def _name(settings: Settings, split: str, record: dict, is_other: bool) -> str:
+    """What an evaluation's lines and files are called: the split, and what differs from how training evaluates it.
+
+    is_other: whether it is of other weights than those that training evaluates.
+    """
+    parts = [split, *(["weights_raw"] if is_other else []), *(["cache_off"] if settings.eval.cache == "off" else [])]
     for field in RUN_IDENTITY:
         value = str(getattr(settings.model, field))
         if record.get(f"config.model.{field}") != value:

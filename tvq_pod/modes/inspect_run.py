@@ -24,8 +24,9 @@ from tvq_pod.training.step import TrainState, abstract_train_state
 
 
 def inspect(settings: Settings, workdir: epath.Path, step: int | None) -> None:
-    """Prints the config, the steps kept, each parameter's shape, dtype and sharding, their count, and two SHA-256: of
-    all parameters, and of the rest of the train state (step, optimizer, recurrent state)."""
+    """Prints the config, the steps kept, each parameter's shape, dtype and sharding, their count, and SHA-256s: of all
+    parameters; of their moving average, if the checkpoint has one; and of the rest of the train state (step, optimizer,
+    recurrent state)."""
     checkpoints = CheckpointReader(workdir, settings.checkpoint.restore_timeout_seconds)
     steps, step = checkpoints.steps(), checkpoints.pick(step)
     record = run_record(settings, run_vocab(settings, workdir).name, fingerprint="")
@@ -41,6 +42,8 @@ def inspect(settings: Settings, workdir: epath.Path, step: int | None) -> None:
     parameters_sha256 = sha256_of_arrays(parameters)
     print(f"parameters: {sum(leaf.size for leaf in jax.tree.leaves(abstract.params))}")
     print(f"parameters_sha256: {parameters_sha256}", flush=True)
+    if checkpoints.has_ema(step):
+        print(f"ema_sha256: {sha256_of_arrays(_average(checkpoints.path / str(step), abstract.params))}", flush=True)
     print(f"train_state_sha256: {sha256_of_arrays(_rest(checkpoints.path / str(step), abstract))}")
     checkpoints.close()
 
@@ -55,6 +58,14 @@ def _printed(abstract: dict, read: Callable[[str], np.ndarray]) -> Iterator[tupl
         yield name, read(name)
 
 
+def _average(folder: epath.Path, abstract_params: dict) -> Iterator[tuple[str, np.ndarray]]:
+    """Reads the moving average of the parameters in the order of their paths."""
+    read = _reader(folder / "ema", abstract_params)
+    paths = (jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params))
+    for name in sorted(paths):
+        yield name, read(name)
+
+
 def _rest(folder: epath.Path, abstract: TrainState) -> Iterator[tuple[str, np.ndarray]]:
     """Reads the rest of the train state in the order of its paths."""
     readers = {
@@ -62,7 +73,7 @@ def _rest(folder: epath.Path, abstract: TrainState) -> Iterator[tuple[str, np.nd
         "recurrent": _reader(folder / "recurrent", abstract.recurrent),
     }
     arrays = {}  # by the name that they are hashed with, which is that of the checkpoint
-    for path, _ in jax.tree_util.tree_leaves_with_path(dataclasses.replace(abstract, params=None)):
+    for path, _ in jax.tree_util.tree_leaves_with_path(dataclasses.replace(abstract, params=None, ema=None)):
         name, below = saved_name(path[0].name), jax.tree_util.keystr(path[1:])
         arrays[f".{name}{below}"] = ("recurrent", below) if name == "recurrent" else ("train", f"[{name!r}]{below}")
     for name, (item, place) in sorted(arrays.items()):

@@ -37,7 +37,8 @@ def sample(settings: Settings, workdir: epath.Path, prompts: list[bytes], step: 
     n_rows = count if images.are_images(settings) else len(given)
     settings = dataclasses.replace(settings, mesh=MeshSettings(slices=1 if alone else settings.mesh.slices))
     mesh = make_mesh(settings.mesh, jax.local_devices()[:n_rows] if alone else None)
-    params = checkpoints.restore_params(step, abstract_train_state(settings, mesh).params)
+    abstract = abstract_train_state(settings, mesh).params
+    params = checkpoints.restore_params(step, abstract, settings.eval.weights)
     devices = list(mesh.devices.flat)
     if images.are_images(settings):
         drawn = images.draw_images(params, settings.model, settings.sample, devices)

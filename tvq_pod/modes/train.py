@@ -11,6 +11,7 @@ from etils import epath
 
 from tvq_pod.config.context_schedule import check_context_schedule
 from tvq_pod.config.identity import run_record
+from tvq_pod.config.relations import unfinished_warmup
 from tvq_pod.config.settings import Settings
 from tvq_pod.data.loader import Feed
 from tvq_pod.data.open import check_source, describe, open_on_all, open_store
@@ -32,6 +33,7 @@ from tvq_pod.run.lock import locked
 from tvq_pod.run.metrics import MetricsWriter, check_packages, lines_of
 from tvq_pod.run.preemption import SAVE, STOP, Preemption
 from tvq_pod.run.progress import Speed
+from tvq_pod.run.result import RunResult
 from tvq_pod.run.rollback import BadStretch, Rollback, check_good
 from tvq_pod.run.saver import VOTES, Saver, is_every
 from tvq_pod.run.skipped import Skipped
@@ -41,7 +43,7 @@ from tvq_pod.run.stopping import StopTogether
 from tvq_pod.run.training_log import TrainingLog
 from tvq_pod.training.optimizer import learning_rate
 from tvq_pod.training.restore import describe_state, state_at
-from tvq_pod.training.step import TrainState, TrainStep, compiled_train_step
+from tvq_pod.training.step import TrainState, TrainStep, compiled_train_step, weights_in_use
 
 
 def train(settings: Settings, workdir: epath.Path, preemption: Preemption) -> None:
@@ -51,10 +53,13 @@ def train(settings: Settings, workdir: epath.Path, preemption: Preemption) -> No
     """
     mesh = make_mesh(settings.mesh)
     _check(settings, workdir, mesh)
-    with contextlib.ExitStack() as opened:
+    num_steps, enabled = settings.train.num_steps, is_process_zero()
+    status = Status(workdir, num_steps, enabled)
+    result = RunResult(workdir, num_steps, status, preemption, enabled)
+    with result, contextlib.ExitStack() as opened:
         on_process_zero(lambda: opened.enter_context(locked(workdir)))
-        status = opened.enter_context(Status(workdir, settings.train.num_steps, enabled=is_process_zero()))
-        _Session(settings, workdir, mesh, preemption, opened, status).run()
+        opened.enter_context(status)
+        _Session(settings, workdir, mesh, preemption, opened, status, result).run()
 
 
 def _check(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> None:
@@ -66,6 +71,13 @@ def _check(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
     images.check_packages(settings)
     if settings.eval.cache == "off":
         raise UserError("config.eval.cache=off: is for --mode=eval; training evaluates the model as it is")
+    if settings.train.ema_decay and settings.eval.weights == "raw":
+        raise UserError(
+            "config.eval.weights=raw: is for --mode=eval and --mode=sample; training evaluates the average that "
+            f"config.train.ema_decay={settings.train.ema_decay} keeps; give ema"
+        )
+    if warning := unfinished_warmup(settings):
+        say(f"WARNING: {warning}")
     if settings.data.mixture:
         open_store(settings, workdir)
     elif not TokenStore.exists(store_path(settings, workdir)):
@@ -84,10 +96,11 @@ class _Session:
         preemption: Preemption,
         opened: contextlib.ExitStack,
         status: Status,
+        result: RunResult,
     ):
         """opened: closes what has threads or files of its own, however the session ends."""
         self.settings, self.workdir, self.mesh = settings, workdir, mesh
-        self.preemption, self.opened, self.status = preemption, opened, status
+        self.preemption, self.opened, self.status, self.result = preemption, opened, status, result
         self.store, self.tried = open_on_all(settings, workdir), with_tried_attention(settings, mesh)
         self.split = self.store.split("train")
         self.evaluator = validation_evaluator(self.tried, mesh, self.store)
@@ -199,6 +212,7 @@ class _Session:
         )
         self.evaluated = own_losses(workdir, settings, self.store, self.checkpoints.identity)
         self.checkpoints.know_losses(self.evaluated)
+        self.result.begin(first_step, lambda: self.saver.schedule, self.evaluated)
         describe_state(state, self.mesh)
 
     def _feed(self) -> Feed:
@@ -228,12 +242,14 @@ class _Session:
             return asked == STOP
 
         assert self.evaluator is not None
-        result = self.evaluator.evaluate(state.params, told_to_stop)
+        result = self.evaluator.evaluate(weights_in_use(state), told_to_stop)
         if result is None:
             self.saver.save_and_leave(state, step)
         report(result, step, "validation")
-        about = subject(self.settings, self.store, self.checkpoints.identity(step))
+        weights = "raw" if state.ema is None else "ema"
+        about = subject(self.settings, self.store, self.checkpoints.identity(step), weights)
         self.writer.write(step, "validation", result.numbers() | about)
+        self.result.evaluated(step, result.numbers() | about)
         self.evaluated[step] = result.loss
         self.checkpoints.know_losses({step: result.loss})
         self.log.skip()
@@ -246,6 +262,6 @@ class _Session:
         self.preemption.can_save = False  # all is saved
         self.stop.close()
         if self.settings.sample.length:
-            params = on_one_device(state.params, self.mesh)
+            params = on_one_device(weights_in_use(state), self.mesh)
             on_process_zero(lambda: keep_sample(self.settings, self.workdir, params, last_step))
         say(f"done: {self.workdir}")

@@ -32,7 +32,7 @@ DEAD_COUNT = 1e-2
 MIN_COUNT = 1e-6
 
 
-def ema_update(quantizer_params: Mapping, sums: Mapping, gamma: float) -> dict:
+def ema_update(quantizer_params: Mapping, sums: Mapping, gamma: float | jax.Array) -> dict:
     """One step of the codebook's moving average, new minus old; the equations are at the head of this file.
 
     quantizer_params: codebook [..., S, K] and count [..., S], float32; leading axes are heads, layers.
@@ -49,7 +49,7 @@ def ema_update(quantizer_params: Mapping, sums: Mapping, gamma: float) -> dict:
     return dict(codebook=step, count=new_count - count)
 
 
-def ema_count(count: jax.Array, n: jax.Array, gamma: float) -> jax.Array:
+def ema_count(count: jax.Array, n: jax.Array, gamma: float | jax.Array) -> jax.Array:
     """The moving average N of `ema_update` after an update with n keys of each code, float32 [..., S]."""
     return jnp.maximum(gamma * count + (1.0 - gamma) * n, MIN_COUNT)
 
@@ -115,7 +115,7 @@ def codebook_average(gamma: float, revive_below: float = 0.0) -> optax.GradientT
             raise ValueError("codebook_average: the moving average starts from the parameters; give them to update()")
 
         def of_quantizer(sums, quantizer_params):
-            if not _is_quantizer(sums):
+            if not is_quantizer(sums):
                 raise ValueError(
                     "codebook_average: was given weights too; combine it with the weights' optimizer by "
                     "optax.multi_transform and optimizer_labels"
@@ -123,7 +123,7 @@ def codebook_average(gamma: float, revive_below: float = 0.0) -> optax.GradientT
             step = ema_update(quantizer_params, sums, gamma)
             return revive(quantizer_params, step, revive_below) if revive_below else step
 
-        return jax.tree.map(of_quantizer, updates, params, is_leaf=_is_quantizer), state
+        return jax.tree.map(of_quantizer, updates, params, is_leaf=is_quantizer), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
@@ -133,7 +133,8 @@ def optimizer_labels(params: optax.Params) -> optax.Params:
     return jax.tree_util.tree_map_with_path(lambda path, _: CODEBOOK if is_codebook(path) else WEIGHTS, params)
 
 
-def _is_quantizer(tree) -> bool:
+def is_quantizer(tree) -> bool:
+    """Whether a tree is the parameters of one quantizer, or what stands in their place in another tree like them."""
     return isinstance(tree, dict) and tree.keys() == {"codebook", "count"}
 
 

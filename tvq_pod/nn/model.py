@@ -85,12 +85,14 @@ class Transformer(nn.Module):
         doc_ids: jax.Array,
         vq_spec: VQSpec | None = None,
         targets: jax.Array | None = None,
+        with_log_z: bool = False,
     ):
         """inputs, doc_ids, targets: int32 [B, T], T a multiple of block_len.
 
         Returns (next state, dict): logits float32 [B, T, n_vocab], or, if there are targets, losses float32 [B, T],
-        their cross-entropy in nats, without ever holding all logits of a large vocabulary; l_commit (summed over units,
-        mean over positions) and l_codebook (see vq.py), float32 scalars.
+        their cross-entropy in nats, without ever holding all logits of a large vocabulary, and, if with_log_z, log_z
+        float32 [B, T], the log of the sum of exp(logits); l_commit (summed over units, mean over positions) and
+        l_codebook (see vq.py), float32 scalars.
         """
         c = self.config
         dtype = jnp.dtype(c.dtype)
@@ -139,7 +141,8 @@ class Transformer(nn.Module):
         if targets is None:
             result = dict(logits=join_blocks(logits_of(x, output, c.e_scale)))
         else:
-            result = dict(losses=join_blocks(token_losses(x, output, split_blocks(targets, c.block_len), c.e_scale)))
+            of_tokens = token_losses(x, output, split_blocks(targets, c.block_len), c.e_scale, with_log_z)
+            result = {name: join_blocks(of_token) for name, of_token in of_tokens.items()}
         return new_state, result | dict(l_commit=jnp.sum(l_commit), l_codebook=jnp.sum(l_codebook))
 
     def _has_own_loop(self) -> bool:
@@ -168,13 +171,16 @@ def logits_of(x: jax.Array, output: jax.Array, scale: float) -> jax.Array:
     return jnp.matmul(x, output, preferred_element_type=jnp.float32) * scale
 
 
-def token_losses(x: jax.Array, output: jax.Array, targets: jax.Array, scale: float) -> jax.Array:
-    """Cross-entropy in nats, float32 [R, B, L], from x [R, B, L, D], output [D, n_vocab] and targets [R, B, L].
+def token_losses(
+    x: jax.Array, output: jax.Array, targets: jax.Array, scale: float, with_log_z: bool = False
+) -> dict[str, jax.Array]:
+    """Returns losses, cross-entropy in nats, float32 [R, B, L], from x [R, B, L, D], output [D, n_vocab] and targets
+    [R, B, L]; if with_log_z, log_z as well, the log of the sum of exp(logits).
 
     With a large vocabulary the logits of one block at a time are held, and made again in the backward pass.
     """
     if output.shape[1] <= output.shape[0]:
-        return _losses("...ld,dv->...lv", x, output, targets, scale)
+        return _losses("...ld,dv->...lv", x, output, targets, scale, with_log_z)
 
     # Every shard of blocks and rows goes through its own blocks, with a copy of the matrix: so the gradients of all
     # blocks are added where they are made, and over devices once, not once a block.
@@ -188,18 +194,22 @@ def token_losses(x: jax.Array, output: jax.Array, targets: jax.Array, scale: flo
 
     @jax.checkpoint
     def of_turn(blocks):
-        return _losses("srbld,srdv->srblv", blocks[0], copies, blocks[1], scale)
+        return _losses("srbld,srdv->srblv", blocks[0], copies, blocks[1], scale, with_log_z)
 
-    losses = jax.lax.map(of_turn, (by_turn(x), by_turn(targets)))
-    return jnp.swapaxes(losses, 0, 1).reshape(targets.shape)
+    found = jax.lax.map(of_turn, (by_turn(x), by_turn(targets)))
+    return {name: jnp.swapaxes(of_turns, 0, 1).reshape(targets.shape) for name, of_turns in found.items()}
 
 
-def _losses(product: str, x: jax.Array, output: jax.Array, targets: jax.Array, scale: float) -> jax.Array:
+def _losses(
+    product: str, x: jax.Array, output: jax.Array, targets: jax.Array, scale: float, with_log_z: bool
+) -> dict[str, jax.Array]:
     logits = jnp.einsum(product, x, output, preferred_element_type=jnp.float32) * scale
     names = ("blocks", "batch", "token", "vocab") if logits.ndim == 4 else ("blocks", "batch", None, "token", "vocab")
     logits = constrain(logits, *names)
     is_target = targets[..., None] == jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    losses = dict(losses=log_z - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1))
+    return losses | (dict(log_z=log_z) if with_log_z else {})
 
 
 def _is_names(x) -> bool:

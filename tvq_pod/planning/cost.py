@@ -90,6 +90,8 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
         recurrent_state=local_bytes(state.recurrent),
         batch=local_bytes(batch),
     )
+    if state.ema is not None:
+        parts["weights_average"] = local_bytes(state.ema)
     result: dict[str, Any] = dict(
         chips=n_chips,
         chip_kind=chip.name if chip else "cpu",

@@ -146,7 +146,9 @@ class Checkpoints(CheckpointReader):
         if verdict == room:
             self._failed(OSError("the disk has not enough room for it"))
             return
+        average = {} if state.ema is None else dict(ema=ocp.args.StandardSave(state.ema))
         items = ocp.args.Composite(
+            **average,
             params=ocp.args.StandardSave(state.params),
             train=ocp.args.StandardSave(train_item(state)),
             recurrent=ocp.args.StandardSave(state.recurrent),

@@ -1,6 +1,6 @@
 """Checkpoints, read: which step is good, what it belongs to, and its arrays.
 
-    WORKDIR/checkpoints/STEP/params, train, recurrent     the state; see saved_state.py
+    WORKDIR/checkpoints/STEP/params, train, recurrent, ema     the state; see saved_state.py
     WORKDIR/checkpoints/STEP/record          what these belong to: sizes of the model, corpus, seed; the data schedule
     WORKDIR/checkpoints/STEP/manifest.json   size and checksum of each file, written last
 
@@ -19,7 +19,7 @@ from tvq_pod.config.settings import CheckpointSettings, TrainSettings
 from tvq_pod.data.schedule import DataSchedule
 from tvq_pod.errors import UserError
 from tvq_pod.host.paths import is_bucket
-from tvq_pod.host.terminal import tell
+from tvq_pod.host.terminal import say, tell
 from tvq_pod.parallel.deadlines import Deadline
 from tvq_pod.parallel.processes import (
     all_agree,
@@ -31,6 +31,7 @@ from tvq_pod.run.saved_state import S, from_items, train_item
 from tvq_pod.run.step_folders import StepFolders
 
 FORMAT = 2
+ITEMS = dict(raw="params", ema="ema")  # of a checkpoint, by what config.eval.weights calls them
 
 
 def handler() -> ocp.CompositeCheckpointHandler:
@@ -39,6 +40,7 @@ def handler() -> ocp.CompositeCheckpointHandler:
         params=ocp.StandardCheckpointHandler(),
         train=ocp.StandardCheckpointHandler(),
         recurrent=ocp.StandardCheckpointHandler(),
+        ema=ocp.StandardCheckpointHandler(),
         record=ocp.JsonCheckpointHandler(),
     )
 
@@ -161,18 +163,37 @@ class CheckpointReader:
     def restore(self, step: int, abstract: S, with_recurrent: bool = True) -> S:
         """The state of `step`, in the shapes, dtypes and shardings of `abstract`.
 
-        with_recurrent: whether the recurrent state is read; None stands in its place if not.
+        with_recurrent: whether the recurrent state is read; None stands in its place if not, as in that of the average
+        of the weights, if the checkpoint has none.
         """
         train = train_item(abstract)
         items = dict(params=ocp.args.StandardRestore(abstract.params), train=ocp.args.StandardRestore(train))
         if with_recurrent:
             items["recurrent"] = ocp.args.StandardRestore(abstract.recurrent)
+        if abstract.ema is not None and self.has_ema(step):
+            items["ema"] = ocp.args.StandardRestore(abstract.ema)
         restored = self._restore(step, **items)
-        return from_items(abstract, restored["params"], restored["train"], restored.get("recurrent"))
+        return from_items(
+            abstract, restored["params"], restored["train"], restored.get("recurrent"), restored.get("ema")
+        )
 
-    def restore_params(self, step: int, abstract_params: dict) -> dict:
-        """Only the parameters, in the shapes, dtypes and shardings of `abstract_params`."""
-        return self._restore(step, params=ocp.args.StandardRestore(abstract_params))["params"]
+    def restore_params(self, step: int, abstract_params: dict, weights: str = "raw") -> dict:
+        """Only the parameters, in the shapes, dtypes and shardings of `abstract_params`.
+
+        weights: raw; or ema, which is their moving average if the checkpoint has one. Says so if that is read.
+        """
+        item = self.weights(step, weights)
+        if item == "ema":
+            say(f"the weights are their moving average at step {step}; config.eval.weights=raw: those of the step")
+        return self._restore(step, **{ITEMS[item]: ocp.args.StandardRestore(abstract_params)})[ITEMS[item]]
+
+    def has_ema(self, step: int) -> bool:
+        """Whether `step` has the moving average of the parameters."""
+        return (self.path / str(step) / ITEMS["ema"]).is_dir()
+
+    def weights(self, step: int, wanted: str) -> str:
+        """Which weights of `step` are used where config.eval.weights is `wanted`: ema, or raw."""
+        return "ema" if wanted == "ema" and self.has_ema(step) else "raw"
 
     def _restore(self, step: int, **items):
         """Raises UserError if the files can't be read; orbax's own errors then are of many kinds."""

@@ -27,7 +27,8 @@ NO_SETTING = "(no such setting)"
 Rate = Callable[[OptimizerSettings, int, int], float]  # (settings, num_steps, step) -> the learning rate of that step
 # The settings that the learning rate of a step follows from.
 OF_SCHEDULE = (
-    *(f"config.optimizer.{name}" for name in ("learning_rate", "schedule", "warmup_steps", "final_fraction")),
+    *(f"config.optimizer.{name}" for name in ("learning_rate", "schedule", "schedule_steps", "warmup_steps")),
+    *(f"config.optimizer.{name}" for name in ("decay_steps", "final_fraction")),
     "config.train.num_steps",
 )
 
@@ -113,6 +114,8 @@ def jump(before: dict, settings: Settings, step: int, rate: Rate) -> str:
     back = {name: old for name, (old, _) in changes(before, settings).items() if name in OF_SCHEDULE}
     if back.get("config.train.num_steps", step + 1) > step:  # else the run as it was has ended
         remedies.append(" ".join(f"--{name}={value}" for name, value in back.items()) + " to keep the schedule")
+    if then.schedule == "wsd" and 0 < (begins := then.decay_begins(before["config.train.num_steps"])) < step:
+        remedies.append(f"a start from step {begins} or before, where the decay began")
     return (
         f"config.optimizer.learning_rate={settings.optimizer.learning_rate}: the learning rate jumps at step {step} "
         f"from {old:.3g} to {new:.3g}{by}; give {', or '.join(remedies) or 'another schedule'}"

@@ -60,7 +60,7 @@ class MetricsWriter:
         model), or texts, which only the line has. What is not finite is null in the line."""
         if self._file is None:
             return
-        line = {name: _finite(value) for name, value in values.items()}
+        line = {name: finite(value) for name, value in values.items()}
         self._file.write((json.dumps(dict(step=step, split=split, **line)) + "\n").encode())
         points = {f"{split}/{name}": value for name, value in _points(values)}
         if self._events:
@@ -103,11 +103,11 @@ def all_lines(workdir: epath.Path) -> list[dict]:
     return lines
 
 
-def _finite(value):
+def finite(value):
     if isinstance(value, str):
         return value
     if isinstance(value, list):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return value if math.isfinite(value) else None
 
 

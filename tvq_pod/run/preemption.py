@@ -23,11 +23,14 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 class Preemption:
     """Watches for signals from now on.
 
-    Attributes: requested, whether the process was asked to stop. Before `can_save` is set there is nothing to save: a
-    request to stop ends the process at once, with exit code 75, or 130 after SIGINT; a request to save is kept. After,
-    the run has grace_seconds to save and end by itself; once they are over the process ends with exit code 1, and at a
-    second request to stop at once, with 128 + the signal's number.
+    Attributes: requested, whether the process was asked to stop; signal_name, by which signal, as "SIGTERM".
+
+    Before `can_save` is set there is nothing to save: a request to stop ends the process at once, with exit code 75, or
+    130 after SIGINT; a request to save is kept. After, the run has grace_seconds to save and end by itself; once they
+    are over the process ends with exit code 1, and at a second request to stop at once, with 128 + the signal's number.
     """
+
+    signal_name = ""
 
     def __init__(self, grace_seconds: float = 120.0):
         """To be called in the main thread. grace_seconds may be changed later."""
@@ -78,6 +81,7 @@ class Preemption:
         if self.requested:
             why = "the process ends without saving; the newest checkpoint is as it was"
             _end(f"{number.name}, a second signal: {why}", 128 + number)
+        self.signal_name = number.name
         self._stop.set()
         self._requests.put(STOP)
         timer = threading.Timer(self.grace_seconds, self._too_long, [number.name])

@@ -3,6 +3,7 @@
 params       the parameters, codebooks included: all that eval and sample need
 train        step, opt_state, digest of the tokens consumed, and what bad steps are judged by, under its old name
 recurrent    every layer's recurrent state, for every stream
+ema          the moving average of the parameters, if the run keeps one
 """
 
 from typing import Any, Protocol, Self, TypeVar
@@ -28,6 +29,8 @@ class State(Protocol):
     def bad_steps(self) -> dict: ...
     @property
     def digest(self) -> jax.Array: ...
+    @property
+    def ema(self) -> dict | None: ...
 
     def replace(self, **changes) -> Self: ...
 
@@ -45,7 +48,7 @@ def train_item(state: State) -> dict:
     return {saved_name(field): getattr(state, field) for field in IN_TRAIN}
 
 
-def from_items(abstract: S, params: dict, train: dict, recurrent: dict | None) -> S:
+def from_items(abstract: S, params: dict, train: dict, recurrent: dict | None, ema: dict | None) -> S:
     """A state like `abstract` of what was read."""
     fields = {field: train[saved_name(field)] for field in IN_TRAIN}
-    return abstract.replace(params=params, recurrent=recurrent, **fields)
+    return abstract.replace(params=params, recurrent=recurrent, ema=ema, **fields)

@@ -41,6 +41,11 @@ class Status(contextlib.AbstractContextManager):
         self._writer: threading.Thread | None = None
         self._begun = False
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """What is known: the fields of the file."""
+        return dict(self._values)
+
     def begin(self) -> None:
         """From now on the file is written: a mistake that was refused before touches nothing."""
         if self._path is not None:

@@ -1,7 +1,8 @@
-"""The optimizer. For weights: clipping, AdamW, Lion or Adafactor, schedule, weight decay. For codebooks: their moving
-average.
+"""The optimizer. For weights: clipping, a direction (of AdamW, Lion, Adafactor, Muon, ...), schedule, weight decay. For
+codebooks: their moving average.
 
-The definitions are those of Transformer-VQ's own code; docs/optimizer.md lists them, and what differs.
+The definitions are those of Transformer-VQ's own code, where it has them; docs/optimizer.md lists all of them, and what
+differs.
 """
 
 import math
@@ -11,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from tvq_pod.config.settings import OptimizerSettings
 from tvq_pod.nn.codebook import CODEBOOK, WEIGHTS, codebook_average, optimizer_labels
@@ -22,15 +24,28 @@ MOMENT_EPS = 1e-30  # added to squared gradients
 CLIPPING_THRESHOLD = 1.0  # largest root mean square of one matrix's direction
 LEAST_SCALE = 1e-3  # of a parameter: one that is 0 must be able to move
 LEAST_FACTORED = 128  # a matrix with fewer rows or columns keeps all of its moments
+# Root mean square of Muon's direction of a matrix, once its singular values are 1. AdamW's is about that, so one
+# learning rate does for both (Liu et al., arXiv 2502.16982, section 2.2).
+MUON_RMS = 0.2
+# Kernels as they lie here, [layers, heads, width, D]: one matrix [heads * width, D] of each layer. Which of the two is
+# called the input makes no difference to the direction.
+MUON_AXES = optax.contrib.MuonDimensionNumbers(reduction_axis=(-3, -2), output_axis=-1)
+MATRIX, OTHER = "matrix", "other"
 
 
 def schedule(settings: OptimizerSettings, num_steps: int) -> optax.Schedule:
     """Returns the function step -> share of the learning rate, 0 .. 1.
 
-    The share is step / warmup_steps during the warm-up, so the first step moves nothing. Then it falls as a cosine or a
-    line to `final_fraction` at num_steps and stays there, or, with inverse_sqrt, is sqrt(warmup_steps / step).
+    The share is step / warmup_steps during the warm-up, so the first step moves nothing. Then, by settings.schedule:
+
+    - cosine, linear: it falls as a cosine or a line to `final_fraction` at the schedule's end, and stays there;
+    - wsd: it is 1, and falls as a line in the `decay_steps` before the schedule's end, and stays there;
+    - inverse_sqrt: it is sqrt(warmup_steps / step);
+    - constant: it is 1.
+
+    The schedule ends at schedule_steps, or at num_steps if that is 0.
     """
-    warmup = settings.warmup_steps
+    warmup, end = settings.warmup_steps, settings.end_of_schedule(num_steps)
     peak = max(warmup, 1)
     after: optax.Schedule
     if settings.schedule == "inverse_sqrt":
@@ -39,10 +54,16 @@ def schedule(settings: OptimizerSettings, num_steps: int) -> optax.Schedule:
             return jnp.sqrt(peak / (peak + jnp.maximum(step, 0)))
 
         after = inverse_sqrt
+    elif settings.schedule == "constant":
+        after = optax.constant_schedule(1.0)
+    elif settings.schedule == "wsd":
+        decay = optax.linear_schedule(1.0, settings.final_fraction, max(settings.decay_steps, 1))
+        n_stable = settings.decay_begins(num_steps) - warmup
+        after = optax.join_schedules([optax.constant_schedule(1.0), decay], [n_stable])
     elif settings.schedule == "linear":
-        after = optax.linear_schedule(1.0, settings.final_fraction, max(num_steps - warmup, 1))
+        after = optax.linear_schedule(1.0, settings.final_fraction, max(end - warmup, 1))
     else:
-        after = optax.cosine_decay_schedule(1.0, max(num_steps - warmup, 1), alpha=settings.final_fraction)
+        after = optax.cosine_decay_schedule(1.0, max(end - warmup, 1), alpha=settings.final_fraction)
     if not warmup:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), after], [warmup])
@@ -92,6 +113,11 @@ def _weights_chain(settings: OptimizerSettings, num_steps: int) -> optax.Gradien
         "adamw": lambda: optax.scale_by_adam(settings.b1, settings.b2, settings.eps, mu_dtype=jnp.float32),
         "lion": lambda: optax.scale_by_lion(settings.b1, settings.b2, mu_dtype=jnp.bfloat16),
         "adafactor": lambda: scale_by_adafactor(settings.multiply_by_parameter_scale),
+        "muon": lambda: scale_by_muon(settings),
+        "nadamw": lambda: optax.scale_by_adam(
+            settings.b1, settings.b2, settings.eps, mu_dtype=jnp.float32, nesterov=True
+        ),
+        "sgd": lambda: optax.trace(settings.momentum, accumulator_dtype=jnp.float32),
     }
     scheduled = optax.scale_by_learning_rate(schedule(settings, num_steps))
     decayed = optax.add_decayed_weights(-settings.weight_decay, mask=_mask(lambda path: not is_vector(path)))
@@ -119,6 +145,46 @@ def _followed(first: optax.GradientTransformation, then: optax.GradientTransform
 
 def _mask(keep):
     return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: keep(path), params)
+
+
+# --- Muon ------------------------------------------------------------------------------------------------------------
+
+
+def scale_by_muon(settings: OptimizerSettings) -> optax.GradientTransformation:
+    """Returns Muon's direction (Jordan et al., https://kellerjordan.github.io/posts/muon) for the kernels of the
+    layers, and Adam's for all else: the embedding, the output matrix, vectors.
+
+    With m the momentum of the gradient, in Nesterov's form, U S V^T its singular value decomposition, and R, C the rows
+    and columns of a kernel of one layer, taken as a matrix [heads * width, D], the direction is
+
+        MUON_RMS sqrt(max(R, C)) U S' V^T
+
+    S' is what five Newton-Schulz iterations make of S: singular values between about 0.7 and 1.2. Momentum and moments
+    have the shapes of their parameters, float32, so they lie on the mesh as those do.
+    """
+    matrices = optax.chain(
+        optax.contrib.scale_by_muon(
+            beta=settings.momentum,
+            mu_dtype=jnp.float32,
+            weight_dimension_numbers=lambda params: jax.tree.map(lambda _: MUON_AXES, params),
+        ),
+        optax.stateless(lambda updates, params: jax.tree.map(_of_adams_size, updates)),
+    )
+    others = optax.scale_by_adam(settings.b1, settings.b2, settings.eps, mu_dtype=jnp.float32)
+
+    def labels(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: MATRIX if _is_kernel(path) else OTHER, params)
+
+    return optax.partition({MATRIX: matrices, OTHER: others}, labels)
+
+
+def _of_adams_size(orthogonal: jax.Array) -> jax.Array:
+    *_, n_heads, width, n_columns = orthogonal.shape
+    return MUON_RMS * max(n_heads * width, n_columns) ** 0.5 * orthogonal
+
+
+def _is_kernel(path: tuple) -> bool:
+    return getattr(path[-1], "key", None) == "kernel"
 
 
 # --- Adafactor -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from tvq_pod.parallel.mesh import sizes
 from tvq_pod.parallel.processes import decided_by_process_zero
 from tvq_pod.run.checkpoint import Checkpoints
 from tvq_pod.run.metrics import lines_of
+from tvq_pod.training import ema
 from tvq_pod.training.step import TrainState, abstract_train_state, create_recurrent, create_train_state
 
 
@@ -25,7 +26,9 @@ def state_at(
     if step is None:
         return create_train_state(settings, mesh)
     same_streams = schedule.now.first_step != step or len(schedule.phases) == 1
-    state = checkpoints.restore(step, abstract_train_state(settings, mesh), with_recurrent=same_streams)
+    abstract = abstract_train_state(settings, mesh)
+    state = checkpoints.restore(step, abstract, with_recurrent=same_streams)
+    state = _with_average(state, abstract, step, checkpoints, settings)
     if not same_streams:
         state = state.replace(recurrent=create_recurrent(settings, mesh))
         streams = f"{schedule.now.batch_size} of them, {schedule.now.update_len} tokens an update"
@@ -40,6 +43,21 @@ def state_at(
         )
     say(f"goes on from step {step} in {checkpoints.path}")
     return state
+
+
+def _with_average(
+    state: TrainState, abstract: TrainState, step: int, checkpoints: Checkpoints, settings: Settings
+) -> TrainState:
+    """The state with the average of its weights that the settings ask for, and without one if they ask for none. Says
+    what differs from the checkpoint."""
+    decay, has_one = settings.train.ema_decay, checkpoints.has_ema(step)
+    if has_one and not decay:
+        say(f"config.train.ema_decay=0.0: the moving average of the weights in checkpoint {step} is dropped")
+    if has_one or not decay:
+        return state
+    say(f"config.train.ema_decay={decay}: checkpoint {step} has no moving average of the weights; it starts at them")
+    shardings = jax.tree.map(lambda x: x.sharding, abstract.ema)
+    return state.replace(ema=jax.jit(ema.start, out_shardings=shardings)(state.params))
 
 
 def describe_state(state: TrainState, mesh: jax.sharding.Mesh) -> None:

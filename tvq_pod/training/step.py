@@ -32,14 +32,15 @@ from tvq_pod.parallel.sharding import (
     replicated,
     shardings_of,
 )
-from tvq_pod.training import bad_steps
+from tvq_pod.training import bad_steps, ema
 from tvq_pod.training.optimizer import make_optimizer, schedule
 
 
 class TrainState(flax.struct.PyTreeNode):
     """step: int32 scalar. params: the model's, codebooks included. opt_state: the optimizer's.
     recurrent: the state of every layer for all B streams (see Transformer.initial_state).
-    bad_steps: what is known of the steps before (see bad_steps.start). digest: of all tokens consumed, uint32 [2]."""
+    bad_steps: what is known of the steps before (see bad_steps.start). digest: of all tokens consumed, uint32 [2].
+    ema: the moving average of params, float32 (see ema.py); None if the run keeps none."""
 
     step: jax.Array
     params: dict
@@ -47,6 +48,7 @@ class TrainState(flax.struct.PyTreeNode):
     recurrent: dict
     bad_steps: dict
     digest: jax.Array
+    ema: dict | None = None
 
 
 def initial_params(settings: Settings):
@@ -70,6 +72,7 @@ def _train_state_of(params: dict, settings: Settings) -> TrainState:
         recurrent=initial_recurrent(settings),
         bad_steps=bad_steps.start(),
         digest=digest.start(),
+        ema=ema.start(params) if settings.train.ema_decay else None,
     )
 
 
@@ -100,6 +103,7 @@ def abstract_train_state(settings: Settings, mesh: jax.sharding.Mesh) -> TrainSt
         recurrent=shardings_of(Transformer.state_axes(settings.model), shapes.recurrent, mesh),
         bad_steps=jax.tree.map(lambda _: everywhere, shapes.bad_steps),
         digest=everywhere,
+        ema=on_params if settings.train.ema_decay else None,
     )
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
@@ -128,6 +132,11 @@ def create_recurrent(settings: Settings, mesh: jax.sharding.Mesh) -> dict:
     """`initial_recurrent`, made in place."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_train_state(settings, mesh).recurrent)
     return jax.jit(lambda: initial_recurrent(settings), out_shardings=shardings)()
+
+
+def weights_in_use(state: TrainState) -> dict:
+    """The parameters that evaluations and samples take: their moving average, in their dtypes, if there is one."""
+    return state.params if state.ema is None else ema.as_parameters(state.ema, state.params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,14 +172,15 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh) -> TrainStep:
     """Returns the step, which is compiled when it is first called.
 
     batch: see `Feed.batches`. metrics: float32 scalars: loss (nats a token, of the predictions alone), l_commit,
-    grad_norm, learning_rate; those of `code_report` and `revival_report`; n_bad, int32: bad steps in a row, this one
-    included, none of them applied (see bad_steps.py); digest, uint32 [2].
+    z_loss (if the loss has it: mean of log(Z)^2), grad_norm, learning_rate; those of `code_report` and
+    `revival_report`; n_bad, int32: bad steps in a row, this one included, none of them applied (see bad_steps.py);
+    digest, uint32 [2].
     """
     optimizer = _optimizer_of(settings)
     share = schedule(settings.optimizer, settings.train.num_steps)
     gradients = make_gradients(settings)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_train_state(settings, mesh))
-    forgets = settings.bad_steps.forget_state
+    forgets, ema_decay = settings.bad_steps.forget_state, settings.train.ema_decay
 
     def train_step(state: TrainState, recurrent: dict, batch: dict):
         # Masks are a function of (seed, step): a resumed run draws what the run that never stopped would have drawn.
@@ -185,13 +195,17 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh) -> TrainStep:
         metrics["learning_rate"] = settings.optimizer.learning_rate * share(state.step)
         good, known = bad_steps.judge(state.bad_steps, metrics, codebook_sums(grads), settings.bad_steps)
         params, opt_state = bad_steps.choose(good, (params, opt_state), (state.params, state.opt_state))
+        average = state.ema
+        if average is not None:
+            moved = ema.moved(average, params, ema.decay_after(state.step, ema_decay))
+            average = bad_steps.choose(good, moved, average)
         if forgets:
             recurrent = bad_steps.choose(good, next_recurrent, initial_recurrent(settings))
         else:
             recurrent = bad_steps.choose_stacks(good, next_recurrent, recurrent)
         rolled = digest.roll(state.digest, batch)
         metrics |= dict(n_bad=known["n_bad"], digest=rolled)
-        return TrainState(state.step + 1, params, opt_state, recurrent, known, rolled), metrics
+        return TrainState(state.step + 1, params, opt_state, recurrent, known, rolled, average), metrics
 
     program = jax.jit(
         train_step,
@@ -204,23 +218,31 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh) -> TrainStep:
 
 
 def make_gradients(settings: Settings):
-    """The function (params, recurrent, batch, key) -> (gradients, next recurrent, dict of loss and l_commit).
+    """The function (params, recurrent, batch, key) -> (gradients, next recurrent, dict of loss and l_commit, and of
+    z_loss if config.train.z_loss gives it a weight).
 
     Microbatches are gone through one after the other: each has its part of the rows and of their states, and gradients
     are added, the codebook's sums among them.
     """
     config = settings.model.replace(is_train=True)
-    n_parts = settings.train.microbatches
+    n_parts, z_weight = settings.train.microbatches, settings.train.z_loss
 
     def loss_fn(params, recurrent, batch, n_positions, rngs):
         mask = batch["loss_mask"]
         tokens = batch["inputs"], batch["doc_ids"], VQSpec(mask, n_positions), batch["targets"]
-        applied = Transformer(config).apply({"params": params}, recurrent, *tokens, rngs=rngs)
+        applied = Transformer(config).apply({"params": params}, recurrent, *tokens, bool(z_weight), rngs=rngs)
         new_recurrent, out = cast(tuple[dict, dict], applied)
-        loss = jnp.sum(out["losses"] * mask) / jnp.maximum(n_positions, 1.0)
-        metrics = dict(loss=loss, l_commit=out["l_commit"])
+
+        def mean(of_tokens):
+            return jnp.sum(of_tokens * mask) / jnp.maximum(n_positions, 1.0)
+
+        metrics = dict(loss=mean(out["losses"]), l_commit=out["l_commit"])
         # l_codebook is 0: its gradient carries the codebook's sums (see nn/vq.py)
-        return loss + config.c_beta * out["l_commit"] + out["l_codebook"], (new_recurrent, metrics)
+        total = metrics["loss"] + config.c_beta * out["l_commit"] + out["l_codebook"]
+        if z_weight:
+            metrics["z_loss"] = mean(jnp.square(out["log_z"]))
+            total += z_weight * metrics["z_loss"]
+        return total, (new_recurrent, metrics)
 
     def gradients(params, recurrent, batch, key):
         n_positions = jnp.sum(batch["loss_mask"])
@@ -240,7 +262,8 @@ def make_gradients(settings: Settings):
 
             # float32, whatever the parameters are: small parts must not be lost in a large sum
             zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
-            zeros = zeros, dict(loss=jnp.zeros([]), l_commit=jnp.zeros([]))
+            names = ("loss", "l_commit", *(["z_loss"] if z_weight else []))
+            zeros = zeros, dict.fromkeys(names, jnp.zeros([]))
             parts = _parts(recurrent, 1, n_parts), _parts(batch, 0, n_parts), jax.random.split(key, n_parts)
             sums, recurrent = jax.lax.scan(add, zeros, parts)
             recurrent = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(x.shape[1], -1, *x.shape[3:]), recurrent)
