@@ -31,6 +31,7 @@ from tvq_pod.run.saved_state import S, from_items, train_item
 from tvq_pod.run.step_folders import StepFolders
 
 FORMAT = 2
+IMPORTED = "imported"  # in a record that --mode=import made: where its parameters come from
 
 
 def handler() -> ocp.CompositeCheckpointHandler:
