@@ -12,6 +12,7 @@ and the step and corpus that the parameters come from.
 import dataclasses
 import json
 import pathlib
+import shutil
 from typing import Any, NamedTuple
 
 import jax
@@ -137,6 +138,7 @@ def write_exported(
             safetensors.numpy.save_file(content[0], draft / WEIGHTS, content[1])
         except safetensors.SafetensorError as error:  # which an OSError becomes
             raise OSError(str(error)) from None
+        shutil.copymode(draft / "config.json", draft / WEIGHTS)  # safetensors lets nobody else read it
 
 
 def read_exported(folder: epath.Path) -> Exported:

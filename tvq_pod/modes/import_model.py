@@ -22,6 +22,7 @@ from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.run.checkpoint import Checkpoints
 from tvq_pod.run.checkpoint_reader import IMPORTED
 from tvq_pod.run.lock import locked
+from tvq_pod.run.step_folders import StepFolders
 from tvq_pod.training.step import abstract_train_state, train_state_with
 
 
@@ -34,6 +35,8 @@ def import_model(settings: Settings, workdir: epath.Path, folder: epath.Path) ->
     fit, before anything is written.
     """
     check_vacant("--workdir", workdir, "config.json")
+    if steps := StepFolders(workdir / "checkpoints").steps():  # in a bucket, of an import that was killed
+        raise UserError(f"--workdir={workdir}: has checkpoint {steps[-1]} and no config.json; give a new folder")
     exported = read_exported(folder)
     _check_same_model(settings, folder, exported.vocab.name)
     check_vocab_fits(settings, exported.vocab.n_vocab)
