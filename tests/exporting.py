@@ -15,6 +15,7 @@ from tvq_pod.config.settings import DataSettings, Settings
 from tvq_pod.data.vocab import ByteVocab
 from tvq_pod.inference.exported import Origin, write_exported
 
+NO_DATA = DataSettings()
 ORIGIN = Origin(7, "a corpus")
 SAYS = """
 import json, sys
@@ -30,10 +31,10 @@ print(*sorted(modules - set(sys.stdlib_module_names)))
 """
 
 
-def export_to(folder, config, vocab=None, dtype="float32", **data) -> epath.Path:
-    """A folder with the parameters of `model_params`. data: settings of config.data."""
+def export_to(folder, config, vocab=None, dtype="float32", data=NO_DATA) -> epath.Path:
+    """A folder with the parameters of `model_params`."""
     named = {name: jnp.dtype(getattr(config, name)).name for name in ("dtype", "param_dtype")}  # as config files do
-    settings = Settings(model=config.replace(**named), data=DataSettings(**data))
+    settings = Settings(model=config.replace(**named), data=data)
     write_exported(epath.Path(folder), model_params(config), settings, vocab or ByteVocab(), ORIGIN, dtype)
     return epath.Path(folder)
 

@@ -17,6 +17,7 @@ from tests.command import ROOT, environment
 from tests.common import model_params, small_config
 from tests.data.test_vocab import trained
 from tests.exporting import ORIGIN, export_to
+from tvq_pod.config.settings import DataSettings
 from tvq_pod.errors import UserError
 from tvq_pod.inference.exported import WEIGHTS, params_of, read_exported, tensor_names, tensors_of
 
@@ -81,13 +82,15 @@ def test_float32_weights_come_back_bit_for_bit_and_bfloat16_ones_rounded(tmp_pat
 def test_the_folder_says_where_its_parameters_come_from_and_nothing_of_the_machine(tmp_path):
     vocab = trained(tmp_path)
     data = dict(source="/home/me/corpus", store="gs://mine/store", mixture="", vocab="/home/me/own.model")
-    folder = export_to(tmp_path / "out", small_config(n_vocab=400), vocab, **data)
+    folder = export_to(tmp_path / "out", small_config(n_vocab=400), vocab, data=DataSettings(**data))
     found = read_exported(folder)
     assert (found.origin, found.vocab.name) == (ORIGIN, vocab.name)
     config = json.loads((folder / "config.json").read_text())
     assert {name: config["data"][name] for name in data} == dict(source="", store="", mixture="", vocab="vocab.model")
     assert config["model"]["d_k"] == 6
-    named = json.loads((export_to(tmp_path / "named", CONFIG, source="stdlib") / "config.json").read_text())
+    named = json.loads(
+        (export_to(tmp_path / "named", CONFIG, data=DataSettings(source="stdlib")) / "config.json").read_text()
+    )
     assert named["data"]["source"] == "stdlib"
 
 
@@ -144,10 +147,14 @@ def test_a_vocabulary_that_is_missing_or_another_one_is_told(tmp_path):
     folder = export_to(tmp_path / "out", small_config(n_vocab=400), trained(tmp_path))
     content = (folder / "vocab.model").read_bytes()
     (folder / "vocab.model").unlink()
-    with pytest.raises(UserError, match=r"vocab\.model is missing, and the model's vocabulary is sentencepiece:"):
+    with pytest.raises(
+        UserError, match=r"there is no vocab\.model or .*, and the vocabulary of the model is sentencepiece:"
+    ):
         read_exported(folder)
     (folder / "vocab.model").write_bytes(content + b"\x18\x00")
-    with pytest.raises(UserError, match=r"vocab\.model is"):
+    with pytest.raises(
+        UserError, match=r"vocab\.model is sentencepiece:.*, and the vocabulary of the model is sentencepiece:"
+    ):
         read_exported(folder)
 
 
@@ -157,6 +164,7 @@ import os, resource, signal, sys
 import safetensors.numpy
 from tests.common import small_config
 from tests.exporting import export_to
+from tvq_pod.config.settings import DataSettings
 from tvq_pod.errors import UserError
 folder, how = sys.argv[-2:]
 if how == "full":

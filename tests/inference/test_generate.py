@@ -7,7 +7,7 @@ import pytest
 from tests.common import model_params, small_config
 from tests.data.test_vocab import byte_level, trained, with_dummy_prefix
 from tests.exporting import bare, bare_environment, export_to, logits_of
-from tvq_pod.config.settings import MeshSettings, Settings
+from tvq_pod.config.settings import DataSettings, MeshSettings, Settings
 from tvq_pod.data.vocab import END_OF_DOC, ByteVocab
 from tvq_pod.inference import exported, generate
 from tvq_pod.nn.model import Transformer
@@ -80,8 +80,8 @@ def test_its_state_does_not_grow(tmp_path):
     assert sizes[0] < sizes[5] == sizes[-1]
 
 
-def a_model(folder, **data):
-    return generate.Model(export_to(folder, small_config(n_vocab=264, n_layer=1, n_head=1), **data))
+def a_model(folder):
+    return generate.Model(export_to(folder, small_config(n_vocab=264, n_layer=1, n_head=1)))
 
 
 def test_tokens_are_drawn_by_their_shares_from_the_likeliest(tmp_path, monkeypatch):
@@ -145,7 +145,9 @@ def test_text_of_other_vocabularies_needs_their_package_and_tokens_need_none(env
 
 
 def test_a_model_of_images_draws_one_whatever_the_model_says_of_ends(tmp_path, monkeypatch, capfdbinary):
-    folder = export_to(tmp_path / "out", small_config(n_vocab=264, n_layer=1, n_head=1), format="imagenet64")
+    folder = export_to(
+        tmp_path / "out", small_config(n_vocab=264, n_layer=1, n_head=1), data=DataSettings(format="imagenet64")
+    )
     logits = np.where(np.arange(264) == END_OF_DOC, 9.0, 0.0).astype(np.float32)
     logits[200] = 5.0
     monkeypatch.setattr(generate.Model, "step", lambda self, state, token: logits)

@@ -163,9 +163,8 @@ def read_exported(folder: epath.Path) -> Exported:
         tensors[name] = np.frombuffer(entry["data"], DTYPES[entry["dtype"]]).reshape(entry["shape"])
     vocab = kept_vocab(folder)
     if (expected := about.get("vocab", vocab.name)) != vocab.name:
-        file = vocab.file_name or "vocab.json" if expected.startswith("tokenizers:") else "vocab.model"
-        found = f"{file} is {vocab.name}" if vocab.file_name else f"{file} is missing"
-        raise UserError(f"{here}: {found}, and the model's vocabulary is {expected}; give the model's own file")
+        found = f"{vocab.file_name} is {vocab.name}" if vocab.file_name else "there is no vocab.model or vocab.json"
+        raise UserError(f"{here}: {found}, and the vocabulary of the model is {expected}; give the model's own file")
     return Exported(tensors, vocab, origin)
 
 
