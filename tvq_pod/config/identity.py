@@ -6,6 +6,7 @@ A checkpoint keeps the first two as its record. It is refused, with the name of 
 from tvq_pod.config.settings import Settings
 
 FINGERPRINT = "config.data.store, fingerprint"
+SEED = "config.seed"
 OPTIMIZER_STATE = "config.optimizer.name, state"
 # Version of each optimizer's state. A checkpoint with another one is refused: adafactor 1 had one scale for all layers.
 STATE_VERSIONS = dict(adamw="1", lion="1", adafactor="2", muon="1", nadamw="1", sgd="1")
@@ -53,7 +54,7 @@ def run_record(settings: Settings, vocab_name: str, fingerprint: str) -> dict[st
         | {
             "config.optimizer.name": settings.optimizer.name,
             OPTIMIZER_STATE: STATE_VERSIONS[settings.optimizer.name],
-            "config.seed": str(settings.seed),
+            SEED: str(settings.seed),
             FINGERPRINT: fingerprint,
         }
     )

@@ -7,7 +7,7 @@ from tvq_pod.errors import UserError
 
 MODES_OF = {  # by flag; all other flags are for every mode
     "split": ("eval",),
-    "step": ("eval", "sample", "inspect"),
+    "step": ("eval", "sample", "inspect", "export"),
     "prompt": ("sample",),
     "prompt_file": ("sample",),
     "topology": ("plan",),
@@ -17,6 +17,9 @@ MODES_OF = {  # by flag; all other flags are for every mode
     "against": ("bench",),
     "lengths": ("bench",),
     "rounds": ("bench",),
+    "to": ("export",),
+    "dtype": ("export",),
+    "from": ("import",),
 }
 
 

@@ -32,6 +32,7 @@ from tvq_pod.run.step_folders import StepFolders
 
 FORMAT = 2
 ITEMS = dict(raw="params", ema="ema")  # of a checkpoint, by what config.eval.weights calls them
+IMPORTED = "imported"  # in a record that --mode=import made: where its parameters come from
 
 
 def handler() -> ocp.CompositeCheckpointHandler:

@@ -17,7 +17,9 @@ LATER_KNOWN = ("config.data.vocab", FINGERPRINT)  # entries of the record that a
 
 def check_continues(settings: Settings, workdir: epath.Path) -> None:
     """For a run without its store. Raises UserError if there is a checkpoint, and its record or the corpus of the last
-    start is not that of the settings. Reads two small files, and writes nothing."""
+    start is not that of the settings. Reads two small files, and writes nothing.
+
+    A model that was imported and not trained since may be trained on any corpus."""
     found = newest_record(workdir)
     if found is None:
         return
@@ -29,6 +31,8 @@ def check_continues(settings: Settings, workdir: epath.Path) -> None:
         raise UserError(
             f"{name}={value}: the checkpoint {step} was made with {made_with}; give that, or another --workdir"
         )
+    if FINGERPRINT not in saved:
+        return
     changed = config_history.changes(config_history.last_start(workdir), settings)
     if settings.data.vocab != TRAINED:
         changed.pop("config.data.vocab_size", None)
