@@ -28,10 +28,12 @@ def settings_of(**model) -> Settings:
     )
 
 
-def make_run(workdir: pathlib.Path, settings: Settings, step: int = 3, vocab=None) -> Settings:
-    """Fills the folder, and returns the settings that are in its config.json."""
+def make_run(
+    workdir: pathlib.Path, settings: Settings, step: int = 3, vocab=None, changed=lambda state: state
+) -> Settings:
+    """Fills the folder with a state that may be changed, and returns the settings that are in its config.json."""
     vocab = vocab or ByteVocab()
-    state = first_state(settings, make_mesh(MeshSettings(), jax.devices()[:1]))
+    state = changed(first_state(settings, make_mesh(MeshSettings(), jax.devices()[:1])))
     checkpoints = Checkpoints(workdir, CheckpointSettings())
     schedule = DataSchedule.begin(settings.train.batch_size, settings.train.update_len)
     checkpoints.save(state, step, run_record(settings, vocab.name, FINGERPRINT), schedule)

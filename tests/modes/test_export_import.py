@@ -4,15 +4,20 @@ import dataclasses
 import json
 import pathlib
 
+import jax
+import numpy as np
 import pytest
 from etils import epath
 
+import tvq_pod
 from tests.buckets import reached_at
 from tests.command import contents, fingerprint, finish, metrics_of, run, start
+from tests.common import model_params
 from tests.data.test_vocab import trained as trained_vocab
 from tests.made_run import FINGERPRINT, make_run, settings_of
 from tvq_pod.config.resolve import resolve
 from tvq_pod.config.run_config import read_run_config
+from tvq_pod.config.settings import EvalSettings
 from tvq_pod.errors import UserError
 from tvq_pod.inference.exported import Origin, read_exported
 from tvq_pod.modes.export_model import export
@@ -44,6 +49,23 @@ def test_what_was_exported_and_imported_is_exported_again_bit_for_bit(kind, tmp_
     assert sorted(path.name for path in tmp_path.glob("*.writing*")) == []
     if vocab:
         assert again.data.vocab == str(tmp_path / "imported/vocab.model")
+
+
+def test_the_average_of_the_weights_is_what_leaves_a_run_that_has_one(tmp_path):
+    """By --mode=export and tvq_pod.load; the weights of the step, where config.eval.weights=raw asks for them."""
+    settings = settings_of()
+    settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, ema_decay=0.9))
+    (tmp_path / "run").mkdir()
+    make_run(tmp_path / "run", settings, changed=lambda x: x.replace(ema=jax.tree.map(lambda a: a + 1.0, x.ema)))
+    tensors = {}
+    for weights in ("ema", "raw"):
+        asked = dataclasses.replace(settings, eval=EvalSettings(weights=weights))
+        export(asked, epath.Path(tmp_path / "run"), epath.Path(tmp_path / weights), None, None)
+        tensors[weights] = read_exported(epath.Path(tmp_path / weights)).tensors
+    for name, raw in tensors["raw"].items():
+        np.testing.assert_array_equal(tensors["ema"][name], raw + 1.0)
+    loaded, raw = tvq_pod.load(tmp_path / "run").params, model_params(settings.model)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + 1.0), loaded, raw)
 
 
 @pytest.fixture(scope="module")

@@ -147,13 +147,15 @@ def load_run(workdir: str | os.PathLike[str], step: int | None) -> LoadedModel:
     """See `tvq_pod.load`."""
     settings = resolve(read_run_config(workdir))
     # What the run's own machines were like, and whether it looks at the cache when it evaluates, is of no account.
-    settings = dataclasses.replace(settings, mesh=MeshSettings(fsdp=settings.mesh.fsdp), eval=EvalSettings())
+    evaluation = EvalSettings(weights=settings.eval.weights)
+    settings = dataclasses.replace(settings, mesh=MeshSettings(fsdp=settings.mesh.fsdp), eval=evaluation)
     workdir, mesh = epath.Path(workdir), make_mesh(settings.mesh, jax.local_devices())
     settings = with_tried_attention(settings, mesh)
     checkpoints = CheckpointReader(workdir, settings.checkpoint.restore_timeout_seconds)
     step, vocab = checkpoints.pick(step), run_vocab(settings, workdir)
     checkpoints.check(step, model_record(settings, vocab.name))
     check_vocab_fits(settings, vocab.n_vocab)
-    params = checkpoints.restore_params(step, abstract_train_state(settings, mesh).params)
+    abstract = abstract_train_state(settings, mesh).params
+    params = checkpoints.restore_params(step, abstract, settings.eval.weights)
     checkpoints.close()
     return LoadedModel(settings, step, Transformer(settings.model), params, vocab, mesh)

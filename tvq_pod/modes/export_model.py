@@ -34,7 +34,7 @@ def export(settings: Settings, workdir: epath.Path, folder: epath.Path, step: in
     record = checkpoints.record(step)
     origin = Origin(**record[IMPORTED]) if IMPORTED in record else Origin(step, record[FINGERPRINT])
     abstract = abstract_train_state(settings, make_mesh(MeshSettings(), jax.local_devices()))
-    params = jax.device_get(checkpoints.restore_params(step, abstract.params))
+    params = jax.device_get(checkpoints.restore_params(step, abstract.params, settings.eval.weights))
     checkpoints.close()
     dtype = dtype or jnp.dtype(settings.model.param_dtype).name
     write_exported(folder, params, settings, vocab, origin, dtype)
