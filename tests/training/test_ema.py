@@ -129,7 +129,7 @@ def mesh():
 
 def test_it_is_float32_lies_as_the_parameters_do_and_is_overwritten_by_the_step(eight_devices):
     model = SETTINGS.model.replace(param_dtype="bfloat16", dtype="bfloat16")
-    settings = dataclasses.replace(AVERAGED, model=model)
+    settings = dataclasses.replace(with_decay(SETTINGS, DECAY), model=model)
     mesh = mesh_of(8)
     state = abstract_train_state(settings, mesh)
     jax.tree.map(lambda a, b: _assert_like(a, b), state.ema, state.params)
