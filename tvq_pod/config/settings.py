@@ -219,11 +219,11 @@ class EvalSettings:
     batch_size: NonNegativeInt = 0
     """Rows that documents are laid out on. 0: as many as leave at most 5% of the positions to padding, and no more than
     train.batch_size."""
+    cache: Literal["on", "off"] = "on"
+    """off: without the compressed cache, so that attention ends with the window."""
     weights: Literal["ema", "raw"] = "ema"
     """Weights that evaluations and samples use. ema: the moving average, if the checkpoint has one
     (config.train.ema_decay). raw: those that the last step left."""
-    cache: Literal["on", "off"] = "on"
-    """off: without the compressed cache, so that attention ends with the window."""
     max_tokens: NonNegativeInt = 0
     """No more documents are added once there are this many tokens; 0: the whole split."""
 
