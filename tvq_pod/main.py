@@ -19,6 +19,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
+from tvq_pod.config.init_from import check_init_from
 from tvq_pod.config.mode_flags import check_flags
 from tvq_pod.config.names import GROUPS, check_name
 from tvq_pod.config.resolve import default_config, resolve
@@ -152,6 +153,8 @@ def _check_paths(settings: Settings, mode: str, workdir: str) -> None:
     check_folder("--workdir", workdir)
     if mode == "train":
         check_saving("--workdir", workdir)
+        if settings.init_from:  # whether it is there is asked only by a start that needs it
+            check_init_from(settings.init_from, workdir)
     buckets = {path.split("/")[2]: (name, path) for name, path in reversed(remote) if is_bucket(path)}
     for name, path in reversed(buckets.values()):
         check_reached(name, path)

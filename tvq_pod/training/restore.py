@@ -13,18 +13,28 @@ from tvq_pod.run.checkpoint import Checkpoints
 from tvq_pod.run.metrics import lines_of
 from tvq_pod.training import ema
 from tvq_pod.training.step import TrainState, abstract_train_state, create_recurrent, create_train_state
+from tvq_pod.training.warm_start import WarmStart
 
 
 def state_at(
-    step: int | None, schedule: DataSchedule, checkpoints: Checkpoints, settings: Settings, mesh: jax.sharding.Mesh
+    step: int | None,
+    schedule: DataSchedule,
+    checkpoints: Checkpoints,
+    settings: Settings,
+    mesh: jax.sharding.Mesh,
+    warm: WarmStart | None = None,
 ) -> TrainState:
-    """The state of the checkpoint `step`, or for None that of the seed. schedule: from there on; where it begins with
-    other streams, they have read nothing.
+    """The state of the checkpoint `step`, or for None the first one: that of the seed, or of a warm start. schedule:
+    from there on; where it begins with other streams, they have read nothing.
 
     Raises UserError if the run's log speaks of other tokens up to there than the checkpoint has consumed.
     """
     if step is None:
-        return create_train_state(settings, mesh)
+        if warm is None:
+            return create_train_state(settings, mesh)
+        state = warm.state(mesh)
+        checkpoints.descend_from(warm.ancestry)
+        return state
     same_streams = schedule.now.first_step != step or len(schedule.phases) == 1
     abstract = abstract_train_state(settings, mesh)
     state = checkpoints.restore(step, abstract, with_recurrent=same_streams)
