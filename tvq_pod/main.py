@@ -44,7 +44,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, 
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 _SOURCE = flags.DEFINE_string("source", None, "The corpus: short for --config.data.source.")
 _SPLIT = flags.DEFINE_enum("split", "validation", ("validation", "test"), "eval: which documents.")
-_STEP = flags.DEFINE_integer("step", None, "eval, sample, inspect: which checkpoint; the newest if not given.")
+_STEP = flags.DEFINE_integer(
+    "step",
+    None,
+    "train, eval, sample, inspect: which checkpoint; the newest if not given. train sets aside newer.",
+)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "sample: text to go on from; may be given several times.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "sample: a file whose text is one more prompt.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "plan: the slice, as v5e:4x4; or cpu:8 for simulated devices.")
@@ -81,7 +85,7 @@ def main(argv: list[str], preemption: Preemption) -> None:
         raise UserError("--workdir=: must be given: the run's folder")
     check_path("--workdir", _WORKDIR.value)
     workdir, mode = epath.Path(_WORKDIR.value), _MODE.value
-    check_flags(mode, [name for name in flags.FLAGS if flags.FLAGS[name].present], str(workdir), _STEP.value)
+    check_flags(mode, [name for name in flags.FLAGS if flags.FLAGS[name].present])
     settings = _settings()
     _check_paths(settings, mode, _WORKDIR.value)
     preemption.grace_seconds = settings.checkpoint.grace_seconds
@@ -99,7 +103,7 @@ def main(argv: list[str], preemption: Preemption) -> None:
     if mode == "train":
         from tvq_pod.modes.train import train
 
-        train(settings, workdir, preemption)
+        train(settings, workdir, preemption, _STEP.value)
     elif mode == "eval":
         from tvq_pod.modes.evaluate import evaluate
 

@@ -27,6 +27,7 @@ from tvq_pod.parallel.attention import check_attention, with_tried_attention
 from tvq_pod.parallel.mesh import check_rows, make_mesh
 from tvq_pod.parallel.processes import Votes, decided_by_process_zero, is_process_zero, on_process_zero
 from tvq_pod.parallel.sharding import on_one_device
+from tvq_pod.run import step_back
 from tvq_pod.run.checkpoint import Checkpoints
 from tvq_pod.run.continued import check_continues
 from tvq_pod.run.lock import locked
@@ -47,13 +48,15 @@ from tvq_pod.training.step import TrainState, TrainStep, compiled_train_step, we
 from tvq_pod.training.warm_start import WarmStart, ignored
 
 
-def train(settings: Settings, workdir: epath.Path, preemption: Preemption) -> None:
-    """Trains to config.train.num_steps, from the newest good checkpoint in `workdir` if there is one.
+def train(settings: Settings, workdir: epath.Path, preemption: Preemption, step: int | None = None) -> None:
+    """Trains to config.train.num_steps, from the newest good checkpoint in `workdir` if there is one; or from `step`,
+    and then newer checkpoints are set aside.
 
     Raises Preempted after SIGTERM, SIGINT or SIGHUP to any process, once all is saved.
     """
     mesh = make_mesh(settings.mesh)
     warm = _check(settings, workdir, mesh)
+    step = step_back.asked_step(workdir, step)
     num_steps, enabled = settings.train.num_steps, is_process_zero()
     status = Status(workdir, num_steps, enabled)
     result = RunResult(workdir, num_steps, status, preemption, enabled)
@@ -62,7 +65,7 @@ def train(settings: Settings, workdir: epath.Path, preemption: Preemption) -> No
         opened.enter_context(status)
         if warm:
             opened.enter_context(contextlib.closing(warm))
-        _Session(settings, workdir, mesh, preemption, opened, status, result, warm).run()
+        _Session(settings, workdir, mesh, preemption, opened, status, result, warm, step).run()
 
 
 def _check(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> WarmStart | None:
@@ -102,12 +105,13 @@ class _Session:
         status: Status,
         result: RunResult,
         warm: WarmStart | None,
+        step: int | None,
     ):
         """opened: closes what has threads or files of its own, however the session ends. warm: the run that this one
-        starts from, if there is one."""
+        starts from, if there is one. step: to go back to; None: the newest."""
         self.settings, self.workdir, self.mesh = settings, workdir, mesh
         self.preemption, self.opened, self.status, self.result = preemption, opened, status, result
-        self.warm = warm
+        self.warm, self.step = warm, step
         self.store, self.tried = open_on_all(settings, workdir), with_tried_attention(settings, mesh)
         self.split = self.store.split("train")
         self.evaluator = validation_evaluator(self.tried, mesh, self.store)
@@ -187,9 +191,9 @@ class _Session:
     # ------------------------------------------------------------------ where to go on
 
     def _check_newest(self) -> int | None:
-        """The newest good step; None if there is none. Raises UserError if this run can't go on from it, or there are
-        too few tokens for all rows."""
-        step = self.checkpoints.newest_good()
+        """The newest good step, or the one to go back to; None if there is none. Raises UserError if this run can't go
+        on from it, or there are too few tokens for all rows."""
+        step = step_back.pick(self.checkpoints, self.step)
         self.status.saved(step)
         if step is not None:
             self.rollback.check_belongs(step, self.record)
@@ -211,6 +215,8 @@ class _Session:
     def _open_logs(self, state: TrainState, first_step: int) -> None:
         """Records what this start has changed, and opens what is written while it trains."""
         settings, workdir, config = self.settings, self.workdir, self.settings.train
+        if self.step is not None:
+            step_back.set_aside_after(workdir, self.checkpoints, self.step)
         if is_process_zero():
             record_start(workdir, settings, self.store.vocab(), first_step, learning_rate)
         writer = MetricsWriter(workdir, settings.metrics, dataclasses.asdict(settings), enabled=is_process_zero())

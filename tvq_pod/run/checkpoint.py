@@ -106,7 +106,7 @@ class Checkpoints(CheckpointReader):
         """Sets aside all steps after that one."""
 
         def set_aside():
-            for step in self.steps():
+            for step in reversed(self.steps()):  # after a kill, what is left leads to the newest that is left
                 if step > after:
                     self._folders.set_aside(step, "undone")
 
