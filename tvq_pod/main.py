@@ -19,6 +19,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
+from tvq_pod.config.init_from import check_init_from
 from tvq_pod.config.mode_flags import check_flags
 from tvq_pod.config.names import GROUPS, check_name
 from tvq_pod.config.resolve import default_config, resolve
@@ -44,7 +45,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, 
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 _SOURCE = flags.DEFINE_string("source", None, "The corpus: short for --config.data.source.")
 _SPLIT = flags.DEFINE_enum("split", "validation", ("validation", "test"), "eval: which documents.")
-_STEP = flags.DEFINE_integer("step", None, "eval, sample, inspect, export: which checkpoint; the newest if not given.")
+_STEP = flags.DEFINE_integer(
+    "step",
+    None,
+    "train, eval, sample, inspect, export: which checkpoint; the newest if not given. train sets newer ones aside.",
+)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "sample: text to go on from; may be given several times.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "sample: a file whose text is one more prompt.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "plan: the slice, as v5e:4x4; or cpu:8 for simulated devices.")
@@ -86,7 +91,7 @@ def main(argv: list[str], preemption: Preemption) -> None:
         raise UserError("--workdir=: must be given: the run's folder")
     check_path("--workdir", _WORKDIR.value)
     workdir, mode = epath.Path(_WORKDIR.value), _MODE.value
-    check_flags(mode, [name for name in flags.FLAGS if flags.FLAGS[name].present], str(workdir), _STEP.value)
+    check_flags(mode, [name for name in flags.FLAGS if flags.FLAGS[name].present])
     for name, flag, needed_by in (("to", _TO, "export"), ("from", _FROM, "import")):
         if mode == needed_by and not flag.value:
             what = "the folder to make" if name == "to" else "a folder that --mode=export has made"
@@ -108,7 +113,7 @@ def main(argv: list[str], preemption: Preemption) -> None:
     if mode == "train":
         from tvq_pod.modes.train import train
 
-        train(settings, workdir, preemption)
+        train(settings, workdir, preemption, _STEP.value)
     elif mode == "eval":
         from tvq_pod.modes.evaluate import evaluate
 
@@ -174,6 +179,8 @@ def _check_paths(settings: Settings, mode: str, workdir: str) -> None:
         check_folder("--to", _TO.value)
     if mode in ("train", "import"):
         check_saving("--workdir", workdir)
+        if settings.init_from:  # whether it is there is asked only by a start that needs it
+            check_init_from(settings.init_from, workdir)
     buckets = {path.split("/")[2]: (name, path) for name, path in reversed(remote) if is_bucket(path)}
     for name, path in reversed(buckets.values()):
         check_reached(name, path)

@@ -250,7 +250,8 @@ def test_each_mistake_about_an_earlier_run_is_one_line_and_changes_nothing(train
         (f"--workdir={workdir}", "--config.data.glob=*.md"): ("config.data.glob=*.md", "with **/*"),
         (config, fresh, f"--config.data.store={workdir}"): ("config.data.store=", "no whole token store"),
         (config, f"--workdir={workdir}", "--mode=sample", "--prompt_file=/nowhere"): ("--prompt_file=/nowhere",),
-        (f"--workdir={workdir}", "--step=20"): ("--step=20", "to go back to step 20, rename every later step"),
+        (f"--workdir={workdir}", "--step=7"): ("--step=7", "20, 40"),
+        (config, f"--workdir={workdir}/none", "--step=7"): ("--step=7", "no checkpoint to go back to"),
         (f"--workdir={workdir}", f"--source={folder / 'blank.txt'}", f"--config.data.store={folder / 'new'}"): (
             f"config.data.source={folder / 'blank.txt'}", "checkpoints/40 was trained on a corpus with"),
         (f"--workdir={workdir}", "--config.seed=1", f"--config.data.store={folder / 'new'}"): ("seed=1", "with 0"),

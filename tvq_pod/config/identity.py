@@ -34,6 +34,9 @@ MAY_CHANGE = {
     "c_revive": "moves codes, which only training does",
     "is_train": "the mode decides",
 }
+# Fields of MODEL_IDENTITY in which a run may differ from the one that it takes its weights from (config.init_from).
+# They change the shape of no weight, or only how many layers there are.
+MAY_DIFFER_AT_A_WARM_START = ("mem_len", "agg_cache", "n_layer")
 # Entries that the first checkpoints do not have, with the values that held then.
 LATER = {"config.model.window_bias": "0.0", "config.model.temperature": "fixed", OPTIMIZER_STATE: "1"}
 
@@ -44,6 +47,14 @@ def model_record(settings: Settings, vocab_name: str) -> dict[str, str]:
     # What d_ff=0 stands for is a width, too; without an MLP it stands for nothing.
     record["config.model.d_ff"] = "0" if settings.model.head_type == "shga" else str(settings.model.hidden_width)
     return record | {"config.data.vocab": vocab_name}
+
+
+def warm_start_record(settings: Settings, vocab_name: str) -> dict[str, str]:
+    """What another run's parameters must belong to, for this run to start from them: the model, but for what may
+    differ."""
+    may_differ = [f"config.model.{name}" for name in MAY_DIFFER_AT_A_WARM_START]
+    record = model_record(settings, vocab_name)
+    return {name: value for name, value in record.items() if name not in may_differ}
 
 
 def run_record(settings: Settings, vocab_name: str, fingerprint: str) -> dict[str, str]:

@@ -264,6 +264,14 @@ class Settings:
     """Seed of parameters, dropout and the order of documents."""
     compile_cache: str = "auto"
     """Folder of compiled programs, for quicker restarts. `auto`: WORKDIR/compile_cache; empty: none."""
+    init_from: str = ""
+    """Another run, as WORKDIR or WORKDIR@STEP, local or gs://: the first start takes its weights and codebooks. Later
+    starts resume from the run's own checkpoints and don't need it. See docs/warm_start.md."""
+    init_optimizer: bool = False
+    """Take the state of the other run's optimizer as well. The learning-rate schedule starts over in any case."""
+    init_layers: NonNegativeInt = 0
+    """Take only the first of the other run's layers, so many; other layers of this model are drawn from the seed. 0:
+    take all layers, of which both models must have the same number."""
     model: TransformerConfig = TransformerConfig()
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()
