@@ -51,15 +51,10 @@ class TrainState(flax.struct.PyTreeNode):
 
 def initial_params(settings: Settings):
     """Parameters drawn from the seed, in boxes that carry the logical names of their axes."""
-    return _initial_params(settings.model.replace(is_train=False), settings.seed)
-
-
-# The model is traced once, for the shapes of the state and for the program that makes it.
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _initial_params(config: TransformerConfig, seed: int):
+    config = settings.model.replace(is_train=False)
     state = Transformer.initial_state(config, 1)
     tokens = jnp.zeros((1, config.block_len), jnp.int32)
-    return Transformer(config).init(jax.random.key(seed), state, tokens, tokens)["params"]
+    return Transformer(config).init(jax.random.key(settings.seed), state, tokens, tokens)["params"]
 
 
 def initial_train_state(settings: Settings) -> TrainState:
