@@ -19,9 +19,9 @@ from tvq_pod.training.step import TrainState, abstract_train_state, create_train
 ALONE = (1, 1, 1, 1)  # slices, data, sequence, model
 STILL = dict(p_dropemb=0.0, p_dropsin=0.0, p_dropres=0.0, p_droplyr=0.0)
 # A vocabulary that is wider than the model: its losses go block by block. A window of two blocks.
-MQA = dict(head_type="mqa", n_head=8, d_ff=16, n_vocab=24, mem_len=6)
+MQA = dict(head_type="mqa", n_head=8, d_ff=16, n_vocab=24, mem_len=6, n_layer=1)
 # Microbatches draw other masks of dropout than the batch that they are parts of.
-MHA = dict(head_type="mha", n_head=8, d_ff=16, window_bias=2.0, mem_len=6, agg_cache=False, **STILL)
+MHA = dict(head_type="mha", n_head=8, d_ff=16, window_bias=2.0, mem_len=6, agg_cache=False, n_layer=1, **STILL)
 
 
 def batches(sharding):
