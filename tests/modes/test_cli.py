@@ -93,7 +93,7 @@ def test_inspect_shows_the_run_and_a_fingerprint(trained):
     assert "steps: 20 40" in out
     assert "layers/unit0/w_q/kernel" in out
     parameters = [line.split() for line in out.splitlines() if " float32 P(" in line]
-    assert len(parameters) == 25
+    assert len(parameters) == 16
     count = sum(math.prod(map(int, shape.split("x"))) for _, shape, *_ in parameters)
     assert f"parameters: {count}\n" in out
     older, _ = run(f"--workdir={workdir}", "--mode=inspect", "--step=20")
