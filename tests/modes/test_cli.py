@@ -61,7 +61,7 @@ def test_eval_and_inspect_know_the_average_of_the_weights(trained, tmp_path):
         [
             line
             for line in run(f"--workdir={workdir}", "--mode=inspect", f"--step={step}")[0].splitlines()
-            if "sha" in line
+            if "sha256" in line
         ]
         for step in (45, 40)
     ]
