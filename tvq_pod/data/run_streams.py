@@ -40,10 +40,13 @@ class StagedStreams:
         for index, streams in enumerate(self._streams):
             first, stop = self._firsts[index], self._firsts[index + 1] if index + 1 < len(self._firsts) else end
             low, high = max(begin, first), min(end, stop)
-            if low < high:
-                before = self._documents_before(index, row)
-                for segment in streams.segments(row, low - first, high - first):
-                    yield dataclasses.replace(segment, doc_id=segment.doc_id + before)
+            if low >= high:
+                continue
+            before, segments = self._documents_before(index, row), streams.segments(row, low - first, high - first)
+            if not before:
+                yield from segments
+            for segment in segments if before else ():
+                yield dataclasses.replace(segment, doc_id=segment.doc_id + before)
 
     def at(self, place: int) -> tuple[int, TrainStreams]:
         """The plan of a place in every row, and where it begins."""
