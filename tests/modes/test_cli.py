@@ -252,6 +252,10 @@ def test_each_mistake_about_an_earlier_run_is_one_line_and_changes_nothing(train
         (config, f"--workdir={workdir}", "--mode=sample", "--prompt_file=/nowhere"): ("--prompt_file=/nowhere",),
         (f"--workdir={workdir}", "--step=7"): ("--step=7", "20, 40"),
         (config, f"--workdir={workdir}/none", "--step=7"): ("--step=7", "no checkpoint to go back to"),
+        (config, fresh, f"--config.init_from={folder}/none"): (f"config.init_from={folder}/none", "has no checkpoint"),
+        (config, fresh, f"--config.init_from={workdir}@7"): (f"config.init_from={workdir}@7", "20, 40"),
+        (config, fresh, f"--config.init_from={workdir}", "--config.model.d_k=4"): ("config.model.d_k=4", "made with 8"),
+        (f"--workdir={workdir}", f"--config.init_from={workdir}@20"): ("own folder", "--step=20 goes back"),
         (f"--workdir={workdir}", f"--source={folder / 'blank.txt'}", f"--config.data.store={folder / 'new'}"): (
             f"config.data.source={folder / 'blank.txt'}", "checkpoints/40 was trained on a corpus with"),
         (f"--workdir={workdir}", "--config.seed=1", f"--config.data.store={folder / 'new'}"): ("seed=1", "with 0"),

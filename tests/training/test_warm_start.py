@@ -6,6 +6,7 @@ Checkpoints are made up and on disk; no step is compiled but the made-up one.
 import dataclasses
 import re
 import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,16 @@ import numpy as np
 import pytest
 from etils import epath
 
+from launch import local
+from tests import forked
+from tests.buckets import reached_at
 from tests.command import contents
 from tests.made_up import first_state, made_up_step
 from tests.run.saved import RECORD, SCHEDULE, SETTINGS, damage, names
 from tests.training.test_bad_steps import AskedAt, NoSignals, settings_for
 from tvq_pod.config.init_from import Source, check_init_from, source_of
 from tvq_pod.config.resolve import config_of, resolve
+from tvq_pod.config.run_config import read_run_config
 from tvq_pod.config.settings import CheckpointSettings, MeshSettings, Settings
 from tvq_pod.errors import Preempted, UserError
 from tvq_pod.modes import train as train_module
@@ -312,7 +317,7 @@ def made_up(monkeypatch, fresh):
     monkeypatch.setattr(train_module, "compiled_train_step", made_up_step)
 
 
-def trained(settings, workdir, preemption=None):
+def train_made_up(settings, workdir, preemption=None):
     """Trains, and returns the checkpoints' reader."""
     train(settings, epath.Path(workdir), preemption or NoSignals())
     return CheckpointReader(epath.Path(workdir))
@@ -321,19 +326,19 @@ def trained(settings, workdir, preemption=None):
 def test_the_first_start_alone_needs_the_other_run(corpus, tmp_path, made_up, capsys):
     """Stopped at step 7, a run goes on without the other one, whose folder is gone; so does a third one from it."""
     few = with_fields(settings_for(corpus), train=dict(num_steps=12), checkpoint=dict(keep=0))
-    trained(few, tmp_path / "a")
+    train_made_up(few, tmp_path / "a")
     settings = with_fields(few, init_from=f"{tmp_path}/a@5", train=dict(update_len=16))
     with pytest.raises(Preempted, match="saved step 7"):
-        trained(settings, tmp_path / "b", AskedAt(7))
+        train_made_up(settings, tmp_path / "b", AskedAt(7))
     said = capsys.readouterr().err
     assert f"starts from step 5 of {tmp_path}/a: weights and codebooks" in said
     assert names(tmp_path / "b")[0] == "0"  # what it started with is its own
     shutil.rmtree(tmp_path / "a")
-    reader = trained(settings, tmp_path / "b")
+    reader = train_made_up(settings, tmp_path / "b")
     said = capsys.readouterr().err
     assert "goes on from step 7" in said
     assert "WARNING: config.init_from" not in said
-    once = trained(with_fields(settings, init_from=str(tmp_path / "b")), tmp_path / "c")
+    once = train_made_up(with_fields(settings, init_from=str(tmp_path / "b")), tmp_path / "c")
     (parent,), (mother, grandmother) = reader.ancestry(12), once.ancestry(12)
     assert (parent["run"], parent["step"], mother["run"], mother["step"]) == (
         *(f"{tmp_path}/a", 5),
@@ -347,21 +352,51 @@ def test_the_first_start_alone_needs_the_other_run(corpus, tmp_path, made_up, ca
         f"ancestor: {tmp_path}/b step 12",
         f"ancestor: {tmp_path}/a step 5",
     ]
-    trained(with_fields(settings, init_from="elsewhere"), tmp_path / "b")
+    train_made_up(with_fields(settings, init_from="elsewhere"), tmp_path / "b")
     assert "WARNING: config.init_from=elsewhere: counts on the first start only" in capsys.readouterr().err
 
 
 def test_a_run_that_never_saved_is_the_run_that_was_not_stopped(corpus, tmp_path, made_up):
     """It goes back to what it took, not to the seed."""
     few = with_fields(settings_for(corpus), train=dict(num_steps=4))
-    trained(few, tmp_path / "a")
+    train_made_up(few, tmp_path / "a")
     settings = with_fields(few, init_from=str(tmp_path / "a"))
-    whole = trained(settings, tmp_path / "b")
+    whole = train_made_up(settings, tmp_path / "b")
     shutil.copytree(tmp_path / "b", tmp_path / "c")
     shutil.rmtree(tmp_path / "a")
     shutil.rmtree(tmp_path / "c/checkpoints/4")
-    again = trained(settings, tmp_path / "c")  # from its step 0
+    again = train_made_up(settings, tmp_path / "c")  # from its step 0
     assert again.steps() == whole.steps() == [0, 4]
     mesh = make_mesh(settings.mesh)
     states = [reader.restore(4, first_state(settings, mesh)) for reader in (whole, again)]
     assert sha256_of(states[0]) == sha256_of(states[1])
+
+
+@pytest.mark.slow(40)
+def test_two_processes_start_from_a_run_in_a_bucket_and_go_back_together(
+    trained, config_file, server, tmp_path, monkeypatch, capsys
+):
+    """The real command. Both see the same checkpoint of the other run, and the same step to go back to."""
+    files, (theirs, _, _), ours = reached_at(monkeypatch, server), trained, tmp_path / "ours"
+    for step in (20, 40):
+        (theirs / f"checkpoints/{step}/commit_success.txt").touch()  # as orbax leaves it in a bucket
+    files.put(f"{theirs}/", "bucket/theirs", recursive=True)
+    monkeypatch.setattr(subprocess, "Popen", forked.Popen)
+    flags = [f"--config={config_file}", f"--workdir={ours}", "--config.init_from=gs://bucket/theirs@20"]
+    flags += ["--config.train.num_steps=4", "--config.checkpoint.every_steps=2", "--config.checkpoint.keep=0"]
+    flags += ["--config.sample.length=0", "--config.eval.at_end=False", "--config.train.update_len=16"]
+    for more, expected in (([], ["0", "2", "4"]), (["--step=2"], ["0", "2", "4", "4.undone"])):
+        job = local.start(2, 4, [*flags, *more])
+        said = [process.communicate(timeout=300)[1].decode() for process in job]
+        assert [process.returncode for process in job] == [0, 0], said
+        assert names(ours) == expected
+    hashes = []
+    for workdir, step in ((ours, 0), (theirs, 20), (ours, 4)):
+        inspect(resolve(read_run_config(workdir)), epath.Path(workdir), step)
+        lines = capsys.readouterr().out.splitlines()
+        hashes += [line for line in lines if line.startswith("parameters_sha256")]
+        ancestors = [line for line in lines if line.startswith("ancestor: ")]
+        assert [line.split(" fingerprint ")[0] for line in ancestors] == (
+            ["ancestor: gs://bucket/theirs step 20"] if workdir == ours else []
+        )
+    assert hashes[0] == hashes[1] != hashes[2]

@@ -1,6 +1,7 @@
 """Rules between several settings. What one setting may be by itself stands beside it, in settings.py and model.py."""
 
 from tvq_pod.config.context_schedule import stages_of
+from tvq_pod.config.mixture_schedule import n_stores, weights_of
 from tvq_pod.config.settings import IMAGE_BYTES, KEY_LETTERS, DataSettings, OptimizerSettings, Settings, generated
 from tvq_pod.errors import UserError
 
@@ -21,6 +22,11 @@ def check_relations(settings: Settings) -> None:
         )
     stages_of(train.context_schedule)
     _check_warm_start(settings)
+    if data.mixture_schedule and not data.mixture:
+        raise UserError(
+            f"config.data.mixture_schedule={data.mixture_schedule}: is for config.data.mixture, which is empty"
+        )
+    weights_of(data.mixture_schedule, n_stores(data))
     _check_schedule(settings.optimizer, train.num_steps)
     if data.validation_share + data.test_share >= 1:
         raise UserError(

@@ -43,6 +43,9 @@ class DataSettings:
     """Size of the vocabulary that `sentencepiece` trains."""
     mixture: str = ""
     """Several stores to train on, instead of one: `STORE=WEIGHT,STORE=WEIGHT`. Weights are shares of tokens."""
+    mixture_schedule: str = ""
+    """Other weights of the mixture's stores, in their order, from given steps on: `STEP:WEIGHT/WEIGHT,...`, as in
+    `1000:0.5/0.5,2000:0/1`. Empty: those of the mixture always hold. See docs/data.md."""
     invalid_utf8: Literal["error", "replace", "skip"] = "error"
     """What happens to text that is not UTF-8 if the vocabulary is a SentencePiece model. Byte models take any bytes."""
     store: str = ""
@@ -90,6 +93,8 @@ class TrainSettings:
     """Parts of the batch's rows that are computed one after the other, to save memory; their gradients are added."""
     on_batch_change: Literal["refuse", "restart_streams"] = "refuse"
     """What happens if a run resumes with another batch_size or update_len."""
+    on_data_change: Literal["refuse", "restart_streams"] = "refuse"
+    """What happens if a run resumes with another store, mixture, or weights of a mixture."""
     context_schedule: str = ""
     """Most tokens of a stream that attention sees, by step: `STEP:LENGTH,STEP:LENGTH`, where length 0 is no limit, as
     in `0:1024,500:4096,1000:0`. Empty: no limit. See docs/data.md."""

@@ -11,12 +11,14 @@ from etils import epath
 
 from tvq_pod.config.context_schedule import check_context_schedule
 from tvq_pod.config.identity import run_record
+from tvq_pod.config.mixture_schedule import check_mixture_schedule
 from tvq_pod.config.relations import unfinished_warmup
 from tvq_pod.config.settings import Settings
 from tvq_pod.data.loader import Feed
 from tvq_pod.data.open import check_source, describe, open_on_all, open_store
+from tvq_pod.data.run_streams import StagedStreams, streams_of
+from tvq_pod.data.schedule import DataSchedule
 from tvq_pod.data.store import TokenStore, store_path
-from tvq_pod.data.streams import streams_of
 from tvq_pod.errors import UserError
 from tvq_pod.host.terminal import say
 from tvq_pod.inference import images
@@ -71,6 +73,7 @@ def train(settings: Settings, workdir: epath.Path, preemption: Preemption, step:
 def _check(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> WarmStart | None:
     """What can be refused before anything is written. Returns what the run starts from, if that is another run."""
     check_context_schedule(settings.train)
+    check_mixture_schedule(settings.data, settings.train)
     check_rows(settings, mesh)
     check_attention(settings.model, mesh)
     check_packages(settings.metrics)
@@ -121,7 +124,8 @@ class _Session:
         checkpoints = Checkpoints(workdir, settings.checkpoint, status.saved, before_named=lambda: self.writer.flush())
         self.checkpoints = opened.enter_context(contextlib.closing(checkpoints))
         self.saver = Saver(checkpoints, Votes(mesh, VOTES), settings.checkpoint, self.record)
-        self.rollback = Rollback(checkpoints, Skipped(workdir), settings.train, settings.bad_steps)
+        judged = settings.train, settings.bad_steps
+        self.rollback = Rollback(checkpoints, Skipped(workdir), *judged, self.store.fingerprint)
         self.stop = StopTogether(preemption, settings.checkpoint.grace_seconds)
         self.evaluated: dict[int, float | None] = {}  # losses on the way to the state, by step
         self.step_fn: TrainStep | None = None
@@ -202,7 +206,7 @@ class _Session:
         elif logged := lines_of(self.workdir, "train"):
             say(f"WARNING: metrics.jsonl has step {max(logged)}, and there is no checkpoint: starts over")
         describe(self.store)
-        streams_of(self.rollback.schedule_at(step), self.split.starts, self.settings.seed, self.split.parts)
+        self._streams(self.rollback.schedule_at(step))
         return step
 
     def _state_at(self, step: int | None) -> TrainState:
@@ -237,9 +241,12 @@ class _Session:
     def _feed(self) -> Feed:
         """The batches of the data schedule in use."""
         config, data, schedule = self.settings.train, self.settings.data, self.saver.schedule
-        streams = streams_of(schedule, self.split.starts, self.settings.seed, self.split.parts)
         sizes = config.batch_size, config.update_len, data.num_threads, data.prefetch_batches
-        return Feed(self.split, streams, self.mesh, *sizes, schedule.now.update, schedule.now.cuts)
+        return Feed(self.split, self._streams(schedule), self.mesh, *sizes, schedule.now.update, schedule.now.cuts)
+
+    def _streams(self, schedule: DataSchedule) -> StagedStreams:
+        """Raises UserError if there are too few tokens for all rows."""
+        return streams_of(schedule, self.split.starts, self.settings.seed, self.split.parts, self.split.stages)
 
     def _compiled(self, first_step: int) -> TrainStep:
         if self.step_fn is None:

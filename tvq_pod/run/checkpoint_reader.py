@@ -15,7 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from tvq_pod.config.identity import OPTIMIZER_STATE, differing
+from tvq_pod.config.identity import FINGERPRINT, OPTIMIZER_STATE, differing
 from tvq_pod.config.settings import CheckpointSettings, TrainSettings
 from tvq_pod.data.schedule import DataSchedule
 from tvq_pod.errors import UserError
@@ -153,9 +153,10 @@ class CheckpointReader:
                     f"this optimizer's state in form {made_with}, and this version reads form {value} only; give "
                     "another --workdir, or continue with the version that wrote it"
                 )
+            instead = ", or config.train.on_data_change=restart_streams" if name == FINGERPRINT else ""
             raise UserError(
                 f"{name}={value}: the checkpoint {self.path}/{step} was made with {made_with}; "
-                "give that, or another --workdir"
+                f"give that, or another --workdir{instead}"
             )
 
     def check_streams(self, step: int, settings: TrainSettings) -> None:

@@ -43,6 +43,8 @@ def state_at(
         state = state.replace(recurrent=create_recurrent(settings, mesh))
         streams = f"{schedule.now.batch_size} of them, {schedule.now.update_len} tokens an update"
         say(f"streams start anew at step {step}: {streams}")
+        if data := schedule.now.data:
+            say(f"other data is read from step {step} on: fingerprint {data[:16]}")
     workdir = checkpoints.path.parent
     # A run that went back, and logged this step again, may be brought back to the checkpoint of before.
     logged = [line.get("digest") for line in all_lines(workdir) if (line["split"], line["step"]) == ("train", step)]
