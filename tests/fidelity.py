@@ -1,4 +1,4 @@
-"""What each difference from the original Transformer-VQ code does to the loss: the table of docs/fidelity.md. Not a test.
+"""What each difference from the original Transformer-VQ code does to the loss (docs/fidelity.md). Not a test.
 
     python -m tests.fidelity --workdir=DIR
 
