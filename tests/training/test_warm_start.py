@@ -59,12 +59,12 @@ def mesh(eight_devices):
 
 @pytest.fixture(scope="module")
 def their_state(mesh):
-    """A state in which no two numbers of an array are alike."""
+    """A state in which no two numbers of an array are alike, and none is 0."""
     state = first_state(THEIRS, mesh)
     rng = np.random.default_rng(0)
 
     def numbers(x):
-        return jax.device_put(rng.permutation(x.size).reshape(x.shape).astype(x.dtype), x.sharding)
+        return jax.device_put(1 + rng.permutation(x.size).reshape(x.shape).astype(x.dtype), x.sharding)
 
     return jax.tree.map(numbers, state)
 
