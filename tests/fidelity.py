@@ -117,11 +117,12 @@ def more_biases() -> None:
             of_logits[:] = [nn.Module.param(self, "b_out", init, (self.config.n_vocab,), jnp.float32)]
         return nn.Module.param(self, name, *args)
 
-    def token_losses(x, output, targets, scale):
+    def token_losses(x, output, targets, scale, with_log_z):
+        assert not with_log_z  # the original has no such loss
         logits = model.logits_of(x, output, 1.0)
         logits = (logits + as_last_axes(of_logits[0], logits)) * scale
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
+        return dict(losses=jax.nn.logsumexp(logits, axis=-1) - chosen)
 
     model.Transformer.param = param
     model.token_losses = token_losses

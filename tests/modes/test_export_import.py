@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import pathlib
+import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -10,8 +13,9 @@ import pytest
 from etils import epath
 
 import tvq_pod
+from tests import forked
 from tests.buckets import reached_at
-from tests.command import contents, fingerprint, finish, metrics_of, run, start
+from tests.command import ROOT, contents, environment, fingerprint, finish, metrics_of, run, start
 from tests.common import model_params
 from tests.data.test_vocab import trained as trained_vocab
 from tests.made_run import FINGERPRINT, make_run, settings_of
@@ -95,6 +99,52 @@ def test_a_setting_that_the_model_depends_on_may_not_be_changed_on_the_way(out, 
     assert not list(tmp_path.iterdir())
 
 
+FAILS = """
+import os, resource, signal, sys
+from etils import epath
+from tvq_pod.config.resolve import resolve
+from tvq_pod.config.run_config import read_run_config
+from tvq_pod.errors import UserError
+from tvq_pod.modes import import_model
+if HOW == "full":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+else:
+    import_model.write_whole = lambda path, content: os.kill(os.getpid(), signal.SIGKILL)
+try:
+    import_model.import_model(resolve(read_run_config(FROM, "--from")), epath.Path(WORKDIR), epath.Path(FROM))
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+def failing_import(out, workdir, how) -> tuple[int, str]:
+    """Exit code and messages of a process that finds a full disk, or is killed just before the run is complete."""
+    names = f"FROM, WORKDIR, HOW = {str(out)!r}, {str(workdir)!r}, {how!r}"
+    command = [sys.executable, "-c", f"{names}\n{FAILS}"]
+    process = forked.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    _, err = process.communicate(timeout=300)
+    return process.returncode, err
+
+
+@pytest.mark.slow
+def test_an_import_on_a_full_disk_leaves_nothing(out, tmp_path):
+    code, err = failing_import(out, tmp_path / "imported", "full")
+    assert code == 1, err
+    assert err.splitlines()[-1].startswith(f"--workdir={tmp_path}/imported: can't be written (")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_an_import_that_is_killed_leaves_no_run_of_that_name(out, tmp_path):
+    code, err = failing_import(out, tmp_path / "imported", "killed")
+    assert code == -signal.SIGKILL, err
+    (draft,) = tmp_path.iterdir()
+    assert draft.name.startswith("imported.writing-")
+    assert (draft / "checkpoints/0").is_dir()
+    assert not (draft / "config.json").exists()
+    import_from(out, tmp_path / "imported")
+
+
 def test_quadratic_attention_is_not_exported(tmp_path):
     with pytest.raises(UserError, match=r"config\.model\.attn_type=full: can't be exported"):
         export(settings_of(attn_type="full"), epath.Path(tmp_path), epath.Path(tmp_path / "out"), None, None)
@@ -161,7 +211,7 @@ def test_an_imported_run_is_evaluated_sampled_and_trained_on_another_corpus(trai
     _, err = run(imported, f"--source={other}", "--config.seed=5", "--config.eval.at_end=False")
     assert "goes on from step 0 in" in err
     losses = [line["loss"] for line in metrics_of(tmp_path / "imported", "train")]
-    assert losses[0] < 4  # a new model has 5.5
+    assert losses[0] < 5  # a new model has log(259) = 5.6
     code, _, err = finish(start(imported, f"--source={other}", "--config.seed=6"))
     assert (code, err.splitlines()[-1].partition(";")[0]) == (
         1,
