@@ -20,6 +20,7 @@ def get_config():
     model = config.model
     model.d_model, model.d_k, model.d_v, model.n_code, model.n_layer = 16, 8, 16, 8, 1
     model.block_len = model.mem_len = 8
+    model.head_type = "mqa"  # one unit of attention a layer, where shga has two to trace and compile
     config.train.batch_size, config.train.update_len, config.train.num_steps = 8, 32, 40
     config.train.log_every_steps = 5
     config.optimizer.warmup_steps, config.optimizer.learning_rate = 5, 0.01

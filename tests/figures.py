@@ -49,6 +49,7 @@ def numbers(entry: dict) -> dict:
         values["step_seconds"] = seconds
         values["tokens_per_second"] = round(tokens / seconds, -3)
         values["tokens_per_chip"] = tokens / chips
+        values["tokens_per_chip_second"] = tokens / chips / seconds
         values["billion_per_hour"] = tokens / seconds * 3600 / 1e9
         values["million_per_chip_hour"] = tokens / seconds * 3600 / chips / 1e6
     if "num_steps" in values and "step_ms" in values:

@@ -225,6 +225,7 @@ def _serve(listening: socket.socket) -> None:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a fork that looked through these objects would copy them
+    gc.set_threshold(20_000, 20, 50)  # as in conftest.py
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run in the background, or under nohup
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     _Zygote.address = listening.getsockname()

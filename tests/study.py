@@ -28,6 +28,14 @@ DISTANCES = {  # in windows, and the metrics that have them
     "64 to 256": "accuracy_64_to_256",
 }
 
+DEPTHS = {  # tokens before, in the document, and the metrics that `bits_by_depth` makes
+    "0 to 1k": "bits_at_0",
+    "1k to 4k": "bits_at_1024",
+    "4k to 16k": "bits_at_4096",
+    "16k to 64k": "bits_at_16384",
+    "64k on": "bits_at_65536",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -42,13 +50,15 @@ class Run:
 @dataclasses.dataclass(frozen=True)
 class Study:
     """config: of configs/. arms: by name, what differs, as settings below `config.`. settings: of all arms. columns:
-    metrics of the table, by their headings."""
+    metrics of the table, by their headings. by_depth: every run is also evaluated by place in the document, which gives
+    the metrics of DEPTHS."""
 
     config: str
     arms: dict[str, dict]
     columns: dict[str, str]
     seeds: tuple[int, ...] = (0, 1, 2)
     settings: dict = dataclasses.field(default_factory=dict)
+    by_depth: bool = False
     plot: Callable[["Study", list[Run], pathlib.Path], None] = lambda study, runs, path: None
 
 
@@ -69,13 +79,38 @@ def by_distance(study: Study, runs: list[Run], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def advantage_by_depth(study: Study, runs: list[Run], path: pathlib.Path) -> None:
+    """How many bits per byte the first arm is better than each other, by depth, with standard errors over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    first, *others = study.arms
+    by_arm = {arm: {run.seed: run.numbers for run in runs if run.arm == arm} for arm in study.arms}
+    for other in others:
+        seeds = sorted(by_arm[first].keys() & by_arm[other].keys())
+        gains = [[by_arm[other][seed][m] - by_arm[first][seed][m] for seed in seeds] for m in DEPTHS.values()]
+        errors = [statistics.stdev(gain) / len(gain) ** 0.5 if len(gain) > 1 else 0.0 for gain in gains]
+        means = [statistics.mean(gain) for gain in gains]
+        axes.errorbar(list(DEPTHS), means, yerr=errors, marker="o", capsize=3, label=f"{first}, against {other}")
+    axes.axhline(0, linestyle=":", color="gray")
+    axes.set(xlabel="bytes before, in the document", ylabel="bits per byte gained")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 STUDIES = {
     "recall": Study(
         config="recall",
         arms={
             "with the cache": {},
-            "without the cache": {"model.agg_cache": False},
-            "quadratic attention": {"model.attn_type": "full", "train.update_len": 4096, "train.batch_size": 1},
+            "without the cache": {"model.agg_cache": False, "train.num_steps": 1500},
+            "quadratic attention": {
+                "model.attn_type": "full",
+                "train.update_len": 4096,
+                "train.batch_size": 1,
+                "train.num_steps": 600,
+            },
         },
         columns=DISTANCES,
         plot=by_distance,
@@ -131,7 +166,26 @@ def trained(study: Study, arm: str, seed: int, folder: pathlib.Path) -> Run:
         done.write_text(json.dumps(dict(minutes=(time.monotonic() - began) / 60)))
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     numbers = [line for line in lines if line["split"] == "validation"][-1]
+    if study.by_depth:
+        numbers |= bits_by_depth(workdir)
     return Run(arm, seed, numbers, json.loads(done.read_text())["minutes"])
+
+
+def bits_by_depth(workdir: pathlib.Path) -> dict[str, float]:
+    """Bits per byte between the places of DEPTHS, from the file that --mode=eval writes; evaluates if there is none."""
+    if not (found := sorted(workdir.glob("eval/step_*_validation.tsv"))):
+        command = [sys.executable, "-m", "tvq_pod.main", "--mode=eval", "--split=validation", f"--workdir={workdir}"]
+        with (workdir / "study.log").open("ab") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=log)
+        found = sorted(workdir.glob("eval/step_*_validation.tsv"))
+    rows = [[float(cell) for cell in line.split("\t")] for line in found[-1].read_text().splitlines()[1:]]
+    bounds = [int(name.removeprefix("bits_at_")) for name in DEPTHS.values()]
+    bits = {}
+    for name, begin, end in zip(DEPTHS.values(), bounds, [*bounds[1:], float("inf")], strict=True):
+        part = [(n, bits) for place, n, _, bits in rows if begin <= place < end]
+        if n_tokens := sum(n for n, _ in part):
+            bits[name] = sum(n * bits for n, bits in part) / n_tokens
+    return bits
 
 
 def _store_name(study: Study, arm: str) -> str:

@@ -17,7 +17,7 @@ def test_no_module_beside_a_program_hides_one_of_python_or_of_a_package():
     name, as nn/types.py has. (tests/launch has launch's.)"""
     others = set(sys.stdlib_module_names) | set(importlib.metadata.packages_distributions())
     programs = [path for path in PACKAGE.rglob("*.py") if '__name__ == "__main__"' in path.read_text()]
-    assert {path.name for path in programs} == {"main.py", "packages.py"}
+    assert {path.name for path in programs} == {"main.py", "packages.py", "generate.py"}
     for folder in {path.parent for path in programs}:
         beside = {path.stem for path in folder.glob("*.py")}
         beside |= {path.parent.name for path in folder.glob("*/__init__.py")}

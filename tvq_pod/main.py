@@ -1,7 +1,7 @@
 """The command line: flags in, one mode called.
 
     python -m tvq_pod.main --config=configs/stdlib.py --workdir=runs/stdlib [--config.model.d_model=256 ...]
-        [--mode=train|eval|sample|prepare|train_vocab|inspect|plan|bench]
+        [--mode=train|eval|sample|prepare|train_vocab|inspect|export|import|plan|bench]
 
 Exit code 0: done. 75: asked to end by a signal, and saved: run me again. 141: nobody reads the output any more. 1: an
 error; where it is the user's to mend, one line says how. 128 + N: ended at once by signal N, see preemption.py.
@@ -20,9 +20,11 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
+from tvq_pod.config.init_from import check_init_from
 from tvq_pod.config.mode_flags import check_flags
 from tvq_pod.config.names import GROUPS, check_name
 from tvq_pod.config.resolve import default_config, resolve
+from tvq_pod.config.run_config import FROM
 from tvq_pod.config.settings import Settings
 from tvq_pod.errors import Preempted, UserError
 from tvq_pod.host import terminal
@@ -30,7 +32,7 @@ from tvq_pod.host.paths import check_folder, check_path, check_reached, check_sa
 from tvq_pod.run.preemption import PREEMPTED, Preemption
 
 TOGETHER = ("train", "eval", "sample", "prepare")  # modes for any number of processes
-MODES = ("train", "eval", "sample", "prepare", "train_vocab", "inspect", "plan", "bench")
+MODES = ("train", "eval", "sample", "prepare", "train_vocab", "inspect", "export", "import", "plan", "bench")
 
 NAMED_VOCABS = ("bytes", "sentencepiece")
 
@@ -46,7 +48,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, 
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 _SOURCE = flags.DEFINE_string("source", None, "The corpus: short for --config.data.source.")
 _SPLIT = flags.DEFINE_enum("split", "validation", ("validation", "test"), "eval: which documents.")
-_STEP = flags.DEFINE_integer("step", None, "eval, sample, inspect: which checkpoint; the newest if not given.")
+_STEP = flags.DEFINE_integer(
+    "step",
+    None,
+    "train, eval, sample, inspect, export: which checkpoint; the newest if not given. train sets newer ones aside.",
+)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "sample: text to go on from; may be given several times.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "sample: a file whose text is one more prompt.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "plan: the slice, as v5e:4x4; or cpu:8 for simulated devices.")
@@ -77,6 +83,11 @@ _PROFILER_PORT = flags.DEFINE_integer(
     lower_bound=1,
     upper_bound=65535,
 )
+_TO = flags.DEFINE_string("to", None, "export: the folder to make.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ("float32", "bfloat16"), "export: type of the weights; config.model.param_dtype if not given."
+)
+_FROM = flags.DEFINE_string("from", None, "import: the folder of an exported model, to make the run in --workdir of.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "bench: turns after the warm-up.", lower_bound=1)
 
 
@@ -90,7 +101,11 @@ def main(argv: list[str], preemption: Preemption) -> None:
         raise UserError("--workdir=: must be given: the run's folder")
     check_path("--workdir", _WORKDIR.value)
     workdir, mode = epath.Path(_WORKDIR.value), _MODE.value
-    check_flags(mode, [name for name in flags.FLAGS if flags.FLAGS[name].present], str(workdir), _STEP.value)
+    check_flags(mode, [name for name in flags.FLAGS if flags.FLAGS[name].present])
+    for name, flag, needed_by in (("to", _TO, "export"), ("from", _FROM, "import")):
+        if mode == needed_by and not flag.value:
+            what = "the folder to make" if name == "to" else "a folder that --mode=export has made"
+            raise UserError(f"--{name}=: must be given for --mode={mode}: {what}")
     settings = _settings()
     _check_paths(settings, mode, _WORKDIR.value)
     preemption.grace_seconds = settings.checkpoint.grace_seconds
@@ -112,7 +127,7 @@ def main(argv: list[str], preemption: Preemption) -> None:
     if mode == "train":
         from tvq_pod.modes.train import train
 
-        train(settings, workdir, preemption, started_at=_STARTED_AT)
+        train(settings, workdir, preemption, _STEP.value, started_at=_STARTED_AT)
     elif mode == "eval":
         from tvq_pod.modes.evaluate import evaluate
 
@@ -133,6 +148,16 @@ def main(argv: list[str], preemption: Preemption) -> None:
         from tvq_pod.modes.inspect_run import inspect
 
         inspect(settings, workdir, _STEP.value)
+    elif mode == "export":
+        from tvq_pod.modes.export_model import export
+
+        assert _TO.value
+        export(settings, workdir, epath.Path(_TO.value), _STEP.value, _DTYPE.value)
+    elif mode == "import":
+        from tvq_pod.modes.import_model import import_model
+
+        assert _FROM.value
+        import_model(settings, workdir, epath.Path(_FROM.value))
     elif mode == "bench":
         from tvq_pod.modes.bench import bench
 
@@ -151,7 +176,7 @@ def main(argv: list[str], preemption: Preemption) -> None:
 def _check_paths(settings: Settings, mode: str, workdir: str) -> None:
     """Raises UserError if a path can't be used, or a bucket not reached."""
     data = settings.data
-    remote = [("--workdir", workdir), ("config.data.store", data.store)]
+    remote = [("--workdir", workdir), ("--to", _TO.value), ("--from", _FROM.value), ("config.data.store", data.store)]
     remote += [("config.data.mixture", part.strip().rpartition("=")[0]) for part in data.mixture.split(",")]
     if data.vocab not in NAMED_VOCABS:
         remote.append(("config.data.vocab", data.vocab))
@@ -164,8 +189,12 @@ def _check_paths(settings: Settings, mode: str, workdir: str) -> None:
         if path:
             check_path(name, path)
     check_folder("--workdir", workdir)
-    if mode == "train":
+    if _TO.value:
+        check_folder("--to", _TO.value)
+    if mode in ("train", "import"):
         check_saving("--workdir", workdir)
+        if settings.init_from:  # whether it is there is asked only by a start that needs it
+            check_init_from(settings.init_from, workdir)
     buckets = {path.split("/")[2]: (name, path) for name, path in reversed(remote) if is_bucket(path)}
     for name, path in reversed(buckets.values()):
         check_reached(name, path)
@@ -263,11 +292,15 @@ def _in_config_file(error: Exception, config: str | None) -> str:
 
 
 def _with_config(argv: list[str]) -> list[str]:
-    """With the run's own config where none is given, so that it can be overridden as any other."""
-    config, workdir = _given(argv, "config"), _given(argv, "workdir")
-    if config is not None or workdir is None:
+    """With the run's own config where none is given, or that of a model to import, so that it can be overridden as any
+    other."""
+    is_import = _given(argv, "mode") == "import"
+    config, folder = _given(argv, "config"), _given(argv, "from" if is_import else "workdir")
+    if config is not None or folder is None:
         return argv
-    return [argv[0], f"--config={pathlib.Path(__file__).with_name('config') / 'run_config.py'}:{workdir}", *argv[1:]]
+    if is_import:
+        folder = f"{FROM}{folder}"
+    return [argv[0], f"--config={pathlib.Path(__file__).with_name('config') / 'run_config.py'}:{folder}", *argv[1:]]
 
 
 def _without(names: tuple[str, ...], argv: list[str]) -> list[str]:

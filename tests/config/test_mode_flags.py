@@ -14,10 +14,10 @@ def test_flags_are_refused_by_the_modes_that_do_not_look_at_them():
     for name, modes in MODES_OF.items():
         for mode in main.MODES:
             if mode in modes:
-                check_flags(mode, ["workdir", name], "runs/a", 3)
+                check_flags(mode, ["workdir", name])
             else:
                 with pytest.raises(UserError, match=f"--{name}"):
-                    check_flags(mode, ["workdir", name], "runs/a", 3)
+                    check_flags(mode, ["workdir", name])
 
 
 def test_every_flag_whose_help_names_modes_is_listed_with_them():
@@ -29,8 +29,3 @@ def test_every_flag_whose_help_names_modes_is_listed_with_them():
             if set(modes) <= set(main.MODES):
                 named[flag.name] = tuple(modes)
     assert named == MODES_OF
-
-
-def test_training_from_an_older_step_says_how():
-    with pytest.raises(UserError, match=r"--step=20: .* rename every later step in runs/a/checkpoints, as .*\.undone"):
-        check_flags("train", ["step"], "runs/a", 20)

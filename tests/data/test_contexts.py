@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tests.common import small_config
 from tests.data.test_streams import corpora, corpus
 from tests.nn.test_model import TOTAL, run
+from tvq_pod.data.run_streams import streams_of
 from tvq_pod.data.schedule import DataSchedule
-from tvq_pod.data.streams import RowSource, TrainStreams, read_row, streams_of
+from tvq_pod.data.streams import RowSource, TrainStreams, read_row
 
 
 @st.composite

@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.test_streams import corpus, read_stream
+from tvq_pod.data.run_streams import streams_of
 from tvq_pod.data.schedule import DataSchedule
 from tvq_pod.data.store import Split
-from tvq_pod.data.streams import TrainStreams, read_row, streams_of
+from tvq_pod.data.streams import TrainStreams, read_row
 
 
 @settings(max_examples=60, deadline=None)

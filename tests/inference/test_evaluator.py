@@ -113,12 +113,13 @@ def test_the_result_depends_on_neither_rows_nor_mesh(store, small_buckets, n_dev
 
 
 def test_lines_of_an_evaluation_unlike_that_of_training_have_another_name():
-    def name(cache="on", **model):
+    def name(cache="on", *, is_other=False, **model):
         settings = dataclasses.replace(SETTINGS, eval=EvalSettings(cache=cache), model=SETTINGS.model.replace(**model))
-        return evaluate_module._name(settings, "test", run_record(SETTINGS, "bytes", "corpus"))
+        return evaluate_module._name(settings, "test", run_record(SETTINGS, "bytes", "corpus"), is_other)
 
     assert name() == name(block_len=2) == "test"
     assert name(cache="off") == "test_cache_off"
+    assert name(is_other=True) == "test_weights_raw"
     assert name(dtype="bfloat16") == "test_dtype_bfloat16"
     assert name("off", dtype="bfloat16", param_dtype="half") == "test_cache_off_dtype_bfloat16_param_dtype_half"
 

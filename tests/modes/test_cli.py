@@ -38,6 +38,39 @@ def test_eval_and_sample_in_another_dtype_than_the_run_trained_in(trained):
     assert sampled.startswith("the quick")
 
 
+@pytest.mark.slow(16)
+def test_eval_and_inspect_know_the_average_of_the_weights(trained, tmp_path):
+    """Of a run that switched it on at step 40."""
+    workdir = tmp_path / "copy"
+    shutil.copytree(trained[0], workdir)
+    flags = ["--config.train.num_steps=45", "--config.train.ema_decay=0.9", "--config.sample.length=0"]
+    _, err = run(f"--workdir={workdir}", *flags)
+    assert "checkpoint 40 has no moving average of the weights; it starts at them" in err
+    during = metrics_of(workdir, "validation")[-1]
+    assert (during["step"], during["weights"]) == (45, "ema")
+    found = {}
+    for weights in ("ema", "raw"):
+        out, err = run(f"--workdir={workdir}", "--mode=eval", f"--config.eval.weights={weights}")
+        assert ("their moving average at step 45" in err) == (weights == "ema")
+        found[weights] = json.loads(out)
+        assert found[weights]["weights"] == weights
+    assert [found[weights]["split"] for weights in found] == ["validation", "validation_weights_raw"]
+    assert found["ema"]["loss"] == pytest.approx(during["loss"], rel=1e-5)
+    assert found["raw"]["loss"] != pytest.approx(during["loss"], rel=1e-4)
+    hashes = [
+        [
+            line
+            for line in run(f"--workdir={workdir}", "--mode=inspect", f"--step={step}")[0].splitlines()
+            if "sha256" in line
+        ]
+        for step in (45, 40)
+    ]
+    names = ["parameters_sha256", "ema_sha256", "train_state_sha256"]
+    assert [line.partition(":")[0] for line in hashes[0]] == names
+    assert [line.partition(":")[0] for line in hashes[1]] == [names[0], names[2]]
+    assert len({line.partition(":")[2] for line in hashes[0]}) == 3
+
+
 @pytest.mark.slow
 def test_sample_goes_on_from_each_prompt(trained, tmp_path):
     workdir, _, _ = trained
@@ -60,7 +93,7 @@ def test_inspect_shows_the_run_and_a_fingerprint(trained):
     assert "steps: 20 40" in out
     assert "layers/unit0/w_q/kernel" in out
     parameters = [line.split() for line in out.splitlines() if " float32 P(" in line]
-    assert len(parameters) == 25
+    assert len(parameters) == 16
     count = sum(math.prod(map(int, shape.split("x"))) for _, shape, *_ in parameters)
     assert f"parameters: {count}\n" in out
     older, _ = run(f"--workdir={workdir}", "--mode=inspect", "--step=20")
@@ -183,6 +216,9 @@ def test_each_mistake_is_one_line_and_costs_nothing(folder, config_file):
         (config, fresh, "--config.data.mixture=x"): ("config.data.mixture=x", "is no STORE=WEIGHT"),
         (config, fresh, "--config.eval.cache=maybe"): ("config.eval.cache=maybe", "on, off"),
         (config, fresh, "--config.eval.cache=off"): ("config.eval.cache=off", "is for --mode=eval"),
+        (config, fresh, "--config.eval.weights=raw", "--config.train.ema_decay=0.9"): ("weights=raw: is for",),
+        (config, fresh, "--config.optimizer.schedule=wsd", "--config.optimizer.decay_steps=36"): (
+            "config.optimizer.decay_steps=36", "have 41 steps, and config.train.num_steps=40"),
         (config, fresh, "--mode=train_vocab"): ("config.data.vocab=bytes", "must be sentencepiece"),
         ("--config=configs/enwik8.py", fresh, f"--source={folder / 'blank.txt'}"): ("has 2 bytes, and enwik8",),
         ("--config=configs/imagenet64.py", fresh, "--config.sample.length=9"): ("sample.length=9", "12288, an image"),
@@ -214,7 +250,12 @@ def test_each_mistake_about_an_earlier_run_is_one_line_and_changes_nothing(train
         (f"--workdir={workdir}", "--config.data.glob=*.md"): ("config.data.glob=*.md", "with **/*"),
         (config, fresh, f"--config.data.store={workdir}"): ("config.data.store=", "no whole token store"),
         (config, f"--workdir={workdir}", "--mode=sample", "--prompt_file=/nowhere"): ("--prompt_file=/nowhere",),
-        (f"--workdir={workdir}", "--step=20"): ("--step=20", "to go back to step 20, rename every later step"),
+        (f"--workdir={workdir}", "--step=7"): ("--step=7", "20, 40"),
+        (config, f"--workdir={workdir}/none", "--step=7"): ("--step=7", "no checkpoint to go back to"),
+        (config, fresh, f"--config.init_from={folder}/none"): (f"config.init_from={folder}/none", "has no checkpoint"),
+        (config, fresh, f"--config.init_from={workdir}@7"): (f"config.init_from={workdir}@7", "20, 40"),
+        (config, fresh, f"--config.init_from={workdir}", "--config.model.d_k=4"): ("config.model.d_k=4", "made with 8"),
+        (f"--workdir={workdir}", f"--config.init_from={workdir}@20"): ("own folder", "--step=20 goes back"),
         (f"--workdir={workdir}", f"--source={folder / 'blank.txt'}", f"--config.data.store={folder / 'new'}"): (
             f"config.data.source={folder / 'blank.txt'}", "checkpoints/40 was trained on a corpus with"),
         (f"--workdir={workdir}", "--config.seed=1", f"--config.data.store={folder / 'new'}"): ("seed=1", "with 0"),

@@ -174,6 +174,7 @@ def swept(tmp_path_factory) -> tuple[pathlib.Path, str]:
     """The folder and output of a sweep over simulated devices, one of whose points is in error."""
     folder = tmp_path_factory.mktemp("sweep")
     flags = ["--mode=plan", *SMALL, "--config.model.head_type=mqa", "--topology=cpu:8", f"--workdir={folder}"]
+    flags += ["--config.optimizer.name=muon", "--config.train.ema_decay=0.9"]
     grid = ["--sweep", "config.model.block_len=64,100;config.train.batch_size=8"]
     # Each point is a process that the sweep starts: a fork (see tests/forked.py) would have the sweep's own flags.
     code, out, err = finish(start(*flags, *grid, prefix=["env"]))
@@ -188,6 +189,10 @@ def test_simulated_devices_have_no_estimate_of_cycles(swept):
     assert (plan["chips"], plan["mesh"]["data"], plan["fits"]) == (8, 8, None)
     assert "predicted_step_seconds" not in plan
     assert plan["bytes_per_chip"]["temp"] > 0
+    parameters, average, optimizer = (
+        plan["bytes_per_chip"][name] for name in ("parameters", "weights_average", "optimizer")
+    )
+    assert parameters == average < optimizer < 2 * parameters  # of a kernel, Muon has one array, and Adam two
 
 
 @pytest.mark.slow

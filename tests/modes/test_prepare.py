@@ -29,7 +29,11 @@ def test_a_run_on_several_stores(tmp_path, config_file, corpus):
     for name, glob in (("a", "?.txt"), ("b", "??.txt")):
         run(f"--config={config_file}", f"--workdir={tmp_path}", "--mode=prepare", f"--source={corpus}",
             f"--config.data.glob={glob}", f"--config.data.store={tmp_path / name}")  # fmt: skip
-    flags = [f"--config.data.mixture={tmp_path}/a=0.7,{tmp_path}/b=0.3", "--config.train.num_steps=20"]
+    flags = [
+        f"--config.data.mixture={tmp_path}/a=0.7,{tmp_path}/b=0.3",
+        "--config.train.num_steps=20",
+        "--config.sample.length=0",
+    ]
     run(f"--config={config_file}", f"--workdir={tmp_path / 'run'}", *flags)
     out, _ = run(f"--workdir={tmp_path / 'run'}", "--mode=eval")
     assert json.loads(out)["loss"] == pytest.approx(metrics_of(tmp_path / "run", "validation")[0]["loss"], rel=1e-5)
@@ -52,7 +56,7 @@ def test_a_sentencepiece_model_on_json_lines(tmp_path, config_file):
         f"--config.data.source={tmp_path / 'docs.jsonl'}", "--config.data.text_field=body",
         f"--config.data.vocab={tmp_path / 'm.model'}", "--config.model.n_vocab=100", "--config.train.num_steps=5",
     ]  # fmt: skip
-    run(f"--config={config_file}", f"--workdir={workdir}", *flags)
+    run(f"--config={config_file}", f"--workdir={workdir}", *flags, "--config.sample.length=0")
     (tmp_path / "m.model").unlink()  # the run has its own
     (validation,) = metrics_of(workdir, "validation")
     nats = validation["loss"] * validation["tokens"]

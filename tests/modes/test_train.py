@@ -102,7 +102,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_befo
     workdir, _, _ = trained
     shutil.copytree(workdir, tmp_path / "copy")
     (tmp_path / "copy/checkpoints/40/record/metadata").write_text("{}")
-    _, err = run(f"--workdir={tmp_path / 'copy'}", devices=8)
+    quick = ("--config.eval.at_end=False", "--config.sample.length=0")
+    _, err = run(f"--workdir={tmp_path / 'copy'}", *quick, devices=8)
     assert "checkpoints/40 is set aside as 40.damaged" in err
     assert "goes on from step 20" in err
     assert metrics_of(tmp_path / "copy", "train")[-1]["loss"] == metrics_of(workdir, "train")[-1]["loss"]

@@ -8,7 +8,7 @@ from tvq_pod.parallel.mesh import make_mesh
 
 ROWS, UPDATE_LEN, STEPS, N_VOCAB = 8, 24, 6, 16
 MODEL = dict(
-    d_model=16, d_k=8, d_v=16, n_code=8, n_head=1, n_layer=1, n_vocab=N_VOCAB, block_len=3, mem_len=3, c_gamma=0.9,
+    d_model=16, d_k=8, d_v=16, n_code=8, n_head=1, n_layer=2, n_vocab=N_VOCAB, block_len=3, mem_len=3, c_gamma=0.9,
     pe_abs=True, p_dropemb=0.1, p_dropsin=0.1, p_dropres=0.2, p_droplyr=0.2,
 )  # fmt: skip
 

@@ -31,7 +31,7 @@ def collectives_of(settings: Settings) -> dict:
 def test_what_shards_of_tokens_send_does_not_grow_with_the_update(eight_devices, n_vocab):
     """All-to-alls and halos of the scan over shards, and gradients, those of a wide vocabulary's block by block losses
     too: byte for byte."""
-    model = dict(reduction="serial", head_type="mqa", d_ff=16, n_vocab=n_vocab)
+    model = dict(reduction="serial", head_type="mqa", d_ff=16, n_vocab=n_vocab, n_layer=1)
     few, many = (collectives_of(settings_of((1, 2, 4, 1), model, update_len=length)) for length in (48, 96))
     assert few == many
     assert few["all-to-all", ("sequence",)] > 0

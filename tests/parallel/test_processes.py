@@ -75,7 +75,7 @@ def test_all_processes_go_back_together_and_give_up_together(corpus, tmp_path):
     flags = [*FLAGS, f"--config.data.source={corpus}", f"--workdir={tmp_path / 'run'}", "--config.model.n_code=64",
              "--config.model.c_gamma=0.6", "--config.bad_steps.max_dead_codes=0.0",
              "--config.bad_steps.rollback_after=2", "--config.bad_steps.max_rollbacks=1",
-             "--config.checkpoint.every_steps=2"]  # fmt: skip
+             "--config.checkpoint.every_steps=2", "--config.model.head_type=mqa"]  # fmt: skip
     job = launched("--processes=2", "--devices_per_process=2", "--", *flags)
     output, _ = job.communicate(timeout=200)
     assert job.returncode == 1, output

@@ -57,3 +57,18 @@ def test_what_may_be_the_same_is_not_refused(workdir, tmp_path_factory):
     check_continues(dataclasses.replace(SETTINGS, seed=3), workdir)
     (workdir / "checkpoints/10/record/metadata").unlink()
     check_continues(dataclasses.replace(SETTINGS, seed=3), workdir)
+
+
+def allowed(**changes):
+    other = data(**changes)
+    return dataclasses.replace(other, train=dataclasses.replace(other.train, on_data_change="restart_streams"))
+
+
+def test_other_data_is_allowed_on_request_and_another_vocabulary_is_not(workdir):
+    check_continues(allowed(source="b.jsonl", text_field="body"), workdir)
+    with pytest.raises(UserError, match=r"^config.data.vocab=sentencepiece: would be .* vocabulary bytes;"):
+        check_continues(allowed(source="b.jsonl", vocab="sentencepiece"), workdir)
+    record = workdir / "checkpoints/10/record/metadata"
+    record.write_text(json.dumps(run_record(SETTINGS, "pieces", "corpus")))
+    with pytest.raises(UserError, match=r"^config.data.vocab=bytes: the checkpoint .* made with pieces; give that"):
+        check_continues(allowed(source="b.jsonl"), workdir)

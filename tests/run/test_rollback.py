@@ -5,6 +5,7 @@ import json
 import pytest
 from etils import epath
 
+from tvq_pod.config.identity import FINGERPRINT
 from tvq_pod.config.settings import BadStepsSettings, TrainSettings
 from tvq_pod.data.schedule import DataSchedule
 from tvq_pod.errors import UserError
@@ -156,3 +157,21 @@ def test_contexts_begin_with_other_streams(tmp_path):
     begun = BEGUN.with_contexts(0, "0:32")
     wider, _ = made(tmp_path, {3: begun}, batch_size=16, on_batch_change="restart_streams", contexts="0:32")
     assert [wider.schedule_at(3).now.cuts(step) for step in range(3, 8)] == [0, 0, 1, 1, 2]
+
+
+def test_other_data_begins_other_streams_where_the_run_resumes(tmp_path):
+    """Not for data that the checkpoint knows, and again after going back to before it."""
+    records = {4: {FINGERPRINT: "a"}, 8: {FINGERPRINT: "b"}}
+    changed = BEGUN.changed(4, 8, 16, data="b")
+    checkpoints = MadeUp({4: BEGUN, 8: changed})
+    checkpoints.record = records.__getitem__
+    train = TrainSettings(batch_size=8, update_len=16, on_data_change="restart_streams")
+    rollback = Rollback(checkpoints, Skipped(epath.Path(tmp_path)), train, BadStepsSettings(), fingerprint="b")
+    assert rollback.schedule_at(8) == changed
+    assert rollback.schedule_at(4) == changed
+    assert rollback.go_back(BadStretch(6, 2), changed) == 4  # steps 5 and 6 read updates 0 and 1
+    assert updates(rollback.schedule_at(4), 4, 2) == [2, 3]
+    asked = []
+    checkpoints.check = lambda step, record: asked.append(record)
+    rollback.check_belongs(8, {FINGERPRINT: "b", "config.seed": "0"})
+    assert asked == [{"config.seed": "0"}]

@@ -6,6 +6,7 @@ A checkpoint keeps the first two as its record. It is refused, with the name of 
 from tvq_pod.config.settings import Settings
 
 FINGERPRINT = "config.data.store, fingerprint"
+SEED = "config.seed"
 OPTIMIZER_STATE = "config.optimizer.name, state"
 # Version of each optimizer's state. A checkpoint with another one is refused: adafactor 1 had one scale for all layers.
 STATE_VERSIONS = dict(adamw="1", lion="1", adafactor="2", muon="1", nadamw="1", sgd="1")
@@ -33,6 +34,9 @@ MAY_CHANGE = {
     "c_revive": "moves codes, which only training does",
     "is_train": "the mode decides",
 }
+# Fields of MODEL_IDENTITY in which a run may differ from the one that it takes its weights from (config.init_from).
+# They change the shape of no weight, or only how many layers there are.
+MAY_DIFFER_AT_A_WARM_START = ("mem_len", "agg_cache", "n_layer")
 # Entries that the first checkpoints do not have, with the values that held then.
 LATER = {"config.model.window_bias": "0.0", "config.model.temperature": "fixed", OPTIMIZER_STATE: "1"}
 
@@ -45,6 +49,14 @@ def model_record(settings: Settings, vocab_name: str) -> dict[str, str]:
     return record | {"config.data.vocab": vocab_name}
 
 
+def warm_start_record(settings: Settings, vocab_name: str) -> dict[str, str]:
+    """What another run's parameters must belong to, for this run to start from them: the model, but for what may
+    differ."""
+    may_differ = [f"config.model.{name}" for name in MAY_DIFFER_AT_A_WARM_START]
+    record = model_record(settings, vocab_name)
+    return {name: value for name, value in record.items() if name not in may_differ}
+
+
 def run_record(settings: Settings, vocab_name: str, fingerprint: str) -> dict[str, str]:
     """What a whole checkpoint belongs to: the model, and all that the data function depends on but its schedule."""
     return (
@@ -53,7 +65,7 @@ def run_record(settings: Settings, vocab_name: str, fingerprint: str) -> dict[st
         | {
             "config.optimizer.name": settings.optimizer.name,
             OPTIMIZER_STATE: STATE_VERSIONS[settings.optimizer.name],
-            "config.seed": str(settings.seed),
+            SEED: str(settings.seed),
             FINGERPRINT: fingerprint,
         }
     )

@@ -1,13 +1,12 @@
 """Which flags belong to which modes. A flag that a mode would ignore is refused, so that nobody relies on it."""
 
-import os
 from collections.abc import Iterable
 
 from tvq_pod.errors import UserError
 
 MODES_OF = {  # by flag; all other flags are for every mode
     "split": ("eval",),
-    "step": ("eval", "sample", "inspect"),
+    "step": ("train", "eval", "sample", "inspect", "export"),
     "prompt": ("sample",),
     "prompt_file": ("sample",),
     "topology": ("plan",),
@@ -18,21 +17,19 @@ MODES_OF = {  # by flag; all other flags are for every mode
     "lengths": ("bench",),
     "rounds": ("bench",),
     "profiler_port": ("train", "eval", "sample"),
+    "to": ("export",),
+    "dtype": ("export",),
+    "from": ("import",),
 }
 
 
-def check_flags(mode: str, given: Iterable[str], workdir: str | os.PathLike[str], step: int | None) -> None:
+def check_flags(mode: str, given: Iterable[str]) -> None:
     """Raises UserError if a flag was given that is for other modes.
 
-    given: names of flags on the command line. workdir, step: values of these flags, for the error.
+    given: names of flags on the command line.
     """
     for name in given:
         if mode in MODES_OF.get(name, (mode,)):
             continue
-        if (name, mode) == ("step", "train"):
-            raise UserError(
-                f"--step={step}: training resumes from the newest checkpoint; to go back to step {step}, rename every "
-                f"later step in {workdir}/checkpoints, as NUMBER to NUMBER.undone, and start again without --step"
-            )
         modes = " or ".join(f"--mode={mode}" for mode in MODES_OF[name])
         raise UserError(f"--{name}: is for {modes}; leave it out with --mode={mode}")

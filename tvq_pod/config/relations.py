@@ -3,6 +3,7 @@
 import re
 
 from tvq_pod.config.context_schedule import stages_of
+from tvq_pod.config.mixture_schedule import n_stores, weights_of
 from tvq_pod.config.settings import (
     IMAGE_BYTES,
     KEY_LETTERS,
@@ -30,6 +31,12 @@ def check_relations(settings: Settings) -> None:
             f"config.train.microbatches={train.microbatches}: must divide config.train.batch_size={train.batch_size}"
         )
     stages_of(train.context_schedule)
+    _check_warm_start(settings)
+    if data.mixture_schedule and not data.mixture:
+        raise UserError(
+            f"config.data.mixture_schedule={data.mixture_schedule}: is for config.data.mixture, which is empty"
+        )
+    weights_of(data.mixture_schedule, n_stores(data))
     _check_schedule(settings.optimizer, train.num_steps)
     _check_profile(settings.profile, train.num_steps)
     if data.validation_share + data.test_share >= 1:
@@ -53,6 +60,16 @@ def check_relations(settings: Settings) -> None:
         _check_recall(data, kind)
     _check_sequence_axis(settings)
     _check_model_axis(settings)
+
+
+def _check_warm_start(settings: Settings) -> None:
+    for name in ("init_optimizer", "init_layers"):
+        if (value := getattr(settings, name)) and not settings.init_from:
+            raise UserError(f"config.{name}={value}: is for config.init_from, which is empty; leave it out")
+    if settings.init_layers > settings.model.n_layer:
+        raise UserError(
+            f"config.init_layers={settings.init_layers}: must be at most config.model.n_layer={settings.model.n_layer}"
+        )
 
 
 def _check_schedule(optimizer: OptimizerSettings, num_steps: int) -> None:

@@ -12,10 +12,12 @@ from tvq_pod.config.settings import Settings
 from tvq_pod.errors import UserError
 from tvq_pod.host.paths import check_path, check_reached
 
+FROM = "--from="  # before the folder of an exported model, in place of a run's
 
-def get_config(workdir: str) -> ml_collections.ConfigDict:
-    """The run's settings. Raises UserError if there is no run."""
-    return read_run_config(workdir)
+
+def get_config(folder: str) -> ml_collections.ConfigDict:
+    """The run's settings, or those of an exported model. Raises UserError if there are none."""
+    return read_run_config(folder.removeprefix(FROM), "--from" if folder.startswith(FROM) else "--workdir")
 
 
 def to_json(settings: Settings) -> str:
@@ -23,27 +25,28 @@ def to_json(settings: Settings) -> str:
     return json.dumps(tree_of(settings), indent=2) + "\n"
 
 
-def read_run_config(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
-    """The config of the run in `workdir`. It may be of an older version: settings that were renamed since are read, and
-    those that it did not have get their defaults.
+def read_run_config(workdir: str | os.PathLike[str], flag: str = "--workdir") -> ml_collections.ConfigDict:
+    """The config of the run in `workdir`, or of the exported model there. It may be of an older version: settings that
+    were renamed since are read, and those that it did not have get their defaults.
 
-    Raises UserError if there is none, or one with other names or types.
+    flag: by which the folder was given. Raises UserError if there is none, or one with other names or types.
     """
-    check_path("--workdir", str(workdir))
-    check_reached("--workdir", str(workdir))
+    here = f"{flag}={workdir}"
+    remedy = "give --config=FILE" if flag == "--workdir" else "export the model again"
+    check_path(flag, str(workdir))
+    check_reached(flag, str(workdir))
     path = epath.Path(workdir) / "config.json"
     try:
         tree = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"--workdir={workdir}: has no config.json; give the folder of a run, or --config=FILE"
-        ) from None
+        what = "of a run, or --config=FILE" if flag == "--workdir" else "that --mode=export has made"
+        raise UserError(f"{here}: has no config.json; give the folder {what}") from None
     except OSError as error:
-        raise UserError(f"--workdir={workdir}: config.json can't be read ({error.strerror or error})") from None
+        raise UserError(f"{here}: config.json can't be read ({error.strerror or error})") from None
     except ValueError as error:
-        raise UserError(f"--workdir={workdir}: config.json is not JSON ({error}); give --config=FILE") from None
+        raise UserError(f"{here}: config.json is not JSON ({error}); {remedy}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"--workdir={workdir}: config.json is no config; give --config=FILE")
+        raise UserError(f"{here}: config.json is no config; {remedy}")
     filled = _filled(with_current_names(tree), tree_of(Settings()))
     try:
         return config_of(build(Settings, filled, "config"))

@@ -43,6 +43,9 @@ class DataSettings:
     """Size of the vocabulary that `sentencepiece` trains."""
     mixture: str = ""
     """Several stores to train on, instead of one: `STORE=WEIGHT,STORE=WEIGHT`. Weights are shares of tokens."""
+    mixture_schedule: str = ""
+    """Other weights of the mixture's stores, in their order, from given steps on: `STEP:WEIGHT/WEIGHT,...`, as in
+    `1000:0.5/0.5,2000:0/1`. Empty: those of the mixture always hold. See docs/data.md."""
     invalid_utf8: Literal["error", "replace", "skip"] = "error"
     """What happens to text that is not UTF-8 if the vocabulary is a SentencePiece model. Byte models take any bytes."""
     store: str = ""
@@ -90,6 +93,8 @@ class TrainSettings:
     """Parts of the batch's rows that are computed one after the other, to save memory; their gradients are added."""
     on_batch_change: Literal["refuse", "restart_streams"] = "refuse"
     """What happens if a run resumes with another batch_size or update_len."""
+    on_data_change: Literal["refuse", "restart_streams"] = "refuse"
+    """What happens if a run resumes with another store, mixture, or weights of a mixture."""
     context_schedule: str = ""
     """Most tokens of a stream that attention sees, by step: `STEP:LENGTH,STEP:LENGTH`, where length 0 is no limit, as
     in `0:1024,500:4096,1000:0`. Empty: no limit. See docs/data.md."""
@@ -222,11 +227,11 @@ class EvalSettings:
     batch_size: NonNegativeInt = 0
     """Rows that documents are laid out on. 0: as many as leave at most 5% of the positions to padding, and no more than
     train.batch_size."""
+    cache: Literal["on", "off"] = "on"
+    """off: without the compressed cache, so that attention ends with the window."""
     weights: Literal["ema", "raw"] = "ema"
     """Weights that evaluations and samples use. ema: the moving average, if the checkpoint has one
     (config.train.ema_decay). raw: those that the last step left."""
-    cache: Literal["on", "off"] = "on"
-    """off: without the compressed cache, so that attention ends with the window."""
     max_tokens: NonNegativeInt = 0
     """No more documents are added once there are this many tokens; 0: the whole split."""
 
@@ -291,6 +296,14 @@ class Settings:
     """Seed of parameters, dropout and the order of documents."""
     compile_cache: str = "auto"
     """Folder of compiled programs, for quicker restarts. `auto`: WORKDIR/compile_cache; empty: none."""
+    init_from: str = ""
+    """Another run, as WORKDIR or WORKDIR@STEP, local or gs://: the first start takes its weights and codebooks. Later
+    starts resume from the run's own checkpoints and don't need it. See docs/warm_start.md."""
+    init_optimizer: bool = False
+    """Take the state of the other run's optimizer as well. The learning-rate schedule starts over in any case."""
+    init_layers: NonNegativeInt = 0
+    """Take only the first of the other run's layers, so many; other layers of this model are drawn from the seed. 0:
+    take all layers, of which both models must have the same number."""
     model: TransformerConfig = TransformerConfig()
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()

@@ -4,6 +4,7 @@ Tokens of all stores are one virtual array, documents of the first store first. 
 streams.py.
 """
 
+import dataclasses
 import hashlib
 import json
 
@@ -11,8 +12,9 @@ import numpy as np
 import tensorstore
 from etils import epath
 
+from tvq_pod.config.mixture_schedule import weights_of
 from tvq_pod.config.settings import OWN_SPLITS, generated
-from tvq_pod.data.store import SPLITS, Part, Split, TokenStore
+from tvq_pod.data.store import SPLITS, Part, Split, Stage, TokenStore
 from tvq_pod.data.vocab import Vocab
 from tvq_pod.errors import UserError
 
@@ -23,8 +25,11 @@ class Mixture:
     Attributes: see TokenStore. path is that of the first store.
     """
 
-    def __init__(self, stores: list[TokenStore], weights: list[float]):
-        """weights: of tokens; they need not add up to 1. Raises UserError for stores that do not fit each other."""
+    def __init__(self, stores: list[TokenStore], weights: list[float], schedule: str = ""):
+        """weights: of tokens; they need not add up to 1. schedule: see config/mixture_schedule.py.
+
+        Raises UserError for stores that do not fit each other.
+        """
         first = stores[0]
         for store in stores[1:]:
             if store.vocab_name != first.vocab_name:
@@ -37,11 +42,12 @@ class Mixture:
             raise UserError("config.data.mixture: the same documents are there twice; give each store once")
         self._stores, self._weights = stores, [weight / sum(weights) for weight in weights]
         self.path, self.vocab_name, self.n_vocab = first.path, first.vocab_name, first.n_vocab
-        self.fingerprint = hashlib.sha256(
-            json.dumps(
-                [[store.fingerprint, round(weight, 9)] for store, weight in zip(stores, self._weights, strict=True)]
-            ).encode()
-        ).hexdigest()
+        self._changes = weights_of(schedule, len(stores))
+        read: list = [
+            [store.fingerprint, round(weight, 9)] for store, weight in zip(stores, self._weights, strict=True)
+        ]
+        read += [[first_step, [round(weight, 9) for weight in later]] for first_step, later in self._changes]
+        self.fingerprint = hashlib.sha256(json.dumps(read).encode()).hexdigest()
         names = ("n_documents", "n_tokens", "n_bytes")
         self.meta = dict(
             splits={
@@ -51,9 +57,11 @@ class Mixture:
         )
 
     @staticmethod
-    def open(text: str) -> "Mixture":
-        """Of config.data.mixture, "STORE=WEIGHT,STORE=WEIGHT". Raises UserError if that is not its form, or a store is
-        not there."""
+    def open(text: str, schedule: str = "") -> "Mixture":
+        """Of config.data.mixture, "STORE=WEIGHT,STORE=WEIGHT", and config.data.mixture_schedule.
+
+        Raises UserError if that is not its form, or a store is not there.
+        """
         stores, weights = [], []
         for part in text.split(","):
             path, equals, weight = part.strip().rpartition("=")
@@ -68,7 +76,7 @@ class Mixture:
                 )
             stores.append(TokenStore(epath.Path(path)))
             weights.append(number)
-        return Mixture(stores, weights)
+        return Mixture(stores, weights, schedule)
 
     def vocab(self) -> Vocab:
         """The vocabulary that the tokens are in."""
@@ -104,12 +112,21 @@ class Mixture:
             parts.append(Part(n_documents, len(split.doc_bytes), weight))
             n_tokens += int(split.starts[-1])
             n_documents += len(split.doc_bytes)
+        stages = [
+            Stage(change.first_step, tuple(map(_weighted, parts, change.weights)))
+            for change in (self._changes if name == "train" else ())
+        ]
         return Split(
+            stages=tuple(stages),
             tokens=tensorstore.concat([split.tokens for split in splits], axis=0),
             starts=np.concatenate([*starts, [n_tokens]]),
             doc_bytes=np.concatenate([split.doc_bytes for split in splits]),
             parts=tuple(parts),
         )
+
+
+def _weighted(part: Part, weight: float) -> Part:
+    return dataclasses.replace(part, weight=weight)
 
 
 def _check_splits(one: TokenStore, other: TokenStore) -> None:

@@ -50,7 +50,7 @@ def open_store(settings: Settings, workdir: epath.Path, may_make: bool = True) -
     """
     data, path = settings.data, store_path(settings, workdir)
     if data.mixture:
-        store = Mixture.open(data.mixture)
+        store = Mixture.open(data.mixture, data.mixture_schedule)
     elif TokenStore.exists(path):
         store = TokenStore(path)
         _check_same_corpus(data, store)

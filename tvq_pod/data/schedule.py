@@ -1,5 +1,5 @@
-"""Which update of which streams a step consumes: step n consumes update n of the first streams, unless the batch was
-changed or a stretch of data skipped. And where the contexts of the streams are cut.
+"""Which update of which streams a step consumes: step n consumes update n of the first streams, unless the batch or the
+data was changed or a stretch of data skipped. And where the contexts of the streams are cut.
 
 A schedule is data: it goes into every checkpoint, and with (corpus, seed) it says what every step has read.
 """
@@ -20,6 +20,7 @@ class Phase:
     update_len: int
     skips: tuple[tuple[int, int], ...] = ()  # (update, how many), in the order in which they were skipped
     contexts: tuple[tuple[int, str], ...] = ()  # (steps done before, the context schedule that holds from there on)
+    data: str = ""  # fingerprint of other data that is read from here on; "": the same as in the phase before
 
     def update(self, step: int) -> int:
         """The update of these streams that comes after `step` steps of the run."""
@@ -76,7 +77,7 @@ class DataSchedule:
 
     @staticmethod
     def from_json(phases: list[dict]) -> "DataSchedule":
-        """What `to_json` gave. Older versions knew of no contexts."""
+        """What `to_json` gave. Older versions knew of no contexts, and of no other data."""
         return DataSchedule(
             tuple(
                 Phase(
@@ -85,6 +86,7 @@ class DataSchedule:
                     phase["update_len"],
                     tuple((update, count) for update, count in phase["skips"]),
                     tuple((step, text) for step, text in phase.get("contexts", [])),
+                    phase.get("data", ""),
                 )
                 for phase in phases
             )
@@ -111,9 +113,10 @@ class DataSchedule:
             for phase, end in zip(self.phases, ends, strict=True)
         )
 
-    def changed(self, step: int, batch_size: int, update_len: int) -> "DataSchedule":
-        """With streams of another number or update length from `step` on, and contexts without a limit."""
-        return DataSchedule((*self.phases, Phase(step, batch_size, update_len)))
+    def changed(self, step: int, batch_size: int, update_len: int, data: str = "") -> "DataSchedule":
+        """With other streams from `step` on, and contexts without a limit. data: fingerprint of what they read, if that
+        is another."""
+        return DataSchedule((*self.phases, Phase(step, batch_size, update_len, data=data)))
 
     def skipping(self, update: int, count: int) -> "DataSchedule":
         """Without `count` updates of the streams of now, from `update` on. Skipping them again changes nothing."""

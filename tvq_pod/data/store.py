@@ -85,6 +85,14 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+    """Other weights of a mixture's stores: parts, from first_step on."""
+
+    first_step: int
+    parts: tuple[Part, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Split:
     """One split, open for reading."""
 
@@ -92,6 +100,7 @@ class Split:
     starts: np.ndarray  # int64 [n_documents + 1]
     doc_bytes: np.ndarray  # int64 [n_documents]
     parts: tuple[Part, ...] = ()  # of a mixture
+    stages: tuple[Stage, ...] = ()  # of a mixture whose weights change
 
     @property
     def lengths(self) -> np.ndarray:

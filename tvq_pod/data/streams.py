@@ -21,7 +21,6 @@ state, no host count, no random number generator survives a call.
 import dataclasses
 import functools
 import heapq
-import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +29,6 @@ from typing import Protocol
 import numpy as np
 import tensorstore
 
-from tvq_pod.data.schedule import DataSchedule
 from tvq_pod.data.store import Part
 from tvq_pod.data.vocab import END_OF_DOC, PAD
 from tvq_pod.errors import UserError
@@ -204,13 +202,15 @@ def _draw(seed: int, *key: int) -> np.random.Generator:
 def mixed_order(starts: np.ndarray, parts: Sequence[Part], seed: int, epoch: int) -> np.ndarray:
     """The documents of an epoch of a mixture, in order, some more than once: see the top of this file."""
     n_tokens = [int(starts[part.first_document + part.n_documents] - starts[part.first_document]) for part in parts]
-    epoch_len = max(n / part.weight for n, part in zip(n_tokens, parts, strict=True))
+    epoch_len = max(n / part.weight for n, part in zip(n_tokens, parts, strict=True) if part.weight)
     # A store of few tokens and a large weight would be read so often that an epoch could not be held in memory.
     n_most = max(MIXED_DOCUMENTS, 4 * sum(part.n_documents for part in parts))
     per_token = sum(part.weight * part.n_documents / n for n, part in zip(n_tokens, parts, strict=True))
     epoch_len = min(epoch_len, n_most / per_token)
     chosen = []
     for index, (part, n) in enumerate(zip(parts, n_tokens, strict=True)):
+        if not part.weight:
+            continue
         share = round(part.weight * epoch_len)
         begin, end = epoch * share, (epoch + 1) * share  # of the store's documents, end to end without end
         for time in range(begin // n, (end - 1) // n + 1):
@@ -219,14 +219,6 @@ def mixed_order(starts: np.ndarray, parts: Sequence[Part], seed: int, epoch: int
             at = time * n + np.cumsum(lengths) - lengths
             chosen.append(order[(at >= begin) & (at < end)])
     return _draw(seed, epoch).permutation(np.concatenate(chosen))
-
-
-def streams_of(schedule: DataSchedule, starts: np.ndarray, seed: int, parts: Sequence[Part] = ()) -> TrainStreams:
-    """The streams that a run reads now, after all changes of its batch so far. parts: of a mixture."""
-    streams = TrainStreams(starts, schedule.phases[0].batch_size, seed, parts=parts)
-    for phase, following in itertools.pairwise(schedule.phases):
-        streams = streams.recut(phase.update(following.first_step) * phase.update_len, following.batch_size)
-    return streams
 
 
 def _taken(lengths: np.ndarray, max_tokens: int) -> np.ndarray:

@@ -35,6 +35,7 @@ class Vocab(Protocol):
 
     name: what tells it from others; a store and a checkpoint keep it. n_vocab: ids are below it. takes_any_bytes:
     whether text need not be UTF-8. file_name, file_bytes: of the file it was read from; None: it needs none.
+    offset: how much higher our ids are than those of that file. own_unknown: the file's id of unknown text, if any.
     drops_space: whether a piece of a text that goes on after a space must come without that space. can_be_cut: whether
     long texts may be encoded in pieces.
     """
@@ -43,8 +44,12 @@ class Vocab(Protocol):
     n_vocab: int
     takes_any_bytes: bool
     file_bytes: bytes
+    offset: int
     drops_space: bool
     can_be_cut: bool
+
+    @property
+    def own_unknown(self) -> int | None: ...
 
     @property
     def file_name(self) -> str | None: ...
@@ -109,6 +114,8 @@ class ByteVocab:
     takes_any_bytes = True
     file_name = None
     file_bytes = b""
+    offset = N_SPECIAL
+    own_unknown = None
     drops_space = False
     can_be_cut = True
 
@@ -151,8 +158,8 @@ class SentencePieceVocab:
             raise UserError(f"config.data.vocab={path}: the file is not a SentencePiece model") from None
         pieces = self._pieces
         same_ids = (pieces.pad_id(), pieces.eos_id(), pieces.unk_id()) == (PAD, END_OF_DOC, UNKNOWN)
-        self._offset = 0 if same_ids else N_SPECIAL
-        self.n_vocab = pieces.vocab_size() + self._offset
+        self.offset = 0 if same_ids else N_SPECIAL
+        self.n_vocab = pieces.vocab_size() + self.offset
         self.name = f"sentencepiece:{hashlib.sha256(self.file_bytes).hexdigest()[:16]}"
         starts_with_space = [pieces.encode(text, out_type=str)[0][0] == ESCAPE.decode() for text in ("a", " a")]
         self.drops_space = starts_with_space[0]  # it gives every text one of its own
@@ -170,11 +177,15 @@ class SentencePieceVocab:
             encoded = self._pieces.encode(text.decode("utf-8"))
         ids = np.asarray(encoded, np.uint32)
         unknown = ids == self._pieces.unk_id()
-        return np.where(unknown, np.uint32(UNKNOWN), ids + np.uint32(self._offset))
+        return np.where(unknown, np.uint32(UNKNOWN), ids + np.uint32(self.offset))
 
     def decoder(self) -> "PieceDecoder":
         """A decoder for one stream of tokens."""
-        return PieceDecoder(self._pieces.decode, self._offset)
+        return PieceDecoder(self._pieces.decode, self.offset)
+
+    @property
+    def own_unknown(self) -> int:
+        return self._pieces.unk_id()
 
 
 class HuggingFaceVocab:
@@ -207,9 +218,9 @@ class HuggingFaceVocab:
         tokenizer.encode_special_tokens = True
         ids = tokenizer.get_vocab(with_added_tokens=True)
         same_ids = all(tokenizer.id_to_token(id_) in names for id_, names in enumerate(SPECIAL_NAMES))
-        self._offset = 0 if same_ids else N_SPECIAL
-        self._unknown = next((ids[name] for name in SPECIAL_NAMES[UNKNOWN] if name in ids), None)
-        self.n_vocab = max(ids.values()) + 1 + self._offset
+        self.offset = 0 if same_ids else N_SPECIAL
+        self.own_unknown = next((ids[name] for name in SPECIAL_NAMES[UNKNOWN] if name in ids), None)
+        self.n_vocab = max(ids.values()) + 1 + self.offset
         self.name = f"tokenizers:{hashlib.sha256(self.file_bytes).hexdigest()[:16]}"
         try:
             parts = [self._ids(text) for text in ("the first word", " and", " two more")]
@@ -237,14 +248,14 @@ class HuggingFaceVocab:
         """Token ids, uint32 [n], without an end-of-document. Raises UnicodeDecodeError, or UserError if the tokenizer
         does not know the text."""
         ids = np.asarray(self._ids(text.decode("utf-8")), np.uint32)
-        unknown = np.zeros(ids.shape, bool) if self._unknown is None else ids == self._unknown
-        shifted = ids + np.uint32(self._offset)
+        unknown = np.zeros(ids.shape, bool) if self.own_unknown is None else ids == self.own_unknown
+        shifted = ids + np.uint32(self.offset)
         # a text may have what a tokenizer takes for pad or end-of-document: these are ours to give
         return np.where(unknown | (shifted < N_SPECIAL), np.uint32(UNKNOWN), shifted)
 
     def decoder(self) -> "PieceDecoder":
         """A decoder for one stream of tokens."""
-        return PieceDecoder(lambda ids: self._tokenizer.decode(ids, skip_special_tokens=False), self._offset)
+        return PieceDecoder(lambda ids: self._tokenizer.decode(ids, skip_special_tokens=False), self.offset)
 
 
 class PieceDecoder:

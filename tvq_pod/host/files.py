@@ -1,11 +1,13 @@
-"""Files that are written whole or not at all, and those that could not be."""
+"""Files and folders that are written whole or not at all, and files that could not be."""
 
 import contextlib
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from tvq_pod.errors import UserError
 from tvq_pod.host.paths import is_bucket
 from tvq_pod.host.terminal import say
 
@@ -40,6 +42,44 @@ def replacing(path: "epath.Path | pathlib.Path", by_many: bool = False) -> Itera
     draft = pathlib.Path(f"{path}.writing-{os.getpid()}" if by_many else f"{path}.writing")
     yield draft
     os.replace(draft, path)
+
+
+def check_vacant(setting: str, path: "epath.Path", written_last: str) -> None:
+    """Raises UserError if a folder that is to be made has something in it.
+
+    setting: the flag that it was given by. written_last: the name of what makes the folder complete; in a bucket, what
+    an attempt that was killed left there is no obstacle.
+    """
+    if (path / written_last).exists() if is_bucket(path) else os.path.lexists(path) and not _is_empty_folder(path):
+        raise UserError(f"{setting}={path}: exists already, and nothing in it is replaced; give a new folder")
+
+
+def _is_empty_folder(path: "epath.Path") -> bool:
+    return os.path.isdir(path) and not os.path.islink(path) and not os.listdir(path)
+
+
+@contextlib.contextmanager
+def new_folder(setting: str, path: "epath.Path") -> "Iterator[epath.Path]":
+    """The path of a draft, which exists, to be filled in the block; then it becomes the folder `path`, at once.
+
+    In a bucket nothing can be renamed, so there the draft is `path` itself, and what makes it complete must be written
+    last. An error in the block removes a local draft; a process that is killed leaves it, PATH.writing-NUMBER. Raises
+    UserError where the disk fails. setting: the flag that `path` was given by.
+    """
+    draft = path if is_bucket(path) else path.with_name(f"{path.name}.writing-{os.getpid()}")
+    try:
+        if not is_bucket(path):
+            shutil.rmtree(draft, ignore_errors=True)  # of a killed process that had our number
+            draft.mkdir(parents=True)
+        yield draft
+        if not is_bucket(path):
+            os.rename(draft, path)
+    except OSError as error:
+        why = error.strerror or " ".join(str(error).split())[:300]
+        raise UserError(f"{setting}={path}: can't be written ({why}); make room, or give another folder") from None
+    finally:
+        if not is_bucket(path):
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def free_name(path: "epath.Path") -> "epath.Path":

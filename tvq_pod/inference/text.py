@@ -40,12 +40,16 @@ def continuations(
     """For each prompt, the prompt and what the model makes of it, as an iterator over pieces of text. All are sampled
     side by side on `devices`, so they must be read in order. Raises UserError if a prompt must be text, for a
     SentencePiece model, and is not."""
-    tokens = [_encoded(prompt, vocab) for prompt in prompts]
+    tokens = [encoded(prompt, vocab) for prompt in prompts]
+    sampler = Sampler(config, text_sampling(config, vocab, settings), len(prompts), devices)
+    return _in_groups(sampler, params, prompts, tokens, settings, vocab)
+
+
+def text_sampling(config: TransformerConfig, vocab: Vocab, settings: SampleSettings) -> Sampling:
+    """How text is drawn: any token of the vocabulary may come but padding and unknown."""
     ids = np.arange(config.n_vocab)
     allowed = (ids < vocab.n_vocab) & (ids != PAD) & (ids != UNKNOWN)
-    sampling = Sampling(tuple(allowed.tolist()), settings.temperature, settings.top_p)
-    sampler = Sampler(config, sampling, len(prompts), devices)
-    return _in_groups(sampler, params, prompts, tokens, settings, vocab)
+    return Sampling(tuple(allowed.tolist()), settings.temperature, settings.top_p)
 
 
 def _in_groups(sampler, params, prompts, tokens, settings, vocab) -> Iterator[Iterator[str]]:
@@ -73,7 +77,8 @@ def rows_of(chunks: Iterator[np.ndarray], n_rows: int) -> list[Iterator[int]]:
     return [row(own) for own in waiting]
 
 
-def _encoded(prompt: bytes, vocab: Vocab) -> np.ndarray:
+def encoded(prompt: bytes, vocab: Vocab) -> np.ndarray:
+    """The token ids of a prompt. Raises UserError if it must be text and is not."""
     try:
         return vocab.encode(prompt)
     except UnicodeDecodeError as error:

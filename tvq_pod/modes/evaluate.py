@@ -19,7 +19,7 @@ from tvq_pod.inference.recall import write_recall
 from tvq_pod.parallel.attention import attention_line, check_attention, with_tried_attention
 from tvq_pod.parallel.mesh import check_divides, make_mesh
 from tvq_pod.parallel.processes import is_process_zero
-from tvq_pod.run.checkpoint_reader import CheckpointReader
+from tvq_pod.run.checkpoint_reader import IMPORTED, CheckpointReader
 from tvq_pod.run.metrics import MetricsWriter
 from tvq_pod.training.step import abstract_train_state
 
@@ -40,7 +40,8 @@ def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | No
     store = open_store(settings, workdir)
     checkpoints.check(step, model_record(settings, store.vocab_name))
     record = checkpoints.record(step)
-    if record[FINGERPRINT] != store.fingerprint:
+    trained_on = record[IMPORTED]["fingerprint"] if IMPORTED in record else record[FINGERPRINT]
+    if trained_on not in (store.fingerprint, ""):
         say(f"{store.path} is not the corpus that the model was trained on")
     tried = with_tried_attention(settings, mesh)
     say(attention_line(tried.model, mesh))

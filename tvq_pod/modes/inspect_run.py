@@ -21,12 +21,13 @@ from tvq_pod.run.checkpoint_reader import CheckpointReader
 from tvq_pod.run.hashes import sha256_of_arrays
 from tvq_pod.run.saved_state import saved_name, train_item
 from tvq_pod.training.step import TrainState, abstract_train_state
+from tvq_pod.training.warm_start import ancestor_line
 
 
 def inspect(settings: Settings, workdir: epath.Path, step: int | None) -> None:
-    """Prints the config, the steps kept, each parameter's shape, dtype and sharding, their count, and SHA-256s: of all
-    parameters; of their moving average, if the checkpoint has one; and of the rest of the train state (step, optimizer,
-    recurrent state)."""
+    """Prints the config, the steps kept, the checkpoints of other runs that this one descends from, each parameter's
+    shape, dtype and sharding, their count, and SHA-256s: of all parameters; of their moving average, if the checkpoint
+    has one; and of the rest of the train state (step, optimizer, recurrent state)."""
     checkpoints = CheckpointReader(workdir, settings.checkpoint.restore_timeout_seconds)
     steps, step = checkpoints.steps(), checkpoints.pick(step)
     record = run_record(settings, run_vocab(settings, workdir).name, fingerprint="")
@@ -38,6 +39,8 @@ def inspect(settings: Settings, workdir: epath.Path, step: int | None) -> None:
     print(to_json(settings), end="")
     print(f"steps: {' '.join(map(str, steps))}")
     print(f"step: {step}")
+    for ancestor in checkpoints.ancestry(step):
+        print(ancestor_line(ancestor))
     parameters = _printed(abstract.params, _reader(checkpoints.path / str(step) / "params", abstract.params))
     parameters_sha256 = sha256_of_arrays(parameters)
     print(f"parameters: {sum(leaf.size for leaf in jax.tree.leaves(abstract.params))}")

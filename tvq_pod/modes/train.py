@@ -11,12 +11,14 @@ from etils import epath
 
 from tvq_pod.config.context_schedule import check_context_schedule
 from tvq_pod.config.identity import run_record
+from tvq_pod.config.mixture_schedule import check_mixture_schedule
 from tvq_pod.config.relations import unfinished_warmup
 from tvq_pod.config.settings import Settings
 from tvq_pod.data.loader import Feed
 from tvq_pod.data.open import check_source, describe, open_on_all, open_store
+from tvq_pod.data.run_streams import StagedStreams, streams_of
+from tvq_pod.data.schedule import DataSchedule
 from tvq_pod.data.store import TokenStore, store_path
-from tvq_pod.data.streams import streams_of
 from tvq_pod.errors import UserError
 from tvq_pod.host.terminal import say
 from tvq_pod.inference import images
@@ -29,6 +31,7 @@ from tvq_pod.parallel.processes import Votes, decided_by_process_zero, is_proces
 from tvq_pod.parallel.sharding import on_one_device
 from tvq_pod.planning.source_lines import operations
 from tvq_pod.planning.utilization import yardstick
+from tvq_pod.run import step_back
 from tvq_pod.run.checkpoint import Checkpoints
 from tvq_pod.run.continued import check_continues
 from tvq_pod.run.goodput import Goodput
@@ -49,10 +52,18 @@ from tvq_pod.run.training_log import TrainingLog
 from tvq_pod.training.optimizer import learning_rate
 from tvq_pod.training.restore import describe_state, state_at
 from tvq_pod.training.step import TrainState, TrainStep, compiled_train_step, weights_in_use
+from tvq_pod.training.warm_start import WarmStart, ignored
 
 
-def train(settings: Settings, workdir: epath.Path, preemption: Preemption, started_at: float | None = None) -> None:
-    """Trains to config.train.num_steps, from the newest good checkpoint in `workdir` if there is one.
+def train(
+    settings: Settings,
+    workdir: epath.Path,
+    preemption: Preemption,
+    step: int | None = None,
+    started_at: float | None = None,
+) -> None:
+    """Trains to config.train.num_steps, from the newest good checkpoint in `workdir` if there is one; or from `step`,
+    and then newer checkpoints are set aside.
 
     started_at: when the command was given, in seconds since 1970; now if not given.
 
@@ -60,19 +71,23 @@ def train(settings: Settings, workdir: epath.Path, preemption: Preemption, start
     """
     goodput = Goodput(started_at)
     mesh = make_mesh(settings.mesh)
-    _check(settings, workdir, mesh)
+    warm = _check(settings, workdir, mesh)
+    step = step_back.asked_step(workdir, step)
     num_steps, enabled = settings.train.num_steps, is_process_zero()
     status = Status(workdir, num_steps, enabled, goodput)
     result = RunResult(workdir, num_steps, status, preemption, enabled)
     with result, contextlib.ExitStack() as opened:
         on_process_zero(lambda: opened.enter_context(locked(workdir)))
         opened.enter_context(status)
-        _Session(settings, workdir, mesh, preemption, opened, status, result).run()
+        if warm:
+            opened.enter_context(contextlib.closing(warm))
+        _Session(settings, workdir, mesh, preemption, opened, status, result, warm, step).run()
 
 
-def _check(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> None:
-    """What can be refused before anything is written."""
+def _check(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> WarmStart | None:
+    """What can be refused before anything is written. Returns what the run starts from, if that is another run."""
     check_context_schedule(settings.train)
+    check_mixture_schedule(settings.data, settings.train)
     check_rows(settings, mesh)
     check_attention(settings.model, mesh)
     check_packages(settings.metrics)
@@ -92,6 +107,7 @@ def _check(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
     elif not TokenStore.exists(store_path(settings, workdir)):
         check_continues(settings, workdir)
         check_source(settings, workdir)
+    return WarmStart.of(settings, workdir)
 
 
 class _Session:
@@ -106,19 +122,26 @@ class _Session:
         opened: contextlib.ExitStack,
         status: Status,
         result: RunResult,
+        warm: WarmStart | None,
+        step: int | None,
     ):
-        """opened: closes what has threads or files of its own, however the session ends."""
+        """opened: closes what has threads or files of its own, however the session ends. warm: the run that this one
+        starts from, if there is one. step: to go back to; None: the newest."""
         self.settings, self.workdir, self.mesh = settings, workdir, mesh
         self.preemption, self.opened, self.status, self.result = preemption, opened, status, result
         self.goodput = status.goodput
+        self.warm, self.step = warm, step
         self.store, self.tried = open_on_all(settings, workdir), with_tried_attention(settings, mesh)
         self.split = self.store.split("train")
         self.evaluator = validation_evaluator(self.tried, mesh, self.store)
+        if warm:
+            warm.check_vocab(self.store.vocab_name)
         self.record = run_record(settings, self.store.vocab_name, self.store.fingerprint)
         checkpoints = Checkpoints(workdir, settings.checkpoint, status.saved, before_named=lambda: self.writer.flush())
         self.checkpoints = opened.enter_context(contextlib.closing(checkpoints))
         self.saver = Saver(checkpoints, Votes(mesh, VOTES), settings.checkpoint, self.record, self.goodput)
-        self.rollback = Rollback(checkpoints, Skipped(workdir), settings.train, settings.bad_steps)
+        judged = settings.train, settings.bad_steps
+        self.rollback = Rollback(checkpoints, Skipped(workdir), *judged, self.store.fingerprint)
         self.stop = StopTogether(preemption, settings.checkpoint.grace_seconds)
         self.evaluated: dict[int, float | None] = {}  # losses on the way to the state, by step
         self.step_fn: TrainStep | None = None
@@ -130,6 +153,8 @@ class _Session:
             newest = self._check_newest()
             state, first_step = self._state_at(newest), newest or 0
         self._open_logs(state, first_step)  # from here on nothing is refused
+        if newest is None and self.warm:
+            self.saver.save(state, 0)  # from here on the run does not need the other one
         if first_step >= num_steps:
             say(f"nothing to train: step {first_step} of config.train.num_steps={num_steps} is there")
         elif self._evaluates_at(first_step) and not decided_by_process_zero(first_step in self.evaluated):
@@ -197,28 +222,32 @@ class _Session:
     # ------------------------------------------------------------------ where to go on
 
     def _check_newest(self) -> int | None:
-        """The newest good step; None if there is none. Raises UserError if this run can't go on from it, or there are
-        too few tokens for all rows."""
-        step = self.checkpoints.newest_good()
+        """The newest good step, or the one to go back to; None if there is none. Raises UserError if this run can't go
+        on from it, or there are too few tokens for all rows."""
+        step = step_back.pick(self.checkpoints, self.step)
         self.status.saved(step)
         if step is not None:
             self.rollback.check_belongs(step, self.record)
+            if warning := ignored(self.settings, self.checkpoints, step):
+                say(f"WARNING: {warning}")
         elif logged := lines_of(self.workdir, "train"):
-            say(f"WARNING: metrics.jsonl has step {max(logged)}, and there is no checkpoint: starts over from the seed")
+            say(f"WARNING: metrics.jsonl has step {max(logged)}, and there is no checkpoint: starts over")
         describe(self.store)
-        streams_of(self.rollback.schedule_at(step), self.split.starts, self.settings.seed, self.split.parts)
+        self._streams(self.rollback.schedule_at(step))
         return step
 
     def _state_at(self, step: int | None) -> TrainState:
-        """The state of a checkpoint, or for None that of the seed. From here on data is read as its schedule says."""
+        """The state of a checkpoint, or for None the first one. From here on data is read as its schedule says."""
         self.saver.begin(self.rollback.schedule_at(step))
         self.checkpoints.begin(step)
         self.evaluated = {at: loss for at, loss in self.evaluated.items() if at <= (step or 0)}
-        return state_at(step, self.saver.schedule, self.checkpoints, self.settings, self.mesh)
+        return state_at(step, self.saver.schedule, self.checkpoints, self.settings, self.mesh, self.warm)
 
     def _open_logs(self, state: TrainState, first_step: int) -> None:
         """Records what this start has changed, and opens what is written while it trains."""
         settings, workdir, config = self.settings, self.workdir, self.settings.train
+        if self.step is not None:
+            step_back.set_aside_after(workdir, self.checkpoints, self.step)
         if is_process_zero():
             record_start(workdir, settings, self.store.vocab(), first_step, learning_rate)
         writer = MetricsWriter(workdir, settings.metrics, dataclasses.asdict(settings), enabled=is_process_zero())
@@ -246,9 +275,12 @@ class _Session:
     def _feed(self) -> Feed:
         """The batches of the data schedule in use."""
         config, data, schedule = self.settings.train, self.settings.data, self.saver.schedule
-        streams = streams_of(schedule, self.split.starts, self.settings.seed, self.split.parts)
         sizes = config.batch_size, config.update_len, data.num_threads, data.prefetch_batches
-        return Feed(self.split, streams, self.mesh, *sizes, schedule.now.update, schedule.now.cuts)
+        return Feed(self.split, self._streams(schedule), self.mesh, *sizes, schedule.now.update, schedule.now.cuts)
+
+    def _streams(self, schedule: DataSchedule) -> StagedStreams:
+        """Raises UserError if there are too few tokens for all rows."""
+        return streams_of(schedule, self.split.starts, self.settings.seed, self.split.parts, self.split.stages)
 
     def _compiled(self, first_step: int) -> TrainStep:
         if self.step_fn is None:

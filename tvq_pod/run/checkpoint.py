@@ -61,6 +61,7 @@ class Checkpoints(CheckpointReader):
         self._open(workdir, settings.restore_timeout_seconds)
         self._settings, self._on_saved, self._before_named = settings, on_saved, before_named
         self._branches: list[list] | None = None  # see `begin`
+        self._ancestry: list[dict] = []  # see `descend_from`
         self._saving: int | None = None
         self._saved: concurrent.futures.Future | None = None
         self._failed_at = 0.0
@@ -105,7 +106,7 @@ class Checkpoints(CheckpointReader):
         """Sets aside all steps after that one."""
 
         def set_aside():
-            for step in self.steps():
+            for step in reversed(self.steps()):  # after a kill, what is left leads to the newest that is left
                 if step > after:
                     self._folders.set_aside(step, "undone")
 
@@ -122,7 +123,13 @@ class Checkpoints(CheckpointReader):
         before = [] if step is None else super().branches(step)
         self._branches = [branch for branch in before if branch[0] < first]
         self._branches.append([first, text_from_process_zero(secrets.token_hex(4))])
+        self._ancestry = [] if step is None else super().ancestry(step)
         self._losses = {step: loss for step, loss in self._losses.items() if step <= first}
+
+    def descend_from(self, ancestry: list[dict]) -> None:
+        """The training that began took its weights from another run. Every checkpoint's record says from which; see
+        training/warm_start.py."""
+        self._ancestry = ancestry
 
     def branches(self, step: int) -> list[list]:
         """Those of the training that began, or else of the checkpoint on disk."""
@@ -147,6 +154,8 @@ class Checkpoints(CheckpointReader):
             self._failed(OSError("the disk has not enough room for it"))
             return
         average = {} if state.ema is None else dict(ema=ocp.args.StandardSave(state.ema))
+        if self._ancestry:
+            record = dict(record, ancestry=self._ancestry)
         items = ocp.args.Composite(
             **average,
             params=ocp.args.StandardSave(state.params),

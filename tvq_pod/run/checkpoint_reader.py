@@ -9,12 +9,13 @@ array is read.
 """
 
 import contextlib
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from tvq_pod.config.identity import OPTIMIZER_STATE, differing
+from tvq_pod.config.identity import FINGERPRINT, OPTIMIZER_STATE, differing
 from tvq_pod.config.settings import CheckpointSettings, TrainSettings
 from tvq_pod.data.schedule import DataSchedule
 from tvq_pod.errors import UserError
@@ -25,13 +26,15 @@ from tvq_pod.parallel.processes import (
     all_agree,
     decided_by_process_zero,
     is_process_zero,
+    text_from_process_zero,
 )
 from tvq_pod.run import manifest
-from tvq_pod.run.saved_state import S, from_items, train_item
+from tvq_pod.run.saved_state import S, from_items, saved_name, train_item
 from tvq_pod.run.step_folders import StepFolders
 
 FORMAT = 2
 ITEMS = dict(raw="params", ema="ema")  # of a checkpoint, by what config.eval.weights calls them
+IMPORTED = "imported"  # in a record that --mode=import made: where its parameters come from
 
 
 def handler() -> ocp.CompositeCheckpointHandler:
@@ -52,18 +55,23 @@ class CheckpointReader:
     """
 
     def __init__(
-        self, workdir: epath.PathLike, restore_timeout_seconds: int = CheckpointSettings.restore_timeout_seconds
+        self,
+        workdir: epath.PathLike,
+        restore_timeout_seconds: int = CheckpointSettings.restore_timeout_seconds,
+        given_by: str = "",
     ):
-        """Raises UserError if the run has no checkpoint."""
-        self._open(workdir, restore_timeout_seconds)
+        """given_by: what errors call the run, as SETTING=VALUE; --workdir=WORKDIR if empty. Raises UserError if the run
+        has no checkpoint."""
+        self._open(workdir, restore_timeout_seconds, given_by)
         if not self.path.is_dir():
-            raise UserError(f"--workdir={workdir}: has no checkpoint; train there first")
+            raise UserError(f"{given_by or f'--workdir={workdir}'}: has no checkpoint; train there first")
         self._checkpointer: ocp.Checkpointer = ocp.Checkpointer(handler())
 
-    def _open(self, workdir: epath.PathLike, restore_timeout_seconds: int) -> None:
+    def _open(self, workdir: epath.PathLike, restore_timeout_seconds: int, given_by: str = "") -> None:
         workdir = epath.Path(workdir)
         self.path = (workdir if is_bucket(workdir) else workdir.absolute()) / "checkpoints"
         self._folders = StepFolders(self.path)
+        self._here, self._is_workdir = given_by or f"--workdir={self.path.parent}", not given_by
         self._restore_timeout = restore_timeout_seconds
 
     def close(self) -> None:
@@ -74,6 +82,10 @@ class CheckpointReader:
         """Steps that are there and whole, in order."""
         return self._folders.steps()
 
+    def steps_of_process_zero(self) -> list[int]:
+        """Process 0's `steps`, on all processes: a run that trains meanwhile may add and delete some."""
+        return [int(step) for step in text_from_process_zero(" ".join(map(str, self.steps()))).split()]
+
     def _reading(self, what: str) -> Deadline:
         seconds = self._restore_timeout
         return Deadline(what, seconds, f"config.checkpoint.restore_timeout_seconds={seconds}")
@@ -83,17 +95,18 @@ class CheckpointReader:
 
         Raises UserError if it is not there, or damaged.
         """
-        steps = self.steps()
+        steps = self.steps_of_process_zero()
         if not steps:
-            raise UserError(f"--workdir={self.path.parent}: has no checkpoint; train there first")
+            raise UserError(f"{self._here}: has no checkpoint; train there first")
+        named = f"--step={step}" if self._is_workdir else self._here
         if step is not None and step not in steps:
-            raise UserError(f"--step={step}: there are {', '.join(map(str, steps))}")
+            raise UserError(f"{named}: there are {', '.join(map(str, steps))}")
         with self._reading(f"verifying the checkpoints in {self.path}"):
             for candidate in reversed(steps) if step is None else [step]:
                 if self._is_good(candidate):
                     return candidate
-        which = "every checkpoint" if step is None else f"--step={step}"
-        raise UserError(f"--workdir={self.path.parent}: {which} is damaged; there are {', '.join(map(str, steps))}")
+        which = "every checkpoint" if step is None else f"--step={step}" if self._is_workdir else f"step {step}"
+        raise UserError(f"{self._here}: {which} is damaged; there are {', '.join(map(str, steps))}")
 
     def _is_good(self, step: int) -> bool:
         """Whether the step's files are what its manifest says; each process looks at its share of them.
@@ -108,7 +121,7 @@ class CheckpointReader:
             return True
         if jax.process_count() > 1 and decided_by_process_zero(is_process_zero() and not self._problems(step)):
             raise UserError(
-                f"--workdir={self.path.parent}: step {step} is whole where process 0 is, and not on every host; all "
+                f"{self._here}: step {step} is whole where process 0 is, and not on every host; all "
                 "must see the same folder"
             )
         return False
@@ -118,7 +131,7 @@ class CheckpointReader:
             return manifest.problems(self.path / str(step), part, of)
         except OSError as error:
             raise UserError(
-                f"--workdir={self.path.parent}: {error.filename or self.path} can't be read ({error.strerror}); mend "
+                f"{self._here}: {error.filename or self.path} can't be read ({error.strerror}); mend "
                 "that, and start again"
             ) from None
 
@@ -140,9 +153,10 @@ class CheckpointReader:
                     f"this optimizer's state in form {made_with}, and this version reads form {value} only; give "
                     "another --workdir, or continue with the version that wrote it"
                 )
+            instead = ", or config.train.on_data_change=restart_streams" if name == FINGERPRINT else ""
             raise UserError(
                 f"{name}={value}: the checkpoint {self.path}/{step} was made with {made_with}; "
-                "give that, or another --workdir"
+                f"give that, or another --workdir{instead}"
             )
 
     def check_streams(self, step: int, settings: TrainSettings) -> None:
@@ -187,6 +201,14 @@ class CheckpointReader:
             say(f"the weights are their moving average at step {step}; config.eval.weights=raw: those of the step")
         return self._restore(step, **{ITEMS[item]: ocp.args.StandardRestore(abstract_params)})[ITEMS[item]]
 
+    def restore_weights_and_optimizer(self, step: int, abstract: S) -> tuple[dict, Any]:
+        """The parameters and the optimizer's state, in the shapes, dtypes and shardings of `abstract`."""
+        items = dict(
+            params=ocp.args.StandardRestore(abstract.params), train=ocp.args.StandardRestore(train_item(abstract))
+        )
+        restored = self._restore(step, **items)
+        return restored["params"], restored["train"][saved_name("opt_state")]
+
     def has_ema(self, step: int) -> bool:
         """Whether `step` has the moving average of the parameters."""
         return (self.path / str(step) / ITEMS["ema"]).is_dir()
@@ -203,8 +225,8 @@ class CheckpointReader:
         except (KeyError, OSError, TypeError, ValueError) as error:
             if found := self._other_arrays(step, items):
                 raise UserError(
-                    f"--workdir={self.path.parent}: {found}; the checkpoint is not damaged: "
-                    "give the config that it was made with, or another --workdir"
+                    f"{self._here}: {found}; the checkpoint is not damaged: give the config that it was made with, or "
+                    f"another {self._here.partition('=')[0]}"
                 ) from error
             raise UserError(
                 f"{self.path}/{step}: can't be read ({str(error)[:200]}); "
@@ -233,6 +255,10 @@ class CheckpointReader:
     def branches(self, step: int) -> list[list]:
         """The branches that led to `step`, as [first step, name]; see Checkpoints.begin."""
         return self.record(step).get("branches", [])
+
+    def ancestry(self, step: int) -> list[dict]:
+        """The checkpoints of other runs that `step` descends from, the latest first; see training/warm_start.py."""
+        return self.record(step).get("ancestry", [])
 
     def identity(self, step: int) -> str:
         """What no other checkpoint is called: `step` and its branch, as "20-1f0c33a7"; "" for those of older

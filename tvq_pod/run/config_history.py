@@ -2,9 +2,12 @@
 
     {"step": 2000, "time": 1764150000.0, "changed": {"config.train.num_steps": [2000, 4000]}}    old, new
 
+A run that went back on purpose has a line of another kind; see step_back.py.
+
 The last start is known by the run's config.json, which is written together with the history.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -80,16 +83,32 @@ def keep(workdir: epath.Path, settings: Settings, step: int) -> None:
     """
     try:
         if changed := changes(last_start(workdir), settings):
-            path = workdir / NAME
-            text = path.read_text() if path.exists() else ""
-            line = json.dumps(dict(step=step, time=time.time(), changed=changed)) + "\n"
-            write_whole(path, text[: text.rfind("\n") + 1] + line)
+            add(workdir, step, changed)
         write_whole(workdir / "config.json", to_json(settings))
     except OSError as error:
         raise UserError(
             f"--workdir={workdir}: config.json can't be written ({error.strerror or error}); "
             "make room, or give a folder that can be written"
         ) from None
+
+
+def add(workdir: epath.Path, step: int, changed: dict[str, list], **more) -> None:
+    """Adds a line to the history. more: what it says besides; see step_back.py."""
+    path = workdir / NAME
+    text = path.read_text() if path.exists() else ""
+    line = json.dumps(dict(step=step, time=time.time(), changed=changed, **more)) + "\n"
+    write_whole(path, text[: text.rfind("\n") + 1] + line)
+
+
+def lines(workdir: epath.Path) -> list[dict]:
+    """The lines of the history, in order. Those that can't be read are left out."""
+    found, path = [], workdir / NAME
+    for text in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict):
+                found.append(line)
+    return found
 
 
 def jump(before: dict, settings: Settings, step: int, rate: Rate) -> str:

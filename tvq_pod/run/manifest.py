@@ -29,6 +29,12 @@ def write_manifest(folder: epath.Path) -> None:
     write_whole(folder / NAME, json.dumps(dict(files=files, crc32c=_crc_of(files)), indent=1) + "\n", sync=True)
 
 
+def fingerprint(folder: epath.Path) -> str:
+    """What the folder's files are known by: 8 hexadecimal digits, of their names, sizes and checksums. The manifest
+    must be a good one."""
+    return f"{json.loads((folder / NAME).read_text())['crc32c']:08x}"
+
+
 def problems(folder: epath.Path, part: int = 0, of: int = 1) -> list[str]:
     """What is wrong with the folder, a line each: files that are missing, cut off or changed since its manifest was
     written, or a manifest that is missing or damaged itself. Empty if all is well.

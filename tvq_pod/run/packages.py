@@ -37,8 +37,9 @@ def installed() -> dict[str, str]:
     """The version of Python and of every package that is installed, by its normalized name. Imports none of them."""
     versions = {"python": platform.python_version()}
     for distribution in importlib.metadata.distributions():  # of two with one name, Python imports the first
-        if name := distribution.metadata["Name"]:
-            versions.setdefault(re.sub(r"[-_.]+", "-", name).lower(), distribution.version)
+        metadata = distribution.metadata  # which is parsed whenever it is asked for
+        if name := metadata["Name"]:
+            versions.setdefault(re.sub(r"[-_.]+", "-", name).lower(), metadata["Version"])
     return versions
 
 

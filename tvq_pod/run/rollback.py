@@ -5,6 +5,7 @@ Data of steps that went wrong is skipped: the data schedule, which says what eac
 
 import dataclasses
 
+from tvq_pod.config.identity import FINGERPRINT
 from tvq_pod.config.settings import BadStepsSettings, TrainSettings
 from tvq_pod.data.schedule import DataSchedule
 from tvq_pod.errors import UserError
@@ -32,29 +33,47 @@ class Rollback:
     """Finds the step to go on from, and the data schedule from there. All processes call the same methods in the same
     order."""
 
-    def __init__(self, checkpoints: Checkpoints, skipped: Skipped, train: TrainSettings, settings: BadStepsSettings):
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        skipped: Skipped,
+        train: TrainSettings,
+        settings: BadStepsSettings,
+        fingerprint: str = "",
+    ):
+        """fingerprint: of the data that the run reads now."""
         self._checkpoints, self._skipped, self._train, self._settings = checkpoints, skipped, train, settings
+        self._fingerprint = fingerprint
 
     def check_belongs(self, step: int, record: dict) -> None:
         """Raises UserError if a checkpoint is of another run, or of other streams and they may not start anew.
 
         record: see `run_record`.
         """
+        if self._train.on_data_change == "restart_streams":
+            record = {name: value for name, value in record.items() if name != FINGERPRINT}
         self._checkpoints.check(step, record)
         if self._train.on_batch_change == "refuse":
             self._checkpoints.check_streams(step, self._train)
 
     def schedule_at(self, step: int | None) -> DataSchedule:
         """The data schedule that leads on from a checkpoint, or for None from the beginning. Stretches that have been
-        skipped since, and a change of the batch or of the context schedule, are in it."""
+        skipped since, and a change of the batch, of the data or of the context schedule, are in it."""
         sizes = self._train.batch_size, self._train.update_len
         if step is None:
             schedule = DataSchedule.begin(*sizes)
         else:
             schedule = self._checkpoints.schedule(step)
-            if (schedule.now.batch_size, schedule.now.update_len) != sizes:
-                schedule = schedule.changed(step, *sizes)
+            data = self._other_data(step)
+            if data or (schedule.now.batch_size, schedule.now.update_len) != sizes:
+                schedule = schedule.changed(step, *sizes, data)
         return self._skipped.put_into(schedule.with_contexts(step or 0, self._train.context_schedule))
+
+    def _other_data(self, step: int) -> str:
+        """The fingerprint of the data that the run reads now, if it is not that of the checkpoint; else ""."""
+        if self._train.on_data_change == "refuse":
+            return ""
+        return "" if self._checkpoints.record(step).get(FINGERPRINT) == self._fingerprint else self._fingerprint
 
     def go_back(self, bad: BadStretch, schedule: DataSchedule) -> int | None:
         """The newest good step before a stretch of bad ones; None for the seed. From now on their data is skipped.

@@ -2,7 +2,7 @@
 
 WORKDIR/checkpoints/STEP                 appears under its name only when it is whole
 WORKDIR/checkpoints/STEP.damaged         a step whose files are not what its manifest says: set aside, never deleted
-WORKDIR/checkpoints/STEP.undone          a step that the run went back from (see rollback.py)
+WORKDIR/checkpoints/STEP.undone          a step that the run went back from (see rollback.py, step_back.py)
 """
 
 import contextlib

@@ -8,12 +8,14 @@ do. With w_t the parameters after step t and d = config.train.ema_decay,
 so an average never spans much more than the last tenth of a run, and the random weights of its beginning are soon gone.
 (The limit is that of tf.train.ExponentialMovingAverage.)
 
-Codebooks are averaged too. A code is the mean of the keys of the last hundred updates or so, made by the weights of
-then. The averaged weights make keys as weights of the past did, so the codes for them are those of the same past. An
-average of places alone would leave a code that was revived (see nn/codebook.py) halfway between its old place and its
-new one. So a place is weighted by its count: with N the count and c the place of a code, the average of N c over the
-average of N is the mean of the keys that the code stood for, and a place that no key chose has no weight. This is the
-codebook's own moving average once more, with decay d_t.
+Codebooks are averaged too. In training a code is the mean of the keys of the last 1 / (1 - c_gamma) updates or so. It
+is that far behind the weights, and the model has learned with codes that are. Averaged alike, codes and weights stay
+that far apart. The codes of the last step would be ahead of the averaged weights by up to 1 / (1 - d) steps instead.
+
+An average of places alone would leave a code that was revived (see nn/codebook.py) halfway between its old place and
+its new one. So a place is weighted by its count: with N the count and c the place of a code, the average of N c over
+the average of N is the mean of the keys that the code stood for, and a place that no key chose has no weight. This is
+the codebook's own moving average once more, with decay d_t.
 """
 
 import jax

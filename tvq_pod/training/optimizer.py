@@ -108,6 +108,12 @@ def make_optimizer(
     return optax.GradientTransformation(init, update)
 
 
+def with_schedule_of(started: optax.OptState, state: optax.OptState) -> optax.OptState:
+    """Returns `state`, a state of `make_optimizer`, with the learning-rate schedule where it is in `started`."""
+    (*directions, _), (*_, scheduled) = (cast(optax.MaskedState, of).inner_state for of in (state, started))
+    return optax.MaskedState(inner_state=(*directions, scheduled))
+
+
 def _weights_chain(settings: OptimizerSettings, num_steps: int) -> optax.GradientTransformation:
     directions = {
         "adamw": lambda: optax.scale_by_adam(settings.b1, settings.b2, settings.eps, mu_dtype=jnp.float32),

@@ -10,21 +10,31 @@ from tvq_pod.host.terminal import say
 from tvq_pod.parallel.mesh import sizes
 from tvq_pod.parallel.processes import decided_by_process_zero
 from tvq_pod.run.checkpoint import Checkpoints
-from tvq_pod.run.metrics import lines_of
+from tvq_pod.run.metrics import all_lines
 from tvq_pod.training import ema
 from tvq_pod.training.step import TrainState, abstract_train_state, create_recurrent, create_train_state
+from tvq_pod.training.warm_start import WarmStart
 
 
 def state_at(
-    step: int | None, schedule: DataSchedule, checkpoints: Checkpoints, settings: Settings, mesh: jax.sharding.Mesh
+    step: int | None,
+    schedule: DataSchedule,
+    checkpoints: Checkpoints,
+    settings: Settings,
+    mesh: jax.sharding.Mesh,
+    warm: WarmStart | None = None,
 ) -> TrainState:
-    """The state of the checkpoint `step`, or for None that of the seed. schedule: from there on; where it begins with
-    other streams, they have read nothing.
+    """The state of the checkpoint `step`, or for None the first one: that of the seed, or of a warm start. schedule:
+    from there on; where it begins with other streams, they have read nothing.
 
     Raises UserError if the run's log speaks of other tokens up to there than the checkpoint has consumed.
     """
     if step is None:
-        return create_train_state(settings, mesh)
+        if warm is None:
+            return create_train_state(settings, mesh)
+        state = warm.state(mesh)
+        checkpoints.descend_from(warm.ancestry)
+        return state
     same_streams = schedule.now.first_step != step or len(schedule.phases) == 1
     abstract = abstract_train_state(settings, mesh)
     state = checkpoints.restore(step, abstract, with_recurrent=same_streams)
@@ -33,12 +43,15 @@ def state_at(
         state = state.replace(recurrent=create_recurrent(settings, mesh))
         streams = f"{schedule.now.batch_size} of them, {schedule.now.update_len} tokens an update"
         say(f"streams start anew at step {step}: {streams}")
+        if data := schedule.now.data:
+            say(f"other data is read from step {step} on: fingerprint {data[:16]}")
     workdir = checkpoints.path.parent
-    logged = lines_of(workdir, "train").get(step, {}).get("digest")
+    # A run that went back, and logged this step again, may be brought back to the checkpoint of before.
+    logged = [line.get("digest") for line in all_lines(workdir) if (line["split"], line["step"]) == ("train", step)]
     found = digest.as_text(jax.device_get(state.digest))
-    if decided_by_process_zero(logged not in (None, found)):
+    if decided_by_process_zero(bool(logged) and not {None, found} & set(logged)):
         raise UserError(
-            f"--workdir={workdir}: metrics.jsonl has digest {logged} of the tokens up to step {step}, "
+            f"--workdir={workdir}: metrics.jsonl has digest {logged[-1]} of the tokens up to step {step}, "
             f"its checkpoint {found}; they are not of one run, or that line is damaged: then delete it"
         )
     say(f"goes on from step {step} in {checkpoints.path}")

@@ -129,6 +129,14 @@ def create_train_state(settings: Settings, mesh: jax.sharding.Mesh) -> TrainStat
     return jax.jit(lambda: initial_train_state(settings), out_shardings=shardings)()
 
 
+def train_state_with(params: dict, settings: Settings, mesh: jax.sharding.Mesh) -> TrainState:
+    """`create_train_state`, with other parameters in place of those of the seed. params: a tree of arrays as the model
+    has them, codebooks included."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_train_state(settings, mesh))
+    params = jax.device_put(params, shardings.params)
+    return jax.jit(lambda params: _train_state_of(params, settings), out_shardings=shardings)(params)
+
+
 def create_recurrent(settings: Settings, mesh: jax.sharding.Mesh) -> dict:
     """`initial_recurrent`, made in place."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_train_state(settings, mesh).recurrent)

@@ -1,0 +1,133 @@
+"""`tvq_pod.load`: the model that it returns says what the model of the checkpoint says."""
+
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tvq_pod
+from tests.command import ROOT, environment
+from tests.common import model_params
+from tests.made_run import make_run, settings_of
+from tvq_pod.data.vocab import END_OF_DOC
+from tvq_pod.errors import UserError
+from tvq_pod.inference.loaded import LoadedModel
+from tvq_pod.nn.model import Transformer
+
+SETTINGS = settings_of()
+PAGE = ROOT / "docs/export.md"
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("runs") / "stdlib"
+    workdir.mkdir()
+    make_run(workdir, SETTINGS)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def loaded(workdir) -> LoadedModel:
+    """On eight devices."""
+    return tvq_pod.load(workdir)
+
+
+def log_probabilities(document):
+    """Of the tokens of one document, by the plain model and no other part of the program."""
+    config = SETTINGS.model.replace(attention="plain", block_len=1)
+    inputs = np.array([END_OF_DOC, *document[:-1]], np.int32)[None]
+
+    @jax.jit
+    def apply(params):
+        state = Transformer.initial_state(config, 1)
+        logits = Transformer(config).apply({"params": params}, state, inputs, jnp.zeros_like(inputs))[1]["logits"]
+        return jax.nn.log_softmax(logits[0])
+
+    return np.take_along_axis(np.asarray(apply(model_params(SETTINGS.model))), document[:, None], axis=1)[:, 0]
+
+
+def test_scores_are_log_probabilities_of_each_token_given_all_before(loaded):
+    """Of texts of several updates, side by side."""
+    texts = ["a short one", "x", "a longer text, of more tokens than an update and a window have together. " * 2]
+    scores = loaded.score(texts, with_end=True)
+    for text, found in zip(texts, scores, strict=True):
+        document = np.array([*loaded.vocab.encode(text.encode()), END_OF_DOC])
+        np.testing.assert_allclose(found, log_probabilities(document), atol=1e-4, rtol=0)
+    without = loaded.score(texts)
+    for text, found, whole in zip(texts, without, scores, strict=True):
+        assert len(found) == len(text)
+        np.testing.assert_array_equal(found, whole[:-1])
+
+
+def test_texts_are_scored_alike_alone_and_among_many(loaded, monkeypatch):
+    monkeypatch.setattr("tvq_pod.inference.loaded.MAX_ROWS", 8)
+    texts = [f"text number {n}" * (n % 3) for n in range(11)]  # empty ones, too
+    scores = loaded.score(texts)
+    assert [len(found) for found in scores] == [len(text) for text in texts]
+    np.testing.assert_allclose(loaded.score([texts[10]])[0], scores[10], atol=1e-5)
+    assert loaded.score([]) == []
+
+
+def test_bytes_are_scored_as_they_are(loaded):
+    (found,) = loaded.score([b"\xff\x00"])
+    np.testing.assert_allclose(found, log_probabilities(np.array([258, 3])), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_generated_tokens_are_the_likeliest_at_temperature_0(loaded):
+    prompts = ["ab", "", "a longer prompt"]
+    drawn = loaded.generate_tokens(
+        [loaded.vocab.encode(prompt.encode()) for prompt in prompts], length=12, temperature=0.0
+    )
+    apply, state = jax.jit(loaded.model.apply), Transformer.initial_state(loaded.model.config, 1)
+    for prompt, new in zip(prompts, drawn, strict=True):
+        assert 0 < len(new) <= 12
+        inputs = np.zeros([1, 32], np.int32)
+        inputs[0, : len(prompt) + len(new)] = [END_OF_DOC, *loaded.vocab.encode(prompt.encode()), *new[:-1]]
+        _, out = apply({"params": loaded.params}, state, inputs, np.zeros_like(inputs))
+        logits = np.array(out["logits"][0, len(prompt) : len(prompt) + len(new)])
+        logits[:, [0, 2, *range(259, 264)]] = -np.inf
+        np.testing.assert_array_equal(new, logits.argmax(axis=1))
+    texts = loaded.generate(prompts, length=12, temperature=0.0)
+    assert texts == [bytes(int(id_) - 3 for id_ in new).decode(errors="replace") for new in drawn]
+    assert loaded.generate([]) == []
+
+
+def test_a_checkpoint_that_is_not_there_is_one_line(workdir, tmp_path):
+    with pytest.raises(UserError, match="--step=7: "):
+        tvq_pod.load(workdir, step=7)
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        tvq_pod.load(tmp_path)
+    shutil.copy(workdir / "config.json", tmp_path)
+    with pytest.raises(UserError, match="has no checkpoint"):
+        tvq_pod.load(str(tmp_path))
+
+
+def test_importing_tvq_pod_imports_no_more_than_python_has():
+    code = "import sys; before = set(sys.modules); import tvq_pod; tvq_pod.load; print(*set(sys.modules) - before)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert {name.partition(".")[0] for name in done.stdout.split()} - set(sys.stdlib_module_names) == {"tvq_pod"}
+
+
+@pytest.mark.slow
+def test_the_example_of_the_page_runs(workdir, tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(workdir.parent)
+    names = {"__name__": "example"}
+    with jax.numpy_rank_promotion("allow"):  # as a user's program has it
+        exec(compile(code, str(PAGE), "exec"), names)
+    texts, bits = names["texts"], names["bits_per_byte"]
+    assert len(texts) == 2
+    assert all(isinstance(text, str) for text in texts)
+    assert len(bits) == 2
+    assert all(4 < value < 12 for value in bits)  # of parameters that know nothing
+    assert names["logits"].shape == (1, 16, 264)

@@ -1,0 +1,98 @@
+"""The streams that a run reads, after all that has changed since it began: its batch, its data, the weights of its
+mixture.
+
+    another batch       what is left of the epoch is laid end to end and cut into the new rows (TrainStreams.recut)
+    other data          streams that have read nothing
+    other weights       in the middle of the streams: new epochs begin there, in the same rows
+
+Streams that begin because of other data or weights draw the order of documents anew: they begin with an epoch of a
+number that no streams before have come to. So what was read before and what is read now are independent draws.
+"""
+
+import bisect
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from tvq_pod.data.schedule import DataSchedule, Phase
+from tvq_pod.data.store import Part, Stage
+from tvq_pod.data.streams import Segment, TrainStreams
+
+EPOCHS_APART = 100  # the first epochs of streams whose order of documents must not be the same
+MOST_CHANGES = 64  # of weights, whose streams have first epochs of their own; later ones begin like earlier ones
+
+
+class StagedStreams:
+    """The plan of training where weights change on the way: the tokens of each row are those of one plan after the
+    other. See `Plan`."""
+
+    def __init__(self, stages: Sequence[tuple[int, TrainStreams]]):
+        """stages: for each plan the place in every row where it begins; the first begins at 0."""
+        self._firsts = [first for first, _ in stages]
+        self._streams = [streams for _, streams in stages]
+        self._documents_before = functools.cache(self._count_documents_before)
+
+    def segments(self, row: int, begin: int, end: int) -> Iterator[Segment]:
+        """See Plan. Document ids count on from plan to plan."""
+        for index, streams in enumerate(self._streams):
+            first, stop = self._firsts[index], self._firsts[index + 1] if index + 1 < len(self._firsts) else end
+            low, high = max(begin, first), min(end, stop)
+            if low >= high:
+                continue
+            before, segments = self._documents_before(index, row), streams.segments(row, low - first, high - first)
+            if not before:
+                yield from segments
+            for segment in segments if before else ():
+                yield dataclasses.replace(segment, doc_id=segment.doc_id + before)
+
+    def at(self, place: int) -> tuple[int, TrainStreams]:
+        """The plan of a place in every row, and where it begins."""
+        index = bisect.bisect_right(self._firsts, place) - 1
+        return self._firsts[index], self._streams[index]
+
+    def _count_documents_before(self, index: int, row: int) -> int:
+        """Documents of a row in the plans before, the one that was cut included."""
+        total = 0
+        for (first, stop), streams in zip(itertools.pairwise(self._firsts[: index + 1]), self._streams, strict=False):
+            (last,) = streams.segments(row, stop - first - 1, stop - first)
+            total += last.doc_id + 1
+        return total
+
+
+def streams_of(
+    schedule: DataSchedule, starts: np.ndarray, seed: int, parts: Sequence[Part] = (), stages: Sequence[Stage] = ()
+) -> StagedStreams:
+    """The streams that a run reads now.
+
+    starts: as in TrainStreams, of the data that it reads now. parts: of a mixture. stages: other weights of these, from
+    steps on.
+    """
+    first = max(index for index, phase in enumerate(schedule.phases) if phase.data or not index)
+    phases = schedule.phases[first:]
+    n_drawn = sum(bool(phase.data) for phase in schedule.phases)  # times that the data was another
+
+    def begun(phase: Phase, parts: Sequence[Part], n_changes: int) -> TrainStreams:
+        epoch = EPOCHS_APART * (n_drawn * MOST_CHANGES + n_changes % MOST_CHANGES)
+        return TrainStreams(starts, phase.batch_size, seed, epoch, parts=parts)
+
+    held = [stage for stage in stages if stage.first_step <= phases[0].first_step]
+    streams = begun(phases[0], held[-1].parts if held else parts, len(held))
+    for phase, following in itertools.zip_longest(phases, phases[1:]):
+        # Counted in updates of the phase: what is skipped then holds for the data that it was skipped of.
+        changes = [(n, stage) for n, stage in enumerate(stages, start=1) if stage.first_step > phase.first_step]
+        plan = StagedStreams(
+            [(0, streams)]
+            + [
+                ((stage.first_step - phase.first_step) * phase.update_len, begun(phase, stage.parts, n))
+                for n, stage in changes
+            ]
+        )
+        if following is None:
+            return plan
+        consumed = phase.update(following.first_step) * phase.update_len
+        begin, streams = plan.at(consumed)
+        streams = streams.recut(consumed - begin, following.batch_size)
+    raise AssertionError("a schedule has a phase")

@@ -1,0 +1,161 @@
+"""A trained model in somebody else's program: what `tvq_pod.load` returns. docs/export.md has an example."""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from etils import epath
+
+from tvq_pod.config.identity import model_record
+from tvq_pod.config.relations import check_vocab_fits
+from tvq_pod.config.resolve import resolve
+from tvq_pod.config.run_config import read_run_config
+from tvq_pod.config.settings import EvalSettings, MeshSettings, SampleSettings, Settings
+from tvq_pod.data.open import run_vocab
+from tvq_pod.data.vocab import END_OF_DOC, Vocab, decoded
+from tvq_pod.inference.evaluator import make_eval_state, make_eval_step
+from tvq_pod.inference.sampler import Sampler
+from tvq_pod.inference.text import encoded, rows_of, text_sampling
+from tvq_pod.nn.model import Transformer
+from tvq_pod.parallel.attention import with_tried_attention
+from tvq_pod.parallel.mesh import make_mesh
+from tvq_pod.run.checkpoint_reader import CheckpointReader
+from tvq_pod.training.step import abstract_train_state
+
+MAX_ROWS = 64  # texts that are scored side by side
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model of one checkpoint.
+
+    settings: the run's, with a mesh of this process's devices. step: the checkpoint's. model: a flax module; its
+    config is a TransformerConfig. params: its parameters, spread over the devices, so that
+    `model.apply({"params": params}, state, inputs, doc_ids)` computes logits (see nn/model.py). vocab: text to token
+    ids and back (see data/vocab.py). mesh: of the devices.
+    """
+
+    settings: Settings
+    step: int
+    model: Transformer
+    params: dict
+    vocab: Vocab
+    mesh: jax.sharding.Mesh
+
+    def score(self, texts: Sequence[str | bytes], *, with_end: bool = False) -> list[np.ndarray]:
+        """The log-probability of every token of each text, in nats, float32 [n] for a text of n tokens.
+
+        Each text is a document, and a token is predicted from all tokens before it, however many these are. with_end:
+        the end of the document comes last, as one more token. Raises UserError for bytes that are not UTF-8, where the
+        vocabulary takes text only.
+        """
+        return self.score_tokens([self._tokens(text) for text in texts], with_end=with_end)
+
+    def score_tokens(self, documents: Sequence[np.ndarray], *, with_end: bool = False) -> list[np.ndarray]:
+        """`score`, of documents that are token ids, integers [n]."""
+        end = [END_OF_DOC] * with_end
+        targets = [np.concatenate([document, end]).astype(np.int32) for document in documents]
+        return [scores for n in range(0, len(targets), MAX_ROWS) for scores in self._scored(targets[n : n + MAX_ROWS])]
+
+    def generate(
+        self,
+        prompts: Sequence[str | bytes],
+        *,
+        length: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> list[str]:
+        """Continues documents that begin with `prompts`, all side by side; returns the new text of each.
+
+        length: most tokens of each, which ends earlier where the document does. temperature: 0 takes the likeliest
+        token. top_p: draws from the likeliest tokens that have this probability together. What is not given is as in
+        config.sample of the run. Raises what `score` raises.
+        """
+        tokens = [self._tokens(prompt) for prompt in prompts]
+        drawn = self.generate_tokens(tokens, length=length, temperature=temperature, top_p=top_p, seed=seed)
+        return [decoded(row, self.vocab) for row in drawn]
+
+    def generate_tokens(
+        self,
+        prompts: Sequence[np.ndarray],
+        *,
+        length: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> list[np.ndarray]:
+        """`generate`, of prompts that are token ids, integers [n]; returns the new ones, int32 [m] each."""
+        given = dict(length=length, temperature=temperature, top_p=top_p, seed=seed)
+        how = dataclasses.replace(self.settings.sample, **{n: value for n, value in given.items() if value is not None})
+        rows, sampler = [], self._sampler(len(prompts), how.temperature, how.top_p) if prompts else None
+        while sampler and len(rows) < len(prompts):
+            group = [np.asarray(prompt) for prompt in prompts[len(rows) : len(rows) + sampler.batch_size]]
+            chunks = sampler.sample(self.params, group, how.seed, how.length, first_row=len(rows))
+            rows += [np.fromiter(row, np.int32) for row in rows_of(chunks, len(group))]
+        return rows
+
+    def _tokens(self, text: str | bytes) -> np.ndarray:
+        return encoded(text.encode() if isinstance(text, str) else text, self.vocab)
+
+    def _scored(self, targets: list[np.ndarray]) -> list[np.ndarray]:
+        """Updates of all texts side by side, the states carried from each to the next."""
+        longest, block_len = max(map(len, targets)), self.model.config.block_len
+        # Few different shapes, so that few programs are compiled.
+        n_rows = self.mesh.size * 2 ** math.ceil(math.log2(math.ceil(len(targets) / self.mesh.size)))
+        n_blocks = 2 ** math.ceil(math.log2(max(1, math.ceil(longest / block_len))))
+        update_len = min(block_len * n_blocks, self.settings.train.update_len)
+        padded = np.zeros([n_rows, math.ceil(longest / update_len) * update_len + 1], np.int32)
+        padded[:, 0] = END_OF_DOC
+        for row, document in enumerate(targets):
+            padded[row, 1 : 1 + len(document)] = document
+        score, state, losses = self._score_step(n_rows), make_eval_state(self.settings, self.mesh, n_rows), []
+        for begin in range(0, padded.shape[1] - 1, update_len):
+            part = padded[:, begin : begin + update_len + 1]
+            zeros = np.zeros([n_rows, update_len], np.int32)
+            batch = dict(inputs=part[:, :-1], targets=part[:, 1:], doc_ids=zeros, loss_mask=zeros + np.float32(1))
+            state, found = score(self.params, state, batch)
+            losses.append(jax.device_get(found))
+        scores = -np.concatenate(losses, axis=1) if losses else padded[:, 1:].astype(np.float32)
+        return [scores[row, : len(document)] for row, document in enumerate(targets)]
+
+    @functools.cached_property
+    def _compiled(self) -> dict:
+        """Programs that were compiled before."""
+        return {}
+
+    def _score_step(self, n_rows: int):
+        if n_rows not in self._compiled:
+            self._compiled[n_rows] = make_eval_step(self.settings, self.mesh, n_rows)
+        return self._compiled[n_rows]
+
+    def _sampler(self, n_rows: int, temperature: float, top_p: float) -> Sampler:
+        key = n_rows, temperature, top_p
+        if key not in self._compiled:
+            sampling = text_sampling(
+                self.model.config, self.vocab, SampleSettings(temperature=temperature, top_p=top_p)
+            )
+            self._compiled[key] = Sampler(self.model.config, sampling, n_rows, list(self.mesh.devices.flat))
+        return self._compiled[key]
+
+
+def load_run(workdir: str | os.PathLike[str], step: int | None) -> LoadedModel:
+    """See `tvq_pod.load`."""
+    settings = resolve(read_run_config(workdir))
+    # What the run's own machines were like, and whether it looks at the cache when it evaluates, is of no account.
+    evaluation = EvalSettings(weights=settings.eval.weights)
+    settings = dataclasses.replace(settings, mesh=MeshSettings(fsdp=settings.mesh.fsdp), eval=evaluation)
+    workdir, mesh = epath.Path(workdir), make_mesh(settings.mesh, jax.local_devices())
+    settings = with_tried_attention(settings, mesh)
+    checkpoints = CheckpointReader(workdir, settings.checkpoint.restore_timeout_seconds)
+    step, vocab = checkpoints.pick(step), run_vocab(settings, workdir)
+    checkpoints.check(step, model_record(settings, vocab.name))
+    check_vocab_fits(settings, vocab.n_vocab)
+    abstract = abstract_train_state(settings, mesh).params
+    params = checkpoints.restore_params(step, abstract, settings.eval.weights)
+    checkpoints.close()
+    return LoadedModel(settings, step, Transformer(settings.model), params, vocab, mesh)
