@@ -21,7 +21,7 @@ def calls(lowered: jax.stages.Lowered) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "mesh, widths",
+    ("mesh", "widths"),
     [
         (dict(), dict(head_type="shga", n_head=1)),
         (dict(sequence=2, model=2), dict(head_type="mha", n_head=2)),
