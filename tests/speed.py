@@ -17,6 +17,7 @@ import time
 import numpy as np
 
 from tests.common import pg19_like
+from tests.data.made_streams import made_streams
 from tvq_pod.config.resolve import resolve
 from tvq_pod.config.settings import DataSettings, MeshSettings
 from tvq_pod.data import store as stores
@@ -25,7 +26,7 @@ from tvq_pod.data.corpora import stdlib
 from tvq_pod.data.document import Document
 from tvq_pod.data.loader import Feed
 from tvq_pod.data.store import TokenStore
-from tvq_pod.data.streams import PADDING, PackedDocuments, RowSource, TrainStreams
+from tvq_pod.data.streams import PADDING, PackedDocuments, RowSource
 from tvq_pod.data.train_vocab import train_sentencepiece
 from tvq_pod.data.vocab import ByteVocab, SentencePieceVocab
 from tvq_pod.parallel.mesh import make_mesh
@@ -90,7 +91,7 @@ def pieces_alone(vocab: SentencePieceVocab, n_bytes: int) -> float:
 def feed(store: TokenStore, batch_size: int, update_len: int, n_steps: int, first_step: int) -> float:
     """Tokens a second, as host arrays, of steps that follow each other."""
     split = store.split("train")
-    plan = TrainStreams(split.starts, batch_size, 0)
+    plan = made_streams(split, batch_size)
     here = Feed(split, plan, make_mesh(MeshSettings()), batch_size, update_len, threads=CORES, ahead=8)
     batches = here.host_batches(range(batch_size), first_step, first_step + n_steps)
     next(batches)
@@ -101,7 +102,7 @@ def feed(store: TokenStore, batch_size: int, update_len: int, n_steps: int, firs
 def random_rows(store: TokenStore, update_len: int, n_rows: int, seed: int) -> float:
     """Rows a second, of steps and rows at random."""
     split = store.split("train")
-    plan = TrainStreams(split.starts, 128, 0)
+    plan = made_streams(split, 128)
     n_steps = int(split.starts[-1]) // 128 // update_len
     source = RowSource(split.tokens, plan, range(128), update_len, 0, n_steps)
     places = np.random.default_rng(seed).integers(len(source), size=n_rows)

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.common import small_config
+from tests.data.made_streams import made_streams
 from tests.data.test_streams import corpora, corpus
 from tests.nn.test_model import TOTAL, run
 from tvq_pod.data.run_streams import streams_of
-from tvq_pod.data.schedule import DataSchedule
-from tvq_pod.data.streams import RowSource, TrainStreams, read_row
+from tvq_pod.data.schedule import LISTED, DataSchedule, Phase
+from tvq_pod.data.streams import RowSource, read_row
 
 
 @st.composite
@@ -70,7 +71,7 @@ def test_ids_count_documents_and_contexts_and_nothing_else_changes(lengths, runs
             schedule = schedule.skipping(schedule.now.update(first), n_skipped)
         schedule = DataSchedule.from_json(json.loads(json.dumps(schedule.to_json())))
         schedule = schedule.with_contexts(first, as_text(stages))
-        streams = streams_of(schedule, split.starts, seed=0)
+        streams = streams_of(schedule, split, seed=0)
         sizes = range(batch_size), update_len, first, last
         source = RowSource(split.tokens, streams, *sizes, update_of=schedule.now.update, cuts_of=schedule.now.cuts)
         uncut = RowSource(split.tokens, streams, *sizes, update_of=schedule.now.update)
@@ -92,7 +93,7 @@ def test_ids_count_documents_and_contexts_and_nothing_else_changes(lengths, runs
 def test_a_schedule_of_an_older_version_has_no_contexts():
     old = [dict(first_step=0, batch_size=2, update_len=4, skips=[[1, 1]])]
     schedule = DataSchedule.from_json(old)
-    assert schedule == DataSchedule.begin(2, 4).skipping(1, 1)
+    assert schedule == DataSchedule((Phase(0, 2, 4, order=LISTED),)).skipping(1, 1)
     assert schedule.with_contexts(7, "") == schedule
     assert {schedule.now.cuts(step) for step in range(50)} == {0}
 
@@ -100,16 +101,16 @@ def test_a_schedule_of_an_older_version_has_no_contexts():
 def test_an_id_that_int32_does_not_hold_is_refused():
     split = corpus([9])
     most = np.iinfo(np.int32).max
-    assert set(read_row(split.tokens, TrainStreams(split.starts, 1, 0), 0, 0, 9, most)["doc_ids"]) == {most}
+    assert set(read_row(split.tokens, made_streams(split, 1, 0), 0, 0, 9, most)["doc_ids"]) == {most}
     with pytest.raises(OverflowError):
-        read_row(split.tokens, TrainStreams(split.starts, 1, 0), 0, 0, 10, most)
+        read_row(split.tokens, made_streams(split, 1, 0), 0, 0, 10, most)
 
 
 def test_a_token_after_a_cut_does_not_see_those_before_it():
     """In one document, read by updates of 4 in contexts of 4, 4, 8 and 8 tokens."""
     config, split, update_len = small_config(pe_abs=True, mem_len=3), corpus([3 * TOTAL]), 4
     phase = DataSchedule.begin(1, update_len).with_contexts(0, "0:4,2:8").now
-    streams = TrainStreams(split.starts, 1, 0)
+    streams = made_streams(split, 1, 0)
     source = RowSource(split.tokens, streams, [0], update_len, 0, TOTAL // update_len, cuts_of=phase.cuts)
     updates = [source[step] for step in range(len(source))]
     inputs, ids = (np.concatenate([update[name] for update in updates])[None] for name in ("inputs", "doc_ids"))

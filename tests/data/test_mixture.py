@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.common import store_of
-from tvq_pod.data import streams as streams_module
+from tests.data.made_streams import made_streams
+from tvq_pod.data import order as order_module
 from tvq_pod.data.mixture import Mixture
+from tvq_pod.data.order import mixed_order
 from tvq_pod.data.store import Part, TokenStore
-from tvq_pod.data.streams import PackedDocuments, TrainStreams, mixed_order, read_row
+from tvq_pod.data.streams import PackedDocuments, read_row
 from tvq_pod.data.vocab import ByteVocab
 from tvq_pod.errors import UserError
 
@@ -58,7 +60,7 @@ def test_shares_are_as_asked_for_and_a_stores_documents_take_turns(lengths, data
 
 def test_streams_of_a_mixture_are_a_function_of_the_step_and_read_what_is_in_the_stores(folder):
     split = mixture(folder).split("train")
-    streams = [TrainStreams(split.starts, 3, seed=1, parts=split.parts) for _ in range(2)]
+    streams = [made_streams(split, 3, seed=1) for _ in range(2)]
     seen = collections.Counter()
     for step in (4, 0, 2, 1, 3, 0):
         rows = [[read_row(split.tokens, each, row, step * 50, step * 50 + 50) for row in range(3)] for each in streams]
@@ -93,14 +95,14 @@ def test_one_store_alone_is_read_once_an_epoch(folder):
 
 def test_what_is_left_of_an_epoch_can_be_cut_anew(folder):
     split = mixture(folder).split("train")
-    streams = TrainStreams(split.starts, 2, seed=1, parts=split.parts)
+    streams = made_streams(split, 2, seed=1)
     again = streams.recut(60, 3)
     first = mixed_order(split.starts, split.parts, 1, 0)
     n_tokens = int(np.diff(split.starts)[first].sum())
     left = sum(s.length for row in range(3) for s in again.segments(row, 0, (n_tokens - 120) // 3))
     assert left == (n_tokens - 120) // 3 * 3
     # and the next epoch of the new streams is the next one of the mixture
-    one = TrainStreams(split.starts, 1, seed=1, parts=split.parts)
+    one = made_streams(split, 1, seed=1)
     after = one.recut(n_tokens, 1)
     assert next(after.segments(0, 0, 40)).start == next(one.segments(0, n_tokens, n_tokens + 40)).start
 
@@ -145,7 +147,7 @@ def test_what_is_no_mixture_is_named(folder, text):
 
 
 def test_an_epoch_of_a_tiny_store_with_a_large_weight_fits_in_memory(monkeypatch):
-    monkeypatch.setattr(streams_module, "MIXED_DOCUMENTS", 1000)
+    monkeypatch.setattr(order_module, "MIXED_DOCUMENTS", 1000)
     starts = np.concatenate([np.arange(10), 10 + 1000 * np.arange(101)])  # 10 documents of a token, 100 of a thousand
     parts = [Part(0, 10, 0.99), Part(10, 100, 0.01)]
     orders = [mixed_order(starts, parts, 0, epoch) for epoch in range(300)]

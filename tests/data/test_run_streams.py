@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from tests.common import store_of
+from tests.data.made_streams import made_streams
 from tests.data.test_streams import corpus
 from tvq_pod.data.mixture import Mixture
 from tvq_pod.data.run_streams import EPOCHS_APART, MOST_CHANGES, streams_of
 from tvq_pod.data.schedule import DataSchedule
-from tvq_pod.data.streams import TrainStreams, read_row
+from tvq_pod.data.streams import read_row
 
 ROWS, LEN = 3, 10
 SCHEDULE = DataSchedule.begin(ROWS, LEN)
@@ -31,7 +32,7 @@ def mixture(folder, schedule, weights="1/1"):
 
 
 def plan_of(split, schedule=SCHEDULE, seed=1):
-    return streams_of(schedule, split.starts, seed, split.parts, split.stages)
+    return streams_of(schedule, split, seed)
 
 
 def read(split, plan, update, length=LEN, rows=ROWS):
@@ -105,8 +106,8 @@ def test_data_that_is_skipped_is_what_was_there_before_it_was_skipped(folder):
 def test_other_data_begins_with_an_order_of_its_own_and_reads_nothing_of_before():
     split = corpus([9, 30, 4, 17, 22])
     schedule = SCHEDULE.changed(3, 2, 5).changed(4, 2, 5, data="other").changed(6, 4, 2)
-    expected = TrainStreams(split.starts, 2, 1, first_epoch=EPOCHS_APART * MOST_CHANGES).recut(10, 4)
-    for name, array in read_row(split.tokens, streams_of(schedule, split.starts, 1), 0, 0, 30).items():
+    expected = made_streams(split, 2, 1, first_epoch=EPOCHS_APART * MOST_CHANGES).recut(10, 4)
+    for name, array in read_row(split.tokens, streams_of(schedule, split, 1), 0, 0, 30).items():
         np.testing.assert_array_equal(array, read_row(split.tokens, expected, 0, 0, 30)[name])
 
 
@@ -114,7 +115,7 @@ def test_data_that_is_read_again_later_comes_in_another_order():
     split = corpus([5] * 40)
     once = SCHEDULE.changed(3, ROWS, LEN, "b")
     schedules = [SCHEDULE, once, once.changed(4, ROWS, LEN, "a")]
-    orders = [read_row(split.tokens, streams_of(each, split.starts, 1), 0, 0, 60)["targets"] for each in schedules]
+    orders = [read_row(split.tokens, streams_of(each, split, 1), 0, 0, 60)["targets"] for each in schedules]
     assert all((one != other).any() for one, other in itertools.combinations(orders, 2))
 
 

@@ -8,11 +8,13 @@ import tensorstore
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.data.made_streams import made_streams
 from tvq_pod.config.settings import MeshSettings
+from tvq_pod.data.groups import DocumentStarts
 from tvq_pod.data.loader import Feed
-from tvq_pod.data.schedule import Phase
+from tvq_pod.data.schedule import GROUPED, LISTED, Phase
 from tvq_pod.data.store import Split
-from tvq_pod.data.streams import PackedDocuments, TrainStreams, read_row
+from tvq_pod.data.streams import PackedDocuments, read_row
 from tvq_pod.data.vocab import END_OF_DOC, PAD
 from tvq_pod.errors import UserError
 from tvq_pod.parallel.mesh import make_mesh
@@ -24,7 +26,7 @@ def corpus(lengths):
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     tokens = np.arange(starts[-1], dtype=np.uint32) + 10
     tokens[starts[1:] - 1] = END_OF_DOC
-    return Split(tensorstore.array(tokens), starts, np.asarray(lengths, np.int64) - 1)
+    return Split(tensorstore.array(tokens), DocumentStarts.of(starts, 3), np.asarray(lengths, np.int64) - 1)
 
 
 def place_of(split, row):
@@ -49,13 +51,19 @@ corpora = st.lists(st.integers(2, 12), min_size=1, max_size=8)
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=corpora, batch_size=st.integers(1, 4), update_len=st.integers(1, 9), seed=st.integers(0, 3))
-def test_an_epoch_reads_every_token_once_and_ids_count_documents(lengths, batch_size, update_len, seed):
+@given(
+    lengths=corpora,
+    batch_size=st.integers(1, 4),
+    update_len=st.integers(1, 9),
+    seed=st.integers(0, 3),
+    version=st.sampled_from([LISTED, GROUPED]),
+)
+def test_an_epoch_reads_every_token_once_and_ids_count_documents(lengths, batch_size, update_len, seed, version):
     split = corpus(lengths)
     n_tokens, n_epochs = sum(lengths), 3
     if n_tokens < batch_size:
         return
-    streams = TrainStreams(split.starts, batch_size, seed)
+    streams = made_streams(split, batch_size, seed, version)
     seen = [[] for _ in range(n_epochs)]
     for row in range(batch_size):
         length = (row + 1) * n_tokens // batch_size - row * n_tokens // batch_size
@@ -81,11 +89,12 @@ def test_an_epoch_reads_every_token_once_and_ids_count_documents(lengths, batch_
         np.testing.assert_array_equal(np.sort(np.concatenate(seen[epoch])), everything)
 
 
-def test_epochs_and_seeds_have_different_orders():
+@pytest.mark.parametrize("version", [LISTED, GROUPED])
+def test_epochs_and_seeds_have_different_orders(version):
     split = corpus([5] * 40)
     orders = []
     for seed in (0, 1):
-        stream = read_stream(split, TrainStreams(split.starts, 1, seed), 0, 400, 50)
+        stream = read_stream(split, made_streams(split, 1, seed, version), 0, 400, 50)
         orders += [tuple(stream["targets"][:200]), tuple(stream["targets"][200:400])]
     assert len(set(orders)) == 4
 
@@ -97,7 +106,7 @@ def test_batches_are_the_same_for_any_number_of_hosts_and_any_start(cuts_of):
     mesh = make_mesh(MeshSettings())
 
     def batches(process_count, first_step):
-        streams = [TrainStreams(split.starts, batch_size, seed=3) for _ in range(process_count)]  # as processes have
+        streams = [made_streams(split, batch_size, seed=3) for _ in range(process_count)]  # as processes have
         hosts = [
             Feed(
                 split, streams[process], mesh, batch_size, update_len, threads=2, ahead=3, cuts_of=cuts_of
@@ -116,7 +125,7 @@ def test_batches_are_the_same_for_any_number_of_hosts_and_any_start(cuts_of):
     expected = batches(1, 0)
     assert len(expected) == n_steps
     if cuts_of:
-        uncut = read_stream(split, TrainStreams(split.starts, batch_size, seed=3), 5, n_steps * update_len, update_len)
+        uncut = read_stream(split, made_streams(split, batch_size, seed=3), 5, n_steps * update_len, update_len)
         cuts = np.repeat([0, 1, 2, 3, 3, 4, 5, 5, 6, 6, 6, 7], update_len)
         ids = np.concatenate([batch["doc_ids"][5] for batch in expected])
         np.testing.assert_array_equal(ids - uncut["doc_ids"], cuts)
@@ -129,9 +138,9 @@ def test_batches_are_the_same_for_any_number_of_hosts_and_any_start(cuts_of):
 
 def test_a_step_far_into_training_is_what_reading_up_to_it_gives():
     split = corpus([7, 3, 20, 2])
-    fresh = TrainStreams(split.starts, 2, seed=1)
+    fresh = made_streams(split, 2, seed=1)
     late = read_row(split.tokens, fresh, 1, 6000, 6006)
-    replayed = TrainStreams(split.starts, 2, seed=1)
+    replayed = made_streams(split, 2, seed=1)
     for step in range(1001):
         row = read_row(split.tokens, replayed, 1, 6 * step, 6 * step + 6)
     for name in row:
@@ -140,7 +149,7 @@ def test_a_step_far_into_training_is_what_reading_up_to_it_gives():
 
 def test_fewer_tokens_than_rows_is_an_error():
     with pytest.raises(UserError, match=r"config.train.batch_size=9: the corpus has only 8 tokens"):
-        TrainStreams(corpus([4, 4]).starts, 9, 0)
+        made_streams(corpus([4, 4]), 9)
 
 
 @settings(max_examples=60, deadline=None)

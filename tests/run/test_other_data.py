@@ -56,7 +56,7 @@ def digest_of(settings, *stretches):
     value, roll, mesh = digest.start(), jax.jit(digest.roll), make_mesh(settings.mesh)
     for store, schedule, first, last in stretches:
         split = store.split("train")
-        streams = streams_of(schedule, split.starts, SEED, split.parts, split.stages)
+        streams = streams_of(schedule, split, SEED)
         for batch in Feed(split, streams, mesh, B, T, 1, 1).batches(first, last):
             value = roll(value, batch)
     return digest.as_text(value)

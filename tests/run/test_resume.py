@@ -12,13 +12,13 @@ from etils import epath
 
 from tests import chaos, forked
 from tests.command import finish, metrics_of, run, said_until, start
+from tests.data.made_streams import made_streams
 from tests.made_up import first_state, made_up_step
 from tests.training.test_bad_steps import AskedAt, NoSignals, settings_for
 from tvq_pod.config.settings import EvalSettings
 from tvq_pod.data import digest
 from tvq_pod.data.loader import Feed
 from tvq_pod.data.store import TokenStore
-from tvq_pod.data.streams import TrainStreams
 from tvq_pod.errors import Preempted, UserError
 from tvq_pod.modes import train as train_module
 from tvq_pod.modes.train import train
@@ -160,7 +160,7 @@ def test_contexts_are_cut_alike_in_a_run_that_is_resumed_and_may_change(tmp_path
     assert "config.train.context_schedule=0:24: was  at the last start" in capsys.readouterr().err
 
     split, mesh = TokenStore(f"{tmp_path}/alone/store").split("train"), make_mesh(settings.mesh)
-    plan, roll = TrainStreams(split.starts, settings.train.batch_size, settings.seed), jax.jit(digest.roll)
+    plan, roll = made_streams(split, settings.train.batch_size, settings.seed), jax.jit(digest.roll)
     for found, cuts in (
         (alone, [0, 1, 2, 3, 4, 5, 6, 6, 7, 7, 8, 8]),
         (changed, [0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3]),

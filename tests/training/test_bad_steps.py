@@ -11,6 +11,7 @@ import pytest
 from etils import epath
 
 from tests.common import small_config
+from tests.data.made_streams import made_streams
 from tests.made_up import first_state, made_up_step
 from tvq_pod.config.settings import (
     BadStepsSettings,
@@ -218,7 +219,7 @@ def by_hand(settings, workdir, updates, bad=(), make_step=made_up_step):
     """The slow, obvious way: these updates, one after the other; of those in `bad`, only the step is counted."""
     mesh = make_mesh(settings.mesh)
     split = TokenStore(f"{workdir}/store").split("train")
-    plan = streams.TrainStreams(split.starts, settings.train.batch_size, settings.seed)
+    plan = made_streams(split, settings.train.batch_size, settings.seed)
     state, step_fn = first_state(settings, mesh), make_step(settings, mesh)
     for update in updates:
         if update in bad:

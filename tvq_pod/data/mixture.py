@@ -14,6 +14,7 @@ from etils import epath
 
 from tvq_pod.config.mixture_schedule import weights_of
 from tvq_pod.config.settings import OWN_SPLITS, generated
+from tvq_pod.data.groups import DocumentStarts
 from tvq_pod.data.store import SPLITS, Part, Split, Stage, TokenStore
 from tvq_pod.data.vocab import Vocab
 from tvq_pod.errors import UserError
@@ -119,8 +120,8 @@ class Mixture:
         return Split(
             stages=tuple(stages),
             tokens=tensorstore.concat([split.tokens for split in splits], axis=0),
-            starts=np.concatenate([*starts, [n_tokens]]),
-            doc_bytes=np.concatenate([split.doc_bytes for split in splits]),
+            documents=DocumentStarts.of(np.concatenate([*starts, [n_tokens]])),
+            bytes_on_disk=np.concatenate([split.doc_bytes for split in splits]),
             parts=tuple(parts),
         )
 

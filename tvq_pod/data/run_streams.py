@@ -15,10 +15,9 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
-from tvq_pod.data.schedule import DataSchedule, Phase
-from tvq_pod.data.store import Part, Stage
+from tvq_pod.data.order import GroupedOrder, ListedOrder, Order
+from tvq_pod.data.schedule import GROUPED, DataSchedule, Phase
+from tvq_pod.data.store import Part, Split
 from tvq_pod.data.streams import Segment, TrainStreams
 
 EPOCHS_APART = 100  # the first epochs of streams whose order of documents must not be the same
@@ -62,21 +61,16 @@ class StagedStreams:
         return total
 
 
-def streams_of(
-    schedule: DataSchedule, starts: np.ndarray, seed: int, parts: Sequence[Part] = (), stages: Sequence[Stage] = ()
-) -> StagedStreams:
-    """The streams that a run reads now.
-
-    starts: as in TrainStreams, of the data that it reads now. parts: of a mixture. stages: other weights of these, from
-    steps on.
-    """
+def streams_of(schedule: DataSchedule, split: Split, seed: int) -> StagedStreams:
+    """The streams that a run reads now. split: of the data that it reads now."""
+    parts, stages = split.parts, split.stages
     first = max(index for index, phase in enumerate(schedule.phases) if phase.data or not index)
     phases = schedule.phases[first:]
     n_drawn = sum(bool(phase.data) for phase in schedule.phases)  # times that the data was another
 
     def begun(phase: Phase, parts: Sequence[Part], n_changes: int) -> TrainStreams:
         epoch = EPOCHS_APART * (n_drawn * MOST_CHANGES + n_changes % MOST_CHANGES)
-        return TrainStreams(starts, phase.batch_size, seed, epoch, parts=parts)
+        return TrainStreams(order_of(split, phase.order, seed, parts), phase.batch_size, epoch)
 
     held = [stage for stage in stages if stage.first_step <= phases[0].first_step]
     streams = begun(phases[0], held[-1].parts if held else parts, len(held))
@@ -96,3 +90,11 @@ def streams_of(
         begin, streams = plan.at(consumed)
         streams = streams.recut(consumed - begin, following.batch_size)
     raise AssertionError("a schedule has a phase")
+
+
+def order_of(split: Split, version: int, seed: int, parts: Sequence[Part] = ()) -> Order:
+    """The order in which a split's documents are read. version: see schedule.py. parts: of a mixture, which has
+    version 1 only."""
+    if version == GROUPED and not parts:
+        return GroupedOrder(split.documents, seed)
+    return ListedOrder(split.starts, seed, parts)

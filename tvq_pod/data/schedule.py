@@ -10,6 +10,8 @@ import itertools
 
 from tvq_pod.config.context_schedule import Stage, stage_at, stages_of
 
+LISTED, GROUPED = 1, 2  # versions of the order of documents (see order.py)
+
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
@@ -21,6 +23,7 @@ class Phase:
     skips: tuple[tuple[int, int], ...] = ()  # (update, how many), in the order in which they were skipped
     contexts: tuple[tuple[int, str], ...] = ()  # (steps done before, the context schedule that holds from there on)
     data: str = ""  # fingerprint of other data that is read from here on; "": the same as in the phase before
+    order: int = LISTED  # version of the order of documents
 
     def update(self, step: int) -> int:
         """The update of these streams that comes after `step` steps of the run."""
@@ -73,11 +76,11 @@ class DataSchedule:
     @staticmethod
     def begin(batch_size: int, update_len: int) -> "DataSchedule":
         """Of a new run."""
-        return DataSchedule((Phase(0, batch_size, update_len),))
+        return DataSchedule((Phase(0, batch_size, update_len, order=GROUPED),))
 
     @staticmethod
     def from_json(phases: list[dict]) -> "DataSchedule":
-        """What `to_json` gave. Older versions knew of no contexts, and of no other data."""
+        """What `to_json` gave. Older versions knew of no contexts, of no other data, and of one order."""
         return DataSchedule(
             tuple(
                 Phase(
@@ -87,6 +90,7 @@ class DataSchedule:
                     tuple((update, count) for update, count in phase["skips"]),
                     tuple((step, text) for step, text in phase.get("contexts", [])),
                     phase.get("data", ""),
+                    phase.get("order", LISTED),
                 )
                 for phase in phases
             )
@@ -116,7 +120,8 @@ class DataSchedule:
     def changed(self, step: int, batch_size: int, update_len: int, data: str = "") -> "DataSchedule":
         """With other streams from `step` on, and contexts without a limit. data: fingerprint of what they read, if that
         is another."""
-        return DataSchedule((*self.phases, Phase(step, batch_size, update_len, data=data)))
+        order = GROUPED if data else self.now.order
+        return DataSchedule((*self.phases, Phase(step, batch_size, update_len, data=data, order=order)))
 
     def skipping(self, update: int, count: int) -> "DataSchedule":
         """Without `count` updates of the streams of now, from `update` on. Skipping them again changes nothing."""

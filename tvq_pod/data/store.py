@@ -1,6 +1,7 @@
 """The token store: a corpus as arrays of token ids on disk, or in a bucket. writer.py writes it.
 
-    STORE/store.json             vocabulary, sizes, fingerprint; written last, so a store that has it is whole
+    STORE/store.json             vocabulary, sizes, fingerprint, and where groups of documents begin (see groups.py);
+                                 written last, so a store that has it is whole
     STORE/vocab.model, .json     the SentencePiece model or Hugging Face tokenizer, if there is one
     STORE/SPLIT/tokens           uint16 or uint32 [n_tokens]: documents end to end, each with an end-of-document
     STORE/SPLIT/starts           int64 [n_documents + 1]: where each begins; the last entry is n_tokens
@@ -11,6 +12,7 @@ error when it is read, never zeros.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -21,6 +23,7 @@ import tensorstore
 from etils import epath
 
 from tvq_pod.config.settings import DataSettings, Settings, generated
+from tvq_pod.data.groups import DocumentStarts, group_bounds, in_memory
 from tvq_pod.data.vocab import Vocab, kept_vocab
 from tvq_pod.errors import UserError
 from tvq_pod.host.paths import BUCKET, is_bucket
@@ -92,15 +95,25 @@ class Stage:
     parts: tuple[Part, ...]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Split:
     """One split, open for reading."""
 
     tokens: tensorstore.TensorStore  # [n_tokens]
-    starts: np.ndarray  # int64 [n_documents + 1]
-    doc_bytes: np.ndarray  # int64 [n_documents]
+    documents: DocumentStarts
+    bytes_on_disk: np.ndarray | tensorstore.TensorStore  # int64 [n_documents]
     parts: tuple[Part, ...] = ()  # of a mixture
     stages: tuple[Stage, ...] = ()  # of a mixture whose weights change
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Where documents begin, and their end, in memory: int64 [n_documents + 1]."""
+        return self.documents.whole
+
+    @functools.cached_property
+    def doc_bytes(self) -> np.ndarray:
+        """Bytes of each document's text, in memory: int64 [n_documents]."""
+        return in_memory(self.bytes_on_disk)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -163,13 +176,12 @@ class TokenStore:
                 )
             try:
                 tokens, starts, doc_bytes = (self._open(f"{name}/{array}") for array in ARRAYS)
-                split = Split(tokens, starts.read().result(), doc_bytes.read().result())
                 entry = self.meta["splits"][name]
                 n_tokens, n_documents = entry["n_tokens"], entry["n_documents"]
-                found = (tokens.shape[0], len(split.starts), int(split.starts[-1]), len(split.doc_bytes))
-                if found != (n_tokens, n_documents + 1, n_tokens, n_documents):
+                sizes = tokens.shape[0], starts.shape[0], doc_bytes.shape[0]
+                if sizes != (n_tokens, n_documents + 1, n_documents) or starts[n_documents].read().result() != n_tokens:
                     raise ValueError(f"{self.path / name} has not the documents of store.json")
-                self._splits[name] = split
+                self._splits[name] = Split(tokens, _documents(starts, entry), doc_bytes)
             except (OSError, ValueError) as error:
                 raise UserError(
                     f"config.data.store={self.path}: is damaged ({str(error)[:300]}); prepare it anew elsewhere"
@@ -188,6 +200,15 @@ class TokenStore:
             "recheck_cached_metadata": "open",
         }
         return tensorstore.open(spec, read=True, context=self._context).result()
+
+
+def _documents(starts: tensorstore.TensorStore, entry: dict) -> DocumentStarts:
+    """entry: of the split, in store.json. Stores of older versions don't say where groups begin."""
+    groups = entry.get("groups")
+    if groups is None:
+        return DocumentStarts.of(in_memory(starts))
+    documents = group_bounds(entry["n_documents"], groups["n_documents"])
+    return DocumentStarts(starts, documents, np.array([*groups["starts"], entry["n_tokens"]], np.int64))
 
 
 def store_path(settings: Settings, workdir: epath.Path) -> epath.Path:

@@ -1,15 +1,10 @@
 """Streams: what each row of each batch reads, as a pure function of (corpus, seed, step, row).
 
-Training. The documents of an epoch, in an order drawn from (seed, epoch), are laid end to end; row r of B owns the part
-[r * N // B, (r + 1) * N // B) of these N tokens. A row's stream is its part of epoch 0, then of epoch 1, and so on,
-with nothing in between and nothing left over: in an epoch every token is read once. Step n reads tokens
+Training. The documents of an epoch, in an order drawn from (seed, epoch) (see order.py), are laid end to end; row r of
+B owns the part [r * N // B, (r + 1) * N // B) of these N tokens. A row's stream is its part of epoch 0, then of epoch
+1, and so on, with nothing in between and nothing left over: in an epoch every token is read once. Step n reads tokens
 [n * T, (n + 1) * T) of every stream. A document cut by the border of two rows is two pieces, each a document to its
 stream.
-
-A mixture of stores. An epoch is as long as it takes to read all documents of that store once of which least is read,
-or ends after MIXED_DOCUMENTS; of every other store, documents go into it in proportion to the weights, some more than
-once. Each store's documents follow each other in permutations drawn from (seed, store, time), without end; an epoch
-takes those that come next, and shuffles them with the others'.
 
 Evaluation. Whole documents are spread over rows, each row's end to end, so that all rows are about equally long; what a
 row lacks to the longest is padding.
@@ -24,16 +19,15 @@ import heapq
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import tensorstore
 
-from tvq_pod.data.store import Part
+from tvq_pod.data.order import Line, Order, PartsOf, draw
 from tvq_pod.data.vocab import END_OF_DOC, PAD
 from tvq_pod.errors import UserError
 
-MIXED_DOCUMENTS = 4_000_000  # of an epoch of a mixture, at most; four times its documents, where they are more
 PADDING = 0.05  # share of positions that evaluation may spend on it, where it may choose
 
 
@@ -56,60 +50,22 @@ class Plan(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class _Round:
-    """Pieces of documents, laid end to end and cut into rows: an epoch, or what was left of one."""
-
-    starts: np.ndarray  # of each piece, in the split's tokens
-    bounds: np.ndarray  # [n_pieces + 1] where each begins in the round
-    borders: np.ndarray  # [B + 1] where each row begins in the round
-    first: np.ndarray  # [B] the piece that each row begins with, or in
-    n_pieces: np.ndarray  # [B] pieces of each row
-
-    @staticmethod
-    def cut(starts: np.ndarray, lengths: np.ndarray, batch_size: int) -> "_Round":
-        bounds = np.concatenate([[0], np.cumsum(lengths)])
-        borders = np.array([row * int(bounds[-1]) // batch_size for row in range(batch_size + 1)], np.int64)
-        first = np.searchsorted(bounds, borders[:-1], side="right") - 1
-        last = np.searchsorted(bounds, borders[1:] - 1, side="right") - 1
-        return _Round(starts, bounds, borders, first, last - first + 1)
-
-    def between(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Starts and lengths of the pieces in [begin, end) of the round."""
-        first = np.searchsorted(self.bounds, begin, side="right") - 1
-        last = np.searchsorted(self.bounds, end, side="left")
-        cuts = np.clip(self.bounds[first : last + 1], begin, end)
-        return self.starts[first:last] + cuts[:-1] - self.bounds[first:last], np.diff(cuts)
-
-
 class TrainStreams:
     """The plan of training: endless.
 
     Raises UserError if there are fewer tokens than rows.
     """
 
-    def __init__(
-        self,
-        starts: np.ndarray,
-        batch_size: int,
-        seed: int,
-        first_epoch: int = 0,
-        rest: tuple[np.ndarray, np.ndarray] | None = None,
-        parts: Sequence[Part] = (),
-    ):
-        """starts: [n_documents + 1], where the documents begin; the last entry is the number of tokens N.
-
-        rest: starts and lengths of pieces that are read before first_epoch begins (see `recut`). parts: of a mixture.
-        """
-        n_tokens = int(starts[-1])
-        if n_tokens < batch_size:
+    def __init__(self, order: Order, batch_size: int, first_epoch: int = 0, rest: Line | None = None):
+        """rest: what is read before first_epoch begins (see `recut`)."""
+        if order.n_tokens < batch_size:
             raise UserError(
-                f"config.train.batch_size={batch_size}: the corpus has only {n_tokens} tokens; must be at most that"
+                f"config.train.batch_size={batch_size}: the corpus has only {order.n_tokens} tokens; must be at most "
+                "that"
             )
-        self._starts, self._batch_size, self._seed = starts, batch_size, seed
-        self._first_epoch, self._rest, self._parts = first_epoch, rest, tuple(parts)
+        self._order, self._batch_size, self._first_epoch, self._rest = order, batch_size, first_epoch, rest
         self._round = functools.lru_cache(maxsize=4)(self._make_round)
-        self._first_ids = [np.zeros(batch_size, np.int64)]  # per round: each row's first document id
+        self._counted: list[_Counted] = []
         self._lock = threading.Lock()
 
     def segments(self, row: int, begin: int, end: int) -> Iterator[Segment]:
@@ -120,19 +76,13 @@ class TrainStreams:
             low, high = int(round_.borders[row]), int(round_.borders[row + 1])
             at, stop = low + offset, min(low + offset + end - begin, high)
             begin += stop - at
-            first_id = int(self._first_doc_ids(index)[row])
-            piece = int(np.searchsorted(round_.bounds, at, side="right")) - 1
-            while at < stop:
-                piece_begin, piece_end = int(round_.bounds[piece]), int(round_.bounds[piece + 1])
-                length = min(piece_end, stop) - at
-                yield Segment(
-                    start=int(round_.starts[piece]) + at - piece_begin,
-                    length=length,
-                    doc_id=first_id + piece - int(round_.first[row]),
-                    begins=at == max(piece_begin, low),
-                )
-                at += length
-                piece += 1
+            counted = self._count(index)
+            (number,) = round_.line.numbers(np.array([at]))
+            doc_id = int(counted.first_ids[row] + number - counted.first_pieces[row])
+            for piece in round_.line.pieces(at, stop):
+                yield Segment(piece.start, piece.length, doc_id, piece.begins or at == low)
+                at += piece.length
+                doc_id += 1
 
     def recut(self, consumed: int, batch_size: int) -> "TrainStreams":
         """Other streams that read on where these have consumed so many tokens of each row.
@@ -144,20 +94,13 @@ class TrainStreams:
         places = [self._place(row, consumed) for row in range(self._batch_size)]
         latest = max(index for index, _ in places)
         round_ = self._round(latest)
-        parts = []
+        left = []
         for row, (index, offset) in enumerate(places):
             begin = int(round_.borders[row]) + (offset if index == latest else 0)
-            parts.append(round_.between(begin, int(round_.borders[row + 1])))
-        starts, lengths = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+            left.append((begin, int(round_.borders[row + 1])))
+        rest = PartsOf(round_.line, left)
         next_epoch = self._first_epoch + latest + (self._rest is None)
-        return TrainStreams(
-            self._starts,
-            batch_size,
-            self._seed,
-            next_epoch,
-            (starts, lengths) if lengths.sum() >= batch_size else None,
-            self._parts,
-        )
+        return TrainStreams(self._order, batch_size, next_epoch, rest if rest.n_tokens >= batch_size else None)
 
     def _place(self, row: int, at: int) -> tuple[int, int]:
         """Round, and offset in the row's part of it, of a place in the row's stream."""
@@ -174,56 +117,44 @@ class TrainStreams:
         borders = self._round(index).borders
         return int(borders[row + 1] - borders[row])
 
-    def _make_round(self, index: int) -> _Round:
-        if self._rest is not None:
-            if index == 0:
-                return _Round.cut(*self._rest, self._batch_size)
-            index -= 1
-        epoch = self._first_epoch + index
-        if self._parts:
-            order = mixed_order(self._starts, self._parts, self._seed, epoch)
+    def _make_round(self, index: int) -> "_Round":
+        if self._rest is not None and index == 0:
+            line = self._rest
         else:
-            order = _draw(self._seed, epoch).permutation(len(self._starts) - 1)
-        return _Round.cut(self._starts[order], np.diff(self._starts)[order], self._batch_size)
+            line = self._order.epoch(self._first_epoch + index - (self._rest is not None))
+        n_tokens = line.n_tokens
+        return _Round(line, np.array([row * n_tokens // self._batch_size for row in range(self._batch_size + 1)]))
 
-    def _first_doc_ids(self, index: int) -> np.ndarray:
+    def _count(self, index: int) -> "_Counted":
         with self._lock:
-            while len(self._first_ids) <= index:
-                self._first_ids.append(self._first_ids[-1] + self._round(len(self._first_ids) - 1).n_pieces)
-            return self._first_ids[index]
+            while len(self._counted) <= index:
+                round_ = self._round(len(self._counted))
+                borders = round_.borders
+                first, last = np.split(round_.line.numbers(np.concatenate([borders[:-1], borders[1:] - 1])), 2)
+                before = self._counted[-1].next_ids if self._counted else np.zeros(self._batch_size, np.int64)
+                self._counted.append(_Counted(first, before, before + last - first + 1))
+            return self._counted[index]
 
 
-def _draw(seed: int, *key: int) -> np.random.Generator:
-    """Random numbers for an epoch, or for (store, time)."""
-    number = key[0] if len(key) == 1 else (key[0] + 1) << 40 | key[1]
-    return np.random.Generator(np.random.Philox(key=[seed, number]))
+class _Round(NamedTuple):
+    """An epoch, or what was left of one. borders: int64 [B + 1], where each row begins in the line, and its end."""
+
+    line: Line
+    borders: np.ndarray
 
 
-def mixed_order(starts: np.ndarray, parts: Sequence[Part], seed: int, epoch: int) -> np.ndarray:
-    """The documents of an epoch of a mixture, in order, some more than once: see the top of this file."""
-    n_tokens = [int(starts[part.first_document + part.n_documents] - starts[part.first_document]) for part in parts]
-    epoch_len = max(n / part.weight for n, part in zip(n_tokens, parts, strict=True) if part.weight)
-    # A store of few tokens and a large weight would be read so often that an epoch could not be held in memory.
-    n_most = max(MIXED_DOCUMENTS, 4 * sum(part.n_documents for part in parts))
-    per_token = sum(part.weight * part.n_documents / n for n, part in zip(n_tokens, parts, strict=True))
-    epoch_len = min(epoch_len, n_most / per_token)
-    chosen = []
-    for index, (part, n) in enumerate(zip(parts, n_tokens, strict=True)):
-        if not part.weight:
-            continue
-        share = round(part.weight * epoch_len)
-        begin, end = epoch * share, (epoch + 1) * share  # of the store's documents, end to end without end
-        for time in range(begin // n, (end - 1) // n + 1):
-            order = part.first_document + _draw(seed, index, time).permutation(part.n_documents)
-            lengths = starts[order + 1] - starts[order]
-            at = time * n + np.cumsum(lengths) - lengths
-            chosen.append(order[(at >= begin) & (at < end)])
-    return _draw(seed, epoch).permutation(np.concatenate(chosen))
+class _Counted(NamedTuple):
+    """Of a round, for each row: the number of its first piece in the line, its first document id, and the next round's;
+    int64 [B] each."""
+
+    first_pieces: np.ndarray
+    first_ids: np.ndarray
+    next_ids: np.ndarray
 
 
 def _taken(lengths: np.ndarray, max_tokens: int) -> np.ndarray:
     """Documents in an order drawn once and for all, until they have max_tokens together; 0 takes all."""
-    order = _draw(0, 0).permutation(len(lengths))
+    order = draw(0, 0).permutation(len(lengths))
     return order[: int(np.searchsorted(np.cumsum(lengths[order]), max_tokens)) + 1] if max_tokens else order
 
 

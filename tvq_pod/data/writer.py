@@ -23,6 +23,7 @@ import tensorstore
 from etils import epath
 
 from tvq_pod.data import store as stores
+from tvq_pod.data.groups import GROUP
 from tvq_pod.data.store import ARRAYS, FORMAT, SPLITS, TokenStore, array_metadata, crc32c_of, kvstore
 from tvq_pod.data.vocab import END_OF_DOC, Vocab, keep_vocab
 from tvq_pod.errors import UserError
@@ -173,11 +174,14 @@ class SplitWriter:
         dtypes = dict(tokens=token_dtype, starts=np.dtype(np.int64), doc_bytes=np.dtype(np.int64))
         self._arrays = {name: ArrayWriter(path / name, dtypes[name], threads, arrays[name]) for name in ARRAYS}
         self._sums = collections.Counter(written["sums"] if written else {})
+        self._groups: list[int] = written["groups"] if written else []  # where each group of documents begins
         self._begins = True  # whether the next token is a document's first
 
     def append(self, ids: np.ndarray) -> None:
         """Adds token ids [n] to the document that is being written."""
         if self._begins:
+            if self._arrays["starts"].length % GROUP == 0:
+                self._groups.append(self._arrays["tokens"].length)
             self._arrays["starts"].add(self._arrays["tokens"].length)
             self._begins = False
         self._arrays["tokens"].append(ids)
@@ -191,7 +195,8 @@ class SplitWriter:
 
     def commit(self) -> dict:
         """Between documents: writes all there is, and returns what it takes to go on from here."""
-        return dict(arrays={name: array.commit() for name, array in self._arrays.items()}, sums=dict(self._sums))
+        arrays = {name: array.commit() for name, array in self._arrays.items()}
+        return dict(arrays=arrays, sums=dict(self._sums), groups=list(self._groups))
 
     def close(self) -> dict:
         """Finishes the arrays and returns the split's entry in store.json."""
@@ -204,6 +209,7 @@ class SplitWriter:
             n_bytes=self._sums["n_bytes"],
             n_words=self._sums["n_words"],
             sha256=digest.hexdigest(),
+            groups=dict(n_documents=GROUP, starts=self._groups),
         )
 
 

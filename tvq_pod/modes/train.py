@@ -280,7 +280,7 @@ class _Session:
 
     def _streams(self, schedule: DataSchedule) -> StagedStreams:
         """Raises UserError if there are too few tokens for all rows."""
-        return streams_of(schedule, self.split.starts, self.settings.seed, self.split.parts, self.split.stages)
+        return streams_of(schedule, self.split, self.settings.seed)
 
     def _compiled(self, first_step: int) -> TrainStep:
         if self.step_fn is None:

@@ -1,0 +1,68 @@
+"""Where the documents of a split begin, in groups of documents that follow each other in the store.
+
+A training order needs one number a group, not one a document: the starts of a group's documents are read when a row
+comes to it.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+import tensorstore
+
+GROUP = 2**14  # documents
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DocumentStarts:
+    """array: int64 [n_documents + 1], where each document begins in the split's tokens, and the end; on disk, or in
+    memory. documents: int64 [G + 1], the first document of each of G groups, and n_documents. tokens: int64 [G + 1],
+    where each group begins, and the end."""
+
+    array: np.ndarray | tensorstore.TensorStore
+    documents: np.ndarray
+    tokens: np.ndarray
+
+    @staticmethod
+    def of(starts: np.ndarray, size: int = GROUP) -> "DocumentStarts":
+        """Of starts [n_documents + 1] in memory, in groups of `size` documents."""
+        documents = group_bounds(len(starts) - 1, size)
+        return DocumentStarts(starts, documents, np.asarray(starts, np.int64)[documents])
+
+    @property
+    def n_groups(self) -> int:
+        """How many groups there are."""
+        return len(self.documents) - 1
+
+    @property
+    def n_documents(self) -> int:
+        """How many documents there are."""
+        return int(self.documents[-1])
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all documents, their end-of-documents included."""
+        return int(self.tokens[-1])
+
+    @functools.cached_property
+    def whole(self) -> np.ndarray:
+        """All starts, in memory: int64 [n_documents + 1]."""
+        return self._read(0, self.n_documents + 1)
+
+    def of_group(self, group: int) -> np.ndarray:
+        """The starts of a group's n documents, and their end: int64 [n + 1]."""
+        return self._read(int(self.documents[group]), int(self.documents[group + 1]) + 1)
+
+    def _read(self, begin: int, end: int) -> np.ndarray:
+        return in_memory(self.array[begin:end])
+
+
+def in_memory(array: np.ndarray | tensorstore.TensorStore) -> np.ndarray:
+    """The elements of an array that may be on disk."""
+    return array if isinstance(array, np.ndarray) else np.asarray(array.read().result())
+
+
+def group_bounds(n_documents: int, size: int) -> np.ndarray:
+    """The first document of each group of `size` documents, the last of which may have fewer; and n_documents: int64
+    [G + 1]."""
+    return np.append(np.arange(0, n_documents, size, dtype=np.int64), n_documents)
