@@ -1,9 +1,9 @@
 """What the order of documents costs. Not a test: `python -m tests.order_speed --workdir=DIR` prints a table.
 
 For each number of documents: seconds from opening a split until the first batch, and until a batch in the fifth epoch,
-and the most memory of the process, each in a process of its own; and how far documents that are neighbors in the corpus
-are from each other in the stream. Where documents begin is on disk, as in a store; their tokens are made up when they
-are read, so that a corpus of 10^9 documents needs no disk for them.
+the most memory of the process, and the speed from then on, each in a process of its own; and how far documents that are
+neighbors in the corpus are from each other in the stream. Where documents begin is on disk, as in a store; their tokens
+are made up when they are read, so that a corpus of 10^9 documents needs no disk for them.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from tvq_pod.data.writer import ArrayWriter
 from tvq_pod.parallel.mesh import make_mesh
 
 BATCH_SIZE, UPDATE_LEN = 128, 2048
+STEPS = 60
 LENGTHS = 100, 1000  # of documents, in tokens: uniform between these
 
 
@@ -66,14 +67,18 @@ def _chunks() -> tensorstore.ChunkLayout:
 
 
 def measure(folder: pathlib.Path, version: int, epoch: int) -> None:
-    """Prints seconds until a batch, and MB of memory."""
+    """Prints seconds until a batch, MB of memory, and tokens a second from then on."""
     began = time.monotonic()
     split = opened(folder)
     plan = made_streams(split, BATCH_SIZE, version=version)
     step = epoch * split.documents.n_tokens // BATCH_SIZE // UPDATE_LEN + 7 * (epoch > 0)
     feed = Feed(split, plan, make_mesh(MeshSettings()), BATCH_SIZE, UPDATE_LEN, threads=16, ahead=16)
-    next(feed.host_batches(range(BATCH_SIZE), step, step + 4))
-    print(time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
+    batches = feed.host_batches(range(BATCH_SIZE), step, step + STEPS)
+    next(batches)
+    first = time.monotonic()
+    n_more = sum(1 for _ in batches)
+    speed = n_more * BATCH_SIZE * UPDATE_LEN / (time.monotonic() - first)
+    print(first - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000, speed)
 
 
 def neighbors(folder: pathlib.Path) -> str:
@@ -118,8 +123,9 @@ def main() -> None:
                 done = subprocess.run(
                     [*command, str(version), str(epoch)], stdout=subprocess.PIPE, text=True, check=True
                 )
-                seconds, memory = map(float, done.stdout.split())
-                print(f"{n_documents:,} documents, version {version}, epoch {epoch}: {seconds:.2f} s, {memory:.0f} MB")
+                seconds, memory, speed = map(float, done.stdout.split())
+                where = f"{n_documents:,} documents, version {version}, epoch {epoch}"
+                print(f"{where}: {seconds:.2f} s, {memory:.0f} MB, then {speed / 1e6:.2f} million tokens/s", flush=True)
         if n_documents > GROUP:
             print(f"{n_documents:,} documents: {neighbors(folder)}", flush=True)
 

@@ -31,7 +31,7 @@ def documents_of(line, starts) -> list[int]:
     found = []
     for piece in line.pieces(0, line.n_tokens):
         document = int(np.searchsorted(starts, piece.start))
-        assert piece == (starts[document], starts[document + 1] - starts[document], True)
+        assert piece == (starts[document], starts[document + 1] - starts[document], True, len(found))
         found.append(document)
     return found
 
@@ -60,6 +60,7 @@ def test_pieces_of_any_part_are_those_of_the_whole_cut_to_it(lengths, size, data
     tokens = {line: [], whole: []}
     for each, found in tokens.items():
         for number, piece in enumerate(each.pieces(0, each.n_tokens)):
+            assert piece.number == number
             found += [(piece.start + k, number, piece.begins and k == 0) for k in range(piece.length)]
     expected = [token for begin, end in zip(cuts[::2], cuts[1::2], strict=False) for token in tokens[whole][begin:end]]
     assert [token[0] for token in tokens[line]] == [token[0] for token in expected]

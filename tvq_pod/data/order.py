@@ -34,11 +34,12 @@ THREADS = 32  # that read groups
 
 class Piece(NamedTuple):
     """A run of tokens of one document. start: of the first, in the split's tokens. begins: whether the document, or the
-    piece of it that the line has, begins here."""
+    piece of it that the line has, begins here. number: of that piece in the line."""
 
     start: int
     length: int
     begins: bool
+    number: int
 
 
 class Line(Protocol):
@@ -82,7 +83,7 @@ class _Listed:
         number = int(np.searchsorted(self._bounds, begin, side="right")) - 1
         while begin < end:
             first, stop = int(self._bounds[number]), min(int(self._bounds[number + 1]), end)
-            yield Piece(int(self._starts[number]) + begin - first, stop - begin, begin == first)
+            yield Piece(int(self._starts[number]) + begin - first, stop - begin, begin == first, number)
             begin, number = stop, number + 1
 
 
@@ -113,10 +114,11 @@ class PartsOf:
         """See Line."""
         part = bisect.bisect_right(self._bounds, begin) - 1
         while begin < end:
+            first, before = self._known
             low, stop = self._bounds[part], min(self._bounds[part + 1], end)
-            shift = self._parts[part][0] - low
+            shift, counted = self._parts[part][0] - low, int(before[part] - first[part])
             for piece in self._line.pieces(begin + shift, stop + shift):
-                yield piece._replace(begins=True) if begin == low else piece
+                yield piece._replace(begins=piece.begins or begin == low, number=piece.number + counted)
                 begin += piece.length
             part += 1
 
@@ -180,8 +182,6 @@ class _Grouped:
             line = self._line_of(int(self._order[place]))
             return int(self._numbers[place]) + int(line.numbers(at[index] - self._bounds[place]))
 
-        if len(at) == 1:
-            return np.array([number(0)], np.int64)
         with concurrent.futures.ThreadPoolExecutor(min(THREADS, len(at))) as threads:
             return np.array(list(threads.map(number, range(len(at)))), np.int64)
 
@@ -190,7 +190,9 @@ class _Grouped:
         place = int(np.searchsorted(self._bounds, begin, side="right")) - 1
         while begin < end:
             low, stop = int(self._bounds[place]), min(int(self._bounds[place + 1]), end)
-            yield from self._line_of(int(self._order[place])).pieces(begin - low, stop - low)
+            before = int(self._numbers[place])
+            for start, length, begins, number in self._line_of(int(self._order[place])).pieces(begin - low, stop - low):
+                yield Piece(start, length, begins, before + number)
             begin, place = stop, place + 1
 
 

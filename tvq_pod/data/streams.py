@@ -64,9 +64,9 @@ class TrainStreams:
                 "that"
             )
         self._order, self._batch_size, self._first_epoch, self._rest = order, batch_size, first_epoch, rest
-        self._round = functools.lru_cache(maxsize=4)(self._make_round)
+        self._made_round = functools.lru_cache(maxsize=4)(self._make_round)
         self._counted: list[_Counted] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # many threads read rows, and each round is to be made once
 
     def segments(self, row: int, begin: int, end: int) -> Iterator[Segment]:
         """See Plan. Document ids count up by one with every piece, from round to round."""
@@ -77,12 +77,10 @@ class TrainStreams:
             at, stop = low + offset, min(low + offset + end - begin, high)
             begin += stop - at
             counted = self._count(index)
-            (number,) = round_.line.numbers(np.array([at]))
-            doc_id = int(counted.first_ids[row] + number - counted.first_pieces[row])
+            first_id = int(counted.first_ids[row] - counted.first_pieces[row])
             for piece in round_.line.pieces(at, stop):
-                yield Segment(piece.start, piece.length, doc_id, piece.begins or at == low)
+                yield Segment(piece.start, piece.length, first_id + piece.number, piece.begins or at == low)
                 at += piece.length
-                doc_id += 1
 
     def recut(self, consumed: int, batch_size: int) -> "TrainStreams":
         """Other streams that read on where these have consumed so many tokens of each row.
@@ -116,6 +114,10 @@ class TrainStreams:
     def _length(self, index: int, row: int) -> int:
         borders = self._round(index).borders
         return int(borders[row + 1] - borders[row])
+
+    def _round(self, index: int) -> "_Round":
+        with self._lock:
+            return self._made_round(index)
 
     def _make_round(self, index: int) -> "_Round":
         if self._rest is not None and index == 0:
