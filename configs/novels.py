@@ -3,8 +3,8 @@
     python -m tvq_pod.main --config=configs/novels.py --workdir=runs/novels
 
 592,000 parameters; about 14 minutes on two CPU cores, to 2.02 bits per byte on books it has not seen. A book has
-92,000 bytes in the mean, and attention sees 64 exactly: the rest is the cache's. What that is worth (the README has the
-answer):
+92,000 bytes on average, and attention sees 64 exactly: the rest is the cache's. What that is worth (docs/memory.md has
+the answer):
 
     python -m tvq_pod.main --mode=eval --split=validation --workdir=runs/novels
     python -m tvq_pod.main --mode=eval --split=validation --workdir=runs/novels --config.eval.cache=off

@@ -73,7 +73,7 @@ def topology_devices(topology: str, slices: int) -> tuple[Chip | None, list]:
 
 
 def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
-    """Compiles the train step for the devices. See the README for the fields; bytes and cycles are of one device's
+    """Compiles the train step for the devices. See docs/plan.md for the fields; bytes and cycles are of one device's
     program, per chip where a field's name says so."""
     mesh = make_mesh(settings.mesh, devices)
     train = settings.train
