@@ -102,6 +102,21 @@ def test_data_that_is_skipped_is_what_was_there_before_it_was_skipped(folder):
         assert letters(read(split, before, update)) == letters(read(split, after, update))
 
 
+def test_a_change_that_skipped_data_brought_on_does_not_come_again_with_another_batch(folder):
+    """Updates 2 to 5 are skipped, so the change of step 7 comes at step 3; the batch changes at step 5."""
+    split = mixture(folder, "7:1/0,12:0/1").split("train")
+    skipping = SCHEDULE.skipping(2, 4)
+    changed = plan_of(split, skipping.changed(5, ROWS, LEN))
+    assert skipping.now.update(5) == 9  # the change is behind it
+    assert {letter for update in range(7) for letter in letters(read(split, changed, update))} == {"a"}
+    assert set(letters(read(split, changed, 7))) == {"b"}  # step 12
+    alone = TrainStreams(split.starts, ROWS, 1, first_epoch=EPOCHS_APART, parts=split.stages[0].parts)
+    expected = alone.recut(2 * LEN, ROWS)  # of which updates 7 and 8 were read
+    for row in range(ROWS):
+        found, wanted = (read_row(split.tokens, each, row, 0, 7 * LEN) for each in (changed, expected))
+        np.testing.assert_array_equal(found["targets"], wanted["targets"])
+
+
 def test_other_data_begins_with_an_order_of_its_own_and_reads_nothing_of_before():
     split = corpus([9, 30, 4, 17, 22])
     schedule = SCHEDULE.changed(3, 2, 5).changed(4, 2, 5, data="other").changed(6, 4, 2)

@@ -35,6 +35,7 @@ from tvq_pod.run.checkpoint import Checkpoints
 from tvq_pod.run.checkpoint_reader import CheckpointReader
 from tvq_pod.run.hashes import sha256_of
 from tvq_pod.run.preemption import Preemption
+from tvq_pod.run.skipped import Skip, Skipped
 from tvq_pod.training import bad_steps, restore
 from tvq_pod.training.step import abstract_batch, abstract_train_state, make_train_step
 
@@ -339,8 +340,6 @@ def test_going_back_holds_one_state_and_not_two(corpus, tmp_path, poison, monkey
 
 
 def test_a_skipped_line_that_was_cut_off_is_none_and_a_damaged_one_is_said(tmp_path):
-    from tvq_pod.run.skipped import Skip, Skipped
-
     path = epath.Path(tmp_path)
     Skipped(path).add(Skip(0, 8, 8, 12, 3), (13, 15), 10)
     line = (tmp_path / "skipped.jsonl").read_text()
