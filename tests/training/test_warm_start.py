@@ -185,7 +185,7 @@ def test_the_first_layers_are_taken_and_others_are_of_the_seed(
             "config.model.d_model=12: step 40 of HERE was made with 8; give that, or",
         ),
         (dict(model=dict(n_code=7)), "config.model.n_code=7: step 40 of HERE was made with 5"),
-        (dict(model=dict(head_type="mha")), "config.model.head_type=mha: step 40 of HERE was made with shga; give that"),
+        (dict(model=dict(head_type="mha")), "config.model.head_type=mha: step 40 of HERE was made with shga; give"),
         (dict(model=dict(attn_type="full")), "config.model.attn_type=full: step 40 of HERE was made with vq"),
         (
             dict(model=dict(n_layer=1)),

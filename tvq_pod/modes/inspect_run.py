@@ -25,9 +25,9 @@ from tvq_pod.training.warm_start import ancestor_line
 
 
 def inspect(settings: Settings, workdir: epath.Path, step: int | None) -> None:
-    """Prints the config, the steps kept and set aside, the checkpoints of other runs that this one descends from, each parameter's
-    shape, dtype and sharding, their count, and SHA-256s: of all parameters; of their moving average, if the checkpoint
-    has one; and of the rest of the train state (step, optimizer, recurrent state)."""
+    """Prints the config, the steps kept and set aside, the checkpoints of other runs that this one descends from, each
+    parameter's shape, dtype and sharding, their count, and SHA-256s: of all parameters; of their moving average, if the
+    checkpoint has one; and of the rest of the train state (step, optimizer, recurrent state)."""
     checkpoints = CheckpointReader(workdir, settings.checkpoint.restore_timeout_seconds)
     steps, step = checkpoints.steps(), checkpoints.pick(step)
     record = run_record(settings, run_vocab(settings, workdir).name, fingerprint="")

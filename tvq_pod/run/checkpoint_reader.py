@@ -83,7 +83,7 @@ class CheckpointReader:
         return self._folders.steps()
 
     def set_aside(self) -> list[str]:
-        """The names of the folders of steps that were set aside: damaged ones, and those that the run went back from."""
+        """The folders of steps that were set aside, by name: damaged ones, and those that the run went back from."""
         return self._folders.aside()
 
     def steps_of_process_zero(self) -> list[int]:

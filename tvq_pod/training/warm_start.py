@@ -251,9 +251,7 @@ def ancestor_line(entry: dict) -> str:
     fingerprint = f" fingerprint {entry['fingerprint']}" if entry["fingerprint"] else ""
     corpus = f" corpus {entry['corpus'][:16]}" if entry["corpus"] else ""
     optimizer = " and the optimizer" if entry["optimizer"] else ""
-    return (
-        f"ancestor: {entry['run']} step {entry['step']}{fingerprint}{corpus}: {entry['layers']} layers{optimizer}"
-    )
+    return f"ancestor: {entry['run']} step {entry['step']}{fingerprint}{corpus}: {entry['layers']} layers{optimizer}"
 
 
 def ignored(settings: Settings, checkpoints: CheckpointReader, step: int) -> str:
