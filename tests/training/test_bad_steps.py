@@ -242,7 +242,7 @@ def lines_of(workdir):
 @pytest.mark.slow
 @pytest.mark.parametrize("forget_state", [False, True])
 def test_a_bad_step_changes_nothing_but_its_count(corpus, forget_state):
-    """The real step. With forget_state, the streams' states begin anew."""
+    """The real step. With forget_state, the streams' states begin anew. The rate that is told is the one in use."""
     settings = settings_for(corpus, forget_state=forget_state)
     mesh = make_mesh(settings.mesh)
     tokens = np.random.default_rng(0).integers(0, 260, size=[8, UPDATE_LEN]).astype(np.int32)
@@ -259,8 +259,12 @@ def test_a_bad_step_changes_nothing_but_its_count(corpus, forget_state):
     for name in ("params", "opt_state"):
         assert sha256_of(getattr(after, name)) == sha256_of(getattr(kept, name)), name
     assert sha256_of(after.recurrent) == sha256_of(fresh if forget_state else kept.recurrent)
-    _, metrics = step_fn(after, batch)
+    rate = float(metrics["learning_rate"])
+    following, metrics = step_fn(after, batch)
     assert int(metrics["n_bad"]) == 0
+    assert float(metrics["learning_rate"]) == rate  # the schedule stood still, too
+    _, metrics = step_fn(following, batch)
+    assert float(metrics["learning_rate"]) != rate
 
 
 @pytest.mark.parametrize("forget_state", [False, True])
