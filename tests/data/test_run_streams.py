@@ -125,6 +125,14 @@ def test_other_data_begins_with_an_order_of_its_own_and_reads_nothing_of_before(
         np.testing.assert_array_equal(array, read_row(split.tokens, expected, 0, 0, 30)[name])
 
 
+def test_other_data_begins_with_the_weights_that_its_schedule_has_by_then(folder):
+    split = mixture(folder, "4:1/0,9:0/1").split("train")
+    for first_step in (3, 4, 6):
+        plan = plan_of(split, SCHEDULE.changed(first_step, ROWS, LEN, data="other"))
+        for step in range(max(first_step, 4), 12):
+            assert set(letters(read(split, plan, step - first_step))) == ({"a"} if step < 9 else {"b"})
+
+
 def test_data_that_is_read_again_later_comes_in_another_order():
     split = corpus([5] * 40)
     once = SCHEDULE.changed(3, ROWS, LEN, "b")
