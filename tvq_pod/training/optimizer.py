@@ -118,7 +118,7 @@ def steps_of_schedule(state: optax.OptState) -> jax.Array:
     """Returns how many steps of the learning-rate schedule are done, int32, of a state of `make_optimizer`: those that
     were applied. A bad step is none of them."""
     *_, scheduled = cast(optax.MaskedState, state).inner_state
-    return cast(optax.ScaleByScheduleState, scheduled).count
+    return jnp.asarray(cast(optax.ScaleByScheduleState, scheduled).count)
 
 
 def _weights_chain(settings: OptimizerSettings, num_steps: int) -> optax.GradientTransformation:
