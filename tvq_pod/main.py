@@ -52,6 +52,7 @@ _STEP = flags.DEFINE_integer(
     "step",
     None,
     "train, eval, sample, inspect, export: which checkpoint; the newest if not given. train sets newer ones aside.",
+    lower_bound=0,
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "sample: text to go on from; may be given several times.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "sample: a file whose text is one more prompt.")

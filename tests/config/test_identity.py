@@ -106,6 +106,14 @@ def test_d_ff_counts_by_the_width_it_stands_for():
     assert record(head_type="shga", d_ff=8) == record(head_type="shga", d_ff=9)  # has no MLP
 
 
+def test_another_head_type_is_named_and_not_the_width_that_follows_from_it():
+    def record(head_type):
+        return model_record(Settings(model=CONFIG.replace(head_type=head_type, d_ff=0)), "bytes")
+
+    for head_type, other in (("shga", "mha"), ("mha", "shga"), ("mqa", "shga")):
+        assert differing(record(head_type), record(other)) == ("config.model.head_type", head_type, other)
+
+
 def test_what_an_older_checkpoint_does_not_name_is_not_compared():
     record = model_record(Settings(model=CONFIG), "bytes")
     older = {name: value for name, value in record.items() if name != "config.model.d_ff"}

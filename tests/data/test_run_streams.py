@@ -103,12 +103,35 @@ def test_data_that_is_skipped_is_what_was_there_before_it_was_skipped(folder):
         assert letters(read(split, before, update)) == letters(read(split, after, update))
 
 
+def test_a_change_that_skipped_data_brought_on_does_not_come_again_with_another_batch(folder):
+    """Updates 2 to 5 are skipped, so the change of step 7 comes at step 3; the batch changes at step 5."""
+    split = mixture(folder, "7:1/0,12:0/1").split("train")
+    skipping = SCHEDULE.skipping(2, 4)
+    changed = plan_of(split, skipping.changed(5, ROWS, LEN))
+    assert skipping.now.update(5) == 9  # the change is behind it
+    assert {letter for update in range(7) for letter in letters(read(split, changed, update))} == {"a"}
+    assert set(letters(read(split, changed, 7))) == {"b"}  # step 12
+    alone = TrainStreams(split.starts, ROWS, 1, first_epoch=EPOCHS_APART, parts=split.stages[0].parts)
+    expected = alone.recut(2 * LEN, ROWS)  # of which updates 7 and 8 were read
+    for row in range(ROWS):
+        found, wanted = (read_row(split.tokens, each, row, 0, 7 * LEN) for each in (changed, expected))
+        np.testing.assert_array_equal(found["targets"], wanted["targets"])
+
+
 def test_other_data_begins_with_an_order_of_its_own_and_reads_nothing_of_before():
     split = corpus([9, 30, 4, 17, 22])
     schedule = SCHEDULE.changed(3, 2, 5).changed(4, 2, 5, data="other").changed(6, 4, 2)
     expected = made_streams(split, 2, 1, first_epoch=EPOCHS_APART * MOST_CHANGES).recut(10, 4)
     for name, array in read_row(split.tokens, streams_of(schedule, split, 1), 0, 0, 30).items():
         np.testing.assert_array_equal(array, read_row(split.tokens, expected, 0, 0, 30)[name])
+
+
+def test_other_data_begins_with_the_weights_that_its_schedule_has_by_then(folder):
+    split = mixture(folder, "4:1/0,9:0/1").split("train")
+    for first_step in (3, 4, 6):
+        plan = plan_of(split, SCHEDULE.changed(first_step, ROWS, LEN, data="other"))
+        for step in range(max(first_step, 4), 12):
+            assert set(letters(read(split, plan, step - first_step))) == ({"a"} if step < 9 else {"b"})
 
 
 def test_data_that_is_read_again_later_comes_in_another_order():

@@ -223,6 +223,7 @@ def test_each_mistake_is_one_line_and_costs_nothing(folder, config_file):
         ("--config=configs/enwik8.py", fresh, f"--source={folder / 'blank.txt'}"): ("has 2 bytes, and enwik8",),
         ("--config=configs/imagenet64.py", fresh, "--config.sample.length=9"): ("sample.length=9", "12288, an image"),
         (config, fresh, "--split=test"): ("--split", "is for --mode=eval"),
+        (config, fresh, "--step=-1"): ("--step=-1",),
         (config, f"--workdir={folder / 'linked'}"): ("config.data.store=", "is a symbolic link to", "not exist"),
         (config, f"--workdir={folder / 'taken'}"): ("--workdir=", "in use by another process"),
     }  # fmt: skip

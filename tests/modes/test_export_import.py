@@ -19,13 +19,17 @@ from tests.command import ROOT, contents, environment, fingerprint, finish, metr
 from tests.common import model_params
 from tests.data.test_vocab import trained as trained_vocab
 from tests.made_run import FINGERPRINT, make_run, settings_of
+from tests.made_up import first_state
 from tvq_pod.config.resolve import resolve
 from tvq_pod.config.run_config import read_run_config
-from tvq_pod.config.settings import EvalSettings
+from tvq_pod.config.settings import CheckpointSettings, EvalSettings, MeshSettings
 from tvq_pod.errors import UserError
 from tvq_pod.inference.exported import Origin, read_exported
 from tvq_pod.modes.export_model import export
 from tvq_pod.modes.import_model import import_model
+from tvq_pod.modes.inspect_run import inspect
+from tvq_pod.parallel.mesh import make_mesh
+from tvq_pod.run.checkpoint import Checkpoints
 from tvq_pod.run.checkpoint_reader import CheckpointReader
 
 
@@ -89,6 +93,34 @@ def test_an_imported_checkpoint_belongs_to_a_model_and_to_no_corpus(out, tmp_pat
     assert record["config.model.d_model"] == "8"
     assert record["config.model.dtype"] == "bfloat16"
     assert not {"config.seed", "config.data.store, fingerprint"} & record.keys()
+
+
+def test_an_imported_model_and_all_that_descends_from_it_say_where_it_came_from(out, tmp_path, capsys):
+    import_from(out, tmp_path / "imported")
+    inspect(resolve(read_run_config(tmp_path / "imported")), epath.Path(tmp_path / "imported"), None)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ancestor")]
+    assert lines == [f"ancestor: {out} step 3 corpus {FINGERPRINT}: 1 layers"]
+    checkpoints = Checkpoints(tmp_path / "imported", CheckpointSettings())
+    checkpoints.begin(0)  # training resumes from it
+    record, schedule = checkpoints.record(0), checkpoints.schedule(0)
+    state = first_state(settings_of(), make_mesh(MeshSettings(), jax.devices()[:1]))
+    checkpoints.save(state, 5, {n: value for n, value in record.items() if n not in ("imported", "ancestry")}, schedule)
+    assert checkpoints.wait(), checkpoints.error
+    assert checkpoints.ancestry(5) == record["ancestry"]
+    checkpoints.close()
+
+
+def test_a_run_whose_own_data_or_first_weights_are_elsewhere_is_exported_without_naming_them(tmp_path):
+    """And what was exported can be imported: no setting is left that needs another one."""
+    settings = settings_of()
+    data = dataclasses.replace(settings.data, mixture="/nowhere/a=1,/nowhere/b=1", mixture_schedule="5:0/1")
+    settings = dataclasses.replace(settings, data=data, init_from="/nowhere/c", init_optimizer=True, init_layers=1)
+    (tmp_path / "run").mkdir()
+    make_run(tmp_path / "run", settings)
+    export(settings, epath.Path(tmp_path / "run"), epath.Path(tmp_path / "out"), None, None)
+    assert "nowhere" not in (tmp_path / "out/config.json").read_text()
+    import_from(tmp_path / "out", tmp_path / "imported")
+    assert resolve(read_run_config(tmp_path / "imported")).init_from == ""
 
 
 def test_a_setting_that_the_model_depends_on_may_not_be_changed_on_the_way(out, tmp_path):

@@ -1,5 +1,6 @@
 """--mode=inspect: the same fingerprints as the whole state has, without ever holding it."""
 
+import shutil
 import time
 import weakref
 from typing import NamedTuple
@@ -48,6 +49,17 @@ class OnDisk(NamedTuple):
     recurrent: dict
     sanity: dict
     digest: jax.Array
+
+
+def test_steps_that_were_set_aside_are_listed(run, tmp_path, capsys):
+    workdir, _ = run
+    shutil.copytree(workdir, tmp_path / "run")
+    for name in ("10.undone-2", "10.undone", "9.damaged"):
+        (tmp_path / "run/checkpoints" / name).mkdir()
+    inspect_run.inspect(SETTINGS, tmp_path / "run", None)
+    lines = capsys.readouterr().out.splitlines()
+    place = lines.index("steps: 3")
+    assert lines[place + 1 : place + 3] == ["set aside: 9.damaged 10.undone 10.undone-2", "step: 3"]
 
 
 @pytest.mark.slow

@@ -113,13 +113,13 @@ def test_a_run_that_gives_up_says_why_and_one_that_is_refused_says_nothing(tmp_p
     assert capsys.readouterr().out == ""
 
 
-def of_session(workdir, capsys, error=None, enabled=True, **logged) -> dict | None:
+def of_session(workdir, capsys, error=None, enabled=True, evaluated=None, **logged) -> dict | None:
     """The result of a session of which this was logged, which began at step 4."""
     status = Status(epath.Path(workdir), 12)
     status.saved(4)
     with _swallowed(error), RunResult(epath.Path(workdir), 12, status, NoSignals(), enabled) as result:
         schedule = DataSchedule.begin(4, 8).changed(6, 2, 16)
-        result.begin(4, lambda: schedule, {})
+        result.begin(4, lambda: schedule, evaluated or {})
         if logged:
             status.update(**logged)
         if error:
@@ -154,3 +154,15 @@ def test_a_session_that_logged_nothing_tells_what_the_run_had_logged(tmp_path, c
     result = of_session(tmp_path, capsys)
     assert result
     assert (result["step"], result["loss"], result["bits_per_byte"]) == (4, 0.4, 0.8)  # 8 was gone back from
+
+
+def test_an_evaluation_that_was_not_finite_is_told_as_null_by_every_later_start(tmp_path, capsys):
+    """metrics.jsonl has null for its loss; a start that has nothing to train reads it back."""
+    line = dict(step=4, split="validation", loss=None, bits_per_byte=None, tokens=9)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    result = of_session(tmp_path, capsys, evaluated={4: None})
+    assert result
+    assert (result["ended"], result["validation"]) == (
+        "finished",
+        dict(step=4, loss=None, bits_per_byte=None, tokens=9),
+    )

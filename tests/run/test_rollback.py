@@ -175,3 +175,18 @@ def test_other_data_begins_other_streams_where_the_run_resumes(tmp_path):
     checkpoints.check = lambda step, record: asked.append(record)
     rollback.check_belongs(8, {FINGERPRINT: "b", "config.seed": "0"})
     assert asked == [{"config.seed": "0"}]
+
+
+def test_what_was_skipped_of_some_data_is_not_skipped_of_other_data_from_the_same_step(tmp_path):
+    """A run goes back to where other data began, and takes that data in a better version."""
+    path, begun = epath.Path(tmp_path), DataSchedule.begin(8, 8)
+    of_bad, of_good = (begun.changed(5, 8, 8, data=data) for data in ("bad", "good"))
+    rollback = Rollback(MadeUp({5: begun}), Skipped(path), TrainSettings(), BadStepsSettings())
+    assert rollback.go_back(BadStretch(last_step=8, n_bad=2), of_bad) == 5
+    assert Skipped(path).put_into(of_bad) == of_bad.skipping(1, 2)
+    assert Skipped(path).put_into(of_good) == of_good
+    assert Skipped(path).count() == 1
+    line = json.loads((tmp_path / "skipped.jsonl").read_text())
+    assert line.pop("data") == "bad"
+    (tmp_path / "skipped.jsonl").write_text(json.dumps(line) + "\n")  # of an older version, which did not say
+    assert Skipped(path).put_into(of_good) == of_good.skipping(1, 2)

@@ -179,3 +179,8 @@ def test_a_step_that_is_missing_damaged_or_of_another_run_changes_nothing(workdi
         trained(settings_of(corpus), tmp_path / "fresh", 6)
     assert contents(workdir) == before
     assert not (tmp_path / "fresh").exists()
+    for name in ("9.undone", "9.undone-2"):
+        shutil.copytree(workdir / "checkpoints/9", workdir / "checkpoints" / name)
+    shutil.rmtree(workdir / "checkpoints/9")
+    with pytest.raises(UserError, match=r"^--step=9: there are 3, 6, 12; .*, rename 9.undone or 9.undone-2 to 9$"):
+        trained(settings_of(corpus), workdir, 9)

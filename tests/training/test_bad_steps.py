@@ -36,6 +36,7 @@ from tvq_pod.run.checkpoint import Checkpoints
 from tvq_pod.run.checkpoint_reader import CheckpointReader
 from tvq_pod.run.hashes import sha256_of
 from tvq_pod.run.preemption import Preemption
+from tvq_pod.run.skipped import Skip, Skipped
 from tvq_pod.training import bad_steps, restore
 from tvq_pod.training.step import abstract_batch, abstract_train_state, make_train_step
 
@@ -242,7 +243,7 @@ def lines_of(workdir):
 @pytest.mark.slow
 @pytest.mark.parametrize("forget_state", [False, True])
 def test_a_bad_step_changes_nothing_but_its_count(corpus, forget_state):
-    """The real step. With forget_state, the streams' states begin anew."""
+    """The real step. With forget_state, the streams' states begin anew. The rate that is told is the one in use."""
     settings = settings_for(corpus, forget_state=forget_state)
     mesh = make_mesh(settings.mesh)
     tokens = np.random.default_rng(0).integers(0, 260, size=[8, UPDATE_LEN]).astype(np.int32)
@@ -259,8 +260,12 @@ def test_a_bad_step_changes_nothing_but_its_count(corpus, forget_state):
     for name in ("params", "opt_state"):
         assert sha256_of(getattr(after, name)) == sha256_of(getattr(kept, name)), name
     assert sha256_of(after.recurrent) == sha256_of(fresh if forget_state else kept.recurrent)
-    _, metrics = step_fn(after, batch)
+    rate = float(metrics["learning_rate"])
+    following, metrics = step_fn(after, batch)
     assert int(metrics["n_bad"]) == 0
+    assert float(metrics["learning_rate"]) == rate  # the schedule stood still, too
+    _, metrics = step_fn(following, batch)
+    assert float(metrics["learning_rate"]) != rate
 
 
 @pytest.mark.parametrize("forget_state", [False, True])
@@ -340,8 +345,6 @@ def test_going_back_holds_one_state_and_not_two(corpus, tmp_path, poison, monkey
 
 
 def test_a_skipped_line_that_was_cut_off_is_none_and_a_damaged_one_is_said(tmp_path):
-    from tvq_pod.run.skipped import Skip, Skipped
-
     path = epath.Path(tmp_path)
     Skipped(path).add(Skip(0, 8, 8, 12, 3), (13, 15), 10)
     line = (tmp_path / "skipped.jsonl").read_text()

@@ -8,10 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
-from tests.made_up import first_state
+from tests.made_run import make_run, settings_of
+from tests.made_up import first_state, made_up_step
 from tests.run.saved import RECORD, SCHEDULE, SETTINGS, a_batch
-from tvq_pod.config.settings import CheckpointSettings, MeshSettings, Settings
+from tests.training.test_bad_steps import NoSignals, settings_for
+from tvq_pod.config.settings import CheckpointSettings, EvalSettings, MeshSettings, Settings
+from tvq_pod.modes import train as train_module
+from tvq_pod.modes.sample import sample
 from tvq_pod.nn.codebook import codebook_average
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.run.checkpoint import Checkpoints
@@ -273,3 +278,51 @@ def test_readers_get_the_average_if_there_is_one_or_the_raw_weights(tmp_path, me
         reader.close()
         is_average = expected is state.ema
         assert ("the weights are their moving average at step 2" in capsys.readouterr().err) == is_average
+
+
+@pytest.mark.slow
+def test_samples_are_drawn_from_the_average(tmp_path, capsys):
+    """--mode=sample of a run that has one gives the text of a run whose weights are that average."""
+
+    def other_weights(params):
+        return jax.tree.map(lambda x: x[..., ::-1], params)
+
+    averaged, plain = with_decay(settings_of(), DECAY), settings_of()
+    changes = dict(
+        averaged=lambda state: state.replace(ema=other_weights(state.ema)),
+        plain=lambda state: state.replace(params=other_weights(state.params)),
+        untouched=lambda state: state,
+    )
+    for name, changed in changes.items():
+        (tmp_path / name).mkdir()
+        make_run(tmp_path / name, averaged if name == "averaged" else plain, changed=changed)
+
+    def text_of(name, settings, weights="ema"):
+        how = dataclasses.replace(settings.sample, length=12)
+        settings = dataclasses.replace(settings, sample=how, eval=EvalSettings(weights=weights))
+        sample(settings, epath.Path(tmp_path / name), [b"abc"], None)
+        return capsys.readouterr().out
+
+    average, raw = text_of("plain", plain), text_of("untouched", plain)
+    assert average != raw
+    assert text_of("averaged", averaged) == average
+    assert text_of("averaged", averaged, "raw") == raw
+
+
+def test_the_sample_at_the_end_of_training_is_drawn_from_the_average(corpus, tmp_path, monkeypatch):
+    """The made-up step moves the weights, and the real average follows them."""
+    given, settings = [], with_decay(settings_for(corpus), DECAY)
+    settings = dataclasses.replace(
+        settings,
+        sample=dataclasses.replace(settings.sample, length=5),
+        train=dataclasses.replace(settings.train, num_steps=3),
+    )
+    monkeypatch.setattr(train_module, "compiled_train_step", made_up_step)
+    monkeypatch.setattr(restore, "create_train_state", first_state)
+    monkeypatch.setattr(train_module, "keep_sample", lambda settings, workdir, params, step: given.append(params))
+    train_module.train(settings, epath.Path(tmp_path), NoSignals())
+    reader = CheckpointReader(tmp_path)
+    saved_state = reader.restore(3, abstract_train_state(settings, make_mesh(settings.mesh)))
+    reader.close()
+    (params,) = given
+    assert sha256_of(params) == sha256_of(weights_in_use(saved_state)) != sha256_of(saved_state.params)

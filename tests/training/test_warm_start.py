@@ -18,9 +18,11 @@ from launch import local
 from tests import forked
 from tests.buckets import reached_at
 from tests.command import contents
+from tests.common import store_of
 from tests.made_up import first_state, made_up_step
 from tests.run.saved import RECORD, SCHEDULE, SETTINGS, damage, names
 from tests.training.test_bad_steps import AskedAt, NoSignals, settings_for
+from tvq_pod.config.identity import OPTIMIZER_STATE
 from tvq_pod.config.init_from import Source, check_init_from, source_of
 from tvq_pod.config.resolve import config_of, resolve
 from tvq_pod.config.run_config import read_run_config
@@ -35,7 +37,7 @@ from tvq_pod.run.checkpoint import Checkpoints
 from tvq_pod.run.checkpoint_reader import CheckpointReader
 from tvq_pod.run.hashes import sha256_of
 from tvq_pod.training import restore, warm_start
-from tvq_pod.training.warm_start import WarmStart
+from tvq_pod.training.warm_start import LAYERS, VOCAB, WarmStart
 
 N_LAYERS = 2  # of the other run
 
@@ -185,7 +187,7 @@ def test_the_first_layers_are_taken_and_others_are_of_the_seed(
             "config.model.d_model=12: step 40 of HERE was made with 8; give that, or",
         ),
         (dict(model=dict(n_code=7)), "config.model.n_code=7: step 40 of HERE was made with 5"),
-        (dict(model=dict(head_type="mha")), "config.model.d_ff="),
+        (dict(model=dict(head_type="mha")), "config.model.head_type=mha: step 40 of HERE was made with shga; give"),
         (dict(model=dict(attn_type="full")), "config.model.attn_type=full: step 40 of HERE was made with vq"),
         (
             dict(model=dict(n_layer=1)),
@@ -223,6 +225,33 @@ def test_a_vocabulary_that_is_known_late_is_refused_too(source, tmp_path):
     with pytest.raises(UserError, match=r"^config.data.vocab=pieces: step 40 of .* was made with bytes; give"):
         warm.check_vocab("pieces")
     warm.close()
+
+
+def saved_with(workdir, state, **record):
+    """The folder of a run whose one checkpoint has some other entries in its record."""
+    checkpoints = Checkpoints(workdir, CheckpointSettings())
+    checkpoints.save(state, 20, RECORD | {LAYERS: str(N_LAYERS)} | record, SCHEDULE)
+    assert checkpoints.wait(), checkpoints.error
+    checkpoints.close()
+    return workdir
+
+
+def test_an_optimizer_s_state_of_another_version_is_refused(tmp_path, their_state):
+    source = saved_with(tmp_path / "theirs", their_state, **{OPTIMIZER_STATE: "0"})
+    assert refused(with_fields(THEIRS, init_from=str(source), init_optimizer=True), tmp_path).endswith(
+        "has the state of adamw in a form that this version does not read; leave it out"
+    )
+    WarmStart(with_fields(THEIRS, init_from=str(source)), epath.Path(tmp_path / "ours")).close()  # weights alone do
+
+
+def test_a_run_whose_mixture_has_another_vocabulary_is_refused(tmp_path, their_state, made_up):
+    """It is known once the stores are open; of the other run only the record is read."""
+    source = saved_with(tmp_path / "theirs", their_state, **{VOCAB: "pieces", "config.model.n_vocab": "264"})
+    store_of(tmp_path / "store", [bytes([65 + n]) * 99 for n in range(20)])
+    ours = with_fields(THEIRS, init_from=str(source), data=dict(mixture=f"{tmp_path}/store=1"), model=dict(n_vocab=264))
+    with pytest.raises(UserError, match=r"^config.data.vocab=bytes: step 20 of .* was made with pieces; give the voc"):
+        train(ours, epath.Path(tmp_path / "ours"), NoSignals())
+    assert not (tmp_path / "ours/checkpoints").exists()
 
 
 def test_a_run_that_is_missing_damaged_or_this_one_is_refused(source, tmp_path):
@@ -352,8 +381,10 @@ def test_the_first_start_alone_needs_the_other_run(corpus, tmp_path, made_up, ca
         f"ancestor: {tmp_path}/b step 12",
         f"ancestor: {tmp_path}/a step 5",
     ]
-    train_made_up(with_fields(settings, init_from="elsewhere"), tmp_path / "b")
-    assert "WARNING: config.init_from=elsewhere: counts on the first start only" in capsys.readouterr().err
+    for init_from, is_another in (("elsewhere", True), (f"{tmp_path}/a@4", True), (f"{tmp_path}/a", False)):
+        train_made_up(with_fields(settings, init_from=init_from), tmp_path / "b")
+        warned = f"WARNING: config.init_from={init_from}: counts on the first start only" in capsys.readouterr().err
+        assert warned == is_another
 
 
 def test_a_run_that_never_saved_is_the_run_that_was_not_stopped(corpus, tmp_path, made_up):

@@ -44,7 +44,9 @@ LATER = {"config.model.window_bias": "0.0", "config.model.temperature": "fixed",
 def model_record(settings: Settings, vocab_name: str) -> dict[str, str]:
     """What parameters belong to, as {setting's name: value}."""
     record = _record_of(settings, MODEL_IDENTITY)
-    # What d_ff=0 stands for is a width, too; without an MLP it stands for nothing.
+    # What d_ff=0 stands for is a width, too; without an MLP it stands for nothing. It follows from the other settings,
+    # so it comes last: an error names the first setting that differs.
+    del record["config.model.d_ff"]
     record["config.model.d_ff"] = "0" if settings.model.head_type == "shga" else str(settings.model.hidden_width)
     return record | {"config.data.vocab": vocab_name}
 

@@ -47,10 +47,10 @@ class StagedStreams:
             for segment in segments if before else ():
                 yield dataclasses.replace(segment, doc_id=segment.doc_id + before)
 
-    def at(self, place: int) -> tuple[int, TrainStreams]:
-        """The plan of a place in every row, and where it begins."""
+    def at(self, place: int) -> tuple[int, int, TrainStreams]:
+        """The number of the plan of a place in every row, from 0, where it begins, and the plan."""
         index = bisect.bisect_right(self._firsts, place) - 1
-        return self._firsts[index], self._streams[index]
+        return index, self._firsts[index], self._streams[index]
 
     def _count_documents_before(self, index: int, row: int) -> int:
         """Documents of a row in the plans before, the one that was cut included."""
@@ -74,9 +74,11 @@ def streams_of(schedule: DataSchedule, split: Split, seed: int) -> StagedStreams
 
     held = [stage for stage in stages if stage.first_step <= phases[0].first_step]
     streams = begun(phases[0], held[-1].parts if held else parts, len(held))
+    n_begun = len(held)
     for phase, following in itertools.zip_longest(phases, phases[1:]):
-        # Counted in updates of the phase: what is skipped then holds for the data that it was skipped of.
-        changes = [(n, stage) for n, stage in enumerate(stages, start=1) if stage.first_step > phase.first_step]
+        # Counted in updates of the phase: what is skipped then holds for the data that it was skipped of. So a phase
+        # may have come to a change whose step is in the next one.
+        changes = list(enumerate(stages, start=1))[n_begun:]
         plan = StagedStreams(
             [(0, streams)]
             + [
@@ -87,7 +89,8 @@ def streams_of(schedule: DataSchedule, split: Split, seed: int) -> StagedStreams
         if following is None:
             return plan
         consumed = phase.update(following.first_step) * phase.update_len
-        begin, streams = plan.at(consumed)
+        n_passed, begin, streams = plan.at(consumed)
+        n_begun += n_passed
         streams = streams.recut(consumed - begin, following.batch_size)
     raise AssertionError("a schedule has a phase")
 

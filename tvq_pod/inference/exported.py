@@ -174,11 +174,15 @@ def _without_paths(settings: Settings, vocab: Vocab) -> Settings:
     return dataclasses.replace(
         settings,
         compile_cache="auto",
+        init_from="",
+        init_optimizer=False,
+        init_layers=0,
         data=dataclasses.replace(
             data,
             source=data.source if data.source in NAMED_CORPORA else "",
             store="",
             mixture="",
+            mixture_schedule="",
             vocab=vocab.file_name or ByteVocab.name,
         ),
     )

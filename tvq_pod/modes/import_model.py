@@ -24,6 +24,7 @@ from tvq_pod.run.checkpoint_reader import IMPORTED
 from tvq_pod.run.lock import locked
 from tvq_pod.run.step_folders import StepFolders
 from tvq_pod.training.step import abstract_train_state, train_state_with
+from tvq_pod.training.warm_start import ancestor
 
 
 def import_model(settings: Settings, workdir: epath.Path, folder: epath.Path) -> None:
@@ -54,6 +55,9 @@ def import_model(settings: Settings, workdir: epath.Path, folder: epath.Path) ->
     with new_folder("--workdir", workdir) as draft, locked(draft):
         keep_vocab(exported.vocab, draft)
         checkpoints = Checkpoints(draft, CheckpointSettings())
+        whence = folder if is_bucket(folder) else folder.absolute()
+        origin, n_layers = exported.origin, settings.model.n_layer
+        checkpoints.descend_from([ancestor(str(whence), origin.step, "", origin.fingerprint, n_layers)])
         schedule = DataSchedule.begin(settings.train.batch_size, settings.train.update_len)
         checkpoints.save(state, 0, record | {IMPORTED: exported.origin._asdict()}, schedule)
         checkpoints.close()

@@ -25,9 +25,9 @@ from tvq_pod.training.warm_start import ancestor_line
 
 
 def inspect(settings: Settings, workdir: epath.Path, step: int | None) -> None:
-    """Prints the config, the steps kept, the checkpoints of other runs that this one descends from, each parameter's
-    shape, dtype and sharding, their count, and SHA-256s: of all parameters; of their moving average, if the checkpoint
-    has one; and of the rest of the train state (step, optimizer, recurrent state)."""
+    """Prints the config, the steps kept and set aside, the checkpoints of other runs that this one descends from, each
+    parameter's shape, dtype and sharding, their count, and SHA-256s: of all parameters; of their moving average, if the
+    checkpoint has one; and of the rest of the train state (step, optimizer, recurrent state)."""
     checkpoints = CheckpointReader(workdir, settings.checkpoint.restore_timeout_seconds)
     steps, step = checkpoints.steps(), checkpoints.pick(step)
     record = run_record(settings, run_vocab(settings, workdir).name, fingerprint="")
@@ -38,9 +38,11 @@ def inspect(settings: Settings, workdir: epath.Path, step: int | None) -> None:
     abstract = abstract_train_state(settings, mesh)
     print(to_json(settings), end="")
     print(f"steps: {' '.join(map(str, steps))}")
+    if aside := checkpoints.set_aside():
+        print(f"set aside: {' '.join(aside)}")
     print(f"step: {step}")
-    for ancestor in checkpoints.ancestry(step):
-        print(ancestor_line(ancestor))
+    for entry in checkpoints.ancestry(step):
+        print(ancestor_line(entry))
     parameters = _printed(abstract.params, _reader(checkpoints.path / str(step) / "params", abstract.params))
     parameters_sha256 = sha256_of_arrays(parameters)
     print(f"parameters: {sum(leaf.size for leaf in jax.tree.leaves(abstract.params))}")

@@ -82,6 +82,10 @@ class CheckpointReader:
         """Steps that are there and whole, in order."""
         return self._folders.steps()
 
+    def set_aside(self) -> list[str]:
+        """The folders of steps that were set aside, by name: damaged ones, and those that the run went back from."""
+        return self._folders.aside()
+
     def steps_of_process_zero(self) -> list[int]:
         """Process 0's `steps`, on all processes: a run that trains meanwhile may add and delete some."""
         return [int(step) for step in text_from_process_zero(" ".join(map(str, self.steps()))).split()]

@@ -104,7 +104,8 @@ def all_lines(workdir: epath.Path) -> list[dict]:
 
 
 def finite(value):
-    if isinstance(value, str):
+    """The value as JSON has it: null in place of numbers that are not finite, also within lists."""
+    if value is None or isinstance(value, str):
         return value
     if isinstance(value, list):
         return [finite(v) for v in value]

@@ -93,7 +93,7 @@ class Rollback:
         step = self._checkpoints.newest_good()
         phase = schedule.now
         first, last = phase.update(before), phase.update(bad.last_step - 1)
-        skip = Skip(phase.first_step, phase.batch_size, phase.update_len, first, last - first + 1)
+        skip = Skip(phase.first_step, phase.batch_size, phase.update_len, first, last - first + 1, phase.data)
         self._skipped.add(skip, steps=(before + 1, bad.last_step), back_to=step or 0)
         say(
             f"BAD: steps {before + 1} to {bad.last_step} could not be applied; goes back to step {step or 0} and skips "

@@ -17,13 +17,16 @@ from tvq_pod.parallel.processes import on_process_zero, text_from_process_zero
 
 @dataclasses.dataclass(frozen=True)
 class Skip:
-    """`count` updates, from `update` on, of the streams of one phase (see Phase)."""
+    """`count` updates, from `update` on, of the streams of one phase (see Phase).
+
+    data: the phase's; None: any, in lines of older versions."""
 
     first_step: int
     batch_size: int
     update_len: int
     update: int
     count: int
+    data: str | None = None
 
 
 class Skipped:
@@ -32,11 +35,11 @@ class Skipped:
     def __init__(self, workdir: epath.Path):
         self.path = workdir / "skipped.jsonl"
         text = text_from_process_zero(self.path.read_text() if self.path.exists() else "")
-        fields = [field.name for field in dataclasses.fields(Skip)]
+        fields = [field.name for field in dataclasses.fields(Skip) if field.name != "data"]
         # A line without its end was cut off by a kill, before anything came of it.
         try:
             lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-            self._skips = [Skip(**{name: int(line[name]) for name in fields}) for line in lines]
+            self._skips = [Skip(**{name: int(line[name]) for name in fields}, data=line.get("data")) for line in lines]
         except (KeyError, TypeError, ValueError):
             raise UserError(
                 f"--workdir={workdir}: {self.path} is damaged, and says which data the run leaves out; mend it by hand"
@@ -54,7 +57,7 @@ class Skipped:
                 phase.first_step,
                 phase.batch_size,
                 phase.update_len,
-            ):
+            ) and skip.data in (None, phase.data):
                 schedule = schedule.skipping(skip.update, skip.count)
         return schedule
 

@@ -35,11 +35,14 @@ def asked_step(workdir: epath.Path, step: int | None) -> int | None:
     if decided_by_process_zero(_went_back_there(workdir, asked)):
         say(f"--step={asked}: this launch has gone back there before; resumes from its newest checkpoint")
         return None
-    steps = StepFolders(workdir / "checkpoints").steps()
+    folders = StepFolders(workdir / "checkpoints")
+    steps = folders.steps()
     if not steps:
         raise UserError(f"--step={asked}: {workdir} has no checkpoint to go back to; leave it out")
     if asked not in steps:
-        raise UserError(f"--step={asked}: there are {', '.join(map(str, steps))}")
+        aside = [name for name in folders.aside() if name.startswith(f"{asked}.undone")]
+        hint = f"; to bring one back that was set aside, rename {' or '.join(aside)} to {asked}" if aside else ""
+        raise UserError(f"--step={asked}: there are {', '.join(map(str, steps))}{hint}")
     return asked
 
 

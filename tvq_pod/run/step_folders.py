@@ -60,6 +60,11 @@ class StepFolders:
         names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
         return (self.path / name for name in names if fnmatch.fnmatchcase(name, pattern))
 
+    def aside(self) -> list[str]:
+        """The names of the steps that were set aside, by step and in the order of their names."""
+        names = [path.name for path in self.entries("*.undone*")] + [path.name for path in self.entries("*.damaged*")]
+        return sorted(names, key=lambda name: (int(step) if (step := name.partition(".")[0]).isdecimal() else -1, name))
+
     def set_aside(self, step: int, why: str) -> None:
         """Renames a step, to STEP.why, and says so."""
         target = free_name(self.path / f"{step}.{why}")

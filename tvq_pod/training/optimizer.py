@@ -114,6 +114,13 @@ def with_schedule_of(started: optax.OptState, state: optax.OptState) -> optax.Op
     return optax.MaskedState(inner_state=(*directions, scheduled))
 
 
+def steps_of_schedule(state: optax.OptState) -> jax.Array:
+    """Returns how many steps of the learning-rate schedule are done, int32, of a state of `make_optimizer`: those that
+    were applied. A bad step is none of them."""
+    *_, scheduled = cast(optax.MaskedState, state).inner_state
+    return jnp.asarray(cast(optax.ScaleByScheduleState, scheduled).count)
+
+
 def _weights_chain(settings: OptimizerSettings, num_steps: int) -> optax.GradientTransformation:
     directions = {
         "adamw": lambda: optax.scale_by_adam(settings.b1, settings.b2, settings.eps, mu_dtype=jnp.float32),

@@ -34,7 +34,7 @@ from tvq_pod.parallel.sharding import (
 )
 from tvq_pod.training import bad_steps, ema
 from tvq_pod.training.detail import at_some_steps, detail
-from tvq_pod.training.optimizer import make_optimizer, schedule
+from tvq_pod.training.optimizer import make_optimizer, schedule, steps_of_schedule
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -208,7 +208,7 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh) -> TrainStep:
         with jax.named_scope("metrics"):
             metrics |= code_report(grads, params) | revival_report(grads, state.params, settings.model)
             metrics["grad_norm"] = grad_norm(grads)
-            metrics["learning_rate"] = settings.optimizer.learning_rate * share(state.step)
+            metrics["learning_rate"] = settings.optimizer.learning_rate * share(steps_of_schedule(state.opt_state))
         with jax.named_scope("bad_steps"):
             good, known = bad_steps.judge(state.bad_steps, metrics, codebook_sums(grads), settings.bad_steps)
             params, opt_state = bad_steps.choose(good, (params, opt_state), (state.params, state.opt_state))

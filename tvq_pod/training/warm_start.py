@@ -11,9 +11,12 @@ the record of every checkpoint of this run, followed by the other run's own ance
     run             its folder
     step            of the checkpoint
     fingerprint     of the checkpoint's files: 8 hexadecimal digits, from its manifest
-    corpus          fingerprint of the data that it was trained on; "" for a model that was imported
+    corpus          fingerprint of the data that it was trained on; "" if it was imported and not trained since
     layers          how many of its layers were taken
     optimizer       whether the optimizer's state was taken
+
+The entry of a model that was imported (--mode=import) has the folder that it came in as `run`, the step and corpus that
+it was exported from, and no fingerprint.
 """
 
 import contextlib
@@ -132,13 +135,13 @@ class WarmStart:
         self._record = self._reader.record(self._step)
         self._check()
         self.ancestry = [
-            dict(
-                run=str(self._reader.path.parent),
-                step=self._step,
-                fingerprint=self._fingerprint(),
-                corpus=self._record.get(FINGERPRINT, ""),
-                layers=self._n_taken,
-                optimizer=self._settings.init_optimizer,
+            ancestor(
+                str(self._reader.path.parent),
+                self._step,
+                self._fingerprint(),
+                self._record.get(FINGERPRINT, ""),
+                self._n_taken,
+                self._settings.init_optimizer,
             ),
             *self._record.get("ancestry", []),
         ]
@@ -238,14 +241,17 @@ def _vocab_name(settings: Settings, workdir: epath.Path) -> str:
     return load_vocab(settings.data.vocab).name
 
 
-def ancestor_line(ancestor: dict) -> str:
+def ancestor(run: str, step: int, fingerprint: str, corpus: str, layers: int, optimizer: bool = False) -> dict:
+    """An entry of `ancestry`; see above."""
+    return dict(run=run, step=step, fingerprint=fingerprint, corpus=corpus, layers=layers, optimizer=optimizer)
+
+
+def ancestor_line(entry: dict) -> str:
     """An entry of `ancestry` in one line, for people."""
-    corpus = f" corpus {ancestor['corpus'][:16]}" if ancestor["corpus"] else ""
-    optimizer = " and the optimizer" if ancestor["optimizer"] else ""
-    return (
-        f"ancestor: {ancestor['run']} step {ancestor['step']} fingerprint {ancestor['fingerprint']}{corpus}: "
-        f"{ancestor['layers']} layers{optimizer}"
-    )
+    fingerprint = f" fingerprint {entry['fingerprint']}" if entry["fingerprint"] else ""
+    corpus = f" corpus {entry['corpus'][:16]}" if entry["corpus"] else ""
+    optimizer = " and the optimizer" if entry["optimizer"] else ""
+    return f"ancestor: {entry['run']} step {entry['step']}{fingerprint}{corpus}: {entry['layers']} layers{optimizer}"
 
 
 def ignored(settings: Settings, checkpoints: CheckpointReader, step: int) -> str:
