@@ -10,9 +10,10 @@ from tests.common import store_of
 from tests.data.made_streams import made_streams
 from tests.data.test_streams import corpus
 from tvq_pod.data.mixture import Mixture
+from tvq_pod.data.order import ListedOrder
 from tvq_pod.data.run_streams import EPOCHS_APART, MOST_CHANGES, streams_of
 from tvq_pod.data.schedule import DataSchedule
-from tvq_pod.data.streams import read_row
+from tvq_pod.data.streams import TrainStreams, read_row
 
 ROWS, LEN = 3, 10
 SCHEDULE = DataSchedule.begin(ROWS, LEN)
@@ -111,7 +112,7 @@ def test_a_change_that_skipped_data_brought_on_does_not_come_again_with_another_
     assert skipping.now.update(5) == 9  # the change is behind it
     assert {letter for update in range(7) for letter in letters(read(split, changed, update))} == {"a"}
     assert set(letters(read(split, changed, 7))) == {"b"}  # step 12
-    alone = TrainStreams(split.starts, ROWS, 1, first_epoch=EPOCHS_APART, parts=split.stages[0].parts)
+    alone = TrainStreams(ListedOrder(split.starts, 1, split.stages[0].parts), ROWS, EPOCHS_APART)
     expected = alone.recut(2 * LEN, ROWS)  # of which updates 7 and 8 were read
     for row in range(ROWS):
         found, wanted = (read_row(split.tokens, each, row, 0, 7 * LEN) for each in (changed, expected))
