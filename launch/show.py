@@ -1,5 +1,6 @@
 """A run as people see it: its status file (tvq_pod/run/status.py) in a line, and a row of the table of all runs."""
 
+import contextlib
 import time
 
 from launch.clock import ago
@@ -23,9 +24,10 @@ def progress(status: dict | None) -> str:
 
 
 def goodput(status: dict | None) -> str:
-    """Where the run's time went, as a table; "" if it does not say."""
-    record = (status or {}).get("goodput")
-    return table(record) if record else ""
+    """Where the run's time went, as a table; "" if it does not say, or the file is damaged."""
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+        return table((status or {})["goodput"])
+    return ""
 
 
 def row(machines: Machines, status: dict | None) -> tuple[str, ...]:

@@ -214,6 +214,16 @@ def test_the_table_says_what_took_time_the_longest_first():
     assert len(KINDS) == 11
 
 
+def test_the_table_of_another_version_has_the_kinds_that_both_know():
+    clock = Clock()
+    goodput = session(clock)
+    clock.passes(60)
+    record = goodput.record()
+    del record["seconds"][END]
+    record["seconds"]["new"] = 8.0
+    assert [row.split()[0] for row in table(record).splitlines()] == ["goodput", "steps", "start"]
+
+
 def status_of(workdir):
     return json.loads((workdir / "status.json").read_text())
 

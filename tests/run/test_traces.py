@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+import resource
 import socket
 import threading
 
@@ -130,6 +131,45 @@ def test_a_process_that_is_not_there_can_not_trace(monkeypatch):
     check_hosts(ProfileSettings(hosts="7"))  # nothing is traced
     with pytest.raises(UserError, match=r"config.profile.hosts=0,2: this job has no process 2; the last is 1"):
         check_hosts(ProfileSettings(at_step=1, hosts="0,2"))
+
+
+@pytest.fixture
+def limit():
+    """Sets how large a file may become; None: as large as before. jax finds it as it finds a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, before if size is None else (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_costs_its_traces_and_later_ones_are_taken(tmp_path, limit, monkeypatch, capfd):
+    local, made = tmp_path / "local", traces_module.tempfile.mkdtemp
+    local.mkdir()
+    monkeypatch.setattr(traces_module.tempfile, "mkdtemp", lambda prefix: made(prefix=prefix, dir=local))
+    settings, x, before = ProfileSettings(at_step=1, num_steps=1, every_steps=3), jnp.ones([64, 64]), None
+    profiler = Profiler(epath.Path(tmp_path), settings, Goodput())
+    a_step(x)  # is compiled, and kept, while there is room
+    for step in range(1, 9):
+        limit(1000 if step < 7 else None)
+        with profiler.step(step, before):
+            metrics = a_step(x)
+        profiler.end_step(step, metrics)
+        assert step >= 7 or not list(local.iterdir())
+        before = metrics
+    profiler.close()
+    assert {name: steps_in(path) for name, path in traces(tmp_path).items()} == {"step_7": [7]}
+    assert not list(local.iterdir())
+    told = [line for line in capfd.readouterr().err.splitlines() if "trace" in line and "step" in line]
+    assert told[0].startswith("WARNING: the trace of step 1 can't be written ("), told
+    assert told[1].startswith("WARNING: the trace of step 4 can't be written (")
+    assert told[2:] == [f"trace: {traces(tmp_path)['step_7']}"]
+
+
+def test_without_room_for_temporary_files_there_is_a_warning(tmp_path, monkeypatch, capfd):
+    with monkeypatch.context() as patched:  # capfd, too, makes temporary files
+        patched.setattr(traces_module.tempfile, "tempdir", str(tmp_path / "nowhere"))
+        trained(tmp_path, ProfileSettings(at_step=1, num_steps=1), 2)
+    assert "WARNING: the trace of step 1 is not taken (" in capfd.readouterr().err
+    assert traces(tmp_path) == {}
 
 
 def test_a_folder_that_can_not_be_written_is_a_warning(tmp_path, capfd):
