@@ -124,7 +124,9 @@ def test_after_a_rollback_steps_are_done_twice():
 @pytest.mark.parametrize(
     "record",
     [None, {}, [], "text", dict(seconds=3), dict(seconds={}, until="x", first_start=0, starts=1, reached_step=0),
-     dict(seconds={STEPS: float("nan")}, until=0, first_start=0, starts=1, reached_step=0)],
+     dict(seconds={STEPS: float("nan")}, until=0, first_start=0, starts=1, reached_step=0),
+     dict(seconds={STEPS: -5}, until=0, first_start=0, starts=1, reached_step=0),
+     dict(seconds={STEPS: 5}, until=0, first_start=0, starts=1, reached_step=float("inf"))],
 )  # fmt: skip
 def test_a_record_that_is_none_or_damaged_is_as_if_there_had_been_none(record):
     clock = Clock(50.0)
