@@ -27,7 +27,7 @@ def main() -> None:
     from xprof.convert.raw_to_tool_data import xspace_to_tool_data
 
     folder = pathlib.Path(given.workdir) / "profile"
-    (path,) = folder.rglob("*.xplane.pb")
+    path = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)  # the newest
     data, _ = xspace_to_tool_data([str(path)], "trace_viewer", {})
     events = [event for event in json.loads(data)["traceEvents"] if event.get("ph") == "X"]
     with (folder / "operations.tsv").open() as file:

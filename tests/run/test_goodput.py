@@ -6,8 +6,13 @@ import signal
 import time
 
 import pytest
+from etils import epath
 
 from tests.command import run, start
+from tests.made_up import first_state, made_up_step
+from tests.training.test_bad_steps import AskedAt, NoSignals, settings_for
+from tvq_pod.errors import Preempted
+from tvq_pod.modes import train as train_module
 from tvq_pod.run import goodput as goodput_module
 from tvq_pod.run.goodput import Goodput
 from tvq_pod.run.goodput_table import (
@@ -24,6 +29,7 @@ from tvq_pod.run.goodput_table import (
     WAITING,
     table,
 )
+from tvq_pod.training import restore
 
 
 class Clock:
@@ -228,6 +234,27 @@ def test_the_table_of_another_version_has_the_kinds_that_both_know():
 
 def status_of(workdir):
     return json.loads((workdir / "status.json").read_text())
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_a_start_begins_with_is_of_that_start(tmp_path, corpus, monkeypatch):
+    """The session before was asked to end while it evaluated; so is this one, before its first step."""
+    monkeypatch.setattr(train_module, "compiled_train_step", made_up_step)
+    monkeypatch.setattr(restore, "create_train_state", first_state)
+    with pytest.raises(Preempted, match="saved step 7"):
+        train_module.train(settings_for(corpus), epath.Path(tmp_path), AskedAt(7))
+    during = []
+
+    def evaluate(self, state, step):
+        during.append(status_of(tmp_path)["state"])
+        raise Preempted(f"step {step}")
+
+    monkeypatch.setattr(train_module._Session, "_evaluates_at", lambda self, step: step == 7)
+    monkeypatch.setattr(train_module._Session, "_evaluate", evaluate)
+    with pytest.raises(Preempted, match="step 7"):
+        train_module.train(settings_for(corpus), epath.Path(tmp_path), NoSignals())
+    assert during == ["starting"]
+    assert status_of(tmp_path)["goodput"]["starts"] == 2
 
 
 @pytest.mark.slow(40)

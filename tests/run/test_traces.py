@@ -82,6 +82,20 @@ def test_a_trace_has_the_steps_that_were_asked_for_and_no_others(tmp_path):
     assert {"PjitFunction(a_step)", "train 3", "train 4"} <= names
 
 
+def test_the_devices_have_done_all_steps_before_a_trace_begins_and_its_own_before_it_ends(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda metrics: calls.append(f"done {metrics}"))
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder, profiler_options: calls.append("begin"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("end"))
+    profiler = Profiler(epath.Path(tmp_path), ProfileSettings(at_step=2, num_steps=2), Goodput())
+    for step in range(1, 5):
+        with profiler.step(step, step - 1):
+            calls.append(step)
+        profiler.end_step(step, step)
+    profiler.close()
+    assert calls == [1, "done 1", "begin", 2, 3, "done 3", "end", 4]
+
+
 def test_operations_have_the_names_of_the_phases_that_the_plan_has_too():
     mesh = make_mesh(MeshSettings())
     settings = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, ema_decay=0.9))
@@ -122,6 +136,30 @@ def test_only_chosen_processes_trace(tmp_path, monkeypatch):
         trained(tmp_path / hosts, ProfileSettings(at_step=1, num_steps=1, hosts=hosts), 2)
         (path,) = (tmp_path / hosts).rglob("*.pb")
         assert path.name == "process_1.xplane.pb"
+
+
+@pytest.mark.parametrize(
+    ("index", "given", "writes"),
+    [
+        (0, dict(at_step=1, hosts="all"), True),
+        (1, dict(at_step=1, hosts="all"), False),
+        (2, dict(at_step=1, hosts="3,2"), True),
+        (3, dict(at_step=1, hosts="3,2"), False),
+        (0, dict(at_step=1, hosts="3,2"), False),
+        (0, dict(), False),
+    ],
+)
+def test_one_of_the_processes_that_trace_writes_the_table_of_operations(index, given, writes, tmp_path, monkeypatch):
+    monkeypatch.setattr(traces_module.jax, "process_index", lambda: index)
+    Profiler(epath.Path(tmp_path), ProfileSettings(**given), Goodput()).keep_operations(lambda: "the table")
+    written = [path.read_text() for path in tmp_path.rglob("operations.tsv")]
+    assert written == ["the table"] * writes
+
+
+def test_a_table_of_operations_that_can_not_be_made_is_a_warning(tmp_path, capfd):
+    profiler = Profiler(epath.Path(tmp_path), ProfileSettings(at_step=1), Goodput())
+    profiler.keep_operations(lambda: 1 / 0)
+    assert "operations.tsv can't be written (division by zero)" in capfd.readouterr().err
 
 
 def test_a_process_that_is_not_there_can_not_trace(monkeypatch):
