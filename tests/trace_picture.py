@@ -1,7 +1,7 @@
 """Draws a trace as a timeline. Not a test: `python -m tests.trace_picture --workdir=DIR --to=FILE.png`.
 
-DIR is a run's folder with one trace. The upper row has the steps, as the host gave them to the devices; the lower one
-the operations of the thread that was busiest, in the color of their pass; texts name the longest of them.
+DIR is a run's folder; its newest trace is drawn. The upper row has the steps, as the host gave them to the devices; the
+lower one the operations of the thread that was busiest, in the color of their pass; texts name the longest of them.
 """
 
 import argparse

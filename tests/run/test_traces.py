@@ -202,6 +202,20 @@ def test_a_full_disk_costs_its_traces_and_later_ones_are_taken(tmp_path, limit, 
     assert told[2:] == [f"trace: {traces(tmp_path)['step_7']}"]
 
 
+def test_a_trace_that_is_still_written_outlives_the_next_that_can_not_be_taken(tmp_path, monkeypatch):
+    ended, moved, x = threading.Event(), traces_module._move, jnp.ones([64, 64])
+    monkeypatch.setattr(traces_module, "_move", lambda *paths: ended.wait(30) and moved(*paths))
+    profiler = Profiler(epath.Path(tmp_path), ProfileSettings(at_step=1, num_steps=1, every_steps=1), Goodput())
+    for step in (1, 2):
+        with profiler.step(step, None):
+            metrics = a_step(x)
+        profiler.end_step(step, metrics)
+        monkeypatch.setattr(traces_module.tempfile, "mkdtemp", lambda prefix: (tmp_path / "no/room").mkdir())
+    ended.set()
+    profiler.close()
+    assert {name: steps_in(path) for name, path in traces(tmp_path).items()} == {"step_1": [1]}
+
+
 def test_without_room_for_temporary_files_there_is_a_warning(tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patched:  # capfd, too, makes temporary files
         patched.setattr(traces_module.tempfile, "tempdir", str(tmp_path / "nowhere"))
