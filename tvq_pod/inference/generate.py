@@ -132,8 +132,8 @@ class Model:
     def generate(self, prompt: list[int], length: int, temperature: float, top_p: float, seed: int):
         """Yields at most `length` tokens of a document that begins with `prompt`, until it ends. They are drawn from
         the likeliest tokens that have probability top_p together; with temperature 0, each is the likeliest."""
-        rng, state, n_vocab = np.random.default_rng(seed), self.start(), self.about["n_vocab"]
-        may_come = np.array([END_OF_DOC] * (not self.is_of_images) + [*range(N_SPECIAL, n_vocab)])
+        rng, state, logits = np.random.default_rng(seed), self.start(), np.zeros(0)
+        may_come = np.array([END_OF_DOC] * (not self.is_of_images) + [*range(N_SPECIAL, self.about["n_vocab"])])
         for token in (END_OF_DOC, *prompt):
             logits = self.step(state, token)
         for _ in range(length):
@@ -180,7 +180,6 @@ def main():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="(%(default)s)")
     given, model = parser.parse_args(), Model(FOLDER)
     how, n_vocab = (given.temperature, given.top_p, given.seed), model.about["n_vocab"]
-    sys.stdout.reconfigure(errors="replace")  # of a terminal that does not have all characters
     if not (min(given.length, given.seed) >= 0 <= given.temperature < float("inf") and 0 < given.top_p <= 1):
         sys.exit("error: --length, --seed and --temperature must be at least 0, and --top_p above 0 and at most 1")
     if wrong := [token for token in given.tokens or () if not (token.isdecimal() and int(token) < n_vocab)]:
@@ -193,7 +192,8 @@ def main():
     else:
         to_tokens, to_text = text_functions(model.about)
         prompt = given.prompt.encode(errors="surrogateescape").decode(errors="replace")  # UTF-8, whatever was given
-        print(prompt + to_text(list(model.generate(to_tokens(prompt), given.length, *how))))
+        text = prompt + to_text(list(model.generate(to_tokens(prompt), given.length, *how)))
+        sys.stdout.buffer.write(f"{text}\n".encode(sys.stdout.encoding, errors="replace"))  # whatever the terminal has
 
 
 if __name__ == "__main__":
