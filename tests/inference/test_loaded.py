@@ -1,5 +1,6 @@
 """`tvq_pod.load`: the model that it returns says what the model of the checkpoint says."""
 
+import dataclasses
 import math
 import pathlib
 import re
@@ -98,6 +99,16 @@ def test_generated_tokens_are_the_likeliest_at_temperature_0(loaded):
     texts = loaded.generate(prompts, length=12, temperature=0.0)
     assert texts == [bytes(int(id_) - 3 for id_ in new).decode(errors="replace") for new in drawn]
     assert loaded.generate([]) == []
+
+
+@pytest.mark.slow
+def test_more_prompts_than_fit_side_by_side_have_each_their_own_random_numbers(loaded, monkeypatch):
+    prompts = [np.array([70])] * 10
+    together = loaded.generate_tokens(prompts, length=6, temperature=1.0, top_p=1.0)
+    monkeypatch.setattr("tvq_pod.inference.sampler.Sampler._rows_that_fit", lambda self: 1)
+    in_groups = dataclasses.replace(loaded).generate_tokens(prompts, length=6, temperature=1.0, top_p=1.0)
+    assert list(map(list, in_groups)) == list(map(list, together))
+    assert list(together[8]) != list(together[0])
 
 
 @pytest.mark.parametrize(
