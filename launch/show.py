@@ -26,7 +26,7 @@ def progress(status: dict | None) -> str:
 def goodput(status: dict | None) -> str:
     """Where the run's time went, as a table; "" if it does not say, or the file is damaged."""
     with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
-        return table((status or {})["goodput"])
+        return table(_record(status or {}))
     return ""
 
 
@@ -53,9 +53,15 @@ def row(machines: Machines, status: dict | None) -> tuple[str, ...]:
         _number(status, "tokens_per_second", ",.0f"),
         _number(status, "mfu", ".1%"),
         _number(status, "loss", ".4f"),
-        _number(status.get("goodput") or {}, "goodput", ".1%"),
+        _number(_record(status), "goodput", ".1%"),
         saved,
     )
+
+
+def _record(status: dict) -> dict:
+    """Of where the time went; empty if the file has none, or a damaged one."""
+    found = status.get("goodput")
+    return found if isinstance(found, dict) else {}
 
 
 def _number(status: dict, name: str, form: str) -> str:
