@@ -291,7 +291,7 @@ class Machines:
             status = json.loads(text or "null")
         except ValueError:
             return None
-        return status if status and status.get("run_id") == record.run_id else None
+        return status if isinstance(status, dict) and status.get("run_id") == record.run_id else None
 
 
 def run_script(record: Record) -> str:

@@ -1,5 +1,6 @@
 """A run as people see it: its status file (tvq_pod/run/status.py) in a line, and a row of the table of all runs."""
 
+import contextlib
 import time
 
 from launch.clock import ago
@@ -23,9 +24,10 @@ def progress(status: dict | None) -> str:
 
 
 def goodput(status: dict | None) -> str:
-    """Where the run's time went, as a table; "" if it does not say."""
-    record = (status or {}).get("goodput")
-    return table(record) if record else ""
+    """Where the run's time went, as a table; "" if it does not say, or the file is damaged."""
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+        return table(_record(status or {}))
+    return ""
 
 
 def row(machines: Machines, status: dict | None) -> tuple[str, ...]:
@@ -51,9 +53,15 @@ def row(machines: Machines, status: dict | None) -> tuple[str, ...]:
         _number(status, "tokens_per_second", ",.0f"),
         _number(status, "mfu", ".1%"),
         _number(status, "loss", ".4f"),
-        _number(status.get("goodput") or {}, "goodput", ".1%"),
+        _number(_record(status), "goodput", ".1%"),
         saved,
     )
+
+
+def _record(status: dict) -> dict:
+    """Of where the time went; empty if the file has none, or a damaged one."""
+    found = status.get("goodput")
+    return found if isinstance(found, dict) else {}
 
 
 def _number(status: dict, name: str, form: str) -> str:

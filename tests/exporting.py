@@ -31,10 +31,10 @@ print(*sorted(modules - set(sys.stdlib_module_names)))
 """
 
 
-def export_to(folder, config, vocab=None, dtype="float32", data=NO_DATA) -> epath.Path:
-    """A folder with the parameters of `model_params`."""
+def export_to(folder, config, vocab=None, dtype="float32", data=NO_DATA, **given) -> epath.Path:
+    """A folder with the parameters of `model_params`. given: settings that belong to no group."""
     named = {name: jnp.dtype(getattr(config, name)).name for name in ("dtype", "param_dtype")}  # as config files do
-    settings = Settings(model=config.replace(**named), data=data)
+    settings = Settings(model=config.replace(**named), data=data, **given)
     write_exported(epath.Path(folder), model_params(config), settings, vocab or ByteVocab(), ORIGIN, dtype)
     return epath.Path(folder)
 

@@ -1,7 +1,7 @@
 """Draws a trace as a timeline. Not a test: `python -m tests.trace_picture --workdir=DIR --to=FILE.png`.
 
-DIR is a run's folder with one trace. The upper row has the steps, as the host gave them to the devices; the lower one
-the operations of the thread that was busiest, in the color of their pass; texts name the longest of them.
+DIR is a run's folder; its newest trace is drawn. The upper row has the steps, as the host gave them to the devices; the
+lower one the operations of the thread that was busiest, in the color of their pass; texts name the longest of them.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main() -> None:
     from xprof.convert.raw_to_tool_data import xspace_to_tool_data
 
     folder = pathlib.Path(given.workdir) / "profile"
-    (path,) = folder.rglob("*.xplane.pb")
+    path = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)  # the newest
     data, _ = xspace_to_tool_data([str(path)], "trace_viewer", {})
     events = [event for event in json.loads(data)["traceEvents"] if event.get("ph") == "X"]
     with (folder / "operations.tsv").open() as file:

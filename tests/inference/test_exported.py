@@ -17,6 +17,8 @@ from tests.command import ROOT, environment
 from tests.common import model_params, small_config
 from tests.data.test_vocab import trained
 from tests.exporting import ORIGIN, export_to
+from tvq_pod.config.resolve import resolve
+from tvq_pod.config.run_config import read_run_config
 from tvq_pod.config.settings import DataSettings
 from tvq_pod.errors import UserError
 from tvq_pod.inference.exported import WEIGHTS, params_of, read_exported, tensor_names, tensors_of
@@ -81,13 +83,18 @@ def test_float32_weights_come_back_bit_for_bit_and_bfloat16_ones_rounded(tmp_pat
 
 def test_the_folder_says_where_its_parameters_come_from_and_nothing_of_the_machine(tmp_path):
     vocab = trained(tmp_path)
-    data = dict(source="/home/me/corpus", store="gs://mine/store", mixture="", vocab="/home/me/own.model")
-    folder = export_to(tmp_path / "out", small_config(n_vocab=400), vocab, data=DataSettings(**data))
+    data = dict(source="", store="gs://mine/store", mixture="/a=1,/b=2", vocab="/home/me/own.model")
+    settings = dict(init_from="/home/me/run@5", init_optimizer=True, init_layers=1, compile_cache="/home/me/cache")
+    of_data = DataSettings(**data, mixture_schedule="3:0.5/0.5")
+    folder = export_to(tmp_path / "out", small_config(n_vocab=400), vocab, data=of_data, **settings)
     found = read_exported(folder)
     assert (found.origin, found.vocab.name) == (ORIGIN, vocab.name)
     config = json.loads((folder / "config.json").read_text())
     assert {name: config["data"][name] for name in data} == dict(source="", store="", mixture="", vocab="vocab.model")
     assert config["model"]["d_k"] == 6
+    assert "/home/me" not in (folder / "config.json").read_text()
+    resolved = resolve(read_run_config(folder, "--from"))  # as --mode=import does
+    assert (resolved.init_from, resolved.data.mixture_schedule) == ("", "")
     everywhere = export_to(tmp_path / "everywhere", CONFIG, data=DataSettings(source="stdlib"))
     assert json.loads((everywhere / "config.json").read_text())["data"]["source"] == "stdlib"
 
@@ -110,6 +117,7 @@ def with_tensors(folder, changes):
         ({"w_out": np.zeros([8, 9], np.float32)}, "w_out has the shape (8, 9), and (8, 259) by config.json"),
         ({"layers.1.unit0.v": np.zeros([6, 2], np.float32)}, "layers.1.unit0.v has the shape (6, 2), and (2, 6) by"),
         ({"w_out": np.zeros([8, 259], np.float16)}, "w_out has the type F16; must be F32 or BF16"),
+        ({"w_out": np.full([8, 259], np.inf, np.float32)}, "w_out has numbers that are not finite; export the model"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(changes, message, tmp_path):

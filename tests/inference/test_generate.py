@@ -20,6 +20,7 @@ KINDS = dict(
     mqa=dict(head_type="mqa", n_head=4, mem_len=17, temperature="learned"),
     mha=dict(head_type="mha", agg_cache=False, window_bias=1.0),
 )
+BOUNDS = "--length, --seed and --temperature must be at least 0, and --top_p above 0 and at most 1"
 DOCUMENTS = (30, 3, 47)  # tokens; the window is at most 17 of them
 
 
@@ -156,3 +157,41 @@ def test_a_model_of_images_draws_one_whatever_the_model_says_of_ends(tmp_path, m
     generate.main()
     out, _ = capfdbinary.readouterr()
     assert out == b"P6 64 64 255\n" + bytes([197]) * (64 * 64 * 3)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--tokens=5 264", "--tokens: 264 is not a token id; the model has 0 to 258"),
+        ("--tokens=5 -1", "--tokens: -1 is not a token id; the model has 0 to 258"),
+        ("--tokens=a", "--tokens: a is not a token id; the model has 0 to 258"),
+        ("--top_p=0", BOUNDS),
+        ("--top_p=nan", BOUNDS),
+        ("--temperature=-1", BOUNDS),
+        ("--temperature=inf", BOUNDS),
+        ("--length=-1", BOUNDS),
+        ("--seed=-1", BOUNDS),
+    ],
+)
+def test_what_can_not_be_drawn_is_one_line(flag, message, tmp_path, monkeypatch):
+    folder = export_to(tmp_path / "out", small_config(n_vocab=264, n_layer=1, n_head=1))
+    monkeypatch.setattr(generate, "FOLDER", folder)
+    monkeypatch.setattr("sys.argv", ["generate.py", flag])
+    with pytest.raises(SystemExit) as ended:
+        generate.main()
+    assert ended.value.code == f"error: {message}"
+
+
+def test_a_prompt_and_a_terminal_may_have_any_bytes(environment, tmp_path):
+    folder = export_to(tmp_path / "out", small_config(n_vocab=264, n_layer=1, n_head=1))
+    for prompt, said in (("a\udcff", "a?"), ("é", "?")):
+        done = bare(
+            environment | dict(PYTHONIOENCODING="ascii"), folder, "generate.py", f"--prompt={prompt}", "--length=0"
+        )
+        assert (done.returncode, done.stdout) == (0, f"{said}\n"), done.stderr
+
+
+def test_values_far_below_zero_are_no_overflow():
+    x = np.linspace(-300, 300, 601, dtype=np.float32)
+    with np.errstate(all="raise"):
+        np.testing.assert_allclose(generate.silu(x), x * (np.tanh(x.astype(float) / 2) + 1) / 2, rtol=1e-5, atol=1e-5)

@@ -1,5 +1,7 @@
 """`tvq_pod.load`: the model that it returns says what the model of the checkpoint says."""
 
+import dataclasses
+import math
 import pathlib
 import re
 import shutil
@@ -97,6 +99,44 @@ def test_generated_tokens_are_the_likeliest_at_temperature_0(loaded):
     texts = loaded.generate(prompts, length=12, temperature=0.0)
     assert texts == [bytes(int(id_) - 3 for id_ in new).decode(errors="replace") for new in drawn]
     assert loaded.generate([]) == []
+
+
+@pytest.mark.slow
+def test_more_prompts_than_fit_side_by_side_have_each_their_own_random_numbers(loaded, monkeypatch):
+    prompts = [np.array([70])] * 10
+    together = loaded.generate_tokens(prompts, length=6, temperature=1.0, top_p=1.0)
+    monkeypatch.setattr("tvq_pod.inference.sampler.Sampler._rows_that_fit", lambda self: 1)
+    in_groups = dataclasses.replace(loaded).generate_tokens(prompts, length=6, temperature=1.0, top_p=1.0)
+    assert list(map(list, in_groups)) == list(map(list, together))
+    assert list(together[8]) != list(together[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda loaded: loaded.score("a text"), "texts='a text': is one text; give a list of texts"),
+        (lambda loaded: loaded.generate(b"a text"), "texts=b'a text': is one text; give a list of texts"),
+        (lambda loaded: loaded.score_tokens([[5, 259]]), "tokens=259: is not a token id; must be an integer from 0 to"),
+        (
+            lambda loaded: loaded.score_tokens([[5, -1]]),
+            "tokens=-1: is not a token id; must be an integer from 0 to 258",
+        ),
+        (
+            lambda loaded: loaded.score_tokens([[5.5]]),
+            "tokens=5.5: is not a token id; must be an integer from 0 to 258",
+        ),
+        (lambda loaded: loaded.generate_tokens([[5], [259]]), "tokens=259: is not a token id"),
+        (lambda loaded: loaded.generate(["a"], temperature=-1.0), "temperature=-1.0: must be at least 0"),
+        (lambda loaded: loaded.generate(["a"], temperature=math.nan), "temperature=nan: must be at least 0"),
+        (lambda loaded: loaded.generate(["a"], top_p=0.0), "top_p=0.0: must be above 0 and at most 1"),
+        (lambda loaded: loaded.generate(["a"], length=-1), "length=-1: must be at least 0"),
+        (lambda loaded: loaded.generate(["a"], seed=2**31), "seed=2147483648: must be below 2 ** 31"),
+    ],
+)
+def test_what_can_not_be_scored_or_drawn_is_one_line(loaded, call, message):
+    with pytest.raises(UserError) as raised:
+        call(loaded)
+    assert str(raised.value).startswith(message)
 
 
 def test_a_checkpoint_that_is_not_there_is_one_line(workdir, tmp_path):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from launch import show
 from tests.launch.commands import RUN, UP, WATCH, commands_of, error_of, error_of_many, on_machine, status_of
 from tests.launch.conftest import ROOT, write_program
 
@@ -172,3 +173,8 @@ def test_down_asks_and_saves_first(laptop):
     assert "it is asked to save first" in laptop.must("down", "--name=run", "--yes")
     assert status_of(laptop)["state"] == "preempted"
     assert "no such run" in error_of(laptop, "down", "--name=run")
+
+
+@pytest.mark.parametrize("status", [None, {}, *(dict(goodput=x) for x in (None, [1], "x", {}, dict(seconds=3)))])
+def test_a_status_file_that_does_not_say_where_the_time_went_has_no_table(status):
+    assert show.goodput(status) == ""

@@ -61,6 +61,19 @@ def test_another_runs_checkpoint_is_refused_by_name(tmp_path, mesh):
     checkpoints.close()
 
 
+def test_a_checkpoint_that_training_deletes_meanwhile_is_told(tmp_path, mesh):
+    """An export, or tvq_pod.load, has picked it."""
+    checkpoints = Checkpoints(tmp_path, CheckpointSettings())
+    checkpoints.save(first_state(SETTINGS, mesh), 7, RECORD, SCHEDULE)
+    checkpoints.wait()
+    reader = CheckpointReader(tmp_path)
+    shutil.rmtree(tmp_path / f"checkpoints/{reader.pick(None)}")
+    with pytest.raises(UserError, match=r"checkpoints/7: was deleted while it was read, .*; try again"):
+        reader.restore_params(7, abstract_train_state(SETTINGS, mesh).params)
+    reader.close()
+    checkpoints.close()
+
+
 def test_no_checkpoint_is_an_error_and_makes_no_folder(tmp_path):
     with pytest.raises(UserError, match=r"--workdir=.*: has no checkpoint; train there first"):
         CheckpointReader(tmp_path / "nowhere")

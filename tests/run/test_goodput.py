@@ -6,8 +6,13 @@ import signal
 import time
 
 import pytest
+from etils import epath
 
 from tests.command import run, start
+from tests.made_up import first_state, made_up_step
+from tests.training.test_bad_steps import AskedAt, NoSignals, settings_for
+from tvq_pod.errors import Preempted
+from tvq_pod.modes import train as train_module
 from tvq_pod.run import goodput as goodput_module
 from tvq_pod.run.goodput import Goodput
 from tvq_pod.run.goodput_table import (
@@ -24,6 +29,7 @@ from tvq_pod.run.goodput_table import (
     WAITING,
     table,
 )
+from tvq_pod.training import restore
 
 
 class Clock:
@@ -124,7 +130,9 @@ def test_after_a_rollback_steps_are_done_twice():
 @pytest.mark.parametrize(
     "record",
     [None, {}, [], "text", dict(seconds=3), dict(seconds={}, until="x", first_start=0, starts=1, reached_step=0),
-     dict(seconds={STEPS: float("nan")}, until=0, first_start=0, starts=1, reached_step=0)],
+     dict(seconds={STEPS: float("nan")}, until=0, first_start=0, starts=1, reached_step=0),
+     dict(seconds={STEPS: -5}, until=0, first_start=0, starts=1, reached_step=0),
+     dict(seconds={STEPS: 5}, until=0, first_start=0, starts=1, reached_step=float("inf"))],
 )  # fmt: skip
 def test_a_record_that_is_none_or_damaged_is_as_if_there_had_been_none(record):
     clock = Clock(50.0)
@@ -214,8 +222,39 @@ def test_the_table_says_what_took_time_the_longest_first():
     assert len(KINDS) == 11
 
 
+def test_the_table_of_another_version_has_the_kinds_that_both_know():
+    clock = Clock()
+    goodput = session(clock)
+    clock.passes(60)
+    record = goodput.record()
+    del record["seconds"][END]
+    record["seconds"]["new"] = 8.0
+    assert [row.split()[0] for row in table(record).splitlines()] == ["goodput", "steps", "start"]
+
+
 def status_of(workdir):
     return json.loads((workdir / "status.json").read_text())
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_a_start_begins_with_is_of_that_start(tmp_path, corpus, monkeypatch):
+    """The session before was asked to end while it evaluated; so is this one, before its first step."""
+    monkeypatch.setattr(train_module, "compiled_train_step", made_up_step)
+    monkeypatch.setattr(restore, "create_train_state", first_state)
+    with pytest.raises(Preempted, match="saved step 7"):
+        train_module.train(settings_for(corpus), epath.Path(tmp_path), AskedAt(7))
+    during = []
+
+    def evaluate(self, state, step):
+        during.append(status_of(tmp_path)["state"])
+        raise Preempted(f"step {step}")
+
+    monkeypatch.setattr(train_module._Session, "_evaluates_at", lambda self, step: step == 7)
+    monkeypatch.setattr(train_module._Session, "_evaluate", evaluate)
+    with pytest.raises(Preempted, match="step 7"):
+        train_module.train(settings_for(corpus), epath.Path(tmp_path), NoSignals())
+    assert during == ["starting"]
+    assert status_of(tmp_path)["goodput"]["starts"] == 2
 
 
 @pytest.mark.slow(40)

@@ -163,10 +163,11 @@ def test_speed_and_time_left_by_the_clock():
     now[0] = 2.0
     expected = dict(tokens_per_second=500.0, tokens_per_second_per_chip=125.0, mfu=0.25, eta_seconds=6.0)
     assert speed.seen(20) == pytest.approx(expected)
-    now[0] = 12.0  # ten seconds of evaluation
-    speed.skip()
-    now[0] = 13.0
-    expected = dict(tokens_per_second=1000.0, tokens_per_second_per_chip=250.0, mfu=0.5, eta_seconds=13.0)
+    now[0] = 3.0  # in the middle of the ten steps of a line
+    with speed.paused():
+        now[0] = 13.0  # ten seconds of evaluation
+    now[0] = 14.0
+    expected = dict(tokens_per_second=500.0, tokens_per_second_per_chip=125.0, mfu=0.25, eta_seconds=14.0)
     assert speed.seen(30) == pytest.approx(expected)
     assert "mfu" not in Speed(0, 50, 100).seen(1)  # the peak is not known
     assert hours(3661) == "1:01:01"

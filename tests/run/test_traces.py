@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+import resource
 import socket
 import threading
 
@@ -81,6 +82,20 @@ def test_a_trace_has_the_steps_that_were_asked_for_and_no_others(tmp_path):
     assert {"PjitFunction(a_step)", "train 3", "train 4"} <= names
 
 
+def test_the_devices_have_done_all_steps_before_a_trace_begins_and_its_own_before_it_ends(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda metrics: calls.append(f"done {metrics}"))
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder, profiler_options: calls.append("begin"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("end"))
+    profiler = Profiler(epath.Path(tmp_path), ProfileSettings(at_step=2, num_steps=2), Goodput())
+    for step in range(1, 5):
+        with profiler.step(step, step - 1):
+            calls.append(step)
+        profiler.end_step(step, step)
+    profiler.close()
+    assert calls == [1, "done 1", "begin", 2, 3, "done 3", "end", 4]
+
+
 def test_operations_have_the_names_of_the_phases_that_the_plan_has_too():
     mesh = make_mesh(MeshSettings())
     settings = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, ema_decay=0.9))
@@ -123,6 +138,30 @@ def test_only_chosen_processes_trace(tmp_path, monkeypatch):
         assert path.name == "process_1.xplane.pb"
 
 
+@pytest.mark.parametrize(
+    ("index", "given", "writes"),
+    [
+        (0, dict(at_step=1, hosts="all"), True),
+        (1, dict(at_step=1, hosts="all"), False),
+        (2, dict(at_step=1, hosts="3,2"), True),
+        (3, dict(at_step=1, hosts="3,2"), False),
+        (0, dict(at_step=1, hosts="3,2"), False),
+        (0, dict(), False),
+    ],
+)
+def test_one_of_the_processes_that_trace_writes_the_table_of_operations(index, given, writes, tmp_path, monkeypatch):
+    monkeypatch.setattr(traces_module.jax, "process_index", lambda: index)
+    Profiler(epath.Path(tmp_path), ProfileSettings(**given), Goodput()).keep_operations(lambda: "the table")
+    written = [path.read_text() for path in tmp_path.rglob("operations.tsv")]
+    assert written == ["the table"] * writes
+
+
+def test_a_table_of_operations_that_can_not_be_made_is_a_warning(tmp_path, capfd):
+    profiler = Profiler(epath.Path(tmp_path), ProfileSettings(at_step=1), Goodput())
+    profiler.keep_operations(lambda: 1 / 0)
+    assert "operations.tsv can't be written (division by zero)" in capfd.readouterr().err
+
+
 def test_a_process_that_is_not_there_can_not_trace(monkeypatch):
     monkeypatch.setattr(traces_module.jax, "process_count", lambda: 2)
     check_hosts(ProfileSettings(at_step=1, hosts="0,1"))
@@ -130,6 +169,59 @@ def test_a_process_that_is_not_there_can_not_trace(monkeypatch):
     check_hosts(ProfileSettings(hosts="7"))  # nothing is traced
     with pytest.raises(UserError, match=r"config.profile.hosts=0,2: this job has no process 2; the last is 1"):
         check_hosts(ProfileSettings(at_step=1, hosts="0,2"))
+
+
+@pytest.fixture
+def limit():
+    """Sets how large a file may become; None: as large as before. jax finds it as it finds a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, before if size is None else (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_costs_its_traces_and_later_ones_are_taken(tmp_path, limit, monkeypatch, capfd):
+    local, made = tmp_path / "local", traces_module.tempfile.mkdtemp
+    local.mkdir()
+    monkeypatch.setattr(traces_module.tempfile, "mkdtemp", lambda prefix: made(prefix=prefix, dir=local))
+    settings, x, before = ProfileSettings(at_step=1, num_steps=1, every_steps=3), jnp.ones([64, 64]), None
+    profiler = Profiler(epath.Path(tmp_path), settings, Goodput())
+    a_step(x)  # is compiled, and kept, while there is room
+    for step in range(1, 9):
+        limit(1000 if step < 7 else None)
+        with profiler.step(step, before):
+            metrics = a_step(x)
+        profiler.end_step(step, metrics)
+        assert step >= 7 or not list(local.iterdir())
+        before = metrics
+    profiler.close()
+    assert {name: steps_in(path) for name, path in traces(tmp_path).items()} == {"step_7": [7]}
+    assert not list(local.iterdir())
+    told = [line for line in capfd.readouterr().err.splitlines() if "trace" in line and "step" in line]
+    assert told[0].startswith("WARNING: the trace of step 1 can't be written ("), told
+    assert told[1].startswith("WARNING: the trace of step 4 can't be written (")
+    assert told[2:] == [f"trace: {traces(tmp_path)['step_7']}"]
+
+
+def test_a_trace_that_is_still_written_outlives_the_next_that_can_not_be_taken(tmp_path, monkeypatch):
+    ended, moved, x = threading.Event(), traces_module._move, jnp.ones([64, 64])
+    monkeypatch.setattr(traces_module, "_move", lambda *paths: ended.wait(30) and moved(*paths))
+    profiler = Profiler(epath.Path(tmp_path), ProfileSettings(at_step=1, num_steps=1, every_steps=1), Goodput())
+    for step in (1, 2):
+        with profiler.step(step, None):
+            metrics = a_step(x)
+        profiler.end_step(step, metrics)
+        monkeypatch.setattr(traces_module.tempfile, "mkdtemp", lambda prefix: (tmp_path / "no/room").mkdir())
+    ended.set()
+    profiler.close()
+    assert {name: steps_in(path) for name, path in traces(tmp_path).items()} == {"step_1": [1]}
+
+
+def test_without_room_for_temporary_files_there_is_a_warning(tmp_path, monkeypatch, capfd):
+    with monkeypatch.context() as patched:  # capfd, too, makes temporary files
+        patched.setattr(traces_module.tempfile, "tempdir", str(tmp_path / "nowhere"))
+        trained(tmp_path, ProfileSettings(at_step=1, num_steps=1), 2)
+    assert "WARNING: the trace of step 1 is not taken (" in capfd.readouterr().err
+    assert traces(tmp_path) == {}
 
 
 def test_a_folder_that_can_not_be_written_is_a_warning(tmp_path, capfd):

@@ -37,11 +37,17 @@ def replacing(path: "epath.Path | pathlib.Path", by_many: bool = False) -> Itera
     """The path of a draft, to be written in the block; then it takes the place of the local file `path`, at once.
 
     by_many: several processes may write the file at the same time, so that each has a draft of its own. Otherwise all
-    drafts have one name, and what a killed process left there is written over by the next.
+    drafts have one name, and what a killed process left there is written over by the next. An error in the block
+    removes the draft.
     """
     draft = pathlib.Path(f"{path}.writing-{os.getpid()}" if by_many else f"{path}.writing")
-    yield draft
-    os.replace(draft, path)
+    try:
+        yield draft
+        os.replace(draft, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
 
 
 def check_vacant(setting: str, path: "epath.Path", written_last: str) -> None:

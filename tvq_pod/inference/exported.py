@@ -84,7 +84,7 @@ def tensors_of(params: dict, dtype: DTypeLike) -> dict[str, np.ndarray]:
 def params_of(tensors: dict[str, np.ndarray], abstract: dict, folder: epath.Path) -> dict:
     """The parameters, NumPy arrays like `abstract`, of tensors that were read from `folder`.
 
-    Raises UserError if a tensor is missing, of another shape or type, or not a parameter of the model.
+    Raises UserError if a tensor is missing, of another shape, not finite, or not a parameter of the model.
     """
     expected, flat = tensor_names(abstract), _flat(abstract)
     here = f"--from={folder}"
@@ -103,6 +103,8 @@ def params_of(tensors: dict[str, np.ndarray], abstract: dict, folder: epath.Path
                 f"{here}: the tensor {name} has the shape {tensor.shape}, and {shape} by config.json; "
                 "give the file that belongs to this config.json"
             )
+        if not np.all(np.isfinite(np.asarray(tensor, np.float32))):
+            raise UserError(f"{here}: the tensor {name} has numbers that are not finite; export the model again")
         by_path[path].append(((layer or 0), tensor))
     params = {}
     for path, leaf in flat.items():
@@ -169,14 +171,14 @@ def read_exported(folder: epath.Path) -> Exported:
 
 
 def _without_paths(settings: Settings, vocab: Vocab) -> Settings:
-    """Settings that mean the same on another machine."""
-    data = settings.data
+    """Settings that mean the same on another machine, and for a run that begins with this model."""
+    data, none = settings.data, Settings()
     return dataclasses.replace(
         settings,
-        compile_cache="auto",
-        init_from="",
-        init_optimizer=False,
-        init_layers=0,
+        compile_cache=none.compile_cache,
+        init_from=none.init_from,
+        init_optimizer=none.init_optimizer,
+        init_layers=none.init_layers,
         data=dataclasses.replace(
             data,
             source=data.source if data.source in NAMED_CORPORA else "",

@@ -26,10 +26,9 @@ def read_tensors(path: pathlib.Path) -> tuple[dict, dict]:
     data, tensors = path.read_bytes(), {}
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     for name, tensor in safetensors.deserialize(data):
-        array = np.frombuffer(tensor["data"], np.uint16 if tensor["dtype"] == "BF16" else np.float32)
-        if tensor["dtype"] == "BF16":  # NumPy has no bfloat16, which is the upper half of a float32
-            array = (array.astype(np.uint32) << 16).view(np.float32)
-        tensors[name] = array.reshape(tensor["shape"])
+        array, is_half = tensor["data"], tensor["dtype"] == "BF16"  # NumPy has no bfloat16: a float32's upper half
+        array = np.frombuffer(array, "<u2").astype("<u4") << 16 if is_half else array
+        tensors[name] = np.frombuffer(array, np.float32).reshape(tensor["shape"])
     return json.loads(header["__metadata__"]["tvq_pod"]), tensors
 
 
@@ -38,7 +37,7 @@ def rms_norm(x):
 
 
 def silu(x):
-    return x / (1 + np.exp(-x))
+    return 0.5 * x * (1 + np.tanh(0.5 * x))  # x times the logistic function, without its overflow
 
 
 def gelu(x):
@@ -109,14 +108,12 @@ class Model:
             v = silu(v)
         # the nearest code: |k - c|^2 / 2 without the term that all codes share
         z = np.argmin(np.sum(codes**2, axis=-1) / 2 - np.einsum("hk,hsk->hs", k, codes), axis=-1)
-
         if kept["z"].shape[1] > config["mem_len"]:  # the oldest token goes from the window to the cache
             place = np.arange(len(codes)), kept["z"][:, 0]
             kept["count"][place] += 1
             kept["mean"][place] += (kept["v"][:, 0] - kept["mean"][place]) / kept["count"][place][:, None]
             kept["z"], kept["v"] = kept["z"][:, 1:], kept["v"][:, 1:]
-        kept["z"] = np.concatenate([kept["z"], z[:, None]], axis=1)
-        kept["v"] = np.concatenate([kept["v"], v[:, None]], axis=1)
+        kept["z"], kept["v"] = (np.concatenate([kept[n], x[:, None]], axis=1) for n, x in (("z", z), ("v", v)))
 
         q_content, q_position = ((q + w[name]).reshape(len(codes), -1, q.shape[1]) for name in "uv")  # [H, G, K]
         of_code = np.einsum("hgk,hsk->hgs", q_content, codes)
@@ -135,15 +132,12 @@ class Model:
     def generate(self, prompt: list[int], length: int, temperature: float, top_p: float, seed: int):
         """Yields at most `length` tokens of a document that begins with `prompt`, until it ends. They are drawn from
         the likeliest tokens that have probability top_p together; with temperature 0, each is the likeliest."""
-        rng, state, ids = np.random.default_rng(seed), self.start(), np.arange(self.config["n_vocab"])
-        may_come = (ids >= N_SPECIAL) & (ids < self.about["n_vocab"])
-        may_come[END_OF_DOC] = not self.is_of_images
-        logits = self.step(state, END_OF_DOC)
-        for token in prompt:
+        rng, state, logits = np.random.default_rng(seed), self.start(), np.zeros(0)
+        may_come = np.array([END_OF_DOC] * (not self.is_of_images) + [*range(N_SPECIAL, self.about["n_vocab"])])
+        for token in (END_OF_DOC, *prompt):
             logits = self.step(state, token)
         for _ in range(length):
-            logits = np.where(may_come, logits, -np.inf)
-            order = np.argsort(-logits, kind="stable")  # the likeliest first
+            order = may_come[np.argsort(-logits[may_come], kind="stable")]  # the likeliest first
             shares = softmax(logits[order].astype(float) / max(temperature, 1e-12))
             shares[np.cumsum(shares) - shares >= top_p] = 0.0
             token = int(rng.choice(order, p=shares / np.sum(shares)))
@@ -181,19 +175,25 @@ def text_functions(about: dict):
 def main():
     parser = argparse.ArgumentParser(description="Samples from the model in this folder.")
     parser.add_argument("--prompt", default="", help="what the sample continues")
-    parser.add_argument("--tokens", help="the same as token ids, with spaces between; ids are printed then, too")
+    parser.add_argument("--tokens", type=str.split, help="the same as token ids, with spaces; prints token ids, too")
     for name, default in dict(length=400, temperature=1.0, top_p=0.95, seed=0).items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="(%(default)s)")
     given, model = parser.parse_args(), Model(FOLDER)
-    how = given.temperature, given.top_p, given.seed
+    how, n_vocab = (given.temperature, given.top_p, given.seed), model.about["n_vocab"]
+    if not (min(given.length, given.seed) >= 0 <= given.temperature < float("inf") and 0 < given.top_p <= 1):
+        sys.exit("error: --length, --seed and --temperature must be at least 0, and --top_p above 0 and at most 1")
+    if wrong := [token for token in given.tokens or () if not (token.isdecimal() and int(token) < n_vocab)]:
+        sys.exit(f"error: --tokens: {wrong[0]} is not a token id; the model has 0 to {n_vocab - 1}")
     if given.tokens is not None:
-        print(*model.generate([int(token) for token in given.tokens.split()], given.length, *how))
+        print(*model.generate([*map(int, given.tokens)], given.length, *how))
     elif model.is_of_images:  # a PPM file; an image is a document, so it has no prompt
         image = bytes(token - N_SPECIAL for token in model.generate([], 64 * 64 * 3, *how))
         sys.stdout.buffer.write(b"P6 64 64 255\n" + image)
     else:
         to_tokens, to_text = text_functions(model.about)
-        print(given.prompt + to_text(list(model.generate(to_tokens(given.prompt), given.length, *how))))
+        prompt = given.prompt.encode(errors="surrogateescape").decode(errors="replace")  # UTF-8, whatever was given
+        text = prompt + to_text(list(model.generate(to_tokens(prompt), given.length, *how)))
+        sys.stdout.buffer.write(f"{text}\n".encode(sys.stdout.encoding, errors="replace"))  # whatever the terminal has
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import math
 import os
+import typing
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from etils import epath
 
+from tvq_pod.config.bounds import must_be
 from tvq_pod.config.identity import model_record
 from tvq_pod.config.relations import check_vocab_fits
 from tvq_pod.config.resolve import resolve
@@ -17,6 +19,7 @@ from tvq_pod.config.run_config import read_run_config
 from tvq_pod.config.settings import EvalSettings, MeshSettings, SampleSettings, Settings
 from tvq_pod.data.open import run_vocab
 from tvq_pod.data.vocab import END_OF_DOC, Vocab, decoded
+from tvq_pod.errors import UserError
 from tvq_pod.inference.evaluator import make_eval_state, make_eval_step
 from tvq_pod.inference.sampler import Sampler
 from tvq_pod.inference.text import encoded, rows_of, text_sampling
@@ -51,14 +54,14 @@ class LoadedModel:
 
         Each text is a document, and a token is predicted from all tokens before it, however many these are. with_end:
         the end of the document comes last, as one more token. Raises UserError for bytes that are not UTF-8, where the
-        vocabulary takes text only.
+        vocabulary takes text only, and for one text in place of several.
         """
-        return self.score_tokens([self._tokens(text) for text in texts], with_end=with_end)
+        return self.score_tokens([self._tokens(text) for text in _several(texts)], with_end=with_end)
 
     def score_tokens(self, documents: Sequence[np.ndarray], *, with_end: bool = False) -> list[np.ndarray]:
-        """`score`, of documents that are token ids, integers [n]."""
-        end = [END_OF_DOC] * with_end
-        targets = [np.concatenate([document, end]).astype(np.int32) for document in documents]
+        """`score`, of documents that are token ids, integers [n]. Raises UserError for what is not a token id."""
+        end = np.full([int(with_end)], END_OF_DOC, np.int32)
+        targets = [np.concatenate([self._ids(document), end]) for document in documents]
         return [scores for n in range(0, len(targets), MAX_ROWS) for scores in self._scored(targets[n : n + MAX_ROWS])]
 
     def generate(
@@ -74,9 +77,9 @@ class LoadedModel:
 
         length: most tokens of each, which ends earlier where the document does. temperature: 0 takes the likeliest
         token. top_p: draws from the likeliest tokens that have this probability together. What is not given is as in
-        config.sample of the run. Raises what `score` raises.
+        config.sample of the run. Raises what `score` raises, and UserError for what config.sample can't be.
         """
-        tokens = [self._tokens(prompt) for prompt in prompts]
+        tokens = [self._tokens(prompt) for prompt in _several(prompts)]
         drawn = self.generate_tokens(tokens, length=length, temperature=temperature, top_p=top_p, seed=seed)
         return [decoded(row, self.vocab) for row in drawn]
 
@@ -89,18 +92,28 @@ class LoadedModel:
         top_p: float | None = None,
         seed: int | None = None,
     ) -> list[np.ndarray]:
-        """`generate`, of prompts that are token ids, integers [n]; returns the new ones, int32 [m] each."""
+        """`generate`, of prompts that are token ids, integers [n]; returns the new ones, int32 [m] each. Raises what
+        `generate` raises, and UserError for what is not a token id."""
         given = dict(length=length, temperature=temperature, top_p=top_p, seed=seed)
         how = dataclasses.replace(self.settings.sample, **{n: value for n, value in given.items() if value is not None})
+        _check(how)
         rows, sampler = [], self._sampler(len(prompts), how.temperature, how.top_p) if prompts else None
         while sampler and len(rows) < len(prompts):
-            group = [np.asarray(prompt) for prompt in prompts[len(rows) : len(rows) + sampler.batch_size]]
+            group = [self._ids(prompt) for prompt in prompts[len(rows) : len(rows) + sampler.batch_size]]
             chunks = sampler.sample(self.params, group, how.seed, how.length, first_row=len(rows))
             rows += [np.fromiter(row, np.int32) for row in rows_of(chunks, len(group))]
         return rows
 
     def _tokens(self, text: str | bytes) -> np.ndarray:
         return encoded(text.encode() if isinstance(text, str) else text, self.vocab)
+
+    def _ids(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Token ids, int32 [n]."""
+        ids, n_vocab = np.asarray(tokens), self.vocab.n_vocab
+        wrong = ids if ids.dtype.kind not in "iu" else ids[(ids < 0) | (ids >= n_vocab)]
+        if wrong.size:
+            raise UserError(f"tokens={wrong.flat[0]}: is not a token id; must be an integer from 0 to {n_vocab - 1}")
+        return ids.astype(np.int32)
 
     def _scored(self, targets: list[np.ndarray]) -> list[np.ndarray]:
         """Updates of all texts side by side, the states carried from each to the next."""
@@ -141,6 +154,20 @@ class LoadedModel:
             )
             self._compiled[key] = Sampler(self.model.config, sampling, n_rows, list(self.mesh.devices.flat))
         return self._compiled[key]
+
+
+def _several(texts: Sequence[str | bytes]) -> Sequence[str | bytes]:
+    """Texts. Raises UserError for one text, which is a sequence of texts, too: its characters."""
+    if isinstance(texts, str | bytes):
+        raise UserError(f"texts={texts[:40]!r}: is one text; give a list of texts")
+    return texts
+
+
+def _check(how: SampleSettings) -> None:
+    """Raises UserError for a value that config.sample can't have."""
+    for name, hint in typing.get_type_hints(SampleSettings, include_extras=True).items():
+        if wanted := must_be(hint, value := getattr(how, name)):
+            raise UserError(f"{name}={value}: must be {wanted}")
 
 
 def load_run(workdir: str | os.PathLike[str], step: int | None) -> LoadedModel:

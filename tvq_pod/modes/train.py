@@ -153,14 +153,14 @@ class _Session:
             newest = self._check_newest()
             state, first_step = self._state_at(newest), newest or 0
         self._open_logs(state, first_step)  # from here on nothing is refused
+        if first_step < num_steps:
+            self.status.begin()
         if newest is None and self.warm:
             self.saver.save(state, 0)  # from here on the run does not need the other one
         if first_step >= num_steps:
             say(f"nothing to train: step {first_step} of config.train.num_steps={num_steps} is there")
         elif self._evaluates_at(first_step) and not decided_by_process_zero(first_step in self.evaluated):
             self._evaluate(state, first_step)  # what was broken off when the session before was asked to end
-        if first_step < num_steps:
-            self.status.begin()
         while first_step < num_steps:
             try:
                 state = self._steps(state, first_step)
@@ -304,7 +304,7 @@ class _Session:
             return asked == STOP
 
         assert self.evaluator is not None
-        with self.goodput.on(EVALUATION):
+        with self.goodput.on(EVALUATION), self.log.paused():
             result = self.evaluator.evaluate(weights_in_use(state), told_to_stop)
         if result is None:
             self.saver.save_and_leave(state, step)
@@ -315,7 +315,6 @@ class _Session:
         self.result.evaluated(step, result.numbers() | about)
         self.evaluated[step] = result.loss
         self.checkpoints.know_losses({step: result.loss})
-        self.log.skip()
 
     def _finish(self, state: TrainState, last_step: int) -> None:
         """The last evaluation, and a sample."""

@@ -227,6 +227,11 @@ class CheckpointReader:
             with self._reading(f"reading the checkpoint {self.path}/{step}"):
                 return self._checkpointer.restore(self.path / str(step), args=ocp.args.Composite(**items))
         except (KeyError, OSError, TypeError, ValueError) as error:
+            if step not in self._folders.steps():
+                raise UserError(
+                    f"{self.path}/{step}: was deleted while it was read, as a run in training deletes its older "
+                    "checkpoints; try again"
+                ) from error
             if found := self._other_arrays(step, items):
                 raise UserError(
                     f"{self._here}: {found}; the checkpoint is not damaged: give the config that it was made with, or "

@@ -124,11 +124,11 @@ class Goodput:
     def resume(self, record: Any) -> None:
         """Continues the count of the sessions before. record: what `record` returned in the last of them; anything else
         is as if there had been none."""
-        with contextlib.suppress(TypeError, KeyError, ValueError, AttributeError):
+        with contextlib.suppress(TypeError, KeyError, ValueError, AttributeError, OverflowError):
             seconds = {kind: float(record["seconds"].get(kind, 0.0)) for kind in KINDS}
             until, first_start = float(record["until"]), float(record["first_start"])
             starts, reached = int(record["starts"]), int(record["reached_step"])
-            if not all(map(math.isfinite, (*seconds.values(), until, first_start))):
+            if not all(0 <= value < math.inf for value in (*seconds.values(), until, first_start, starts)):
                 return
             with self._lock:
                 for kind, before in seconds.items():

@@ -44,8 +44,9 @@ class _Row:
 
 def table(record: dict[str, Any]) -> str:
     """What `Goodput.record` returns, as a person reads it: a line for each kind that took time, the longest first but
-    for `steps`."""
-    seconds = record["seconds"]
+    for `steps`. The record may be of another version, which has other kinds. Raises KeyError, TypeError, ValueError or
+    AttributeError for what is not a record."""
+    seconds = {kind: float(record["seconds"].get(kind, 0.0)) for kind in KINDS}
     wall = max(sum(seconds.values()), 1e-9)
     rows = [_Row(KINDS[kind], seconds[kind], seconds[kind] / wall) for kind in KINDS]
     rows = rows[:1] + sorted((row for row in rows[1:] if row.seconds >= 0.05), key=lambda row: -row.seconds)

@@ -1,7 +1,8 @@
 """What a person sees while a run goes on: one line per log, with speed and time left."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 def hours(seconds: float) -> str:
@@ -50,9 +51,13 @@ class Speed:
         """Call when the run goes on from another step than the last that was seen."""
         self._begin = self._latest = (step, self._clock())
 
-    def skip(self) -> None:
-        """Call after something that is no training (an evaluation): it does not count as slowness."""
-        self._latest = (self._latest[0], self._clock())
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What the block takes (an evaluation) is left out of the speed of the steps around it."""
+        began = self._clock()
+        yield
+        step, at = self._latest
+        self._latest = (step, at + self._clock() - began)
 
 
 def _rate(begin: tuple[int, float], end: tuple[int, float]) -> float:

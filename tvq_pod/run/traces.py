@@ -62,6 +62,7 @@ class Profiler:
         self._first_step: int | None = None  # of the trace that is being taken
         self._last_step = 0
         self._folder = ""  # of this machine, where it is written
+        self._unended = False  # the trace before could not be written
         self._writer: threading.Thread | None = None
 
     @contextlib.contextmanager
@@ -97,13 +98,15 @@ class Profiler:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # it slows the steps that it is to show
         with self._goodput.on(PROFILE):
-            self._folder = tempfile.mkdtemp(prefix="tvq_pod-profile-")
             try:
+                if self._unended:  # jax takes no other trace until it could write that one
+                    jax.profiler.stop_trace()
+                    self._discard()
+                self._folder = tempfile.mkdtemp(prefix="tvq_pod-profile-")
                 jax.profiler.start_trace(self._folder, profiler_options=options)
-            except RuntimeError as error:  # somebody captures one by --profiler_port
-                shutil.rmtree(self._folder, ignore_errors=True)
-                why = " ".join(str(error).split())[:200]
-                tell(f"WARNING: the trace of step {step} is not taken ({why})")
+            except Exception as error:  # a full disk; or somebody captures a trace by --profiler_port
+                self._discard(self._unended)
+                tell(f"WARNING: the trace of step {step} is not taken ({' '.join(str(error).split())[:200]})")
                 return
         self._first_step, self._last_step = step, step + self._settings.num_steps - 1
 
@@ -116,6 +119,7 @@ class Profiler:
             try:
                 jax.profiler.stop_trace()
             except Exception as error:  # a full disk
+                self._discard(unended=True)
                 tell(f"WARNING: the trace of step {step} can't be written ({' '.join(str(error).split())[:200]})")
                 return
         self._wait()
@@ -123,11 +127,18 @@ class Profiler:
         path = target / f"process_{jax.process_index()}.xplane.pb"
         self._writer = threading.Thread(target=_move, args=(pathlib.Path(self._folder), path), daemon=True)
         self._writer.start()
+        self._folder = ""  # it is the writer's now
 
     def close(self) -> None:
         """Ends the trace that is being taken, and waits until all are written."""
         self.end()
         self._wait()
+
+    def _discard(self, unended: bool = False) -> None:
+        """Deletes the local folder. unended: jax still has the trace that belongs there."""
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._unended = unended
 
     def _wait(self) -> None:
         if self._writer is not None:
@@ -139,7 +150,7 @@ def _move(folder: pathlib.Path, path: epath.Path) -> None:
     try:
         (found,) = folder.rglob("*.xplane.pb")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(found.read_bytes())
+        write_whole(path, found.read_bytes())
         say(f"trace: {path}")
     except Exception as error:  # each store has its own
         _warn(path, error)

@@ -1,5 +1,6 @@
 """Lines of training: means over some steps, to metrics.jsonl, to status.json, and to the terminal."""
 
+import contextlib
 from collections.abc import Sequence
 
 import jax
@@ -69,9 +70,10 @@ class TrainingLog:
         self._status.update(step=step, **{name: values[name] for name in STATUS_VALUES if name in values})
         say(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {in_words(values)}")
 
-    def skip(self) -> None:
-        """Call after something that is no training (an evaluation): it does not count as slowness."""
-        self._speed.skip()
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """What the block takes (an evaluation) is left out of the speed of the steps around it. Call it once the step
+        before is done."""
+        return self._speed.paused()
 
     def restart(self, step: int) -> None:
         """The run goes on from another step: what was collected since the last line is of steps that do not count."""
