@@ -24,7 +24,7 @@ def get_config():
     config = default_config()
     config.data.source = "recall"
     config.data.recall_smaller = 8
-    config.data.recall_documents = 100_000  # of nine lengths, 72 bytes in the mean
+    config.data.recall_documents = 100_000  # of nine lengths, 72 bytes on average
 
     config.model.d_model = 128
     config.model.d_k = 64

@@ -48,7 +48,7 @@ def check_files(machines: Machines, arguments: list[str]) -> None:
         if inside in known:
             if (ROOT / inside).exists() and known[inside] not in (None, (ROOT / inside).read_bytes()):
                 machines.say(
-                    f"WARNING: --{flag}={path}: differs here from {source}, which is installed; `up` installs it anew"
+                    f"WARNING: --{flag}={path}: differs here from {source}, which is installed; `up` installs it again"
                 )
             continue
         here = pathlib.Path(path).resolve()

@@ -22,7 +22,7 @@ ALIVE = ("-oServerAliveInterval=15", "-oServerAliveCountMax=4")  # a machine tha
 TRIES = 3  # of a question that fails in passing; gcloud tries some times itself
 
 # By kind: how gcloud says it. The first that is found counts. (Behind what is denied or not found, it names the "active
-# account": that is no sign of a login that is missing.)
+# account": that is not a sign of a login that is missing.)
 _SIGNS = {
     "missing": ("NOT_FOUND", "matched no objects", "not found: 404"),
     "login": ("not currently have an active account", "UNAUTHENTICATED", "gcloud auth login", "Reauthentication"),
@@ -153,7 +153,7 @@ class Gcloud:
                 if error.kind != "passing" or attempt == TRIES - 1:
                     raise
             except ValueError:
-                raise UserError(f"gcloud compute tpus {' '.join(arguments[:2])}: its answer is no JSON") from None
+                raise UserError(f"gcloud compute tpus {' '.join(arguments[:2])}: its answer is not JSON") from None
 
     def _do(self, arguments: list[str]) -> str:
         return self._run(["gcloud", "compute", "tpus", *arguments], WORK_SECONDS) or ""

@@ -17,7 +17,7 @@ from launch.record import ASKED, PREPARED, STARTED, STARTING, STOPPED, Record, R
 from launch.source import ROOT
 from tvq_pod.errors import UserError
 
-MISSING = "MISSING"  # a queued resource that is not there; all other states are gcloud's
+MISSING = "MISSING"  # a queued resource that does not exist; all other states are gcloud's
 WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
 LABEL = "tvq_pod"
 PASSING_CODES = (4, 8, 10, 13, 14)  # of a request that failed (google.rpc.Code): no capacity, or gcloud's own trouble
@@ -143,7 +143,7 @@ class Machines:
         self._tell(f"{record.name}: {what} is there, {self.expected} machine(s), after {ago(record.waited)}")
 
     def nodes(self) -> dict[str, dict]:
-        """What gcloud knows of each slice; {} of one that is not there. Raises GcloudError."""
+        """What gcloud knows of each slice; {} of one that does not exist. Raises GcloudError."""
         record = self.record
         names = [record.name] if record.slices == 1 else [f"{record.name}-{i}" for i in range(record.slices)]
         return {name: self.gcloud.node(name) or {} for name in names}
@@ -283,7 +283,7 @@ class Machines:
                 text = self.gcloud.cat(path)
             else:
                 text = self.gcloud.ssh(record.name, f"cat {shlex.quote(path)}", "0", "0")
-        except GcloudError as error:  # the slice alone says enough to go on
+        except GcloudError as error:  # the slice alone says enough to continue
             if path.startswith("gs://") and str(error) != self._said_of_status:
                 self.say(f"{record.name}: {path} can't be read ({error})")
             self._said_of_status, text = str(error), None

@@ -176,7 +176,7 @@ def watch(records: Records) -> None:
                     return
                 break
         if not said:
-            _say(f"{name}: another process of this machine watches it; this one waits, and goes on if that one ends")
+            _say(f"{name}: another process of this machine watches it; this one waits, and takes over if that one ends")
         said = True
         time.sleep(min(_POLL.value, 5.0) or 0.1)
     record = machines.record
@@ -352,7 +352,7 @@ def start() -> None:
         tell("error: " + " ".join(str(error).split()))
         sys.exit(1)
     except KeyboardInterrupt:
-        tell("interrupted: nothing is lost; the same command goes on")
+        tell("interrupted: nothing is lost; the same command resumes")
         sys.exit(130)
 
 

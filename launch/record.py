@@ -1,7 +1,7 @@
 """What launch knows of a run between two commands: one JSON file a run, on the machine where they are typed.
 
 It says what was asked for, so that a slice that was taken back can be asked for again, and how far the work has come,
-so that a command that was killed at any point goes on where it was.
+so that a command that was killed at any point resumes where it was.
 """
 
 import contextlib

@@ -44,7 +44,8 @@ def pack(folder: pathlib.Path, allow_dirty: bool, write: bool = True) -> str:
 def files(tarball: pathlib.Path, may_lack: bool = False) -> dict[str, bytes | None]:
     """The files of a tarball that `pack` wrote, by their paths in the project, with their content. Raises UserError.
 
-    may_lack: a tarball that does not exist is no error; the answer is the files of HEAD, and None for their content.
+    may_lack: a tarball that does not exist is not an error; the answer is the files of HEAD, and None for their
+    content.
     """
     try:
         with tarfile.open(tarball) as tar:

@@ -33,7 +33,7 @@ class Watch:
         mend, such as a login, if it is so from the beginning."""
         record, first = self.machines.record, True
         if record.failures > self.max_restarts:
-            raise GivenUp(f"--name={record.name}: was given up after {record.failures} failures; `run` begins anew")
+            raise GivenUp(f"--name={record.name}: was given up after {record.failures} failures; `run` starts over")
         while not self._finished():
             try:
                 pause = self.step()
@@ -207,7 +207,7 @@ class Watch:
             raise GivenUp(
                 f"--name={record.name}: {why}; failed {record.failures} times with no checkpoint after step "
                 f"{max(record.saved_step, 0)}; `python -m launch.pod logs --name={record.name}` says more, and `run` "
-                "begins to count anew. Its slice is still there, and costs"
+                "begins to count again. Its slice is still there, and costs"
             )
         pause = _back_off(record.failures)
         self._say(f"{why}; failure {record.failures} without a newer checkpoint; tries again in {ago(pause)}")

@@ -54,7 +54,7 @@ _STEP = flags.DEFINE_integer(
     "train, eval, sample, inspect, export: which checkpoint; the newest if not given. train sets newer ones aside.",
     lower_bound=0,
 )
-_PROMPT = flags.DEFINE_multi_string("prompt", [], "sample: text to go on from; may be given several times.")
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "sample: text to continue; may be given several times.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "sample: a file whose text is one more prompt.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "plan: the slice, as v5e:4x4; or cpu:8 for simulated devices.")
 _SLICES = flags.DEFINE_integer("slices", 1, "plan: how many of them.", lower_bound=1)
@@ -69,7 +69,10 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
 _MULTIHOST = flags.DEFINE_bool("multihost", False, "Cloud TPU, Slurm or Open MPI say which processes the job has.")
 _PEER_TIMEOUT = flags.DEFINE_integer(
-    "peer_timeout_seconds", 100, "After which a process of the job that is not heard of is dead.", lower_bound=5
+    "peer_timeout_seconds",
+    100,
+    "Seconds without a heartbeat after which a process of the job is considered dead.",
+    lower_bound=5,
 )
 _JOIN_TIMEOUT = flags.DEFINE_integer(
     "join_timeout_seconds", 300, "How long the job's processes wait for each other to start.", lower_bound=5
@@ -97,7 +100,7 @@ def main(argv: list[str], preemption: Preemption) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.FATAL)  # orbax writes a page per save, and ten if it fails: that is raised anyway
     if len(argv) > 1:
-        raise UserError(f"{argv[1]}: is no flag; flags are --name=value")
+        raise UserError(f"{argv[1]}: is not a flag; flags are --name=value")
     if not _WORKDIR.value:
         raise UserError("--workdir=: must be given: the run's folder")
     check_path("--workdir", _WORKDIR.value)

@@ -173,5 +173,5 @@ def test_stores_that_do_not_fit_each_other_or_are_not_there_are_named(folder, tm
     store_of(tmp_path / "other", [b"text"], Other())
     with pytest.raises(UserError, match=r"config.data.mixture: .*other has vocabulary other, and .*big bytes"):
         Mixture.open(f"{folder}/big=1,{tmp_path}/other=1")
-    with pytest.raises(UserError, match=r"nowhere: is no token store"):
+    with pytest.raises(UserError, match=r"nowhere: is not a token store"):
         Mixture.open(f"{folder}/big=1,{tmp_path}/nowhere=1")

@@ -107,7 +107,7 @@ def test_an_empty_split_a_missing_store_and_a_damaged_one_are_named(tmp_path):
     store = store_of(tmp_path / "s", [b"text"])
     with pytest.raises(UserError, match="--split=validation: no document"):
         store.split("validation")
-    with pytest.raises(UserError, match=r"config.data.store=.*nowhere: is no token store"):
+    with pytest.raises(UserError, match=r"config.data.store=.*nowhere: is not a token store"):
         TokenStore(tmp_path / "nowhere")
     (tmp_path / "s/store.json").write_text(json.dumps(store.meta)[:50])
     with pytest.raises(UserError, match=r"store.json is damaged"):

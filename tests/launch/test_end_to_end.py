@@ -65,7 +65,7 @@ def test_a_training_on_two_machines_that_are_taken_back_ends_as_one_that_was_lef
     assert watch.returncode == 0, out + err
     assert "SUSPENDED: was taken back" in out
     log = laptop.must("logs", "--name=run", "--lines=1000")
-    assert "goes on from step" in log
+    assert "resumes from step" in log
     assert "on 2 cpu device(s), mesh {'slice': 1, 'data': 2" in log
     found, _ = run("--mode=inspect", "--workdir=gs://bucket/pod")
     assert fingerprint(found) == fingerprint(expected)

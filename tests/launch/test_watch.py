@@ -311,7 +311,7 @@ def test_what_was_given_up_stays_so_until_run(laptop):
     assert laptop.pod("watch", "--max_restarts=0", *WATCH)[0] == 1
     code, _, err = laptop.pod("watch", "--max_restarts=0", *WATCH)
     assert code == 1
-    assert "was given up after 1 failures; `run` begins anew" in err
+    assert "was given up after 1 failures; `run` starts over" in err
     assert sorted(attempts(laptop)) == [1]
 
 

@@ -246,7 +246,7 @@ def test_each_mistake_about_an_earlier_run_is_one_line_and_changes_nothing(train
         (config, f"--workdir={workdir}", "--mode=eval", "--step=7"): ("--step=7", "20, 40"),
         (f"--workdir={workdir}", "--mode=eval", "--config.model.agg_cache=False"): ("agg_cache=False", "with True"),
         (f"--workdir={workdir}", "--mode=inspect", "--config.train.batch_size=16"): ("batch_size=16", "with 8"),
-        (f"--workdir={workdir}", "--mode=eval", f"--config.data.store={folder / 'empty'}"): ("is no token store",),
+        (f"--workdir={workdir}", "--mode=eval", f"--config.data.store={folder / 'empty'}"): ("is not a token store",),
         (f"--workdir={workdir}", "--mode=eval", "--config.data.vocab=byte"): ("config.data.vocab=byte",),
         (f"--workdir={workdir}", "--config.data.glob=*.md"): ("config.data.glob=*.md", "with **/*"),
         (config, fresh, f"--config.data.store={workdir}"): ("config.data.store=", "no whole token store"),

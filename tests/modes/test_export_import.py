@@ -241,7 +241,7 @@ def test_an_imported_run_is_evaluated_sampled_and_trained_on_another_corpus(trai
     for n in range(30):
         (other / f"{n}.txt").write_text(f"another corpus, document {n}. " * 20)
     _, err = run(imported, f"--source={other}", "--config.seed=5", "--config.eval.at_end=False")
-    assert "goes on from step 0 in" in err
+    assert "resumes from step 0 in" in err
     losses = [line["loss"] for line in metrics_of(tmp_path / "imported", "train")]
     assert losses[0] < 5  # a new model has log(259) = 5.6
     code, _, err = finish(start(imported, f"--source={other}", "--config.seed=6"))

@@ -213,7 +213,7 @@ def test_a_sweep_is_one_table_and_a_point_that_fails_is_a_row_of_it(swept):
         ("v5e", "--topology=v5e: must give the slice's shape in chips, as v5e:2x2 does"),
         ("v5e:4x4x4", "--topology=v5e:4x4x4: must give the slice's shape in chips, as v5e:2x2 does"),
         ("v4:4x4", "--topology=v4:4x4: must give the slice's shape in chips, as v4:2x2x2 does"),
-        ("v5e:3x5", "--topology=v5e:3x5: is no slice that libtpu knows"),
+        ("v5e:3x5", "--topology=v5e:3x5: is not a slice that libtpu knows"),
         ("cpu:many", "--topology=cpu:many: must name a number of devices"),
     ],
 )

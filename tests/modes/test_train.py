@@ -69,7 +69,7 @@ def test_settings_and_packages_may_change_on_the_way(trained, tmp_path):
     (tmp_path / "copy/packages.jsonl").write_text(json.dumps(first) + "\n")
     flags = ["--config.train.num_steps=45", "--config.optimizer.clip_norm=0.0", "--config.model.block_len=16"]
     _, err = run(f"--workdir={tmp_path / 'copy'}", *flags, "--config.model.remat=none")
-    assert "goes on from step 40" in err
+    assert "resumes from step 40" in err
     assert (
         f"WARNING: package versions differ from the start at step 0: jax 0.0.1 -> {packages.installed()['jax']}" in err
     )
@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_befo
     quick = ("--config.eval.at_end=False", "--config.sample.length=0")
     _, err = run(f"--workdir={tmp_path / 'copy'}", *quick, devices=8)
     assert "checkpoints/40 is set aside as 40.damaged" in err
-    assert "goes on from step 20" in err
+    assert "resumes from step 20" in err
     assert metrics_of(tmp_path / "copy", "train")[-1]["loss"] == metrics_of(workdir, "train")[-1]["loss"]
 
 

@@ -33,7 +33,7 @@ def on_chip(monkeypatch):
 
 
 def test_a_run_says_which_attention_it_takes_and_refuses_what_cannot_be(mesh):
-    assert attention_line(small_config(), mesh) == "config.model.attention=auto takes xla, since cpu is no TPU"
+    assert attention_line(small_config(), mesh) == "config.model.attention=auto takes xla, since cpu is not a TPU"
     assert attention_line(small_config(attention="plain"), mesh) == "config.model.attention=plain"
     kernels = small_config(attention="pallas")
     check_attention(kernels, mesh)

@@ -81,7 +81,7 @@ def test_all_processes_go_back_together_and_give_up_together(corpus, tmp_path):
     assert job.returncode == 1, output
     (skip,) = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
     assert skip["back_to"] > 0
-    assert f"goes on from step {skip['back_to']}" in output
+    assert f"resumes from step {skip['back_to']}" in output
     assert "error: config.bad_steps.max_rollbacks=1: steps" in output
     assert "Traceback" not in output
 
@@ -112,7 +112,7 @@ def test_ctrl_c_while_a_corpus_is_prepared_ends_all_processes_with_one_line_each
         os.killpg(job.pid, signal.SIGINT)
         lines = job.stdout.readlines()
         assert job.wait(timeout=60) == 128 + signal.SIGINT
-    noted = "SIGUSR1: the run saves as soon as there is something to save, and goes on\n"
+    noted = "SIGUSR1: the run saves as soon as there is something to save, and continues\n"
     assert told == {noted, f"[1] {noted}"}
     ends = "SIGINT: the process ends; there is nothing to save\n"
     assert lines.count(ends) == 1  # each process got it once

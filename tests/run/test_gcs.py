@@ -99,7 +99,7 @@ def test_a_run_in_a_bucket_that_fails_now_and_then_goes_on_after_a_kill_and_dama
     reached_at(monkeypatch, port)
     _, err = run(*flags, "--config.metrics.tensorboard=True", "--workdir=gs://bucket/run")
     assert f"is set aside as {newest}.damaged" in err, err
-    assert f"goes on from step {before} in" in err
+    assert f"resumes from step {before} in" in err
     assert counter[1] > 5  # requests that failed
     reached_at(monkeypatch, server)
     files.invalidate_cache()

@@ -83,7 +83,7 @@ def test_a_run_goes_on_with_another_store(corpus, other, tmp_path, capsys):
     shutil.copytree(workdir, tmp_path / "copy")
     allowed = settings_of(other, 9, "restart_streams", store=store)
     found = trained(allowed, workdir)
-    assert "streams start anew at step 5" in capsys.readouterr().err
+    assert "streams start over at step 5" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"^config.data.store, fingerprint=.*or config.train.on_data_change=restart_"):
         trained(changed, tmp_path / "copy")  # there is one now
     both = TokenStore(workdir / "store"), TokenStore(store)

@@ -102,7 +102,7 @@ def test_sigusr1_saves_once_and_the_process_goes_on(can_save, start):
     process.send_signal(USR1)
     assert process.stdout.readline() == "saved\n"
     when = "now" if can_save == "can_save" else "as soon as there is something to save"
-    assert process.stderr.readline() == f"SIGUSR1: the run saves {when}, and goes on\n"
+    assert process.stderr.readline() == f"SIGUSR1: the run saves {when}, and continues\n"
     process.send_signal(USR1)
     assert process.stdout.readline() == "saved\n"
     process.send_signal(TERM)

@@ -64,11 +64,11 @@ def test_a_run_that_goes_on_with_other_streams_says_so_and_reads_on(tmp_path, tr
     flags = [f"--workdir={workdir}", "--config.sample.length=0", "--config.eval.at_end=False",
              "--config.train.batch_size=4", "--config.train.update_len=16"]  # fmt: skip
     _, err = run(*flags, "--config.train.num_steps=50", "--config.train.on_batch_change=restart_streams")
-    assert "streams start anew at step 40: 4 of them, 16 tokens an update" in err
+    assert "streams start over at step 40: 4 of them, 16 tokens an update" in err
     assert [line["step"] for line in metrics_of(workdir, "train")][-1] == 50
     # and goes on with these as if they had always been
     again = start(*flags, "--config.train.num_steps=55", "--config.train.on_batch_change=refuse")
-    lines = said_until(again, "goes on from step 50")
+    lines = said_until(again, "resumes from step 50")
     assert again.wait() == 75, lines
     assert not any("anew" in line for line in lines)
 
@@ -112,7 +112,7 @@ def test_signals_save_and_end_one_process_too_and_the_next_start_goes_on(tmp_pat
     assert f"is in use by another process (process {process.pid} on" in err.splitlines()[-1]
     # A dead process holds nothing: the folder is free again.
     early = start(*flags)
-    lines = said_until(early, f"goes on from step {saved}")
+    lines = said_until(early, f"resumes from step {saved}")
     assert early.wait() == 75, lines
     assert lines[-1] == "SIGTERM: the process ends; there is nothing to save\n"
 

@@ -77,7 +77,7 @@ def test_a_run_goes_back_and_sets_newer_checkpoints_aside(workdir, done_once, co
     assert names(workdir) == ["12", "12.undone", "3", "6", "9", "9.undone"]
     said = capsys.readouterr().err
     assert "UNDONE: checkpoint" in said
-    assert "goes on from step 6" in said
+    assert "resumes from step 6" in said
     assert "--step=6: 2 newer checkpoint(s) set aside; leave --step out" in said
     (line,) = history(workdir)
     assert (line["step"], line["set_aside"], line["changed"]) == (6, [9, 12], {})
@@ -141,7 +141,7 @@ def test_a_launch_that_repeats_its_command_goes_back_once(workdir, corpus, monke
     trained(settings_of(corpus), workdir, step=6)
     said = capsys.readouterr().err
     assert "--step=6: this launch has gone back there before; resumes from its newest checkpoint" in said
-    assert "goes on from step 9" in said
+    assert "resumes from step 9" in said
     assert len(history(workdir)) == 3  # the step back, and num_steps twice
     monkeypatch.setenv("TVQ_POD_RUN_ID", "launch-2")
     trained(settings_of(corpus), workdir, step=9)

@@ -211,7 +211,7 @@ def test_the_first_layers_are_taken_and_others_are_of_the_seed(
             dict(init_layers=1, init_optimizer=True),
             "config.init_optimizer=True: step 40 of HERE has the state of all 2 layers, and only 1 are taken",
         ),
-        (dict(data=dict(vocab="sentencepiece")), "config.data.vocab=sentencepiece: would be trained anew"),
+        (dict(data=dict(vocab="sentencepiece")), "config.data.vocab=sentencepiece: would be trained again"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(source, tmp_path, changes, line):
@@ -365,7 +365,7 @@ def test_the_first_start_alone_needs_the_other_run(corpus, tmp_path, made_up, ca
     shutil.rmtree(tmp_path / "a")
     reader = train_made_up(settings, tmp_path / "b")
     said = capsys.readouterr().err
-    assert "goes on from step 7" in said
+    assert "resumes from step 7" in said
     assert "WARNING: config.init_from" not in said
     once = train_made_up(with_fields(settings, init_from=str(tmp_path / "b")), tmp_path / "c")
     (parent,), (mother, grandmother) = reader.ancestry(12), once.ancestry(12)

@@ -1,4 +1,4 @@
-"""Names of settings: which there are, and what to say of one that is not there."""
+"""Names of settings: which there are, and what to say about one that does not exist."""
 
 import dataclasses
 import difflib

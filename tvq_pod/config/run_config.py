@@ -46,7 +46,7 @@ def read_run_config(workdir: str | os.PathLike[str], flag: str = "--workdir") ->
     except ValueError as error:
         raise UserError(f"{here}: config.json is not JSON ({error}); {remedy}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{here}: config.json is no config; {remedy}")
+        raise UserError(f"{here}: config.json is not a config; {remedy}")
     filled = _filled(with_current_names(tree), tree_of(Settings()))
     try:
         return config_of(build(Settings, filled, "config"))

@@ -137,7 +137,7 @@ class TokenStore:
             if known and self.meta["crc32c"] != crc32c_of(self.meta):
                 raise ValueError
         except OSError as error:
-            raise UserError(f"config.data.store={path}: is no token store ({error.strerror}: store.json)") from None
+            raise UserError(f"config.data.store={path}: is not a token store ({error.strerror}: store.json)") from None
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"config.data.store={path}: {self.path / 'store.json'} is damaged; prepare the store anew elsewhere"

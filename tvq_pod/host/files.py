@@ -54,7 +54,7 @@ def check_vacant(setting: str, path: "epath.Path", written_last: str) -> None:
     """Raises UserError if a folder that is to be made has something in it.
 
     setting: the flag that it was given by. written_last: the name of what makes the folder complete; in a bucket, what
-    an attempt that was killed left there is no obstacle.
+    an attempt that was killed left there does not matter.
     """
     if (path / written_last).exists() if is_bucket(path) else os.path.lexists(path) and not _is_empty_folder(path):
         raise UserError(f"{setting}={path}: exists already, and nothing in it is replaced; give a new folder")

@@ -1,8 +1,8 @@
 """The standard streams, which may be closed, full, or read by nobody any more.
 
-What people read goes to stderr, and is no reason to end: what stderr does not take is left out. Results go to stdout,
-and a program whose results can't be written has failed: main ends it, with a line, or, where the reader of a pipe has
-left (`| head -1`), quietly.
+What people read goes to stderr, and is not a reason to end: what stderr does not take is left out. Results go to
+stdout, and a program whose results can't be written has failed: main ends it, with a line, or, where the reader of a
+pipe has left (`| head -1`), quietly.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ class _Stream:
 
 def tell(line: str) -> None:
     """Prints a line for people, to stderr. It is written in one piece, so lines of several threads stay whole. A
-    terminal or log that is gone, or a full disk, is no reason to end."""
+    terminal or log that is gone, or a full disk, is not a reason to end."""
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(line + "\n")
         sys.stderr.flush()

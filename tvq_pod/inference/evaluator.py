@@ -41,7 +41,7 @@ from tvq_pod.run.metrics import LOG_2
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Of one evaluation."""
+    """Results of one evaluation."""
 
     loss: float  # nats a token, end-of-documents included
     bits_per_byte: float  # the same loss, in bits, over the bytes of the documents' text

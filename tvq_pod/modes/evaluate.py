@@ -36,7 +36,7 @@ def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | No
     step = checkpoints.pick(step)
     path = store_path(settings, workdir)
     if not settings.data.mixture and not TokenStore.exists(path):
-        raise UserError(f"config.data.store={path}: is no token store; --mode=prepare makes one")
+        raise UserError(f"config.data.store={path}: is not a token store; --mode=prepare makes one")
     store = open_store(settings, workdir)
     checkpoints.check(step, model_record(settings, store.vocab_name))
     record = checkpoints.record(step)

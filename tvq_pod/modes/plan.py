@@ -80,7 +80,7 @@ def sweep(flags: list[str], workdir: epath.Path, grid: str) -> None:
 
 
 def parse_grid(grid: str) -> tuple[list[str], list[tuple[str, ...]]]:
-    """Names, and all combinations of their values. Raises UserError if the text is no grid, or of no settings."""
+    """Names, and all combinations of their values. Raises UserError if the text is not a grid of settings."""
     axes = [axis.partition("=") for axis in grid.split(";") if axis.strip()]
     good = all(name.strip().startswith("config.") and all(values.split(",")) for name, _, values in axes)
     if not (axes and good):

@@ -1,4 +1,4 @@
-"""--mode=prepare: a corpus becomes a token store. Training does the same when its store is not there.
+"""--mode=prepare: a corpus becomes a token store. Training does the same when its store does not exist.
 
 --mode=train_vocab: only trains the SentencePiece model, where config.data.vocab=sentencepiece; prepare does the same
 when there is none.

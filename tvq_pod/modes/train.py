@@ -201,7 +201,7 @@ class _Session:
                 is_last = step == num_steps
                 save = is_last or self.saver.is_due(step, metrics, is_asked=asked == SAVE)
                 evaluate = not is_last and self._evaluates_at(step)
-                # What belongs to a step is written before its checkpoint: a run that goes on does not come back for it.
+                # What belongs to a step is written before its checkpoint: a run that resumes does not come back for it.
                 if save or asked == STOP:
                     self.log.end_line(step)
                 if save or asked == STOP or evaluate:
@@ -219,7 +219,7 @@ class _Session:
         goodput.end_steps(num_steps, END)
         return state
 
-    # ------------------------------------------------------------------ where to go on
+    # ------------------------------------------------------------------ where to resume
 
     def _check_newest(self) -> int | None:
         """The newest good step, or the one to go back to; None if there is none. Raises UserError if this run can't go
@@ -287,7 +287,7 @@ class _Session:
             with self.goodput.on(COMPILE):
                 step_fn = self.step_fn = compiled_train_step(self.tried, self.mesh)
             self.profiler.keep_operations(lambda: operations(step_fn.as_text()))
-            self.log.restart(first_step)  # what compiling took is no slowness
+            self.log.restart(first_step)  # compiling does not make a run slow
             self.preemption.can_save = True
         return self.step_fn
 

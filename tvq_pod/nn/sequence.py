@@ -79,7 +79,7 @@ def of_last_shard(x: jax.Array, axis: str) -> jax.Array:
 
 
 def position_before(pos_offset, last_id, own_last_id, n_last, axis: str) -> jax.Array:
-    """Tokens read before this shard of the document that it starts in, if it goes on, [B].
+    """Tokens read before this shard of the document that it starts in, if that one continues, [B].
 
     pos_offset, last_id [B]: of the state, tokens read of its document, and its id. own_last_id, n_last [B]: of this
     shard, the document of its last token, and its tokens of that.
@@ -105,7 +105,7 @@ def exclusive_scan(first, total, keep, axis: str):
     # document of each x: a new one wherever nothing is kept
     segment = jnp.concatenate([jnp.zeros_like(keep[None], jnp.int32), jnp.cumsum(~keeps, axis=0, dtype=jnp.int32)])
     n = jnp.arange(n_shards + 1)
-    # x_s has the totals of the shards before it, and x_0, as far as their document goes on until there
+    # x_s has the totals of the shards before it, and x_0, as far as their document continues until there
     has_total = (segment[:, None] == segment[None, 1:]) & (n[:, None] > n[None, :-1])[..., None]
     has_first = (segment == segment[:1]).astype(first.dtype)
     first = _rows(first, 2)

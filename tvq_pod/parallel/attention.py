@@ -27,7 +27,7 @@ def check_attention(config: TransformerConfig, mesh: jax.sharding.Mesh) -> None:
 def with_tried_attention(settings: Settings, mesh: jax.sharding.Mesh) -> Settings:
     """The settings with config.model.attention=xla, if auto would take kernels that turn out wrong on these devices.
 
-    All processes try them, each on one device, and all go on alike. Raises what `check_attention` raises.
+    All processes try them, each on one device, and all continue alike. Raises what `check_attention` raises.
     """
     check_attention(settings.model, mesh)
     if settings.model.attention != "auto" or chosen(settings.model, mesh) != "pallas":

@@ -90,7 +90,7 @@ def _end_alone(how: str, seconds: int) -> None:
 
 def check_slices(slices: int) -> None:
     """Raises UserError if the environment speaks of another number of slices than the config: variables that an earlier
-    job left behind would have this one wait for slices that are not there."""
+    job left behind would have this one wait for slices that do not exist."""
     there = os.environ.get("MEGASCALE_NUM_SLICES", "")
     left = sorted(name for name in os.environ if name.startswith("MEGASCALE_"))
     if left and there != str(slices):
@@ -154,7 +154,7 @@ def on_process_zero(function: Callable[[], object]) -> None:
     if error is not None:
         raise error
     if not succeeded:
-        raise UserError("process 0 could not go on; its own line says why")
+        raise UserError("process 0 could not continue; its own line says why")
 
 
 class Votes:

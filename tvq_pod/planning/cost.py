@@ -68,7 +68,7 @@ def topology_devices(topology: str, slices: int) -> tuple[Chip | None, list]:
         try:
             described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
         except Exception as error:  # whatever libtpu has to say about the shape
-            raise UserError(f"--topology={topology}: is no slice that libtpu knows ({str(error)[:200]})") from error
+            raise UserError(f"--topology={topology}: is not a slice that libtpu knows ({str(error)[:200]})") from error
     return CHIPS[name], list(described.devices)
 
 

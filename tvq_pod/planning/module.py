@@ -37,7 +37,7 @@ class Instruction:
 
     @property
     def argument(self) -> str:
-        """What stands in its parentheses if that is no operand: a constant's value, a parameter's place."""
+        """What stands in its parentheses if that is not an operand: a constant's value, a parameter's place."""
         return self.rest[: self._operands_end()]
 
     def called(self, attribute: str) -> str | None:

@@ -37,7 +37,7 @@ WRITERS_SECONDS = 10.0  # for threads of a save that failed to end
 
 
 def _wait_for_writers() -> None:
-    """Until orbax's threads have ended: when one fails, the others still write, and would make folders anew that
+    """Until orbax's threads have ended: when one fails, the others still write, and would make folders again that
     were removed. (To join one raises its error.)"""
     deadline = time.monotonic() + WRITERS_SECONDS
     while time.monotonic() < deadline:
@@ -75,7 +75,7 @@ class Checkpoints(CheckpointReader):
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         on_process_zero(self._folders.tidy)
 
-    # ------------------------------------------------------------------ where a run goes on
+    # ------------------------------------------------------------------ where a run resumes
 
     def newest_good(self) -> int | None:
         """The newest step whose files are what its manifest says; None if nothing was ever saved. Those newer ones that
@@ -265,5 +265,5 @@ class Checkpoints(CheckpointReader):
         raise error
 
     def know_losses(self, losses: dict[int, float | None]) -> None:
-        """Validation losses, by step: the best are kept. One that is None or not finite is no good one."""
+        """Validation losses, by step: the best are kept. One that is None or not finite is not a good one."""
         self._losses |= {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}

@@ -97,7 +97,7 @@ class CheckpointReader:
     def pick(self, step: int | None) -> int:
         """`step`, or for None the newest that is as it was written. For those that only read: nothing is set aside.
 
-        Raises UserError if it is not there, or damaged.
+        Raises UserError if it does not exist, or is damaged.
         """
         steps = self.steps_of_process_zero()
         if not steps:

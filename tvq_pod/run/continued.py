@@ -56,7 +56,7 @@ def _check_vocab(settings: Settings, workdir: epath.Path, step: epath.Path, save
     name, has = settings.data.vocab, saved.get("config.data.vocab")
     if name == TRAINED:
         raise UserError(
-            f"config.data.vocab={name}: would be trained anew on the other data, and the checkpoint {step} has the "
+            f"config.data.vocab={name}: would be trained again on the other data, and the checkpoint {step} has the "
             f"vocabulary {has}; give its file, {workdir / SentencePieceVocab.file_name}"
         )
     if has not in (None, load_vocab(name).name):

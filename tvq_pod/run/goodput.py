@@ -56,7 +56,7 @@ class Goodput:
         self._logged: dict[str, float] = {}
         self._devices = _Busy(clock)
 
-    # ------------------------------------------------------------------ what goes on
+    # ------------------------------------------------------------------ what is done now
 
     def switch(self, kind: str) -> None:
         """From now on the session does something else: one of KINDS."""

@@ -37,7 +37,7 @@ def check_packages(settings: MetricsSettings) -> None:
 class MetricsWriter:
     """Appends numbers of a run to its folder. A bucket gets them in the background.
 
-    A run that is killed between a log and a checkpoint logs those steps again when it goes on: of two lines with the
+    A run that is killed between a log and a checkpoint logs those steps again when it resumes: of two lines with the
     same step and split, the later one counts. Their losses agree: every checkpoint has a line, so no mean spans one.
     """
 
@@ -152,7 +152,7 @@ class LocalFile:
 
 
 class Wandb:
-    """A run of W&B, which goes on wherever the training does: its id is in WORKDIR/wandb_id.
+    """A run of W&B, which continues wherever the training does: its id is in WORKDIR/wandb_id.
 
     W&B takes rows in increasing order only, and a training may come to a step again, after a kill or when it goes back.
     So the training's step is a value of its own, `step`, which charts have as their x axis. A row has the step's number

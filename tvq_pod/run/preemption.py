@@ -1,7 +1,7 @@
 """Signals: when to save, and when to end.
 
 SIGTERM (the machine is about to be taken back), SIGINT (Ctrl-C) and SIGHUP (the terminal is gone) ask the run to save
-and end, within bounded time. SIGUSR1 asks it to save and go on. Signals that the process was started to ignore, as
+and end, within bounded time. SIGUSR1 asks it to save and continue. Signals that the process was started to ignore, as
 nohup does with SIGHUP, stay ignored.
 
 A thread reads signals from a pipe that python's own handler writes to: the main thread may sit in a computation, where
@@ -44,7 +44,7 @@ class Preemption:
             if number in (signal.SIGINT, signal.SIGHUP) and signal.getsignal(number) == signal.SIG_IGN:
                 continue
             signal.signal(number, lambda number, frame: None)  # so that the pipe is written to
-            signal.siginterrupt(number, False)  # a run that goes on should not find its reads broken off
+            signal.siginterrupt(number, False)  # a run that continues should not find its reads broken off
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
 
@@ -70,7 +70,7 @@ class Preemption:
                 self._save.set()
                 self._requests.put(SAVE)
                 when = "now" if self.can_save else "as soon as there is something to save"
-                tell(f"SIGUSR1: the run saves {when}, and goes on")
+                tell(f"SIGUSR1: the run saves {when}, and continues")
             elif number in STOPPING:
                 self._asked_to_stop(signal.Signals(number))
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one line per log, with speed and time left."""
+"""What a person sees while a run trains: one line per log, with speed and time left."""
 
 import contextlib
 import time
@@ -48,7 +48,7 @@ class Speed:
         )
 
     def restart(self, step: int) -> None:
-        """Call when the run goes on from another step than the last that was seen."""
+        """Call when the run continues from another step than the last that was seen."""
         self._begin = self._latest = (step, self._clock())
 
     @contextlib.contextmanager

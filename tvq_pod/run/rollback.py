@@ -1,4 +1,4 @@
-"""Where a run goes on, and what it reads there: from its newest good checkpoint, at a start and after bad steps.
+"""Where a run resumes, and what it reads there: from its newest good checkpoint, at a start and after bad steps.
 
 Data of steps that went wrong is skipped: the data schedule, which says what each step reads, goes around it.
 """
@@ -30,7 +30,7 @@ def check_good(metrics: dict, step: int, settings: BadStepsSettings) -> None:
 
 
 class Rollback:
-    """Finds the step to go on from, and the data schedule from there. All processes call the same methods in the same
+    """Finds the step to resume from, and the data schedule from there. All processes call the same methods in the same
     order."""
 
     def __init__(
@@ -46,7 +46,7 @@ class Rollback:
         self._fingerprint = fingerprint
 
     def check_belongs(self, step: int, record: dict) -> None:
-        """Raises UserError if a checkpoint is of another run, or of other streams and they may not start anew.
+        """Raises UserError if a checkpoint is of another run, or of other streams and they may not start over.
 
         record: see `run_record`.
         """

@@ -71,7 +71,7 @@ class Saver:
         told = self._votes.result()
         if told["save_failed"] and not self._failing:
             say(
-                f"WARNING: a checkpoint could not be written ({self._checkpoints.error}): training goes on, and "
+                f"WARNING: a checkpoint could not be written ({self._checkpoints.error}): training continues, and "
                 "tries again; those before it are whole"
             )
         self._failing = told["save_failed"] or (self._failing and told["save_busy"])
@@ -98,7 +98,7 @@ class Saver:
                 f"--workdir={self._checkpoints.path.parent}: asked to end, and step {step} could not be saved "
                 f"({self._checkpoints.error}); the checkpoints before it are whole"
             )
-        raise Preempted(f"saved step {step} and ends, as a signal asked; start again to go on")
+        raise Preempted(f"saved step {step} and ends, as a signal asked; start it again to resume")
 
     def save_last(self, state: State, step: int, is_bad: bool) -> None:
         """Saves, until the checkpoint is on disk. is_bad: the step was not applied, so older steps stay.

@@ -1,6 +1,6 @@
 """WORKDIR/skipped.jsonl: stretches of data that a run has gone back from and reads no more, a line each.
 
-A line is on disk before the run goes on without its data, so a run that is killed and started again skips it too.
+A line is on disk before the run continues without its data, so a run that is killed and started again skips it too.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ class Skipped:
         return schedule
 
     def add(self, skip: Skip, steps: tuple[int, int], back_to: int) -> None:
-        """One more. steps: the first and the last of the bad ones; back_to: the step that the run goes on from."""
+        """One more. steps: the first and the last of the bad ones; back_to: the step that the run resumes from."""
         self._skips.append(skip)
         line = dataclasses.asdict(skip) | dict(bad_steps=list(steps), back_to=back_to, time=time.time())
         on_process_zero(lambda: self._append(json.dumps(line) + "\n"))

@@ -14,7 +14,7 @@ def record_start(workdir: epath.Path, settings: Settings, vocab: Vocab, step: in
     """Says what has changed since the last start, and keeps it; and says which stages of the schedules of contexts and
     of the mixture hold. On process 0, once nothing can be refused any more.
 
-    step: that the run goes on from; 0: it begins. rate: see `config_history.tell`.
+    step: that the run resumes from; 0: it begins. rate: see `config_history.tell`.
     """
     config_history.tell(workdir, settings, step, rate)
     is_done = step >= settings.train.num_steps

@@ -60,9 +60,9 @@ class Status(contextlib.AbstractContextManager):
 
     def begin(self) -> None:
         """From now on the file is written: a mistake that was refused before touches nothing. What the sessions before
-        have counted of the run's time goes on from there."""
+        have counted of the run's time continues from there."""
         if self._path is not None:
-            with contextlib.suppress(Exception):  # there is none, or it is no status
+            with contextlib.suppress(Exception):  # there is none, or it is not a status
                 before = json.loads(self._path.read_text())
                 self.goodput.resume(before.get("goodput"))
                 if before["saved_step"] == self._values.get("saved_step"):

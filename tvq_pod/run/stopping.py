@@ -123,6 +123,6 @@ class StopTogether:
 
 
 def _say_no_agreement(error: Exception) -> None:
-    """The run goes on; who was asked to end does so when its grace is over."""
+    """The run continues; who was asked to end does so when its grace is over."""
     why = " ".join(str(error).split())[:200]
     tell(f"WARNING: the processes could not agree where to save ({why})")

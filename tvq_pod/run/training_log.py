@@ -76,7 +76,7 @@ class TrainingLog:
         return self._speed.paused()
 
     def restart(self, step: int) -> None:
-        """The run goes on from another step: what was collected since the last line is of steps that do not count."""
+        """The run continues from another step: what was collected since the last line is of steps that do not count."""
         self._interval, self._waiting, self._detail = [], None, None
         self._speed.restart(step)
         self._status.goodput.shares()  # what was before is in no line

@@ -2,8 +2,8 @@
 
 A step is bad if its loss or gradient is not finite, if its loss is further above the mean of the steps before than
 their deviation allows, or if a codebook has collapsed. A bad step is not applied: weights, optimizer, codebook and
-recurrent state stay as they were, as if its data had not been there; with config.bad_steps.forget_state, states begin
-anew. run/rollback.py sees to several in a row.
+recurrent state stay as they were, as if its data had not been there; with config.bad_steps.forget_state, states start
+empty. run/rollback.py sees to several in a row.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The state that training goes on with: that of a checkpoint, or of the seed."""
+"""The state that training resumes with: that of a checkpoint, or of the seed."""
 
 import jax
 
@@ -42,7 +42,7 @@ def state_at(
     if not same_streams:
         state = state.replace(recurrent=create_recurrent(settings, mesh))
         streams = f"{schedule.now.batch_size} of them, {schedule.now.update_len} tokens an update"
-        say(f"streams start anew at step {step}: {streams}")
+        say(f"streams start over at step {step}: {streams}")
         if data := schedule.now.data:
             say(f"other data is read from step {step} on: fingerprint {data[:16]}")
     workdir = checkpoints.path.parent
@@ -54,7 +54,7 @@ def state_at(
             f"--workdir={workdir}: metrics.jsonl has digest {logged[-1]} of the tokens up to step {step}, "
             f"its checkpoint {found}; they are not of one run, or that line is damaged: then delete it"
         )
-    say(f"goes on from step {step} in {checkpoints.path}")
+    say(f"resumes from step {step} in {checkpoints.path}")
     return state
 
 

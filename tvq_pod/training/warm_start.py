@@ -235,7 +235,7 @@ def _vocab_name(settings: Settings, workdir: epath.Path) -> str:
         return ""
     if settings.data.vocab == TRAINED:
         raise UserError(
-            f"{VOCAB}={TRAINED}: would be trained anew, and the weights of {NAME}={settings.init_from} belong to the "
+            f"{VOCAB}={TRAINED}: would be trained again, and the weights of {NAME}={settings.init_from} belong to the "
             f"vocabulary of that run; give that run's {VOCAB}, or the file vocab.model of its folder"
         )
     return load_vocab(settings.data.vocab).name

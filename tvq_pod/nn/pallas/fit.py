@@ -173,7 +173,7 @@ def why_not(config: TransformerConfig, device_kind: str, n_model: int = 1) -> st
 def why_auto_takes_xla(config: TransformerConfig, device_kind: str, n_model: int = 1) -> str | None:
     """As `why_not`, of `config.attention=auto`; and where the kernels would gain nothing by plan's figures."""
     if "TPU" not in device_kind:
-        return f"{device_kind} is no TPU"
+        return f"{device_kind} is not a TPU"
     if reason := why_not(config, device_kind, n_model):
         return reason
     return None if CORES[device_kind].can_turn else f"kernels are no faster on {device_kind}"
