@@ -136,7 +136,9 @@ def _check_splits(one: TokenStore, other: TokenStore) -> None:
     shares = [
         (with_["validation_share"], with_["test_share"])
         for with_ in made
-        if with_["format"] not in OWN_SPLITS and not generated(with_["format"], with_["source"])
+        if not with_.get("own_splits")
+        and with_["format"] not in OWN_SPLITS
+        and not generated(with_["format"], with_["source"])
     ]
     if len(shares) == 2 and shares[0] != shares[1]:
         raise UserError(

@@ -29,11 +29,16 @@ from tvq_pod.errors import UserError
 from tvq_pod.host.paths import BUCKET, is_bucket
 
 # What documents depend on, besides the vocabulary
-MADE_WITH = ("source", "format", "text_field", "glob", "invalid_utf8", "validation_share", "test_share")
+MADE_WITH = (
+    *("source", "format", "text_field", "glob", "invalid_utf8", "validation_share", "test_share"),
+    *("exclude", "hidden", "bad_rows", "holdout"),
+)
 RECALL_MADE_WITH = (  # the same, of a generated corpus
     *("recall_documents", "recall_held_out", "recall_bytes", "recall_pairs", "recall_keys", "recall_values"),
     *("recall_key_bytes", "recall_smaller", "recall_seed"),
 )
+# What stores of older versions don't say, with the values that settings must have to fit them
+LATER = dict(recall_smaller=0, exclude="", hidden=False, bad_rows="error", holdout="auto")
 SPLITS = ("train", "validation", "test")
 FORMAT = 2
 CHUNK_BYTES = 64 * 1024
@@ -47,6 +52,12 @@ def made_with(data: DataSettings) -> dict:
     """All that documents depend on, besides the vocabulary."""
     names = (*MADE_WITH, *(RECALL_MADE_WITH if generated(data.format, data.source) else ()))
     return {name: getattr(data, name) for name in names}
+
+
+def same_settings(there: dict) -> dict:
+    """What a store or vocabulary was made with, settings included that its version did not have."""
+    later = {name: value for name, value in LATER.items() if name in MADE_WITH or "recall_bytes" in there}
+    return later | there
 
 
 def kvstore(path: epath.PathLike) -> dict:
@@ -171,6 +182,11 @@ class TokenStore:
         """Opens a split. Raises UserError if it has no document, or is damaged."""
         if name not in self._splits:
             if not self.meta["splits"][name]["n_documents"]:
+                if name == "train":
+                    raise UserError(
+                        f"config.data.store={self.path}: is only for evaluation, since it has no document to train on; "
+                        "give another store, or a corpus with training documents"
+                    )
                 raise UserError(
                     f"--split={name}: no document of {self.path} fell into it; take a larger corpus or share"
                 )

@@ -294,8 +294,8 @@ class StoreWriter:
         """Writes store.json, with `more` in it, and gives the store its name. Raises UserError if no document is
         left to train on."""
         entries = {name: split.close() for name, split in self.splits.items()}
-        if not entries["train"]["n_documents"]:
-            n_held_out = sum(entry["n_documents"] for entry in entries.values())
+        n_held_out = sum(entry["n_documents"] for entry in entries.values())
+        if not entries["train"]["n_documents"] and not (n_held_out and more.get("own_splits")):
             raise UserError(
                 f"config.data.source={self._made_with.get('source')}: has no document to train on, {n_held_out} to "
                 "validate and test; give a corpus with text in it, or smaller config.data.validation_share and "
