@@ -174,7 +174,7 @@ def test_stores_and_runs_in_the_corpus_are_left_out(corpus):
     store_of(corpus / "mine/store", [b"old text"])
     write(corpus, "run/config.json", "run/checkpoints/10/x", "run/samples/1.txt")
     assert names(corpus) == ["a.txt", "b/c.txt", "b/d/e.md"]
-    assert "leaves out 2 stores or runs of this program: run, mine/store" in said(corpus)
+    assert "leaves out 2 stores or runs of this program: mine/store, run" in said(corpus)
     with pytest.raises(UserError, match=r"mine/store: is a store or a run of this program, and no text"):
         names(corpus / "mine/store")
 

@@ -88,7 +88,7 @@ def _is_utf8(text: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def opened(path: pathlib.Path) -> Iterator[BinaryIO]:
+def opened(path: pathlib.Path) -> Iterator[io.BufferedReader]:
     """What is in a file, decompressed as it is read. Raises UserError if it is damaged or can't be read, also while it
     is being read."""
     damage: tuple = (OSError, EOFError, zlib.error, lzma.LZMAError)
@@ -110,6 +110,15 @@ def opened(path: pathlib.Path) -> Iterator[BinaryIO]:
                 yield file
         except damage as error:
             raise UserError(f"config.data.source={path}: can't be read, or is damaged ({error})") from None
+
+
+@contextlib.contextmanager
+def opened_lines(path: pathlib.Path, what: str) -> Iterator[io.BufferedReader]:
+    """As `opened`, of a file that has lines. what: of what, in words. Raises UserError if it is a binary file."""
+    with opened(path) as file:
+        if kind := binary_kind(file.peek(SNIFFED)[:SNIFFED]):
+            raise UserError(f"config.data.source={path}: is {kind}, and no {what}; leave it out")
+        yield file
 
 
 def first_bytes(path: pathlib.Path, n: int = SNIFFED) -> tuple[bytes, bytes]:

@@ -77,23 +77,22 @@ def _decompressed(path: pathlib.Path) -> bytes | memoryview:
         if len(begins) < BIG_FILE:
             return begins
         try:
-            spool = tempfile.TemporaryFile()  # noqa: SIM115
+            spool = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         except OSError as error:
             raise _no_room(path, error) from None
         with spool:
             block = begins
             while block:
-                _spool(path, spool, block)
+                _write(path, spool, block)
                 block = file.read(2**20)
-            _spool(path, spool, b"")
             return memoryview(mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def _spool(path: pathlib.Path, spool: io.IOBase, block: bytes) -> None:
+def _write(path: pathlib.Path, spool: io.FileIO, block: bytes) -> None:
     try:
-        spool.write(block)  # pyright: ignore
-        if not block:
-            spool.flush()
+        rest = memoryview(block)
+        while rest:
+            rest = rest[spool.write(rest) :]
     except OSError as error:
         raise _no_room(path, error) from None
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 
 from tvq_pod.config.settings import DataSettings
-from tvq_pod.data.compressed import SNIFFED, binary_kind, compression_of, opened
+from tvq_pod.data.compressed import SNIFFED, compression_of, opened_lines
 from tvq_pod.data.document import Document, Documents, content
 from tvq_pod.data.sources import File, Listing
 from tvq_pod.errors import UserError
@@ -42,10 +42,8 @@ def jsonl(listing: Listing, data: DataSettings) -> Documents:
     """Each line is a JSON object whose `config.data.text_field` is a document; blank lines are passed over."""
     for file in listing.files:
         path = pathlib.Path(file.path)
-        with opened(path) as lines:
+        with opened_lines(path, "JSON lines") as lines:
             for number, line in enumerate(lines, 1):
-                if number == 1 and (kind := binary_kind(line)):
-                    raise UserError(f"config.data.source={path}: is {kind}, and no JSON lines")
                 if not line.strip():
                     continue
                 name = f"{file.name}:{number}"

@@ -293,14 +293,28 @@ def _check_json_lines(path: str) -> None:
 
 
 # ------------------------------------------------- what is held out
-def split_by_name(name: str) -> str | None:
-    """The split that a path names: a folder of that name, the topmost first, or a word of the file's name."""
-    *folders, last = name.lower().split("/")
-    for folder in folders:
-        if folder in SPLIT_WORDS:
-            return SPLIT_WORDS[folder]
-    words = {SPLIT_WORDS[word] for word in re.split(r"[._-]", last) if word in SPLIT_WORDS}
-    return words.pop() if len(words) == 1 else None
+def split_by_folder(name: str) -> str | None:
+    """The split that a path names in one of its folders, the topmost first."""
+    return next((SPLIT_WORDS[folder] for folder in name.lower().split("/")[:-1] if folder in SPLIT_WORDS), None)
+
+
+def split_by_word(name: str) -> tuple[str | None, str]:
+    """The split that one word of a file's name names, and the name without that word and without numbers."""
+    words = re.split(r"([._-])", os.path.basename(name).lower())
+    places = [place for place, word in enumerate(words) if word in SPLIT_WORDS]
+    if len(places) != 1:
+        return None, ""
+    split, words[places[0]] = SPLIT_WORDS[words[places[0]]], "*"
+    return split, re.sub(r"\d+", "0", "".join(words))
+
+
+def splits_by_name(names: list[str]) -> list[str | None]:
+    """The splits that paths name: by their folders, or by a word in which alone the files' names differ, numbers aside:
+    train.py and test_all.py are no splits."""
+    splits = [split_by_folder(name) for name in names]
+    by_word = [split_by_word(name) if split is None else (split, "") for name, split in zip(names, splits, strict=True)]
+    patterns = {pattern for (_, pattern), split in zip(by_word, splits, strict=True) if split is None and pattern}
+    return [split for split, _ in by_word] if len(patterns) == 1 else splits
 
 
 def _names_below(data: DataSettings, files: list[File]) -> list[str]:
@@ -327,8 +341,8 @@ def _held_out(
     if holdout == "auto" and is_one:
         return files, left_out, "position" if format == "text" else "hash", note
     if holdout in ("auto", "names"):
-        names = _names_below(data, files)
-        named = [dataclasses.replace(file, split=split_by_name(name)) for file, name in zip(files, names, strict=True)]
+        by_name = splits_by_name(_names_below(data, files))
+        named = [dataclasses.replace(file, split=split) for file, split in zip(files, by_name, strict=True)]
         splits = {file.split for file in named}
         if None not in splits and (holdout == "names" or splits != {"train"}):
             return named, left_out, "names", note

@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Iterator
 
 from tvq_pod.config.settings import DataSettings
-from tvq_pod.data.compressed import SNIFFED, binary_kind, opened
+from tvq_pod.data.compressed import SNIFFED, binary_kind, opened_lines
 from tvq_pod.data.document import Document, Documents, content
 from tvq_pod.data.sources import Listing
 from tvq_pod.errors import UserError
@@ -29,10 +29,8 @@ def texts(listing: Listing, data: DataSettings) -> Documents:
 def lines(listing: Listing) -> Documents:
     """Each line of the files is a document; its line end is not part of it."""
     for file in listing.files:
-        with opened(pathlib.Path(file.path)) as opened_file:
-            for number, line in enumerate(opened_file, 1):
-                if number == 1 and (kind := binary_kind(line)):
-                    raise UserError(f"config.data.source={file.path}: is {kind}, and no lines of text")
+        with opened_lines(pathlib.Path(file.path), "lines of text") as found:
+            for number, line in enumerate(found, 1):
                 yield Document(f"{file.name}:{number}", line.removesuffix(b"\n").removesuffix(b"\r"), file.split)
 
 
@@ -54,7 +52,7 @@ def _line_begin(text: bytes | memoryview, at: int) -> int:
     before = bytes(text[max(0, at - BLOCK_BYTES) : at])
     if (newline := before.rfind(b"\n")) >= 0 and at - len(before) + newline + 1 >= at // 2:
         return at - len(before) + newline + 1
-    for begin in range(at, max(at - 4, 0), -1):
+    for begin in range(at, max(at - 4, -1), -1):
         if text[begin] & 0xC0 != 0x80:
             return begin
     return at
