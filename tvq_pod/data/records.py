@@ -119,7 +119,7 @@ def _parquet_rows(file: File, data: DataSettings) -> Documents:
                 for row in range(1, table.metadata.num_rows + 1):
                     yield _bad(other, f"{file.name}:{row}", file, data)
                 return
-            for batch in table.iter_batches(ROWS, columns=[field]):
+            for batch in _batches(table, field):
                 for text in _texts(batch.column(0), field, table.schema_arrow.names):
                     row += 1
                     name = f"{file.name}:{row}"
@@ -132,6 +132,12 @@ def _parquet_rows(file: File, data: DataSettings) -> Documents:
         raise UserError(
             f"config.data.source={path}: can't be read, or is damaged ({' '.join(str(error).split())[:200]})"
         ) from None
+
+
+def _batches(table, field: str) -> Iterator:
+    """A column, ROWS rows at a time; row group by row group, since pyarrow can't read all nested types across them."""
+    for group in range(table.num_row_groups):
+        yield from table.iter_batches(ROWS, row_groups=[group], columns=[field])
 
 
 def _as_parquet(path: pathlib.Path):
@@ -209,7 +215,7 @@ def _is_object(record: bytes) -> bool:
 def _records(path: pathlib.Path) -> Iterator[bytes]:
     from array_record.python.array_record_module import ArrayRecordReader
 
-    with contextlib.ExitStack() as files, _damage_of_records(path):
+    with _damage_of_records(path), contextlib.ExitStack() as files:
         with path.open("rb") as file:
             is_compressed = compression_of(file.read(SNIFFED))
         plain = path
