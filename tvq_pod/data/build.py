@@ -44,7 +44,7 @@ def make_store(path: epath.PathLike, corpus, vocab: Vocab, data: DataSettings) -
             split.append(tokens.ids)
             if tokens.ends:
                 n_words = len(bytes(taken.text).split()) if counts_words and taken.split != "train" else 0
-                split.end(len(taken.text), n_words)
+                split.end(len(taken.text), n_words, taken.name)
                 writer.may_commit(taken.number, taken.crc)
         left.report()
         return writer.finish(counts_words=counts_words, own_splits=left.own_splits)
@@ -55,6 +55,7 @@ class _Taken:
     """A document that goes into the store. number, crc: of all the corpus' documents up to it, how many, and a CRC-32C
     of their names and texts."""
 
+    name: str
     text: bytes | memoryview
     split: str
     number: int
@@ -118,7 +119,7 @@ class _Left:
                 self._probes -= 1
                 self._probe(document.name, bytes(text[:PROBE_BYTES]))
             split = document.split or split_of(text, self._data.validation_share, self._data.test_share)
-            yield _Taken(text, split, self._number, self._crc), text
+            yield _Taken(document.name, text, split, self._number, self._crc), text
 
     def _probe(self, name: str, begins: bytes) -> None:
         """Warns of a vocabulary that changes text: bits per byte are of the text as it was."""

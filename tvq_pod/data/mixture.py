@@ -99,6 +99,10 @@ class Mixture:
         )
         return 1 / bytes_per_token
 
+    def names(self, split: str) -> list[str]:
+        """See TokenStore; each with the store that it is of."""
+        return [f"{store.path}: {name}" for store in self._stores for name in store.names(split)]
+
     def split(self, name: str) -> Split:
         """Opens a split. Raises UserError if it has no document, for training in any of the stores."""
         there = [

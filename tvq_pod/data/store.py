@@ -6,6 +6,7 @@
     STORE/SPLIT/tokens           uint16 or uint32 [n_tokens]: documents end to end, each with an end-of-document
     STORE/SPLIT/starts           int64 [n_documents + 1]: where each begins; the last entry is n_tokens
     STORE/SPLIT/doc_bytes        int64 [n_documents]: bytes of each document's text, for bits per byte
+    STORE/SPLIT/names            uint8 [n]: names of documents, UTF-8, a line each; only of validation and test
 
 Arrays are zarr3, in shards of compressed and checksummed chunks, through TensorStore. A missing or damaged chunk is an
 error when it is read, never zeros.
@@ -46,6 +47,7 @@ SHARD_BYTES = 16 * 1024 * 1024
 ZSTD_LEVEL = 3
 CACHE_BYTES = 256 * 1024 * 1024
 ARRAYS = ("tokens", "starts", "doc_bytes")
+NAMES = "names"  # an array of bytes that no batch depends on: no part of the fingerprint
 
 
 def made_with(data: DataSettings) -> dict:
@@ -76,6 +78,11 @@ def split_of(text: bytes | memoryview, validation_share: float, test_share: floa
     if draw < validation_share:
         return "validation"
     return "test" if draw < validation_share + test_share else "train"
+
+
+def arrays_of(split: str) -> tuple[str, ...]:
+    """The arrays of a split, by their names."""
+    return ARRAYS if split == "train" else (*ARRAYS, NAMES)
 
 
 def array_metadata(path: epath.Path, name: str) -> bytes:
@@ -203,6 +210,21 @@ class TokenStore:
                     f"config.data.store={self.path}: is damaged ({str(error)[:300]}); prepare it anew elsewhere"
                 ) from None
         return self._splits[name]
+
+    def names(self, split: str) -> list[str]:
+        """Names of a split's documents, in their order; in stores that don't have them, their numbers. Raises UserError
+        if the store is damaged."""
+        if f"{split}/{NAMES}" not in self.meta.get("arrays", {}):
+            return [str(number) for number in range(self.meta["splits"][split]["n_documents"])]
+        try:
+            names = bytes(self._open(f"{split}/{NAMES}").read().result()).decode().split("\n")[:-1]
+            if len(names) != self.meta["splits"][split]["n_documents"]:
+                raise ValueError(f"{self.path / split / NAMES} has not the documents of store.json")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"config.data.store={self.path}: is damaged ({str(error)[:300]}); prepare it anew elsewhere"
+            ) from None
+        return names
 
     def _open(self, name: str) -> tensorstore.TensorStore:
         known = self.meta.get("arrays", {}).get(name)  # None: made by an older version
