@@ -88,7 +88,10 @@ class Listing:
             n = collections.Counter(file.split for file in self.files)
             yield "  by their names, " + ", ".join(f"{n[split]:,} for {split}" for split in n if split)
         elif self.holdout == "position":
-            yield "  holds out the last lines of each text, for validation and test"
+            yield (
+                "  each file is one document, whose last lines are held out for validation and test; "
+                "config.data.format=lines reads each line as a document"
+            )
         if self.note:
             yield f"  {self.note}"
 
