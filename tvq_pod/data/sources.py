@@ -62,8 +62,7 @@ class File:
 @dataclasses.dataclass(frozen=True)
 class Listing:
     """format: text, lines, jsonl, parquet or arrayrecord. files: in the order in which they are read. holdout: hash,
-    position, or names, which is that each file has its split. note: what should be known of that. walks: of the
-    source's folders."""
+    position, names, validation or test. note: what should be known of that. walks: of the source's folders."""
 
     source: str
     format: str
@@ -339,7 +338,8 @@ def _held_out(
             f"config.data.holdout=position: is for text files, and {data.source} is read as {format}; give hash"
         )
     if holdout in ("validation", "test"):
-        return [dataclasses.replace(file, split=holdout) for file in files], left_out, "names", note
+        note = f"all are held out for {holdout}: the store is only for evaluation"
+        return [dataclasses.replace(file, split=holdout) for file in files], left_out, holdout, note
     is_one = len(files) == 1 and files[0].is_given
     if holdout == "auto" and is_one:
         return files, left_out, "position" if format == "text" else "hash", note
