@@ -71,7 +71,10 @@ def files_of(data: DataSettings) -> Listing | None:
 def _of_files(found: Listing, data: DataSettings) -> Documents:
     if found.format == "text":
         return text.texts(found, data)
-    return text.lines(found) if found.format == "lines" else getattr(records, found.format)(found, data)
+    if found.format == "lines":
+        return text.lines(found)
+    read = dict(jsonl=records.jsonl, parquet=records.parquet, arrayrecord=records.arrayrecord)[found.format]
+    return read(found, data)
 
 
 def stdlib() -> Documents:

@@ -43,7 +43,6 @@ ABOUT = re.compile(  # files that say something about the files of records besid
 )
 SPLIT_WORDS = dict(train="train", validation="validation", valid="validation", dev="validation", val="validation",
                    test="test")  # fmt: skip
-RECORDS = ("jsonl", "parquet", "arrayrecord")
 HEAD_BYTES = 2**16  # of a .json file that are looked at
 
 
