@@ -65,6 +65,14 @@ def test_names_change_nothing_that_a_batch_depends_on(store, tmp_path, monkeypat
     assert len(older.split("test").lengths) == 5
 
 
+def test_names_are_no_part_of_the_fingerprint(store, corpus, tmp_path):
+    for name in NAMES:
+        (corpus / "test" / name).rename(corpus / "test" / f"{name}2")
+    other = open_store(settings_for(corpus), epath.Path(tmp_path / "other"))
+    assert other.names("test") != store.names("test")
+    assert other.fingerprint == store.fingerprint
+
+
 def test_names_that_are_damaged_are_named(store):
     shard = store.path / "test/names/c/0"
     content = bytearray(shard.read_bytes())

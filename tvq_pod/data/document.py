@@ -1,11 +1,11 @@
 """One document of a corpus, and the bytes of the files that documents are read from."""
 
-import dataclasses
 import io
 import mmap
 import pathlib
 import tempfile
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from tvq_pod.data.compressed import SNIFFED, compression_at, opened
 from tvq_pod.errors import UserError
@@ -14,8 +14,7 @@ BIG_FILE = 2**26  # bytes; a file of so many, or what is in it, is not held in m
 SHOWN = 3  # names that a message lists
 
 
-@dataclasses.dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):  # many may be small, and this is made faster than a dataclass
     """name: for messages and for tables of losses. split: where the corpus itself says which; None: its hash decides.
     problem: why there is no text, for which the document is left out; "" if there is one. is_row: whether
     config.data.bad_rows, and not config.data.invalid_utf8, says what happens if it is not UTF-8."""

@@ -119,8 +119,9 @@ def _parquet_rows(file: File, data: DataSettings) -> Documents:
                 for row in range(1, table.metadata.num_rows + 1):
                     yield _bad(other, f"{file.name}:{row}", file, data)
                 return
+            nested = [] if field in table.schema_arrow.names else field.split(".")[1:]
             for batch in _batches(table, field):
-                for text in _texts(batch.column(0), field, table.schema_arrow.names):
+                for text in _texts(batch.column(0), nested):
                     row += 1
                     name = f"{file.name}:{row}"
                     if text is None:
@@ -172,12 +173,13 @@ def _is_text(kind) -> bool:
     return any(check(kind) for check in (*text, *data))
 
 
-def _texts(column, field: str, names: list[str]) -> list[bytes | None]:
+def _texts(column, nested: list[str]) -> list[bytes | None]:
+    """Of a column, or of a field of its structs, of theirs, and so on."""
     import pyarrow
     from pyarrow import compute
 
-    if field not in names:
-        column = compute.struct_field(column, field.split(".")[1:])  # pyright: ignore[reportAttributeAccessIssue]
+    if nested:
+        column = compute.struct_field(column, nested)  # pyright: ignore[reportAttributeAccessIssue]
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     return column.cast(pyarrow.large_binary()).to_pylist()
@@ -226,8 +228,6 @@ def _records(path: pathlib.Path) -> Iterator[bytes]:
             plain = pathlib.Path(copy.name)
         reader = ArrayRecordReader(str(plain))
         files.callback(reader.close)  # raises what was wrong
-        if not reader.ok():
-            return
         for _ in range(reader.num_records()):
             yield reader.read()
 
