@@ -1,8 +1,8 @@
 """Building a token store: documents are checked, split, encoded and written, from where a killed process stopped."""
 
-import dataclasses
 import sys
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import google_crc32c
 import tqdm
@@ -50,8 +50,7 @@ def make_store(path: epath.PathLike, corpus, vocab: Vocab, data: DataSettings) -
         return writer.finish(counts_words=counts_words, own_splits=left.own_splits)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Taken:
+class _Taken(NamedTuple):
     """A document that goes into the store. number, crc: of all the corpus' documents up to it, how many, and a CRC-32C
     of their names and texts."""
 
@@ -92,7 +91,8 @@ class _Left:
     def _count(self, document: Document) -> None:
         still_working()
         self._number += 1
-        self.own_splits &= bool(document.split)
+        if document.split is None:
+            self.own_splits = False
         head = f"{document.name}\0{document.split}\0{len(document.text)}\0"
         self._crc = google_crc32c.extend(self._crc, head.encode("utf-8", errors="surrogateescape"))
         for begin in range(0, len(document.text), BLOCK_BYTES):
