@@ -48,6 +48,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, 
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 _SOURCE = flags.DEFINE_string("source", None, "The corpus: short for --config.data.source.")
 _SPLIT = flags.DEFINE_enum("split", "validation", ("validation", "test"), "eval: which documents.")
+_PER_DOCUMENT = flags.DEFINE_string("per_document", None, "eval: a file to write, with the loss of each document.")
 _STEP = flags.DEFINE_integer(
     "step",
     None,
@@ -135,7 +136,8 @@ def main(argv: list[str], preemption: Preemption) -> None:
     elif mode == "eval":
         from tvq_pod.modes.evaluate import evaluate
 
-        evaluate(settings, workdir, _SPLIT.value, _STEP.value)
+        table = epath.Path(_PER_DOCUMENT.value) if _PER_DOCUMENT.value else None
+        evaluate(settings, workdir, _SPLIT.value, _STEP.value, table)
     elif mode == "sample":
         from tvq_pod.modes.sample import sample
 
@@ -181,6 +183,7 @@ def _check_paths(settings: Settings, mode: str, workdir: str) -> None:
     """Raises UserError if a path can't be used, or a bucket not reached."""
     data = settings.data
     remote = [("--workdir", workdir), ("--to", _TO.value), ("--from", _FROM.value), ("config.data.store", data.store)]
+    remote.append(("--per_document", _PER_DOCUMENT.value))
     remote += [("config.data.mixture", part.strip().rpartition("=")[0]) for part in data.mixture.split(",")]
     if data.vocab not in NAMED_VOCABS:
         remote.append(("config.data.vocab", data.vocab))

@@ -64,9 +64,9 @@ def test_a_folder_that_can_not_be_read_is_not_left_out(tmp_path, monkeypatch):
 
 def test_each_line_is_a_document(tmp_path):
     (tmp_path / "ends.txt").write_bytes(b"one\r\r\n\r")
-    assert texts(source=str(tmp_path / "ends.txt")) == [b"one\r", b""]
+    assert texts(source=str(tmp_path / "ends.txt"), format="lines") == [b"one\r", b""]
     (tmp_path / "lines.txt").write_bytes("one\r\n\ntwo é\nthree".encode())
-    assert texts(source=str(tmp_path / "lines.txt")) == [b"one", b"", "two é".encode(), b"three"]
+    assert texts(source=str(tmp_path / "lines.txt"), format="lines") == [b"one", b"", "two é".encode(), b"three"]
 
 
 def test_each_json_line_has_a_document(tmp_path):

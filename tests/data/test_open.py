@@ -161,3 +161,26 @@ def test_a_store_of_an_older_version_is_still_known(corpus, tmp_path):
     other = dataclasses.replace(settings, data=dataclasses.replace(settings.data, test_share=0.0))
     with pytest.raises(UserError, match=r"config.data.test_share=0.0: the store .* was prepared with 0.1"):
         open_store(other, epath.Path(tmp_path / "run"))
+
+
+LATER = dict(exclude=("*.md", ""), hidden=(True, False), bad_rows=("skip", "error"), holdout=("position", "auto"))
+
+
+def test_a_store_and_a_vocabulary_made_before_a_setting_was_there_fit_its_default_and_no_other_value(corpus, tmp_path):
+    settings = settings_for(corpus, vocab="sentencepiece", vocab_size=300)
+    store = open_store(settings, epath.Path(tmp_path / "run"))
+    meta = {name: value for name, value in store.meta.items() if name != "crc32c"}
+    meta["made_with"] = {name: value for name, value in meta["made_with"].items() if name not in LATER}
+    (store.path / "store.json").write_text(json.dumps(meta | dict(crc32c=store_module.crc32c_of(meta))))
+    beside = tmp_path / "run/store.vocab.model.json"
+    old = {name: value for name, value in json.loads(beside.read_text()).items() if name not in LATER}
+    beside.write_text(json.dumps(old))
+    assert open_store(settings, epath.Path(tmp_path / "run")).fingerprint == store.fingerprint
+    for name, (value, default) in LATER.items():
+        other = dataclasses.replace(settings, data=dataclasses.replace(settings.data, **{name: value}))
+        with pytest.raises(
+            UserError, match=rf"config.data.{name}=.*: the store .* was prepared with {default}; give that"
+        ):
+            open_store(other, epath.Path(tmp_path / "run"))
+    store.path.rename(tmp_path / "gone")
+    assert open_store(settings, epath.Path(tmp_path / "run")).fingerprint == store.fingerprint  # with its vocabulary

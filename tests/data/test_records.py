@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from tvq_pod.config.settings import DataSettings
-from tvq_pod.data import records
+from tvq_pod.data import compressed
 from tvq_pod.data.corpora import documents
 from tvq_pod.errors import UserError
 
@@ -35,7 +35,7 @@ def texts_of(path, **settings):
 @pytest.mark.parametrize("suffix", COMPRESS)
 @pytest.mark.parametrize("block_bytes", [5, 2**12])
 def test_json_lines_plain_and_compressed(tmp_path, monkeypatch, suffix, block_bytes):
-    monkeypatch.setattr(records, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(compressed, "BLOCK_BYTES", block_bytes)
     path = tmp_path / f"docs{suffix}"
     # as pigz and many pipelines write them: several members or frames, one after the other
     path.write_bytes(COMPRESS[suffix](as_jsonl(TEXTS[:2])) + COMPRESS[suffix](as_jsonl(TEXTS[2:])))
@@ -93,13 +93,13 @@ def test_a_folder_of_such_files_is_read_in_the_order_of_their_paths(tmp_path):
         texts_of(tmp_path)
     assert texts_of(tmp_path, format="parquet") == ["5"]
     assert texts_of(tmp_path, glob="**/*.gz") == ["1", "2"]
-    with pytest.raises(UserError, match=r"has no file that ends with .jsonl or .jsonl.gz or .jsonl.zst"):
+    with pytest.raises(UserError, match=r"has no file that ends with .jsonl or .* left out: 4 that config.data.glob"):
         texts_of(tmp_path, format="jsonl", glob="*.txt")
 
 
 def test_what_needs_a_package_says_which(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for name in ("a.parquet", "a.jsonl.zst"):
-        (tmp_path / name).write_bytes(b"")
+    for name in ("a.parquet", "a.jsonl.zst", "a.array_record"):
+        (tmp_path / name).write_bytes(zstd(b"") if name.endswith("zst") else b"")
         with pytest.raises(UserError, match=r"needs pip install -e '\.\[data\]'"):
             texts_of(tmp_path / name)

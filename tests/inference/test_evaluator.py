@@ -66,7 +66,7 @@ def evaluate(store, n_devices=1, **changes):
     settings = dataclasses.replace(SETTINGS, eval=EvalSettings(**(dict(batch_size=8) | changes)))
     mesh = make_mesh(MeshSettings(), jax.devices()[:n_devices])
     params = jax.device_put(model_params(SETTINGS.model), jax.NamedSharding(mesh, jax.P()))
-    return Evaluator(settings, mesh, store, "train").evaluate(params)
+    return Evaluator(settings, mesh, store, "train", per_document=True).evaluate(params)
 
 
 @pytest.mark.parametrize("cache", ["on", pytest.param("off", marks=pytest.mark.slow)])
@@ -83,14 +83,15 @@ def test_loss_is_that_of_each_document_alone(store, small_buckets, cache):
         )
         return jax.nn.log_softmax(out["logits"])[0]
 
-    nats, n_tokens = np.zeros(7), np.zeros(7, int)
-    for text in TEXTS:
+    nats, n_tokens, by_document = np.zeros(7), np.zeros(7, int), np.zeros(len(TEXTS))
+    for number, text in enumerate(TEXTS):
         targets = [*ByteVocab().encode(text).tolist(), END_OF_DOC]
         inputs = np.zeros([1, length], np.int32)
         inputs[0, : len(targets)] = [END_OF_DOC, *targets[:-1]]
         probs = np.asarray(log_probs(model_params(SETTINGS.model), inputs))
         for i, target in enumerate(targets):
             nats[i // 16] -= float(probs[i, target])
+            by_document[number] -= float(probs[i, target])
             n_tokens[i // 16] += 1
     result = evaluate(store, cache=cache)
     assert result.tokens == n_tokens.sum()
@@ -99,6 +100,7 @@ def test_loss_is_that_of_each_document_alone(store, small_buckets, cache):
     assert result.bits_per_byte == pytest.approx(nats.sum() / math.log(2) / sum(map(len, TEXTS)), rel=1e-5)
     np.testing.assert_array_equal(result.by_position.n_tokens, n_tokens)
     np.testing.assert_allclose(result.by_position.nats, nats, rtol=1e-4)
+    np.testing.assert_allclose(result.by_document, by_document, rtol=1e-4)
     everywhere = result.by_position.bits_per_byte()
     assert everywhere == pytest.approx(result.bits_per_byte, rel=1e-5)
 
@@ -110,6 +112,7 @@ def test_the_result_depends_on_neither_rows_nor_mesh(store, small_buckets, n_dev
     assert (result.tokens, result.documents) == (expected.tokens, expected.documents)
     assert result.loss == pytest.approx(expected.loss, rel=1e-5)
     np.testing.assert_allclose(result.by_position.nats, expected.by_position.nats, rtol=1e-5)
+    np.testing.assert_allclose(result.by_document, expected.by_document, rtol=1e-4)
 
 
 def test_lines_of_an_evaluation_unlike_that_of_training_have_another_name():
@@ -128,6 +131,8 @@ def test_max_tokens_evaluates_fewer_documents(store):
     result = evaluate(store, max_tokens=50)
     assert result.documents < len(TEXTS)
     assert result.tokens >= 50
+    assert np.isfinite(result.by_document).sum() == result.documents
+    assert np.nansum(result.by_document) == pytest.approx(result.loss * result.tokens, rel=1e-5)
 
 
 def test_a_split_without_documents_is_named(store, eight_devices):

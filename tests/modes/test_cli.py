@@ -141,12 +141,20 @@ def test_output_that_nobody_reads_ends_a_mode_quietly(mode, trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_eval_shows_what_the_cache_is_worth_place_by_place(trained):
+def test_eval_shows_what_the_cache_is_worth_place_by_place(trained, corpus, tmp_path):
     """Of a split and a step that are not those of the run's own evaluation."""
     workdir, _, _ = trained
     losses = [metrics_of(workdir, "validation")[0]["loss"]]
     for flags, name in (((), "step_20_test"), (("--config.eval.cache=off",), "step_20_test_cache_off")):
-        out, err = run(f"--workdir={workdir}", "--mode=eval", "--split=test", "--step=20", *flags)
+        table = tmp_path / f"{name}.tsv"
+        given = (f"--workdir={workdir}", "--mode=eval", "--split=test", "--step=20", f"--per_document={table}")
+        out, err = run(*given, *flags)
+        header, *rows = (line.split("\t") for line in table.read_text().splitlines())
+        assert header == ["document", "name", "tokens", "bytes", "loss"]
+        assert all((corpus / row[1]).is_file() for row in rows)
+        assert sum(int(row[2]) for row in rows) == json.loads(out)["tokens"]
+        total = sum(int(row[2]) * float(row[4]) for row in rows)
+        assert total / json.loads(out)["tokens"] == pytest.approx(json.loads(out)["loss"], rel=1e-4)
         assert "0 - 1,023" in err
         result = json.loads(out)
         assert (result["split"], result["step"]) == (name.removeprefix("step_20_"), 20)

@@ -6,6 +6,7 @@ from tvq_pod.errors import UserError
 
 MODES_OF = {  # by flag; all other flags are for every mode
     "split": ("eval",),
+    "per_document": ("eval",),
     "step": ("train", "eval", "sample", "inspect", "export"),
     "prompt": ("sample",),
     "prompt_file": ("sample",),

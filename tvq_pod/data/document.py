@@ -1,52 +1,103 @@
-"""One document of a corpus, and the files that documents are read from."""
+"""One document of a corpus, and the bytes of the files that documents are read from."""
 
-import dataclasses
+import io
 import mmap
-import os
 import pathlib
+import tempfile
 from collections.abc import Iterator
+from typing import NamedTuple
 
+from tvq_pod.data.compressed import SNIFFED, compression_at, opened
 from tvq_pod.errors import UserError
 
-BIG_FILE = 2**26  # bytes; from there on a file is not read as a whole
+BIG_FILE = 2**26  # bytes; a file of so many, or what is in it, is not held in memory
+SHOWN = 3  # names that a message lists
 
 
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """name: for messages. split: where the corpus itself says which; None: its hash decides."""
+class Document(NamedTuple):  # many may be small, and this is made faster than a dataclass
+    """name: for messages and for tables of losses. split: where the corpus itself says which; None: its hash decides.
+    problem: why there is no text, for which the document is left out; "" if there is one. is_row: whether
+    config.data.bad_rows, and not config.data.invalid_utf8, says what happens if it is not UTF-8."""
 
     name: str
     text: bytes | memoryview
     split: str | None = None
+    problem: str = ""
+    is_row: bool = False
 
 
 Documents = Iterator[Document]
 
 
-def files_of(root: pathlib.Path, glob: str) -> list[pathlib.Path]:
-    """The files below a folder that match, in the order of their paths. Raises UserError if glob is no pattern, or a
-    folder can't be read: pathlib would leave out in silence what is in it."""
-    for _ in os.walk(root, onerror=_unreadable):
-        pass
-    try:
-        paths = list(root.glob(glob))  # before Python 3.13 a wrong pattern is found only when files are asked for
-    except (NotImplementedError, ValueError) as error:  # what pathlib raises for "/x" and ""
-        raise UserError(f"config.data.glob={glob}: is no pattern ({error}); '**/*' takes all files") from None
-    return sorted(path for path in paths if path.is_file())
+class Names:
+    """How many names there were, and the first of them."""
+
+    def __init__(self):
+        self.count, self._first = 0, []
+
+    def add(self, name: str) -> None:
+        """Counts a name."""
+        self.count += 1
+        if self.count <= SHOWN:
+            self._first.append(printable(name))
+
+    def extend(self, names: "Names", label: str) -> None:
+        """Counts others, with a label before each."""
+        self.count += names.count
+        self._first = (self._first + [label + name for name in names._first])[:SHOWN]
+
+    def __str__(self) -> str:
+        return ", ".join(self._first) + (", ..." if self.count > SHOWN else "")
 
 
-def _unreadable(error: OSError) -> None:
-    raise UserError(
-        f"config.data.source: {error.filename} can't be read ({error.strerror}); its files would be missing"
-    )
+def printable(name: str) -> str:
+    """A file's name for one line of a message or a table: what can't be printed is escaped."""
+    return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
 def content(path: pathlib.Path) -> bytes | memoryview:
-    """A file's bytes; those of a big one stay on disk until they are used. Raises UserError if it can't be read."""
+    """What is in a file, decompressed; if it is big, it stays on disk until it is used. Raises UserError if the file
+    can't be read, or is damaged."""
     try:
         if path.stat().st_size < BIG_FILE:
-            return path.read_bytes()
-        with path.open("rb") as file:
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            read = path.read_bytes()
+        else:
+            with path.open("rb") as file:
+                read = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as error:
         raise UserError(f"config.data.source: {path} can't be read ({error.strerror})") from None
+    return _decompressed(path) if compression_at(path, bytes(read[:SNIFFED])) else read
+
+
+def _decompressed(path: pathlib.Path) -> bytes | memoryview:
+    """What is in a compressed file: in memory, or in a temporary file that nothing else sees."""
+    with opened(path) as file:
+        begins = file.read(BIG_FILE)
+        if len(begins) < BIG_FILE:
+            return begins
+        try:
+            spool = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise _no_room(path, error) from None
+        with spool:
+            block = begins
+            while block:
+                _write(path, spool, block)
+                block = file.read(2**20)
+            return memoryview(mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _write(path: pathlib.Path, spool: io.FileIO, block: bytes) -> None:
+    try:
+        rest = memoryview(block)
+        while rest:
+            rest = rest[spool.write(rest) :]
+    except OSError as error:
+        raise _no_room(path, error) from None
+
+
+def _no_room(path: pathlib.Path, error: OSError) -> UserError:
+    return UserError(
+        f"config.data.source={path}: has more than {BIG_FILE // 2**20} MiB in it, and can't be decompressed into "
+        f"{tempfile.gettempdir()} ({error.strerror}); set TMPDIR to a folder with room, or decompress it yourself"
+    )

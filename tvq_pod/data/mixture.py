@@ -99,6 +99,10 @@ class Mixture:
         )
         return 1 / bytes_per_token
 
+    def names(self, split: str) -> list[str]:
+        """See TokenStore; each with the store that it is of."""
+        return [f"{store.path}: {name}" for store in self._stores for name in store.names(split)]
+
     def split(self, name: str) -> Split:
         """Opens a split. Raises UserError if it has no document, for training in any of the stores."""
         there = [
@@ -136,7 +140,9 @@ def _check_splits(one: TokenStore, other: TokenStore) -> None:
     shares = [
         (with_["validation_share"], with_["test_share"])
         for with_ in made
-        if with_["format"] not in OWN_SPLITS and not generated(with_["format"], with_["source"])
+        if not with_.get("own_splits")
+        and with_["format"] not in OWN_SPLITS
+        and not generated(with_["format"], with_["source"])
     ]
     if len(shares) == 2 and shares[0] != shares[1]:
         raise UserError(

@@ -7,12 +7,14 @@ from etils import epath
 from tvq_pod.config.relations import check_vocab_fits
 from tvq_pod.config.settings import DataSettings, Settings
 from tvq_pod.data.build import make_store
-from tvq_pod.data.corpora import documents
+from tvq_pod.data.corpora import documents, files_of
 from tvq_pod.data.mixture import Mixture
 from tvq_pod.data.papers import pg19_words
-from tvq_pod.data.store import SPLITS, TokenStore, store_path
+from tvq_pod.data.store import SPLITS, TokenStore, same_settings, store_path
+from tvq_pod.data.text import BLOCK_BYTES
 from tvq_pod.data.train_vocab import TRAINED, vocab_for
 from tvq_pod.data.vocab import ByteVocab, Vocab, kept_vocab, load_vocab
+from tvq_pod.data.walk import Rules, place_of
 from tvq_pod.data.writer import check_free, only_one
 from tvq_pod.errors import UserError
 from tvq_pod.host.paths import is_bucket
@@ -25,22 +27,37 @@ def check_source(settings: Settings, workdir: epath.Path) -> None:
     if settings.data.mixture:
         return
     path = store_path(settings, workdir)
-    source = settings.data.source
     check_free(path)
     is_trained = settings.data.vocab == TRAINED
     n_vocab = settings.data.vocab_size if is_trained else load_vocab(settings.data.vocab).n_vocab
     check_vocab_fits(settings, n_vocab)
-    if not any(len(document.text) for document in documents(settings.data)):
-        raise UserError(f"config.data.source={source}: is empty; give a corpus with text in it")
-    if os.path.isdir(source) and not is_bucket(path) and _is_below(os.path.realpath(path), os.path.realpath(source)):
-        raise UserError(
-            f"config.data.source={source}: holds the token store {path}, which would be read as text; "
-            "give another --workdir or config.data.store"
-        )
+    _check_text(settings.data)
+    found = files_of(settings.data)
+    for walked in found.walks if found else ():
+        for name, folder in ((f"the token store {path}", path), (f"--workdir={workdir}", workdir)):
+            if not is_bucket(folder) and place_of(os.fspath(folder), walked, Rules(settings.data)) is not None:
+                raise UserError(
+                    f"config.data.source={settings.data.source}: holds {name}, which would be read as text; "
+                    "give another --workdir or config.data.store, or leave it out with config.data.exclude"
+                )
 
 
-def _is_below(path: str, folder: str) -> bool:
-    return os.path.commonpath([path, folder]) == folder
+def _check_text(data: DataSettings) -> None:
+    n_bad, why = 0, ""
+    for document in documents(data):
+        if bytes(document.text[:BLOCK_BYTES]).strip() or len(document.text) > BLOCK_BYTES:
+            return
+        if document.problem:
+            n_bad, why = n_bad + 1, document.problem
+    bad = f"; {n_bad:,} files or rows left out, the last one: {why}" if n_bad else ""
+    raise UserError(f"config.data.source={data.source}: is empty; give a corpus with text in it{bad}")
+
+
+def tell_files(data: DataSettings) -> None:
+    """Says which files are read, and which are left out and why."""
+    if found := files_of(data):
+        for line in found.lines():
+            say(line)
 
 
 def open_store(settings: Settings, workdir: epath.Path, may_make: bool = True) -> TokenStore | Mixture:
@@ -60,8 +77,9 @@ def open_store(settings: Settings, workdir: epath.Path, may_make: bool = True) -
         check_source(settings, workdir)
         with only_one(path):
             if not TokenStore.exists(path):
-                vocab = vocab_for(settings, workdir)
                 say(f"preparing {path} from {data.source}")
+                tell_files(data)
+                vocab = vocab_for(settings, workdir)
                 make_store(path, lambda: documents(data), vocab, data)
         store = TokenStore(path)
         _check_same_corpus(data, store)  # it may be another process that made it
@@ -96,9 +114,7 @@ def words_of(store: TokenStore | Mixture, split: str) -> int:
 
 def _check_same_corpus(data: DataSettings, store: TokenStore) -> None:
     there = {name: store.meta[name] for name in ("source", "validation_share", "test_share") if name in store.meta}
-    there |= store.meta["made_with"]
-    if "recall_bytes" in there:
-        there = dict(recall_smaller=0) | there  # the first such stores don't say it
+    there = same_settings(there | store.meta["made_with"])
     for name, value in (dict(vocab=store.vocab_name) | there).items():
         given = _vocab_name(data, store) if name == "vocab" else getattr(data, name)
         if given != value:

@@ -6,6 +6,7 @@
     STORE/SPLIT/tokens           uint16 or uint32 [n_tokens]: documents end to end, each with an end-of-document
     STORE/SPLIT/starts           int64 [n_documents + 1]: where each begins; the last entry is n_tokens
     STORE/SPLIT/doc_bytes        int64 [n_documents]: bytes of each document's text, for bits per byte
+    STORE/SPLIT/names            uint8 [n]: names of documents, UTF-8, a line each; only of validation and test
 
 Arrays are zarr3, in shards of compressed and checksummed chunks, through TensorStore. A missing or damaged chunk is an
 error when it is read, never zeros.
@@ -29,11 +30,16 @@ from tvq_pod.errors import UserError
 from tvq_pod.host.paths import BUCKET, is_bucket
 
 # What documents depend on, besides the vocabulary
-MADE_WITH = ("source", "format", "text_field", "glob", "invalid_utf8", "validation_share", "test_share")
+MADE_WITH = (
+    *("source", "format", "text_field", "glob", "invalid_utf8", "validation_share", "test_share"),
+    *("exclude", "hidden", "bad_rows", "holdout"),
+)
 RECALL_MADE_WITH = (  # the same, of a generated corpus
     *("recall_documents", "recall_held_out", "recall_bytes", "recall_pairs", "recall_keys", "recall_values"),
     *("recall_key_bytes", "recall_smaller", "recall_seed"),
 )
+# What stores of older versions don't say, with the values that settings must have to fit them
+LATER = dict(recall_smaller=0, exclude="", hidden=False, bad_rows="error", holdout="auto")
 SPLITS = ("train", "validation", "test")
 FORMAT = 2
 CHUNK_BYTES = 64 * 1024
@@ -41,12 +47,19 @@ SHARD_BYTES = 16 * 1024 * 1024
 ZSTD_LEVEL = 3
 CACHE_BYTES = 256 * 1024 * 1024
 ARRAYS = ("tokens", "starts", "doc_bytes")
+NAMES = "names"  # an array of bytes that no batch depends on: no part of the fingerprint
 
 
 def made_with(data: DataSettings) -> dict:
     """All that documents depend on, besides the vocabulary."""
     names = (*MADE_WITH, *(RECALL_MADE_WITH if generated(data.format, data.source) else ()))
     return {name: getattr(data, name) for name in names}
+
+
+def same_settings(there: dict) -> dict:
+    """What a store or vocabulary was made with, settings included that its version did not have."""
+    later = {name: value for name, value in LATER.items() if name in MADE_WITH or "recall_bytes" in there}
+    return later | there
 
 
 def kvstore(path: epath.PathLike) -> dict:
@@ -65,6 +78,11 @@ def split_of(text: bytes | memoryview, validation_share: float, test_share: floa
     if draw < validation_share:
         return "validation"
     return "test" if draw < validation_share + test_share else "train"
+
+
+def arrays_of(split: str) -> tuple[str, ...]:
+    """The arrays of a split, by their names."""
+    return ARRAYS if split == "train" else (*ARRAYS, NAMES)
 
 
 def array_metadata(path: epath.Path, name: str) -> bytes:
@@ -171,6 +189,11 @@ class TokenStore:
         """Opens a split. Raises UserError if it has no document, or is damaged."""
         if name not in self._splits:
             if not self.meta["splits"][name]["n_documents"]:
+                if name == "train":
+                    raise UserError(
+                        f"config.data.store={self.path}: is only for evaluation, since it has no document to train on; "
+                        "give another store, or a corpus with training documents"
+                    )
                 raise UserError(
                     f"--split={name}: no document of {self.path} fell into it; take a larger corpus or share"
                 )
@@ -187,6 +210,21 @@ class TokenStore:
                     f"config.data.store={self.path}: is damaged ({str(error)[:300]}); prepare it anew elsewhere"
                 ) from None
         return self._splits[name]
+
+    def names(self, split: str) -> list[str]:
+        """Names of a split's documents, in their order; in stores that don't have them, their numbers. Raises UserError
+        if the store is damaged."""
+        if f"{split}/{NAMES}" not in self.meta.get("arrays", {}):
+            return [str(number) for number in range(self.meta["splits"][split]["n_documents"])]
+        try:
+            names = bytes(self._open(f"{split}/{NAMES}").read().result()).decode().split("\n")[:-1]
+            if len(names) != self.meta["splits"][split]["n_documents"]:
+                raise ValueError(f"{self.path / split / NAMES} has not the documents of store.json")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"config.data.store={self.path}: is damaged ({str(error)[:300]}); prepare it anew elsewhere"
+            ) from None
+        return names
 
     def _open(self, name: str) -> tensorstore.TensorStore:
         known = self.meta.get("arrays", {}).get(name)  # None: made by an older version

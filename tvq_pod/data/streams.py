@@ -208,6 +208,10 @@ class PackedDocuments:
                 return plan
         return PackedDocuments(starts, multiple, max_tokens)
 
+    def document_of(self, row: int, segment: Segment) -> int:
+        """The index of the document that a segment of a row is of."""
+        return self._rows[row][segment.doc_id]
+
     def positions(self, begin: int, end: int) -> np.ndarray:
         """Places in their documents of tokens [begin, end) of every row: int32 [n_rows, end - begin]; 0 on padding."""
         places = np.zeros([self.n_rows, end - begin], np.int32)

@@ -1,22 +1,79 @@
-"""Whether the bytes of a document are text that a vocabulary can take."""
+"""Documents that are text files, or lines of them, and whether their bytes are text that a vocabulary can take."""
 
-from tvq_pod.data.document import Document
+import pathlib
+from collections.abc import Iterator
+
+from tvq_pod.config.settings import DataSettings
+from tvq_pod.data.compressed import SNIFFED, binary_kind, opened_lines
+from tvq_pod.data.document import Document, Documents, content
+from tvq_pod.data.sources import Listing
 from tvq_pod.errors import UserError
 
 BLOCK_BYTES = 2**20  # of a document that are looked at at a time: it may be a file of any size
+SPLITS = ("train", "validation", "test")  # in the order in which parts of a text are held out by position
 
 
-def usable(document: Document, any_bytes: bool, invalid_utf8: str) -> tuple[bytes | memoryview | None, bool]:
-    """The text of a document as it is encoded, or None to leave it out; and whether it is not UTF-8."""
+def texts(listing: Listing, data: DataSettings) -> Documents:
+    """Each file is a document; by position, its parts are."""
+    for file in listing.files:
+        text = content(pathlib.Path(file.path))
+        if kind := binary_kind(bytes(text[:SNIFFED])):
+            yield Document(file.name, b"", file.split, problem=f"{kind}, and no text")
+        elif listing.holdout != "position":
+            yield Document(file.name, text, file.split)
+        else:
+            for split, part in parts(text, data.validation_share, data.test_share):
+                yield Document(f"{file.name}, {split}", part, split)
+
+
+def lines(listing: Listing) -> Documents:
+    """Each line of the files is a document; its line end is not part of it."""
+    for file in listing.files:
+        with opened_lines(pathlib.Path(file.path), "lines of text") as found:
+            for number, line in enumerate(found, 1):
+                yield Document(f"{file.name}:{number}", line.removesuffix(b"\n").removesuffix(b"\r"), file.split)
+
+
+def parts(
+    text: bytes | memoryview, validation_share: float, test_share: float
+) -> Iterator[tuple[str, bytes | memoryview]]:
+    """(split, its part) of a text that is held out by position: the last bytes are for the test, those before them for
+    validation. Each part begins a line, or a character where there are no lines. Parts without a byte are left out."""
+    n, n_test, n_validation = len(text), round(len(text) * test_share), round(len(text) * validation_share)
+    test = _line_begin(text, n - n_test) if n_test else n
+    validation = _line_begin(text, min(n - n_test - n_validation, test - 1)) if n_validation else test
+    for split, begin, end in zip(SPLITS, (0, validation, test), (validation, test, n), strict=True):
+        if end > begin:
+            yield split, text[begin:end]
+
+
+def _line_begin(text: bytes | memoryview, at: int) -> int:
+    """The last place at or before `at` where a line begins; where a character does, if that is far away."""
+    before = bytes(text[max(0, at - BLOCK_BYTES) : at])
+    if (newline := before.rfind(b"\n")) >= 0 and at - len(before) + newline + 1 >= at // 2:
+        return at - len(before) + newline + 1
+    for begin in range(at, max(at - 4, -1), -1):
+        if text[begin] & 0xC0 != 0x80:
+            return begin
+    return at
+
+
+def usable(document: Document, any_bytes: bool, data: DataSettings) -> tuple[bytes | memoryview | None, bool]:
+    """The text of a document as it is encoded, or None to leave it out; and whether it is not UTF-8.
+
+    any_bytes: whether the vocabulary takes any bytes. Raises UserError for what the settings call an error.
+    """
     place = _not_utf8(document.text)
     if place is None or any_bytes:
         return document.text, place is not None
-    if invalid_utf8 == "error":
+    name, value = ("bad_rows", data.bad_rows) if document.is_row else ("invalid_utf8", data.invalid_utf8)
+    if value == "error":
+        what, others = ("row", "skip") if document.is_row else ("file", "replace or skip")
         raise UserError(
-            f"config.data.invalid_utf8=error: {document.name} is not UTF-8 at byte {place}, and this "
-            "vocabulary needs text; mend the file, or give replace or skip"
+            f"config.data.{name}=error: {document.name} is not UTF-8 at byte {place}, and this "
+            f"vocabulary needs text; mend the {what}, or give {others}"
         )
-    if invalid_utf8 == "skip":
+    if value == "skip":
         return None, True
     return bytes(document.text).decode("utf-8", errors="replace").encode("utf-8"), True
 

@@ -14,7 +14,7 @@ from etils import epath
 from tvq_pod.config.relations import check_vocab_fits
 from tvq_pod.config.settings import DataSettings, Settings
 from tvq_pod.data.corpora import documents
-from tvq_pod.data.store import MADE_WITH, split_of, store_path
+from tvq_pod.data.store import MADE_WITH, same_settings, split_of, store_path
 from tvq_pod.data.text import usable
 from tvq_pod.data.vocab import END_OF_DOC, PAD, UNKNOWN, SentencePieceVocab, Vocab, load_vocab
 from tvq_pod.errors import UserError
@@ -119,7 +119,7 @@ def vocab_for(settings: Settings, workdir: epath.Path) -> Vocab:
             write_whole(beside, json.dumps(made_with))
             write_whole(path, model)
     try:
-        there = json.loads(beside.read_text())
+        there = same_settings(json.loads(beside.read_text()))
     except (OSError, ValueError):
         there = {}
     for name, value in made_with.items():
@@ -134,7 +134,7 @@ def vocab_for(settings: Settings, workdir: epath.Path) -> Vocab:
 def _training_texts(data: DataSettings) -> Iterator[bytes | memoryview]:
     for document in documents(data):
         still_working()
-        text, _ = usable(document, any_bytes=False, invalid_utf8=data.invalid_utf8)
+        text, _ = usable(document, any_bytes=False, data=data)
         if text is not None and len(text):
             split = document.split or split_of(text, data.validation_share, data.test_share)
             if split == "train":

@@ -23,8 +23,9 @@ import tensorstore
 from etils import epath
 
 from tvq_pod.data import store as stores
+from tvq_pod.data.document import printable
 from tvq_pod.data.groups import GROUP
-from tvq_pod.data.store import ARRAYS, FORMAT, SPLITS, TokenStore, array_metadata, crc32c_of, kvstore
+from tvq_pod.data.store import ARRAYS, FORMAT, NAMES, SPLITS, TokenStore, array_metadata, arrays_of, crc32c_of, kvstore
 from tvq_pod.data.vocab import END_OF_DOC, Vocab, keep_vocab
 from tvq_pod.errors import UserError
 from tvq_pod.host.files import write_whole
@@ -170,9 +171,9 @@ class SplitWriter:
         written: dict | None = None,
     ):
         """written: what `commit` returned."""
-        arrays = written["arrays"] if written else dict.fromkeys(ARRAYS)
-        dtypes = dict(tokens=token_dtype, starts=np.dtype(np.int64), doc_bytes=np.dtype(np.int64))
-        self._arrays = {name: ArrayWriter(path / name, dtypes[name], threads, arrays[name]) for name in ARRAYS}
+        arrays = written["arrays"] if written else dict.fromkeys(arrays_of(path.name))
+        dtypes = dict(tokens=token_dtype, starts=np.dtype(np.int64), doc_bytes=np.dtype(np.int64), names=np.dtype("u1"))
+        self._arrays = {name: ArrayWriter(path / name, dtypes[name], threads, done) for name, done in arrays.items()}
         self._sums = collections.Counter(written["sums"] if written else {})
         self._groups: list[int] = written["groups"] if written else []  # where each group of documents begins
         self._begins = True  # whether the next token is a document's first
@@ -186,10 +187,12 @@ class SplitWriter:
             self._begins = False
         self._arrays["tokens"].append(ids)
 
-    def end(self, n_bytes: int, n_words: int = 0) -> None:
-        """Ends the document, of whose text these are the sizes; adds its end-of-document."""
+    def end(self, n_bytes: int, n_words: int = 0, name: str = "") -> None:
+        """Ends the document, of whose text these are the sizes; adds its end-of-document. name: kept if held out."""
         self._arrays["tokens"].add(END_OF_DOC)
         self._arrays["doc_bytes"].add(n_bytes)
+        if NAMES in self._arrays:
+            self._arrays[NAMES].append(np.frombuffer(f"{printable(name)}\n".encode(), np.uint8))
         self._sums.update(n_bytes=n_bytes, n_words=n_words)
         self._begins = True
 
@@ -202,7 +205,8 @@ class SplitWriter:
         """Finishes the arrays and returns the split's entry in store.json."""
         n_documents, n_tokens = self._arrays["starts"].length, self._arrays["tokens"].length
         self._arrays["starts"].add(n_tokens)
-        digest = hashlib.sha256(b"".join(array.close() for array in self._arrays.values()))
+        digests = {name: array.close() for name, array in self._arrays.items()}
+        digest = hashlib.sha256(b"".join(digests[name] for name in ARRAYS))
         return dict(
             n_documents=n_documents,
             n_tokens=n_tokens,
@@ -291,11 +295,10 @@ class StoreWriter:
         self._committed = time.monotonic()
 
     def finish(self, **more) -> TokenStore:
-        """Writes store.json, with `more` in it, and gives the store its name. Raises UserError if no document is
-        left to train on."""
+        """Writes store.json, with `more` in it, and renames the store. Raises UserError if there is nothing in it."""
         entries = {name: split.close() for name, split in self.splits.items()}
-        if not entries["train"]["n_documents"]:
-            n_held_out = sum(entry["n_documents"] for entry in entries.values())
+        n_held_out = sum(entry["n_documents"] for entry in entries.values())
+        if not entries["train"]["n_documents"] and not (n_held_out and more.get("own_splits")):
             raise UserError(
                 f"config.data.source={self._made_with.get('source')}: has no document to train on, {n_held_out} to "
                 "validate and test; give a corpus with text in it, or smaller config.data.validation_share and "
@@ -312,7 +315,7 @@ class StoreWriter:
             arrays={
                 f"{split}/{array}": google_crc32c.value(array_metadata(self._draft, f"{split}/{array}"))
                 for split in SPLITS
-                for array in ARRAYS
+                for array in arrays_of(split)
             },
             **more,
         )

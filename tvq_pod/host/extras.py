@@ -7,6 +7,7 @@ from tvq_pod.errors import UserError
 # The extra of pyproject.toml that brings each optional package, by the name that Python imports.
 EXTRAS = {
     "PIL": "data",
+    "array_record": "data",
     "gcsfs": "gcs",
     "libtpu": "tpu",
     "matplotlib": "bench",

@@ -51,12 +51,13 @@ class Result:
     padding: float  # share of the positions that was computed that is padding
     seconds: float
     by_position: Positions  # loss by place in the document
+    by_document: np.ndarray | None = None  # float64 [n_documents]: nats of each document of the split, NaN if not read
     recall: Recall | None = None  # accuracy by distance since the key, of a corpus of data/recall.py
 
     def numbers(self) -> dict:
-        """All but by_position, as metrics.jsonl has them."""
+        """All but by_position and by_document, as metrics.jsonl has them."""
         numbers = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del numbers["by_position"], numbers["recall"]
+        del numbers["by_position"], numbers["by_document"], numbers["recall"]
         numbers |= self.recall.numbers() if self.recall else {}
         return {name: value for name, value in numbers.items() if value is not None}
 
@@ -110,8 +111,16 @@ def eval_model(settings: Settings) -> TransformerConfig:
 class Evaluator:
     """Evaluates parameters on one split; compiled once, used as often as one likes."""
 
-    def __init__(self, settings: Settings, mesh: jax.sharding.Mesh, store: TokenStore | Mixture, split: str):
-        """Raises UserError if the split has no document."""
+    def __init__(
+        self,
+        settings: Settings,
+        mesh: jax.sharding.Mesh,
+        store: TokenStore | Mixture,
+        split: str,
+        per_document: bool = False,
+    ):
+        """per_document: whether losses are summed for each document, too. Raises UserError if the split has no
+        document."""
         given, update_len = settings.eval.batch_size, settings.train.update_len
         check_divides("config.eval.batch_size", given, mesh)
         self._settings, self._mesh = settings, mesh
@@ -132,6 +141,7 @@ class Evaluator:
         is_whole = len(self._plan.documents) == len(documents.doc_bytes)
         self._n_words = words_of(store, split) if is_whole else 0
         self._n_tokens = self._plan.tokens_by_position(BUCKET)
+        self._per_document, self._n_documents = per_document, len(documents.doc_bytes)
         self._recall = None
         if store.recall_values:
             plan, window = self._plan, settings.model.mem_len
@@ -166,6 +176,8 @@ class Evaluator:
         nats, ahead, n_done = np.zeros(len(self._n_tokens)), [], 0
         if self._recall:
             self._recall.clear()
+        self._by_document = np.full(self._n_documents, np.nan)
+        self._by_document[self._plan.documents] = 0.0
         n_steps = math.ceil(self._plan.row_len / self._feed.update_len)
         for batch in self._feed.batches(0, n_steps):
             state, *found = self._eval_step(params, state, batch)
@@ -186,6 +198,7 @@ class Evaluator:
             padding=self._padding,
             seconds=time.monotonic() - began,
             by_position=Positions(nats, self._n_tokens, self._n_bytes / tokens),
+            by_document=self._by_document if self._per_document else None,
             recall=self._recall.result() if self._recall else None,
         )
 
@@ -196,6 +209,13 @@ class Evaluator:
         nats = jax.device_get(losses)
         if self._recall and hits is not None:
             self._recall.add(step, nats, jax.device_get(hits))
+        if self._per_document:
+            for row in range(self._plan.n_rows):
+                at = 0
+                for segment in self._plan.segments(row, step * update_len, (step + 1) * update_len):
+                    document = self._plan.document_of(row, segment)
+                    self._by_document[document] += nats[row, at : at + segment.length].sum(dtype=np.float64)
+                    at += segment.length
         positions = self._plan.positions(step * update_len, (step + 1) * update_len)
         return np.bincount(positions.ravel() // BUCKET, nats.ravel(), len(self._n_tokens))
 

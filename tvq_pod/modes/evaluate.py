@@ -3,15 +3,18 @@
 import dataclasses
 import json
 
+import numpy as np
 from etils import epath
 
 from tvq_pod.config.identity import FINGERPRINT, RUN_IDENTITY, model_record
 from tvq_pod.config.settings import Settings
+from tvq_pod.data.mixture import Mixture
 from tvq_pod.data.open import open_store
 from tvq_pod.data.store import TokenStore, store_path
 from tvq_pod.errors import UserError
 from tvq_pod.host.files import Unwritten
 from tvq_pod.host.terminal import say
+from tvq_pod.inference.by_document import check_table, write_documents
 from tvq_pod.inference.by_position import write_positions
 from tvq_pod.inference.evaluation_lines import report, subject
 from tvq_pod.inference.evaluator import Evaluator, Result
@@ -24,11 +27,17 @@ from tvq_pod.run.metrics import MetricsWriter
 from tvq_pod.training.step import abstract_train_state
 
 
-def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | None) -> Result:
+def evaluate(
+    settings: Settings, workdir: epath.Path, split: str, step: int | None, per_document: epath.Path | None = None
+) -> Result:
     """Evaluates a checkpoint of the run in `workdir`, prints the result, and adds it to metrics.jsonl.
+
+    per_document: a file for the loss of each document.
 
     Needs no lock: it only reads checkpoints, and adds one line. So a run may be evaluated while it trains.
     """
+    if per_document is not None:
+        check_table(per_document)
     mesh = make_mesh(settings.mesh)
     check_attention(settings.model, mesh)
     check_divides("config.eval.batch_size", settings.eval.batch_size, mesh)
@@ -45,7 +54,7 @@ def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | No
         say(f"{store.path} is not the corpus that the model was trained on")
     tried = with_tried_attention(settings, mesh)
     say(attention_line(tried.model, mesh))
-    evaluator = Evaluator(tried, mesh, store, split)
+    evaluator = Evaluator(tried, mesh, store, split, per_document is not None)
     weights = checkpoints.weights(step, settings.eval.weights)
     params = checkpoints.restore_params(step, abstract_train_state(settings, mesh).params, weights)
     result = evaluator.evaluate(params)
@@ -57,9 +66,19 @@ def evaluate(settings: Settings, workdir: epath.Path, split: str, step: int | No
         for line in [*result.by_position.table(), *(result.recall.table() if result.recall else ())]:
             say(line)
         _write(settings, workdir, numbers, result, step, name)
+        if per_document is not None and result.by_document is not None:
+            _write_documents(per_document, result.by_document, store, split)
         print(json.dumps(dict(step=step, split=name, **numbers)), flush=True)
     checkpoints.close()
     return result
+
+
+def _write_documents(path: epath.Path, nats: np.ndarray, store: TokenStore | Mixture, split: str) -> None:
+    unwritten = Unwritten()
+    with unwritten.unless(path):
+        write_documents(path, nats, store.split(split), store.names(split))
+        say(f"loss of each document: {path}")
+    unwritten.tell()
 
 
 def _write(settings: Settings, workdir: epath.Path, numbers: dict, result: Result, step: int, name: str) -> None:

@@ -1,0 +1,163 @@
+"""Compressed files, which are recognized by their first bytes and read as what is in them, and the first bytes of files
+that have no text in them."""
+
+import bz2
+import contextlib
+import gzip
+import io
+import lzma
+import pathlib
+import re
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from tvq_pod.errors import UserError
+from tvq_pod.host.extras import require
+
+SNIFFED = 512  # bytes at the beginning of a file that say what it is
+BLOCK_BYTES = 2**12  # of a zstd file that are decompressed at a time: they may become 2**25
+SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zstd")
+COMPRESSIONS = {
+    "gzip": rb"\x1f\x8b\x08",
+    "bzip2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)",
+    "xz": rb"\xfd7zXZ\x00",
+    "zstd": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",
+}
+BINARY = {
+    "a zip archive": rb"PK(\x03\x04|\x05\x06|\x07\x08)",
+    "a tar archive": rb".{257}ustar",
+    "a 7z archive": rb"7z\xbc\xaf\x27\x1c",
+    "a rar archive": rb"Rar!\x1a\x07",
+    "an lz4 file": rb"\x04\x22\x4d\x18",
+    "a file of Unix compress": rb"\x1f[\x9d\xa0]",
+    "a Parquet file": rb"PAR1\x15",
+    "an Arrow file": rb"ARROW1\x00\x00",
+    "an HDF5 file": rb"\x89HDF\r\n\x1a\n",
+    "a NumPy array": rb"\x93NUMPY",
+    "an SQLite database": rb"SQLite format 3\x00",
+    "a program": rb"\x7fELF|\xca\xfe\xba\xbe|\xcf\xfa\xed\xfe|MZ.{58}..\x00\x00",
+    "an image": (
+        rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|II\*\x00|MM\x00\*|RIFF.{4}WEBP|\x00\x00\x01\x00[\x01-\x20]\x00"
+    ),
+    "a PDF file": rb"%PDF-\d",
+    "sound": rb"RIFF.{4}WAVE|ID3[\x00-\x0f]|OggS\x00|fLaC\x00",
+    "a video": rb"RIFF.{4}AVI |\x1a\x45\xdf\xa3|.{4}ftyp[a-zA-Z0-9 ]{4}\x00",
+}
+_COMPRESSIONS = {kind: re.compile(pattern, re.DOTALL) for kind, pattern in COMPRESSIONS.items()}
+_COMPRESSED = re.compile(b"|".join(COMPRESSIONS.values()), re.DOTALL)
+_BINARY = {kind: re.compile(pattern, re.DOTALL) for kind, pattern in BINARY.items()}
+_ANY_BINARY = re.compile(b"|".join((*BINARY.values(), *COMPRESSIONS.values())), re.DOTALL)
+
+
+def compression_of(begins: bytes) -> str | None:
+    """How a file is compressed: a key of COMPRESSIONS, or None. begins: its first SNIFFED bytes, or all of them."""
+    if not _COMPRESSED.match(begins):
+        return None
+    return next(kind for kind, pattern in _COMPRESSIONS.items() if pattern.match(begins))
+
+
+def binary_kind(begins: bytes) -> str | None:
+    """What a file is that has no text in it, in words; None for any other. begins: as of `compression_of`, of what is
+    in the file if it is compressed. A file that is compressed twice has no text, either."""
+    if not _ANY_BINARY.match(begins):
+        return None
+    return next((kind for kind, pattern in _BINARY.items() if pattern.match(begins)), "compressed twice")
+
+
+def compression_at(path: pathlib.Path, begins: bytes) -> str | None:
+    """The same, of a file with a name. Raises UserError if it has the name of a compressed file, and neither its bytes
+    nor those of text."""
+    kind = compression_of(begins)
+    if not kind and path.suffix.lower() in SUFFIXES:
+        text = begins[:SNIFFED]
+        is_text = b"\0" not in text and any(_is_utf8(text[: len(text) - cut]) for cut in range(4))
+        if not is_text:
+            raise UserError(
+                f"config.data.source={path}: can't be read, or is damaged (it does not begin as a {path.suffix} file)"
+            )
+    return kind
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def opened(path: pathlib.Path) -> Iterator[io.BufferedReader]:
+    """What is in a file, decompressed as it is read. Raises UserError if it is damaged or can't be read, also while it
+    is being read."""
+    damage: tuple = (OSError, EOFError, zlib.error, lzma.LZMAError)
+    with contextlib.ExitStack() as files:
+        try:
+            file = files.enter_context(path.open("rb"))
+            kind = compression_at(path, file.peek(SNIFFED)[:SNIFFED])
+            if kind == "zstd":
+                require("zstandard", f"config.data.source={path}: zstd")
+                import zstandard
+
+                damage = (*damage, zstandard.ZstdError)
+                frames = zstandard.ZstdDecompressor(max_window_size=2**31)
+                yield io.BufferedReader(_Blocks(_decompressed(file, frames)), 2**16)
+            elif kind:
+                reader = files.enter_context(dict(gzip=gzip.open, bzip2=bz2.open, xz=lzma.open)[kind](file))
+                yield io.BufferedReader(reader, 2**16)  # pyright: ignore[reportArgumentType]
+            else:
+                yield file
+        except damage as error:
+            raise UserError(f"config.data.source={path}: can't be read, or is damaged ({error})") from None
+
+
+@contextlib.contextmanager
+def opened_lines(path: pathlib.Path, what: str) -> Iterator[io.BufferedReader]:
+    """As `opened`, of a file that has lines. what: of what, in words. Raises UserError if it is a binary file."""
+    with opened(path) as file:
+        if kind := binary_kind(file.peek(SNIFFED)[:SNIFFED]):
+            raise UserError(f"config.data.source={path}: is {kind}, and no {what}; leave it out")
+        yield file
+
+
+def first_bytes(path: pathlib.Path, n: int = SNIFFED) -> tuple[bytes, bytes]:
+    """The first n bytes of a file, and of what is in it, which are others if it is compressed."""
+    with opened(path) as file:
+        inside = file.read(n)
+    with path.open("rb") as file:
+        return file.read(n), inside
+
+
+def _decompressed(file: BinaryIO, decompressor) -> Iterator[bytes]:
+    """Blocks of a zstd file of one or more frames. The library's own reader takes a cut for the end."""
+    frame = None
+    while block := file.read(BLOCK_BYTES):
+        while block:
+            frame = frame or decompressor.decompressobj()
+            yield frame.decompress(block)
+            block = frame.unused_data
+            if frame.eof:
+                frame = None
+    if frame:
+        raise EOFError("it ends too early")
+
+
+class _Blocks(io.RawIOBase):
+    """Blocks of bytes as a file."""
+
+    def __init__(self, blocks: Iterator[bytes]):
+        self._blocks, self._rest = blocks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._rest:
+            block = next(self._blocks, None)
+            if block is None:
+                return 0
+            self._rest = memoryview(block)
+        n = min(len(buffer), len(self._rest))
+        buffer[:n], self._rest = self._rest[:n], self._rest[n:]
+        return n

@@ -1,0 +1,212 @@
+"""The files below a folder: which are read, and which are left out, and why."""
+
+import contextlib
+import dataclasses
+import errno
+import os
+import pathlib
+import re
+import stat
+from collections.abc import Iterator
+
+from fsspec.utils import glob_translate
+
+from tvq_pod.config.settings import DataSettings
+from tvq_pod.data.document import Names
+from tvq_pod.errors import UserError
+
+HIDDEN = "hidden (config.data.hidden=True takes them)"
+EXCLUDED = "by config.data.exclude"
+UNMATCHED = "that config.data.glob does not match"
+LOST = "lost+found of a file system"
+OURS = "stores or runs of this program"
+NOWHERE = "links that lead nowhere"
+ABOVE = "links to a folder that they lie in"
+AGAIN = "links to folders that are read already"
+SPECIAL = "neither a file nor a folder"
+Id = tuple[int, int]  # of a folder on this machine: its device and inode
+
+
+class Rules:
+    """What the settings say of names: config.data.glob, exclude and hidden."""
+
+    def __init__(self, data: DataSettings):
+        """Raises UserError if one of them is not a glob."""
+        self._hidden = data.hidden
+        self._glob = None if data.glob == "**/*" else _pattern("glob", data.glob)
+        excluded = [part.strip() for part in data.exclude.split(",")] if data.exclude else []
+        paths = [part for part in excluded if "/" in part]
+        self._paths = [_pattern("exclude", part.rstrip("/")) for part in paths]
+        self._names = [_pattern("exclude", part) for part in excluded if part not in paths]
+
+    def left_out(self, path: str, name: str) -> str | None:
+        """Why a file or folder is left out with all that is in it, or None. path: below the source. name: its last
+        part."""
+        if name[0] == "." and not self._hidden:
+            return HIDDEN
+        if name == "lost+found":
+            return LOST
+        if self._names and any(pattern.match(name) for pattern in self._names):
+            return EXCLUDED
+        if self._paths and any(pattern.match(path) for pattern in self._paths):
+            return EXCLUDED
+        return None
+
+    def matches(self, path: str) -> bool:
+        """Whether config.data.glob takes a file."""
+        return self._glob is None or self._glob.match(path) is not None
+
+
+def _pattern(setting: str, glob: str) -> re.Pattern:
+    try:
+        if not glob or glob.startswith("/") or ".." in glob.split("/"):
+            raise ValueError("it must be relative to the source, and not empty")
+        return re.compile(glob_translate(glob))
+    except (ValueError, re.error) as error:
+        takes = "; '**/*' takes all files" if setting == "glob" else ", as **/*.log or drafts/*"
+        raise UserError(f"config.data.{setting}={glob}: is no pattern ({error}){takes}") from None
+
+
+@dataclasses.dataclass
+class Walk:
+    """What was found. files: paths below the folder, in order. left_out: names of files and folders, by the reason.
+    folders: those that were read, by their identity on this machine: where they are below the folder."""
+
+    root: str
+    files: list[str] = dataclasses.field(default_factory=list)
+    left_out: dict[str, Names] = dataclasses.field(default_factory=dict)
+    folders: dict[Id, str] = dataclasses.field(default_factory=dict)
+
+    def leave_out(self, reason: str, name: str) -> None:
+        """Counts a file or folder that is left out."""
+        self.left_out.setdefault(reason, Names()).add(name)
+
+
+def walk(root: str, rules: Rules) -> Walk:
+    """All files below a folder, also through links to folders, but no folder twice. Raises UserError if a folder can't
+    be read, since its files would be missing."""
+    found = Walk(root)
+    with _unreadable(root):
+        own = os.stat(root)
+    above = {_id_of(os.stat(parent)) for parent in pathlib.Path(os.path.realpath(root)).parents}
+    found.folders[_id_of(own)] = ""
+    links: list[str] = []
+    _walk_folder(found, rules, "", links)
+    while links:  # after all real folders, so that what is reached in two ways has its real name
+        links.sort(key=parts_of, reverse=True)
+        path = links.pop()
+        with _unreadable(os.path.join(root, path)):
+            target = _id_of(os.stat(os.path.join(root, path)))
+        if target in above or target == _id_of(own):
+            found.leave_out(ABOVE, path)
+        elif target in found.folders:
+            found.leave_out(AGAIN, path)
+        else:
+            found.folders[target] = path
+            _walk_folder(found, rules, path, links)
+    found.files.sort(key=parts_of)
+    return found
+
+
+def parts_of(path: str) -> list[str]:
+    """A path as its parts, by which paths are ordered."""
+    return path.split("/")
+
+
+def _walk_folder(found: Walk, rules: Rules, top: str, links: list[str]) -> None:
+    """Adds what is below one folder; links to other folders are added to `links`."""
+    waiting = [top]
+    while waiting:
+        folder = waiting.pop()
+        here = os.path.join(found.root, folder) if folder else found.root
+        with _unreadable(here):
+            entries = sorted(os.scandir(here), key=lambda entry: entry.name)
+        if _is_ours({entry.name for entry in entries}):
+            if not folder:
+                raise UserError(
+                    f"config.data.source={here}: is a store or a run of this program, and no text; a store is given as "
+                    "config.data.store"
+                )
+            del found.folders[_id_of(os.stat(here))]
+            found.leave_out(OURS, folder)
+            continue
+        below = []
+        for entry in entries:
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if reason := rules.left_out(path, entry.name):
+                found.leave_out(reason, path)
+            elif not entry.is_symlink() and entry.is_dir(follow_symlinks=False):
+                with _unreadable(entry.path):
+                    identity = _id_of(os.stat(entry.path))
+                if identity in found.folders:  # mounted twice, or below a link
+                    found.leave_out(AGAIN, path)
+                else:
+                    found.folders[identity] = path
+                    below.append(path)
+            elif kind := _left_out_kind(entry):
+                found.leave_out(kind, path)
+            elif entry.is_dir():
+                links.append(path)
+            elif rules.matches(path):
+                found.files.append(path)
+            else:
+                found.leave_out(UNMATCHED, path)
+        waiting += reversed(below)
+
+
+def _left_out_kind(entry: os.DirEntry) -> str | None:
+    """What an entry is that is neither a file nor a folder, nor leads to one."""
+    if not entry.is_symlink():
+        return None if entry.is_file() else SPECIAL
+    try:
+        mode = entry.stat().st_mode
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return NOWHERE
+        raise _missing(error, entry.path) from None
+    return None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else SPECIAL
+
+
+def _is_ours(names: set[str]) -> bool:
+    is_store = "train" in names and not names.isdisjoint({"store.json", "progress.json"})
+    return is_store or {"config.json", "checkpoints"} <= names
+
+
+def _id_of(status: os.stat_result) -> Id:
+    return status.st_dev, status.st_ino
+
+
+@contextlib.contextmanager
+def _unreadable(path: str) -> Iterator[None]:
+    """What the system refuses in here is a UserError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise _missing(error, path) from None
+
+
+def _missing(error: OSError, path: str) -> UserError:
+    return UserError(f"config.data.source: {path} can't be read ({error.strerror}); its files would be missing")
+
+
+def place_of(path: str, walked: Walk, rules: Rules) -> str | None:
+    """Where a file or folder, which need not exist, is or would be read by a walk: its path below the source; None if
+    it would not be read."""
+    below: list[str] = []
+    for folder in _up(os.path.realpath(path)):
+        if os.path.isdir(folder) and (top := walked.folders.get(_id_of(os.stat(folder)))) is not None:
+            for name in reversed(below):
+                top = f"{top}/{name}" if top else name
+                if rules.left_out(top, name) or os.path.isdir(os.path.join(walked.root, top)):
+                    return None  # it is there and was not read, or it would not be
+                break
+            return top
+        below.append(os.path.basename(folder))
+    return None
+
+
+def _up(path: str) -> Iterator[str]:
+    yield path
+    while (above := os.path.dirname(path)) != path:
+        path = above
+        yield path
