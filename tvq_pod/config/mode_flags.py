@@ -6,9 +6,13 @@ from tvq_pod.errors import UserError
 
 MODES_OF = {  # by flag; all other flags are for every mode
     "split": ("eval",),
-    "step": ("train", "eval", "sample", "inspect", "export"),
+    "step": ("train", "eval", "lm_eval", "sample", "inspect", "export"),
     "prompt": ("sample",),
     "prompt_file": ("sample",),
+    "tasks": ("lm_eval",),
+    "num_fewshot": ("lm_eval",),
+    "limit": ("lm_eval",),
+    "max_length": ("lm_eval",),
     "topology": ("plan",),
     "slices": ("plan",),
     "tokens": ("plan",),

@@ -9,6 +9,7 @@ EXTRAS = {
     "PIL": "data",
     "gcsfs": "gcs",
     "libtpu": "tpu",
+    "lm_eval": "lm_eval",
     "matplotlib": "bench",
     "pyarrow": "data",
     "tokenizers": "data",
