@@ -51,7 +51,7 @@ _SPLIT = flags.DEFINE_enum("split", "validation", ("validation", "test"), "eval:
 _STEP = flags.DEFINE_integer(
     "step",
     None,
-    "train, eval, lm_eval, sample, inspect, export: which checkpoint; the newest if not given. train sets newer ones aside.",
+    "train, eval, lm_eval, sample, inspect, export: which checkpoint; None: the newest. train sets newer ones aside.",
     lower_bound=0,
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "sample: text to go on from; may be given several times.")

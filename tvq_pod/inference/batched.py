@@ -105,8 +105,9 @@ class BatchedModel:
     ) -> list[str]:
         """New text for documents that begin with `prompts`, integers [n] each.
 
-        A text ends before the first of the strings `stops`, none of them empty, that comes up in it, at the end of the document, or after
-        `length` tokens. temperature, top_p: see `draw_tokens`. Random numbers are those of config.sample.seed.
+        A text ends before the first of the strings `stops` (none of them empty) that comes up in it, at the end of the
+        document, or after `length` tokens. temperature, top_p: see `draw_tokens`. Random numbers are those of
+        config.sample.seed.
         """
         texts = [""] * len(prompts)
         if not prompts:

@@ -5,6 +5,7 @@ The harness runs on process 0 alone. The others wait for its requests, `serve`, 
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from lm_eval.api.instance import Instance
@@ -101,7 +102,7 @@ class HarnessModel(TemplateLM):
             )
         documents = [self._document(context, continuation) for _, context, continuation in requests]
         scores = self._model.score(documents, with_hits=True)
-        found = []
+        found: list[tuple[float, bool]] = []
         for (nats, hits), continuation in zip(scores, continuations, strict=True):
             predicted = slice(len(nats) - len(continuation), None)
             found.append((-float(nats[predicted].sum(dtype=np.float64)), bool(hits[predicted].all())))
@@ -125,9 +126,8 @@ class HarnessModel(TemplateLM):
             owners += [owner] * len(own)
         documents = [self._document(context, continuation) for context, continuation in windows]
         sums = np.zeros(len(requests))
-        for owner, (_, continuation), (nats, _) in zip(
-            owners, windows, self._model.score(documents, with_hits=False), strict=True
-        ):
+        scores = self._model.score(documents, with_hits=False)
+        for owner, (_, continuation), (nats, _) in zip(owners, windows, scores, strict=True):
             sums[owner] -= nats[len(nats) - len(continuation) :].sum(dtype=np.float64)
         return sums.tolist()
 
@@ -147,9 +147,10 @@ class HarnessModel(TemplateLM):
                 texts[index] = text
         return texts
 
-    def _asked(self, gen_kwargs: dict) -> tuple[tuple[str, ...], int, float, float]:
+    @staticmethod
+    def _asked(gen_kwargs: dict) -> tuple[tuple[str, ...], int, float, float]:
         """Stop strings, most new tokens, temperature and top_p of a request."""
-        given = normalize_gen_kwargs(gen_kwargs, MAX_GEN_TOKS)
+        given: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, MAX_GEN_TOKS))
         temperature = float(given.get("temperature", 1.0)) if given["do_sample"] else 0.0
         unknown = given.keys() - HONORED - (set() if temperature else WITHOUT_EFFECT)
         for name in sorted(unknown):
@@ -157,17 +158,12 @@ class HarnessModel(TemplateLM):
                 f"--tasks: a task has generation_kwargs {name}={given[name]}, which is not supported; supported are "
                 + ", ".join(sorted(HONORED))
             )
-        return (
-            tuple(stop for stop in given["until"] if stop),
-            given["max_gen_toks"],
-            temperature,
-            float(given.get("top_p", 1.0)),
-        )
+        stops = tuple(stop for stop in given["until"] if stop)
+        return stops, given["max_gen_toks"], temperature, float(given.get("top_p", 1.0))
 
     def _prompt(self, tokens: list[int], n_new: int) -> np.ndarray:
         if self._max_length and self._max_length <= n_new:
             raise UserError(
-                f"--max_length={self._max_length}: a task generates up to {n_new} tokens; give more than that, or leave "
-                "it out"
+                f"--max_length={self._max_length}: a task generates up to {n_new} tokens; give more, or leave it out"
             )
         return np.array(tokens[-(self._max_length - n_new) :] if self._max_length else tokens, np.int32)

@@ -7,10 +7,11 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from lm_eval import simple_evaluate
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
+from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable, make_table
 
@@ -44,7 +45,7 @@ class Tasks:
         groups = loaded.get("groups", {})
         inside = {part.name for group in groups.values() for part in group.get_all_groups() if part is not group}
         inside |= {task.task_name for group in groups.values() for task in group.get_all_tasks()}
-        parts: list[Task | Group] = [*groups.values(), *loaded["tasks"].values()]
+        parts: list[Any] = [*groups.values(), *loaded["tasks"].values()]
         self._outermost = [part for part in parts if _name(part) not in inside]
 
     def _named(self, name: str) -> list[str]:

@@ -60,13 +60,12 @@ def run_lm_eval(
     weights = checkpoints.weights(step, settings.eval.weights)
     params = checkpoints.restore_params(step, abstract_train_state(settings, mesh).params, weights)
     shared, failed = SharedModel(BatchedModel(settings, params, vocab, mesh)), None
+    described = dict(
+        model="tvq_pod", workdir=str(workdir), step=step, checkpoint=checkpoints.identity(step), weights=weights,
+        cache=settings.eval.cache, max_length=max_length, model_dtype=str(settings.model.dtype),
+    )  # fmt: skip
     results = []
     if is_process_zero():
-        described = dict(
-            model="tvq_pod", workdir=str(workdir), step=step, weights=weights, cache=settings.eval.cache,
-            max_length=max_length, model_dtype=str(settings.model.dtype),
-            checkpoint=checkpoints.identity(step),
-        )  # fmt: skip
         model = HarnessModel(shared, vocab, max_length, described)
         try:
             results.append(loaded[0].evaluate(model, num_fewshot, limit))
