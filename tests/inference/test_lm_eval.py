@@ -30,6 +30,7 @@ QUESTIONS = [
     dict(question=LONG.strip(), choices=["an end", "another, longer end"], answer=1),
     dict(question="1 + 1 =", choices=["2", "11"], answer=0),
 ]
+N_NEW = 12  # tokens that a task draws
 TASKS = dict(
     rolling='output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\n'
     "metric_list: [{metric: bits_per_byte}]",
@@ -37,7 +38,10 @@ TASKS = dict(
     "doc_to_target: answer\nmetric_list: [{metric: acc}]",
     ends='output_type: loglikelihood\ndoc_to_text: "{{question}}"\ndoc_to_target: " {{choices[0]}}"\n'
     "metric_list: [{metric: perplexity}, {metric: acc}]",
+    starts='output_type: generate_until\ndoc_to_text: "{{question}}"\ndoc_to_target: "{{drawn}}"\n'
+    f"generation_kwargs: {{until: [never there], max_gen_toks: {N_NEW}}}\nmetric_list: [{{metric: exact_match}}]",
 )
+GROUP = "group: own\ntask: [own_choices, own_rolling]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +69,13 @@ def harness(batched, loaded) -> HarnessModel:
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory) -> dict[str, str]:
-    """Paths of YAML files, by the names of their tasks."""
+def tasks(tmp_path_factory, loaded) -> dict[str, str]:
+    """Paths of YAML files, by the names of their tasks. What is to be drawn is what `LoadedModel.generate` draws."""
     folder, paths = tmp_path_factory.mktemp("tasks"), {}
-    for name, rows in (("texts", [dict(text=text) for text in TEXTS]), ("questions", QUESTIONS)):
+    drawn = loaded.generate([row["question"] for row in QUESTIONS], length=N_NEW, temperature=0.0)
+    questions = [row | dict(drawn=text) for row, text in zip(QUESTIONS, drawn, strict=True)]
+    (folder / "group.yaml").write_text(GROUP)
+    for name, rows in (("texts", [dict(text=text) for text in TEXTS]), ("questions", questions)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, text in TASKS.items():
         data = folder / ("texts.jsonl" if name == "rolling" else "questions.jsonl")
@@ -99,18 +106,26 @@ def expected_of(loaded) -> dict[str, float]:
         rolling=-sum(of_texts) / n_bytes / math.log(2),
         choices=np.mean([np.argmax(row) == each["answer"] for row, each in zip(of_choices, QUESTIONS, strict=True)]),
         ends=math.exp(-of_choices[:, 0].mean()),
+        starts=1.0,
     )
 
 
 def check_scores(results: dict, expected: dict[str, float]) -> None:
-    metrics = dict(rolling="bits_per_byte,none", choices="acc,none", ends="perplexity,none")
+    metrics = dict(rolling="bits_per_byte,none", choices="acc,none", ends="perplexity,none", starts="exact_match,none")
     for name, metric in metrics.items():
         assert results[f"own_{name}"][metric] == pytest.approx(expected[name], rel=1e-4), name
 
 
-def test_tasks_have_the_scores_that_the_evaluator_gives(workdir, loaded, tasks, capsys):
-    """And the results file is in the harness' format."""
-    run_lm_eval(loaded.settings, workdir, None, list(tasks.values()), None, None, None)
+@pytest.fixture
+def known(tasks, monkeypatch) -> None:
+    """Our own tasks can be named, and no others: to read those of the harness takes seconds."""
+    folder = pathlib.Path(tasks["rolling"]).parent
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", lambda include_defaults: TaskManager(None, folder, False))
+
+
+def test_tasks_have_the_scores_that_the_evaluator_gives(workdir, loaded, tasks, capsys, known):
+    """By name, in a group, by a pattern and as a file; and the results file is in the harness' format."""
+    run_lm_eval(loaded.settings, workdir, None, ["own", "own_en*", tasks["starts"]], None, None, None)
     shown = json.loads(capsys.readouterr().out)
     assert shown["step"] == 3
     (path,) = (workdir / "eval").glob("lm_eval_step_3_*.json")
@@ -119,6 +134,7 @@ def test_tasks_have_the_scores_that_the_evaluator_gives(workdir, loaded, tasks, 
     assert written["config"]["step"] == 3
     assert written["n-samples"]["own_choices"] == dict(original=3, effective=3)
     check_scores(shown["results"], expected_of(loaded))
+    assert written["groups"]["own"]["acc,none"] == shown["results"]["own_choices"]["acc,none"]
 
 
 def test_a_continuation_is_greedy_if_each_of_its_tokens_is_the_likeliest(harness, loaded):
@@ -206,10 +222,7 @@ def test_what_can_not_be_answered_is_one_line(batched, loaded, kind, arguments, 
     assert str(refused.value).startswith(message)
 
 
-def test_tasks_that_do_not_exist_are_one_line(workdir, tasks, tmp_path, monkeypatch):
-    """Found among a few: to read all tasks of the harness takes seconds."""
-    folder = pathlib.Path(tasks["rolling"]).parent
-    monkeypatch.setattr(lm_eval_tasks, "TaskManager", lambda include_defaults: TaskManager(None, folder, False))
+def test_tasks_that_do_not_exist_are_one_line(workdir, known, tmp_path):
     broken = tmp_path / "broken.yaml"
     broken.write_text(f"task: broken\ndataset_path: json\ndataset_kwargs: {{data_files: {tmp_path}/none.jsonl}}\n")
     for names, message in [

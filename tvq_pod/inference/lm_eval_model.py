@@ -5,7 +5,7 @@ The harness runs on process 0 alone. The others wait for its requests, `serve`, 
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from lm_eval.api.instance import Instance
@@ -134,11 +134,12 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """The text that continues each context, up to the first of the request's stop strings. Raises UserError for a
         request that asks for what the sampler does not do."""
-        asked = [self._asked(request.args[1]) for request in requests]
+        pairs = [cast(tuple[str, dict], request.args) for request in requests]
+        asked = [self._asked(gen_kwargs) for _, gen_kwargs in pairs]
         texts = [""] * len(requests)
         for how in dict.fromkeys(asked):
             own = [index for index, other in enumerate(asked) if other == how]
-            prompts = [self._prompt(self.tok_encode(requests[index].args[0]), how[1]) for index in own]
+            prompts = [self._prompt(self.tok_encode(pairs[index][0]), how[1]) for index in own]
             stops, length, temperature, top_p = how
             drawn = self._model.continue_until(
                 prompts, stops=stops, length=length, temperature=temperature, top_p=top_p
