@@ -135,6 +135,8 @@ def test_tasks_have_the_scores_that_the_evaluator_gives(workdir, loaded, tasks, 
     assert written["n-samples"]["own_choices"] == dict(original=3, effective=3)
     check_scores(shown["results"], expected_of(loaded))
     assert written["groups"]["own"]["acc,none"] == shown["results"]["own_choices"]["acc,none"]
+    run_lm_eval(loaded.settings, workdir, None, ["own_choices"], 1, 2, None)
+    assert json.loads(capsys.readouterr().out)["results"]["own_choices"]["sample_len"] == 2
 
 
 def test_a_continuation_is_greedy_if_each_of_its_tokens_is_the_likeliest(harness, loaded):
