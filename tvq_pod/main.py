@@ -1,7 +1,7 @@
 """The command line: flags in, one mode called.
 
     python -m tvq_pod.main --config=configs/stdlib.py --workdir=runs/stdlib [--config.model.d_model=256 ...]
-        [--mode=train|eval|sample|prepare|train_vocab|inspect|export|import|plan|bench]
+        [--mode=train|eval|lm_eval|sample|prepare|train_vocab|inspect|export|import|plan|bench]
 
 Exit code 0: done. 75: asked to end by a signal, and saved: run me again. 141: nobody reads the output any more. 1: an
 error; where it is the user's to mend, one line says how. 128 + N: ended at once by signal N, see preemption.py.
@@ -31,8 +31,8 @@ from tvq_pod.host import terminal
 from tvq_pod.host.paths import check_folder, check_path, check_reached, check_saving, is_bucket, may_write
 from tvq_pod.run.preemption import PREEMPTED, Preemption
 
-TOGETHER = ("train", "eval", "sample", "prepare")  # modes for any number of processes
-MODES = ("train", "eval", "sample", "prepare", "train_vocab", "inspect", "export", "import", "plan", "bench")
+TOGETHER = ("train", "eval", "lm_eval", "sample", "prepare")  # modes for any number of processes
+MODES = (*TOGETHER, "train_vocab", "inspect", "export", "import", "plan", "bench")
 
 NAMED_VOCABS = ("bytes", "sentencepiece")
 
@@ -52,11 +52,15 @@ _PER_DOCUMENT = flags.DEFINE_string("per_document", None, "eval: a file to write
 _STEP = flags.DEFINE_integer(
     "step",
     None,
-    "train, eval, sample, inspect, export: which checkpoint; the newest if not given. train sets newer ones aside.",
+    "train, eval, lm_eval, sample, inspect, export: which checkpoint; None: the newest. train sets newer ones aside.",
     lower_bound=0,
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "sample: text to continue; may be given several times.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "sample: a file whose text is one more prompt.")
+_TASKS = flags.DEFINE_list("tasks", [], "lm_eval: names or YAML files of lm-evaluation-harness' tasks.")
+_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "lm_eval: examples before each question.", lower_bound=0)
+_LIMIT = flags.DEFINE_integer("limit", None, "lm_eval: documents of each task, at most.", lower_bound=1)
+_MAX_LENGTH = flags.DEFINE_integer("max_length", None, "lm_eval: tokens of context; all if not given.", lower_bound=1)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "plan: the slice, as v5e:4x4; or cpu:8 for simulated devices.")
 _SLICES = flags.DEFINE_integer("slices", 1, "plan: how many of them.", lower_bound=1)
 _TOKENS = flags.DEFINE_float("tokens", None, "plan: a budget, to give in days.", lower_bound=0.0)
@@ -138,6 +142,11 @@ def main(argv: list[str], preemption: Preemption) -> None:
 
         table = epath.Path(_PER_DOCUMENT.value) if _PER_DOCUMENT.value else None
         evaluate(settings, workdir, _SPLIT.value, _STEP.value, table)
+    elif mode == "lm_eval":
+        from tvq_pod.modes.run_lm_eval import run_lm_eval
+
+        how = _TASKS.value, _FEWSHOT.value, _LIMIT.value, _MAX_LENGTH.value
+        run_lm_eval(settings, workdir, _STEP.value, *how)
     elif mode == "sample":
         from tvq_pod.modes.sample import sample
 

@@ -10,6 +10,7 @@ EXTRAS = {
     "array_record": "data",
     "gcsfs": "gcs",
     "libtpu": "tpu",
+    "lm_eval": "lm_eval",
     "matplotlib": "bench",
     "pyarrow": "data",
     "tokenizers": "data",

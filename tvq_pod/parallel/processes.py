@@ -121,13 +121,18 @@ def decided_by_process_zero(value: bool) -> bool:
 
 def text_from_process_zero(text: str) -> str:
     """Process 0's text, on all of them."""
+    return bytes_from_process_zero(text.encode()).decode()
+
+
+def bytes_from_process_zero(content: bytes) -> bytes:
+    """Process 0's bytes, on all of them."""
     if jax.process_count() == 1:
-        return text
+        return content
     with waiting("a message of process 0"):
-        encoded = np.frombuffer(text.encode(), np.uint8)
-        length = from_process_zero(len(encoded))
-        own = encoded if is_process_zero() else np.zeros(length, np.uint8)
-        return np.asarray(multihost_utils.broadcast_one_to_all(own)).astype(np.uint8).tobytes().decode()
+        given = np.frombuffer(content, np.uint8)
+        length = from_process_zero(len(given))
+        own = given if is_process_zero() else np.zeros(length, np.uint8)
+        return np.asarray(multihost_utils.broadcast_one_to_all(own)).astype(np.uint8).tobytes()
 
 
 def all_agree(value: bool) -> bool:

@@ -1,0 +1,178 @@
+"""Many documents through one model at once, on every device of a job: their losses, or text that continues them.
+
+Documents are token ids in memory, of any length; those that are scored are laid end to end on rows and read with
+carried state, as `evaluator.py` reads a split. All processes call everything with the same arguments and get the same
+results.
+"""
+
+import functools
+import itertools
+import math
+import sys
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+import tensorstore
+import tqdm
+
+from tvq_pod.config.settings import SampleSettings, Settings
+from tvq_pod.data.loader import joined, local_part
+from tvq_pod.data.streams import PackedDocuments, RowSource
+from tvq_pod.data.vocab import PAD, Vocab
+from tvq_pod.inference.evaluator import eval_model, make_eval_state, make_eval_step
+from tvq_pod.inference.sampler import NO_TOKEN, Sampler
+from tvq_pod.inference.text import text_sampling
+from tvq_pod.parallel.deadlines import waiting
+from tvq_pod.parallel.mesh import n_row_shards
+from tvq_pod.parallel.processes import is_process_zero
+from tvq_pod.parallel.sharding import batch_sharding
+
+LOGIT_BYTES = 2**30  # of one step's logits on one device, at most, where the likeliest token is asked for
+
+
+class BatchedModel:
+    """A model whose parameters are spread over a mesh. Compiled programs are kept from call to call."""
+
+    def __init__(self, settings: Settings, params: dict, vocab: Vocab, mesh: jax.sharding.Mesh):
+        """settings: config.eval.cache says whether the compressed cache is used, config.eval.batch_size and
+        config.train.batch_size how many rows are read side by side at most."""
+        self._settings, self._params, self._vocab, self._mesh = settings, params, vocab, mesh
+        self._eval_step = functools.cache(functools.partial(make_eval_step, settings, mesh))
+        self._sampler = functools.cache(self._make_sampler)
+
+    def score(self, documents: Sequence[np.ndarray], *, with_hits: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each document, integers [n], the loss of each token given all before it, in nats, float32 [n], and
+        whether the token was the likeliest, bool [n]; all False unless with_hits."""
+        starts = np.cumsum([0, *map(len, documents)])
+        nats, hits = np.zeros(starts[-1], np.float32), np.zeros(starts[-1], bool)
+        if starts[-1]:
+            plan, update_len = self._plan(np.unique(starts), with_hits)
+            tokens = np.concatenate(documents).astype(np.int32)
+            for step, (losses, is_likeliest) in enumerate(self._steps(tokens, plan, update_len, with_hits)):
+                for row in range(plan.n_rows):
+                    at = 0
+                    for segment in plan.segments(row, step * update_len, (step + 1) * update_len):
+                        stop, end = at + segment.length, segment.start + segment.length
+                        nats[segment.start : end] = losses[row, at:stop]
+                        hits[segment.start : end] = is_likeliest[row, at:stop]
+                        at = stop
+        return [(nats[begin:end], hits[begin:end]) for begin, end in itertools.pairwise(starts)]
+
+    def _plan(self, starts: np.ndarray, with_hits: bool) -> tuple[PackedDocuments, int]:
+        """How documents lie on rows, and how many tokens of each row one step reads: few different numbers, so that few
+        programs are compiled."""
+        settings, n_shards = self._settings, n_row_shards(self._mesh)
+        block_len, most_blocks = settings.model.block_len, settings.train.update_len // settings.model.block_len
+        most = max(settings.eval.batch_size or settings.train.batch_size, n_shards)
+        if with_hits:
+            fit = max(1, LOGIT_BYTES // (4 * block_len * settings.model.n_vocab))  # blocks of one row
+            most = min(most, n_shards * fit)
+            most_blocks = min(most_blocks, max(1, fit * n_shards // most))
+        longest = max(int(np.diff(starts).max()), int(starts[-1]) / most)
+        n_blocks = min(2 ** math.ceil(math.log2(math.ceil(longest / block_len))), most_blocks)
+        update_len = n_blocks * block_len
+        return PackedDocuments.on_most_rows(starts, most, n_shards, update_len), update_len
+
+    def _steps(
+        self, tokens: np.ndarray, plan: PackedDocuments, update_len: int, with_hits: bool
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Losses and hits of each step, [B, T]."""
+        sharding, shape = batch_sharding(self._mesh), (plan.n_rows, update_len)
+        rows, parts = local_part(sharding, shape)
+        n_steps = math.ceil(plan.row_len / update_len)
+        source = RowSource(tensorstore.array(tokens), plan, rows, update_len, 0, n_steps, parts)
+        eval_step = self._eval_step(plan.n_rows, with_hits)
+        state = make_eval_state(self._settings, self._mesh, plan.n_rows)
+        ahead = []
+        with waiting("a step of the evaluation") as deadline, _bar(n_steps, "scoring", "step") as bar:
+            for step in range(n_steps):
+                read = [source[step * len(rows) + row] for row in range(len(rows))]
+                batch = {
+                    name: joined(sharding, shape, rows, parts, np.stack([arrays[name] for arrays in read]))
+                    for name in read[0]
+                }
+                state, *found = eval_step(self._params, state, batch)
+                ahead.append(found)
+                while len(ahead) > (step + 1 < n_steps):  # the host runs ahead by one step, no more
+                    losses, *is_likeliest = jax.device_get(ahead.pop(0))
+                    yield losses, is_likeliest[0] if with_hits else np.zeros(shape, bool)
+                    deadline.renew()
+                    bar.update()
+
+    def continue_until(
+        self, prompts: Sequence[np.ndarray], *, stops: Sequence[str], length: int, temperature: float, top_p: float
+    ) -> list[str]:
+        """New text for documents that begin with `prompts`, integers [n] each.
+
+        A text ends before the first of the strings `stops` (none of them empty) that comes up in it, at the end of the
+        document, or after `length` tokens. temperature, top_p: see `draw_tokens`. Random numbers are those of
+        config.sample.seed.
+        """
+        texts = [""] * len(prompts)
+        if not prompts:
+            return texts
+        sampler, seed = self._sampler(len(prompts), temperature, top_p), self._settings.sample.seed
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # so that rows are read in step
+        with _bar(len(prompts), "generating", "text") as bar:
+            for first in range(0, len(order), sampler.batch_size):
+                group = order[first : first + sampler.batch_size]
+                given = [prompts[index] for index in group]
+                chunks = sampler.sample(self._params, given, seed, length, first_row=first)
+                for index, text in zip(group, self._until(chunks, len(group), list(stops)), strict=True):
+                    texts[index] = text
+                bar.update(len(group))
+        return texts
+
+    def _until(self, chunks: Iterator[np.ndarray], n_rows: int, stops: list[str]) -> list[str]:
+        """The texts of rows, each up to its first stop; chunks are read for as long as a row needs them."""
+        rows, n_columns = [_Row(self._vocab, stops) for _ in range(n_rows)], 0
+        with waiting("a step of the sampler") as deadline:
+            for chunk in chunks:
+                deadline.renew()
+                n_columns += chunk.shape[1]
+                for row, tokens in zip(rows, chunk, strict=True):
+                    row.add(tokens[tokens != NO_TOKEN])
+                    # Less than a block of a prompt is read token by token; after it, only the end draws nothing.
+                    row.is_done |= tokens[-1] == NO_TOKEN and n_columns > self._settings.model.block_len
+                if all(row.is_done for row in rows):
+                    break
+        return [row.end() for row in rows]
+
+    def _make_sampler(self, n_rows: int, temperature: float, top_p: float) -> Sampler:
+        config = eval_model(self._settings)
+        how = text_sampling(config, self._vocab, SampleSettings(temperature=temperature, top_p=top_p))
+        return Sampler(config, how, n_rows, list(self._mesh.devices.flat))
+
+
+class _Row:
+    """The text of one row as it grows."""
+
+    def __init__(self, vocab: Vocab, stops: list[str]):
+        self._decoder, self._stops, self._text = vocab.decoder(), stops, ""
+        self._longest = max(map(len, stops), default=0)
+        self._is_cut = self.is_done = False
+
+    def add(self, tokens: np.ndarray) -> None:
+        self._append("".join(self._decoder.decode(int(token)) for token in tokens))
+
+    def end(self) -> str:
+        self._append(self._decoder.decode(PAD, final=True))
+        return self._text
+
+    def _append(self, new: str) -> None:
+        if self._is_cut:
+            return
+        begin = max(0, len(self._text) - self._longest)
+        self._text += new
+        places = [place for stop in self._stops if (place := self._text.find(stop, begin)) >= 0]
+        if places:
+            self._text, self._is_cut, self.is_done = self._text[: min(places)], True, True
+
+
+def _bar(total: int, what: str, unit: str) -> tqdm.tqdm:
+    """Of process 0's progress."""
+    return tqdm.tqdm(
+        total=total, desc=what, unit=unit, file=sys.stderr, disable=not is_process_zero(), delay=5,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )  # fmt: skip
