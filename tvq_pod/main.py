@@ -55,7 +55,10 @@ _STEP = flags.DEFINE_integer(
     lower_bound=0,
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "sample: text to go on from; may be given several times.")
-_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "sample: a file whose text is one more prompt.")
+_PROMPT_FILE = flags.DEFINE_string(
+    "prompt_file", None, "sample: a file whose text is one more prompt; or FILE.jsonl, with one a line."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "sample: a new file for JSON lines, one a sample; stdout if not given.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "plan: the slice, as v5e:4x4; or cpu:8 for simulated devices.")
 _SLICES = flags.DEFINE_integer("slices", 1, "plan: how many of them.", lower_bound=1)
 _TOKENS = flags.DEFINE_float("tokens", None, "plan: a budget, to give in days.", lower_bound=0.0)
@@ -136,7 +139,8 @@ def main(argv: list[str], preemption: Preemption) -> None:
     elif mode == "sample":
         from tvq_pod.modes.sample import sample
 
-        sample(settings, workdir, _prompts(), _STEP.value)
+        prompts = [os.fsencode(prompt) for prompt in _PROMPT.value]
+        sample(settings, workdir, prompts, _STEP.value, _PROMPT_FILE.value, _OUTPUT.value)
     elif mode == "prepare":
         from tvq_pod.modes.prepare import prepare
 
@@ -178,6 +182,7 @@ def _check_paths(settings: Settings, mode: str, workdir: str) -> None:
     """Raises UserError if a path can't be used, or a bucket not reached."""
     data = settings.data
     remote = [("--workdir", workdir), ("--to", _TO.value), ("--from", _FROM.value), ("config.data.store", data.store)]
+    remote.append(("--output", _OUTPUT.value))
     remote += [("config.data.mixture", part.strip().rpartition("=")[0]) for part in data.mixture.split(",")]
     if data.vocab not in NAMED_VOCABS:
         remote.append(("config.data.vocab", data.vocab))
@@ -217,16 +222,6 @@ def _lengths() -> list[int]:
     if not all(length.isdigit() and int(length) for length in _LENGTHS.value):
         raise UserError(f"--lengths={','.join(_LENGTHS.value)}: must be numbers of tokens, as 1024,2048")
     return [int(length) for length in _LENGTHS.value]
-
-
-def _prompts() -> list[bytes]:
-    prompts = [os.fsencode(prompt) for prompt in _PROMPT.value]
-    if _PROMPT_FILE.value:
-        try:
-            prompts.append(pathlib.Path(_PROMPT_FILE.value).read_bytes())
-        except OSError as error:
-            raise UserError(f"--prompt_file={_PROMPT_FILE.value}: can't be read ({error.strerror})") from None
-    return prompts
 
 
 def _settings() -> Settings:

@@ -191,7 +191,7 @@ def test_what_can_not_be_is_not_drawn_at_the_ends_of_the_interval():
 
 
 def test_samples_are_a_function_of_the_seed_and_the_prompt_starts_them(monkeypatch):
-    monkeypatch.setattr(text, "Sampler", lambda *args: compiled_sampler(*args[:-1], tuple(args[-1])))
+    monkeypatch.setattr(text, "Sampler", lambda *args: compiled_sampler(*args[:3], tuple(args[3])))
 
     def texts(seed):
         how, prompts = SampleSettings(length=12, seed=seed, top_p=0.9), [b"ab"] * 6

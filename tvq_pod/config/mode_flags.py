@@ -9,6 +9,7 @@ MODES_OF = {  # by flag; all other flags are for every mode
     "step": ("train", "eval", "sample", "inspect", "export"),
     "prompt": ("sample",),
     "prompt_file": ("sample",),
+    "output": ("sample",),
     "topology": ("plan",),
     "slices": ("plan",),
     "tokens": ("plan",),

@@ -1,5 +1,5 @@
-"""The sampler: many documents continued side by side, one token of each at a time. All begin together; see continuous.py
-for rows that are filled again.
+"""The sampler: many documents continued side by side, one token of each at a time. All begin together; continuous.py
+fills rows again.
 
 The state of a row never grows, so neither does the time that a token takes. Whole blocks of the prompts are read by the
 ordinary model; what is left of them, less than a block, is fed to the same loop that draws tokens. The loop runs on the

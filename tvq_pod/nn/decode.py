@@ -81,12 +81,12 @@ def _mlp_weights(params: dict, config: TransformerConfig) -> dict:
 def decode_state(state: dict, config: TransformerConfig, slot_by_row: bool = False) -> dict:
     """The state of `decode_step` that has read what `state`, of `Transformer(config)`, has read.
 
-    slot: int32 scalar, or [B] with slot_by_row, where the next token is written. doc_ids: int32 [B, M + 1], documents of the ring's tokens;
-    NO_DOC for none. position, last_doc, cache_doc, leaving_doc: int32 [B], tokens read of the current document, its id,
-    the cache's document, and the document of the token that left the ring last and is in no cache yet. units: for each
-    unit that attends, k [B, H, M + 1, K] and v [B, H, M + 1, V], the ring, in `dtype`; with a cache also z int32
-    [B, H, M + 1]; leaving_z and leaving_v, what left the ring last; and mean float32 [B, H, S, V] and count float32
-    [B, H, S], the cache. Where a count is 0 the mean may be anything finite.
+    slot: int32 scalar, or [B] with slot_by_row, where the next token is written. doc_ids: int32 [B, M + 1], documents
+    of the ring's tokens; NO_DOC for none. position, last_doc, cache_doc, leaving_doc: int32 [B], tokens read of the
+    current document, its id, the cache's document, and the document of the token that left the ring last and is in no
+    cache yet. units: for each unit that attends, k [B, H, M + 1, K] and v [B, H, M + 1, V], the ring, in `dtype`; with
+    a cache also z int32 [B, H, M + 1]; leaving_z and leaving_v, what left the ring last; and mean float32 [B, H, S, V]
+    and count float32 [B, H, S], the cache. Where a count is 0 the mean may be anything finite.
     """
     first = jax.tree.map(lambda leaf: leaf[0], state[UNITS[0]])
     window_docs = first["xlcache"]["doc_ids"]
@@ -193,8 +193,8 @@ class _Documents:
     """What units share at one step: whose token each slot holds, and what is done to every unit's cache.
 
     slot, next_slot: scalars or [B], written now and at the next step; what `next_slot` holds then leaves the ring.
-    sees_slot bool [B, M + 1] and sees_cache bool [B]: which keys are of the query's document. keeps_cache bool [B]: whether the token
-    that left last is of the cache's document. leaves bool [B]: whether there is such a token.
+    sees_slot bool [B, M + 1] and sees_cache bool [B]: which keys are of the query's document. keeps_cache bool [B]:
+    whether the token that left last is of the cache's document. leaves bool [B]: whether there is such a token.
     """
 
     def __init__(self, state: dict, doc_ids: jax.Array):
