@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tvq_pod.config.settings import SampleSettings
 from tvq_pod.data.vocab import END_OF_DOC
 from tvq_pod.inference.draw_loop import NO_TOKEN, Sampling, draw_chunk
 from tvq_pod.nn.decode import decode_state, decode_weights
@@ -29,7 +30,7 @@ from tvq_pod.parallel.processes import from_process_zero
 CHUNK = 64  # tokens, at most, between two returns to the host
 CHUNK_SECONDS = 1.0  # what one should take, where one process samples: a slow model's text is to be seen as it comes
 FEWEST = 8  # tokens between two returns: each return has a fixed cost, which grows with the state of all rows
-MAX_ROWS = 64  # on one device at a time
+MAX_ROWS = SampleSettings().max_rows  # on one device at a time
 STATE_BYTES = 2**32  # of all rows of a device, at most, where the device does not say how much memory it has
 
 ROWS, ALL = PartitionSpec("rows"), PartitionSpec()
