@@ -81,7 +81,7 @@ class Lacking(ByteVocab):
 
 def test_a_stop_string_that_the_vocabulary_can_not_encode_is_refused():
     assert encodable_stops(r"a\,q", ByteVocab()) == ("a", "q")
-    with pytest.raises(UserError, match=r"config\.sample\.stop='a.*': the vocabulary lacking can't encode 'aq'"):
+    with pytest.raises(UserError, match=r"config\.sample\.stop=b\\,aq: the vocabulary lacking can't encode 'aq'"):
         encodable_stops(r"b\,aq", Lacking())
     with pytest.raises(UserError, match=r"can't encode '\\udc80'"):
         encodable_stops("\udc80", ByteVocab())  # of a command line that is not UTF-8

@@ -14,7 +14,8 @@ def stop_strings(spelled: str) -> tuple[str, ...]:
     if not spelled:
         return ()
     here, strings = f"config.sample.stop={spelled}", [""]
-    for part in re.findall(r"\\.|\\$|[^\\]+", spelled, re.DOTALL):
+    parts: list[str] = re.findall(r"\\.|\\$|[^\\]+", spelled, re.DOTALL)
+    for part in parts:
         if part == SEPARATOR:
             strings.append("")
         elif part.startswith("\\") and part not in ESCAPES:

@@ -84,9 +84,16 @@ class LoadedModel:
         raises, and UserError for what config.sample can't be.
         """
         tokens = [self._tokens(prompt) for prompt in _several(prompts)]
-        given = dict(length=length, temperature=temperature, top_p=top_p, seed=seed)
-        more = dict(top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty)
-        drawn = self.generate_tokens(tokens, **given, **more)
+        drawn = self.generate_tokens(
+            tokens,
+            length=length,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )
         return [decoded(row, self.vocab) for row in drawn]
 
     def generate_tokens(

@@ -20,7 +20,7 @@ def encodable_stops(spelled: str, vocab: Vocab) -> tuple[str, ...]:
             is_known = False
         if not is_known:
             raise UserError(
-                f"config.sample.stop={spelled!a}: the vocabulary {vocab.name} can't encode {stop!a}, so that no sample "
+                f"config.sample.stop={spelled}: the vocabulary {vocab.name} can't encode {stop!a}, so that no sample "
                 "could have it; give text that it can encode"
             )
     return stops
