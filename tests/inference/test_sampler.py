@@ -129,7 +129,7 @@ def test_the_loop_ends_with_its_last_row(monkeypatch):
     monkeypatch.setattr(a_sampler, "_draw", lambda *args: states.append(draw(*args)) or states[-1])
     (chunk,) = a_sampler.sample(model_params(CONFIG), [prompt_of(3)], 0, 1000)
     assert (chunk == NO_TOKEN).all()
-    ((state, _, _),) = states
+    ((state, *_),) = states
     assert state["position"] == 4  # the document's start and the prompt; nothing after that was read
 
 
