@@ -56,7 +56,10 @@ _STEP = flags.DEFINE_integer(
     lower_bound=0,
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "sample: text to continue; may be given several times.")
-_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "sample: a file whose text is one more prompt.")
+_PROMPT_FILE = flags.DEFINE_string(
+    "prompt_file", None, "sample: a file whose text is one more prompt; or FILE.jsonl, with one a line."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "sample: a new file for JSON lines, one a sample; stdout if not given.")
 _TASKS = flags.DEFINE_list("tasks", [], "lm_eval: names or YAML files of lm-evaluation-harness' tasks.")
 _FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "lm_eval: examples before each question.", lower_bound=0)
 _LIMIT = flags.DEFINE_integer("limit", None, "lm_eval: documents of each task, at most.", lower_bound=1)
@@ -150,7 +153,8 @@ def main(argv: list[str], preemption: Preemption) -> None:
     elif mode == "sample":
         from tvq_pod.modes.sample import sample
 
-        sample(settings, workdir, _prompts(), _STEP.value)
+        prompts = [os.fsencode(prompt) for prompt in _PROMPT.value]
+        sample(settings, workdir, prompts, _STEP.value, _PROMPT_FILE.value, _OUTPUT.value)
     elif mode == "prepare":
         from tvq_pod.modes.prepare import prepare
 
@@ -192,7 +196,7 @@ def _check_paths(settings: Settings, mode: str, workdir: str) -> None:
     """Raises UserError if a path can't be used, or a bucket not reached."""
     data = settings.data
     remote = [("--workdir", workdir), ("--to", _TO.value), ("--from", _FROM.value), ("config.data.store", data.store)]
-    remote.append(("--per_document", _PER_DOCUMENT.value))
+    remote += [("--per_document", _PER_DOCUMENT.value), ("--output", _OUTPUT.value)]
     remote += [("config.data.mixture", part.strip().rpartition("=")[0]) for part in data.mixture.split(",")]
     if data.vocab not in NAMED_VOCABS:
         remote.append(("config.data.vocab", data.vocab))
@@ -232,16 +236,6 @@ def _lengths() -> list[int]:
     if not all(length.isdigit() and int(length) for length in _LENGTHS.value):
         raise UserError(f"--lengths={','.join(_LENGTHS.value)}: must be numbers of tokens, as 1024,2048")
     return [int(length) for length in _LENGTHS.value]
-
-
-def _prompts() -> list[bytes]:
-    prompts = [os.fsencode(prompt) for prompt in _PROMPT.value]
-    if _PROMPT_FILE.value:
-        try:
-            prompts.append(pathlib.Path(_PROMPT_FILE.value).read_bytes())
-        except OSError as error:
-            raise UserError(f"--prompt_file={_PROMPT_FILE.value}: can't be read ({error.strerror})") from None
-    return prompts
 
 
 def _settings() -> Settings:

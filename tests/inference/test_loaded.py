@@ -102,6 +102,15 @@ def test_generated_tokens_are_the_likeliest_at_temperature_0(loaded):
 
 
 @pytest.mark.slow
+def test_the_likeliest_of_one_token_is_the_likeliest_token(loaded):
+    prompts = ["ab", "", "a longer prompt"]
+    greedy = loaded.generate(prompts, length=12, temperature=0.0)
+    assert loaded.generate(prompts, length=12, top_k=1) == greedy
+    assert loaded.generate(prompts, length=12, min_p=0.9999) == greedy
+    assert loaded.generate(prompts, length=12, temperature=0.0, repetition_penalty=50.0) != greedy
+
+
+@pytest.mark.slow
 def test_more_prompts_than_fit_side_by_side_have_each_their_own_random_numbers(loaded, monkeypatch):
     prompts = [np.array([70])] * 10
     together = loaded.generate_tokens(prompts, length=6, temperature=1.0, top_p=1.0)
@@ -129,6 +138,9 @@ def test_more_prompts_than_fit_side_by_side_have_each_their_own_random_numbers(l
         (lambda loaded: loaded.generate(["a"], temperature=-1.0), "temperature=-1.0: must be at least 0"),
         (lambda loaded: loaded.generate(["a"], temperature=math.nan), "temperature=nan: must be at least 0"),
         (lambda loaded: loaded.generate(["a"], top_p=0.0), "top_p=0.0: must be above 0 and at most 1"),
+        (lambda loaded: loaded.generate(["a"], top_k=-1), "top_k=-1: must be at least 0"),
+        (lambda loaded: loaded.generate(["a"], min_p=1.0), "min_p=1.0: must be below 1 and at least 0"),
+        (lambda loaded: loaded.generate(["a"], repetition_penalty=0.0), "repetition_penalty=0.0: must be above 0"),
         (lambda loaded: loaded.generate(["a"], length=-1), "length=-1: must be at least 0"),
         (lambda loaded: loaded.generate(["a"], seed=2**31), "seed=2147483648: must be below 2 ** 31"),
     ],

@@ -129,7 +129,7 @@ def test_the_loop_ends_with_its_last_row(monkeypatch):
     monkeypatch.setattr(a_sampler, "_draw", lambda *args: states.append(draw(*args)) or states[-1])
     (chunk,) = a_sampler.sample(model_params(CONFIG), [prompt_of(3)], 0, 1000)
     assert (chunk == NO_TOKEN).all()
-    ((state, _, _),) = states
+    ((state, *_),) = states
     assert state["position"] == 4  # the document's start and the prompt; nothing after that was read
 
 
@@ -191,7 +191,7 @@ def test_what_can_not_be_is_not_drawn_at_the_ends_of_the_interval():
 
 
 def test_samples_are_a_function_of_the_seed_and_the_prompt_starts_them(monkeypatch):
-    monkeypatch.setattr(text, "Sampler", lambda *args: compiled_sampler(*args[:-1], tuple(args[-1])))
+    monkeypatch.setattr(text, "Sampler", lambda *args: compiled_sampler(*args[:3], tuple(args[3])))
 
     def texts(seed):
         how, prompts = SampleSettings(length=12, seed=seed, top_p=0.9), [b"ab"] * 6

@@ -10,6 +10,7 @@ MODES_OF = {  # by flag; all other flags are for every mode
     "step": ("train", "eval", "lm_eval", "sample", "inspect", "export"),
     "prompt": ("sample",),
     "prompt_file": ("sample",),
+    "output": ("sample",),
     "tasks": ("lm_eval",),
     "num_fewshot": ("lm_eval",),
     "limit": ("lm_eval",),

@@ -13,6 +13,7 @@ from tvq_pod.config.settings import (
     Settings,
     generated,
 )
+from tvq_pod.config.stop_strings import stop_strings
 from tvq_pod.errors import UserError
 
 
@@ -44,6 +45,8 @@ def check_relations(settings: Settings) -> None:
             f"config.data.validation_share={data.validation_share}: with config.data.test_share={data.test_share} "
             "nothing is left to train on; their sum must be below 1"
         )
+    if stop_strings(settings.sample.stop) and data.format == "imagenet64":
+        raise UserError(f"config.sample.stop={settings.sample.stop}: images have no text; leave it out")
     if data.format == "imagenet64":
         if data.vocab != "bytes":
             raise UserError(f"config.data.vocab={data.vocab}: must be bytes with config.data.format=imagenet64")

@@ -266,6 +266,20 @@ class SampleSettings:
     """Temperature of sampling; 0: always the likeliest token."""
     top_p: Annotated[float, Gt(0), Le(1)] = 0.95
     """Sample from the likeliest tokens that have this probability together; 1: from all."""
+    top_k: NonNegativeInt = 0
+    """Sample from this many of the likeliest tokens, before top_p chooses among them; 0: from all."""
+    min_p: Fraction = 0.0
+    """Sample from tokens that have at least this share of the likeliest token's probability; 0: from all."""
+    repetition_penalty: Annotated[float, Gt(0), Le(100)] = 1.0
+    """Makes tokens that the prompt or the sample has less likely: it divides their logits, and multiplies negative
+    ones. 1: no penalty. See docs/sampling.md."""
+    stop: str = ""
+    r"""Text that ends a sample and is not part of it. `\n` is a newline, and `\,` stands between several; empty: none.
+    See docs/sampling.md."""
+    logprobs: bool = False
+    """Write the log-probability of each token, with --mode=sample and JSON lines."""
+    max_rows: PositiveInt = 64
+    """Most rows that a device samples side by side."""
     seed: Seed = 0
     """Seed of sampling."""
 

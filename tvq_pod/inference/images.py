@@ -30,8 +30,8 @@ def draw_images(params: dict, config: TransformerConfig, settings: SampleSetting
     ids = np.arange(config.n_vocab)
     is_byte = (ids >= N_SPECIAL) & (ids < N_SPECIAL + 256)
     length = int(np.prod(IMAGE_SHAPE))
-    sampling = Sampling(tuple(is_byte.tolist()), settings.temperature, settings.top_p)
-    sampler = Sampler(config, sampling, settings.count, devices)
+    how = (settings.temperature, settings.top_p, settings.top_k, settings.min_p, settings.repetition_penalty)
+    sampler = Sampler(config, Sampling(tuple(is_byte.tolist()), *how), settings.count, devices, settings.max_rows)
     rows = []
     for first in range(0, settings.count, sampler.batch_size):
         prompts = [np.zeros([0], np.int32)] * min(sampler.batch_size, settings.count - first)

@@ -72,15 +72,28 @@ class LoadedModel:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
     ) -> list[str]:
         """Continues documents that begin with `prompts`, all side by side; returns the new text of each.
 
         length: most tokens of each, which ends earlier where the document does. temperature: 0 takes the likeliest
-        token. top_p: draws from the likeliest tokens that have this probability together. What is not given is as in
-        config.sample of the run. Raises what `score` raises, and UserError for what config.sample can't be.
+        token. top_p: draws from the likeliest tokens that have this probability together. top_k, min_p and
+        repetition_penalty: see draw.py. What is not given is as in config.sample of the run. Raises what `score`
+        raises, and UserError for what config.sample can't be.
         """
         tokens = [self._tokens(prompt) for prompt in _several(prompts)]
-        drawn = self.generate_tokens(tokens, length=length, temperature=temperature, top_p=top_p, seed=seed)
+        drawn = self.generate_tokens(
+            tokens,
+            length=length,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )
         return [decoded(row, self.vocab) for row in drawn]
 
     def generate_tokens(
@@ -91,13 +104,17 @@ class LoadedModel:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
     ) -> list[np.ndarray]:
         """`generate`, of prompts that are token ids, integers [n]; returns the new ones, int32 [m] each. Raises what
         `generate` raises, and UserError for what is not a token id."""
         given = dict(length=length, temperature=temperature, top_p=top_p, seed=seed)
+        given |= dict(top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty)
         how = dataclasses.replace(self.settings.sample, **{n: value for n, value in given.items() if value is not None})
         _check(how)
-        rows, sampler = [], self._sampler(len(prompts), how.temperature, how.top_p) if prompts else None
+        rows, sampler = [], self._sampler(len(prompts), how) if prompts else None
         while sampler and len(rows) < len(prompts):
             group = [self._ids(prompt) for prompt in prompts[len(rows) : len(rows) + sampler.batch_size]]
             chunks = sampler.sample(self.params, group, how.seed, how.length, first_row=len(rows))
@@ -146,13 +163,11 @@ class LoadedModel:
             self._compiled[n_rows] = make_eval_step(self.settings, self.mesh, n_rows)
         return self._compiled[n_rows]
 
-    def _sampler(self, n_rows: int, temperature: float, top_p: float) -> Sampler:
-        key = n_rows, temperature, top_p
+    def _sampler(self, n_rows: int, how: SampleSettings) -> Sampler:
+        sampling, devices = text_sampling(self.model.config, self.vocab, how), list(self.mesh.devices.flat)
+        key = n_rows, sampling, how.max_rows
         if key not in self._compiled:
-            sampling = text_sampling(
-                self.model.config, self.vocab, SampleSettings(temperature=temperature, top_p=top_p)
-            )
-            self._compiled[key] = Sampler(self.model.config, sampling, n_rows, list(self.mesh.devices.flat))
+            self._compiled[key] = Sampler(self.model.config, sampling, n_rows, devices, how.max_rows)
         return self._compiled[key]
 
 

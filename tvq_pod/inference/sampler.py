@@ -1,4 +1,5 @@
-"""The sampler: many documents continued side by side, one token of each at a time.
+"""The sampler: many documents continued side by side, one token of each at a time. All begin together; continuous.py
+fills rows again.
 
 The state of a row never grows, so neither does the time that a token takes. Whole blocks of the prompts are read by the
 ordinary model; what is left of them, less than a block, is fed to the same loop that draws tokens. The loop runs on the
@@ -8,61 +9,54 @@ which do not communicate: each has the weights and runs its own loop.
 What a row yields depends on its own prompt, its own number and the seed, and not on the rows beside it.
 """
 
-import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tvq_pod.config.settings import SampleSettings
 from tvq_pod.data.vocab import END_OF_DOC
-from tvq_pod.inference.draw import draw_tokens
-from tvq_pod.nn.decode import decode_state, decode_weights, decode_while
+from tvq_pod.inference.draw_loop import NO_TOKEN, Sampling, draw_chunk
+from tvq_pod.nn.decode import decode_state, decode_weights
 from tvq_pod.nn.model import Transformer
-from tvq_pod.nn.scores import NEVER
 from tvq_pod.nn.types import TransformerConfig
 from tvq_pod.parallel.processes import from_process_zero
 
 CHUNK = 64  # tokens, at most, between two returns to the host
 CHUNK_SECONDS = 1.0  # what one should take, where one process samples: a slow model's text is to be seen as it comes
 FEWEST = 8  # tokens between two returns: each return has a fixed cost, which grows with the state of all rows
-MAX_ROWS = 64  # on one device at a time
+MAX_ROWS = SampleSettings().max_rows  # on one device at a time
 STATE_BYTES = 2**32  # of all rows of a device, at most, where the device does not say how much memory it has
-NO_TOKEN = -1
 
 ROWS, ALL = PartitionSpec("rows"), PartitionSpec()
 _BY_ROW = ("doc_ids", "position", "last_doc", "cache_doc", "leaving_doc", "units")
-_STATE_SPECS = dict.fromkeys(_BY_ROW, ROWS) | dict(slot=ALL)  # of decode_state
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn; see `draw_tokens`. allowed: for each id of the vocabulary, whether it may be drawn."""
-
-    allowed: tuple[bool, ...]
-    temperature: float = 1.0
-    top_p: float = 1.0
 
 
 class Sampler:
     """Continues documents with one model and one way to draw; compiled functions are kept from call to call."""
 
-    def __init__(self, config: TransformerConfig, sampling: Sampling, n_rows: int, devices: list):
+    _slot_by_row = False  # see decode.py
+
+    def __init__(
+        self, config: TransformerConfig, sampling: Sampling, n_rows: int, devices: list, max_rows: int | None = None
+    ):
         """n_rows: how many rows there will be; `batch_size` of them, or fewer, go side by side.
 
         devices: of this process, of which no more are used than there are rows; or all devices of a job, whose
-        processes must then call everything alike.
+        processes must then call everything alike. max_rows: most rows of a device; MAX_ROWS if not given.
         """
         self._config, self._sampling = config.replace(is_train=False), sampling
+        self._max_rows = max_rows or MAX_ROWS
         self._local = all(device.process_index == jax.process_index() for device in devices)
         self._mesh = Mesh(np.array(devices[:n_rows] if self._local else devices), ("rows",))
         self.batch_size = self._mesh.size * min(self._rows_that_fit(), math.ceil(n_rows / self._mesh.size))
-        own = functools.partial(jax.shard_map, mesh=self._mesh, check_vma=False)
-        model_state = PartitionSpec(None, "rows")  # layers come first
+        self._own = own = functools.partial(jax.shard_map, mesh=self._mesh, check_vma=False)
+        self._model_state = model_state = PartitionSpec(None, "rows")  # layers come first
         self._begin = jax.jit(
             lambda: Transformer.initial_state(self._config, self.batch_size),
             out_shardings=NamedSharding(self._mesh, model_state),
@@ -70,11 +64,19 @@ class Sampler:
         self._read = jax.jit(
             own(self._read_block, in_specs=(ALL, model_state, ROWS, ROWS), out_specs=model_state), donate_argnums=1
         )
+        self._state_specs = dict.fromkeys(_BY_ROW, ROWS) | dict(slot=ROWS if self._slot_by_row else ALL)
         self._start = jax.jit(
-            own(lambda state: decode_state(state, self._config), in_specs=model_state, out_specs=_STATE_SPECS)
+            own(
+                lambda state: decode_state(state, self._config, self._slot_by_row),
+                in_specs=model_state,
+                out_specs=self._state_specs,
+            )
         )
-        draw_specs = (ALL, _STATE_SPECS, ROWS, ROWS, ALL, ALL)
-        draw = own(self._draw_chunk, in_specs=draw_specs, out_specs=(_STATE_SPECS, ROWS, ROWS))
+        draw = own(
+            functools.partial(draw_chunk, sampling=sampling, config=self._config),
+            in_specs=(ALL, self._state_specs, ROWS, ROWS, ALL, ALL),
+            out_specs=(self._state_specs, ROWS, ROWS, ROWS),
+        )
         self._draw = jax.jit(draw, donate_argnums=(1, 2))
         everywhere = NamedSharding(self._mesh, ALL)
         self._replicate = jax.jit(lambda x: x, out_shardings=everywhere)
@@ -116,30 +118,27 @@ class Sampler:
         state, weights = self._start(state), self._weights(params)
         del params
         rest = [prompt[n * block_len :] for prompt, n in zip(prompts, n_blocks, strict=True)]
-        yield from self._chunks(weights, state, rest, seed, length, first_row, stop_at_end)
+        seen = self._put(self._seen(prompts, self.batch_size))
+        yield from self._chunks(weights, state, seen, rest, seed, length, first_row, stop_at_end)
 
-    def _chunks(self, weights, state, rest, seed, length, first_row, stop_at_end) -> Iterator[np.ndarray]:
+    def _chunks(self, weights, state, seen, rest, seed, length, first_row, stop_at_end) -> Iterator[np.ndarray]:
         """rest: of each prompt, the tokens that are in no block, one at least."""
         n_rows, block_len = len(rest), self._config.block_len
         given = np.full([self.batch_size, block_len + CHUNK], NO_TOKEN, np.int32)
         for row, tokens in enumerate(rest):
             given[row, : len(tokens)] = tokens
-        is_done = np.full(n_rows, length == 0)
-        rows = dict(
-            token=given[:, 0],
-            n_given=self._all_rows([len(tokens) for tokens in rest], 1),
-            number=first_row + np.arange(self.batch_size),
-            is_done=self._all_rows(is_done, True),
-        )
-        rows = {name: self._put(np.asarray(x, bool if x.dtype == bool else np.int32)) for name, x in rows.items()}
-        key = np.asarray(jax.random.key_data(jax.random.key(seed)))
-        place, n_steps, n_drawn = 0, FEWEST if self._local else CHUNK, np.zeros(n_rows, int)
+        n_given, token = self._all_rows([len(tokens) for tokens in rest], 1), given[:, 0]
+        number, lengths = first_row + np.arange(self.batch_size), np.full(self.batch_size, length)
+        is_done, n_drawn = np.full(n_rows, length == 0), np.zeros(n_rows, int)
+        place, n_steps = 0, FEWEST if self._local else CHUNK
         while not is_done.all():
             began = time.monotonic()
-            following = given[:, min(place + 1, block_len) :][:, :CHUNK]
-            span = np.array([place, n_steps, length, stop_at_end], np.int32)
-            state, rows, drawn = self._draw(weights, state, rows, self._put(following), key, span)
-            drawn = np.array(drawn if self._local else self._replicate(drawn).addressable_data(0))[:n_rows, :n_steps]
+            rows = dict(token=token, index=place + 1 - n_given, number=number, length=lengths)
+            rows |= dict(is_done=self._all_rows(is_done, True))
+            rows |= dict(following=given[:, min(place + 1, block_len) :][:, :CHUNK])
+            state, seen, drawn, _ = self._draw_rows(weights, state, seen, rows, seed, n_steps, stop_at_end)
+            token = _next_tokens(rows["following"][:, :n_steps], drawn)
+            drawn = drawn[:n_rows]
             is_end = (drawn == END_OF_DOC) & stop_at_end
             drawn[is_end] = NO_TOKEN
             n_drawn += np.sum(drawn != NO_TOKEN, axis=1)
@@ -150,60 +149,27 @@ class Sampler:
             if self._local and place > n_steps:  # the first chunk had to be compiled
                 n_steps = int(np.clip(n_steps * CHUNK_SECONDS / seconds, FEWEST, min(4 * n_steps, CHUNK)))
 
+    def _draw_rows(self, weights, state, seen, rows, seed, n_steps, stop_at_end):
+        """`draw_chunk` of all rows: (state, seen, drawn int32 [batch_size, n_steps], logprobs). rows: NumPy arrays."""
+        rows = {name: self._put(np.asarray(x, bool if x.dtype == bool else np.int32)) for name, x in rows.items()}
+        key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+        span = np.array([n_steps, stop_at_end], np.int32)
+        state, seen, *told = self._draw(weights, state, seen, rows, key, span)
+        drawn, logprobs = (np.array(x if self._local else self._replicate(x).addressable_data(0)) for x in told)
+        return state, seen, drawn[:, :n_steps], logprobs[:, :n_steps]
+
     # --- on the devices ----------------------------------------------------------------------------------------------
 
     def _read_block(self, params, state, tokens, has_block):
         """Reads tokens [B, L] of the rows where has_block [B]; the others stay as they are."""
-        model = Transformer(self._config.replace(attention="xla"))  # reading a prompt is not what takes the time
+        # reading a prompt is not what takes the time
+        model = Transformer(self._config.replace(attention="xla", block_len=tokens.shape[1]))
         new_state, _ = model.apply({"params": params}, state, tokens, jnp.zeros_like(tokens))
 
         def chosen(new, old):
             return jnp.where(has_block.reshape(1, -1, *[1] * (new.ndim - 2)), new, old)
 
         return jax.tree.map(chosen, new_state, state)
-
-    def _draw_chunk(self, weights, state, rows, following, key, span):
-        """Up to n_steps tokens of each row. rows: token [B], read next; n_given, how many it has that are not drawn;
-        number, of its random numbers; is_done. following [B, CHUNK]: given tokens after that one, NO_TOKEN if there are
-        none. span: steps before these; n_steps; of a row, tokens at most; and whether an end-of-document ends it."""
-        sampling, (place, n_steps, length, stop_at_end) = self._sampling, span
-        allowed = jnp.array(sampling.allowed)[None]
-        index = place + 1 + jnp.arange(CHUNK)[None] - rows["n_given"][:, None]  # of what each step draws
-        uniforms = _uniforms(key, rows["number"], index)
-
-        def going(carry):
-            return (carry["step"] < n_steps) & ~jnp.all(carry["is_done"])
-
-        def feed(carry):
-            return carry["token"], jnp.zeros_like(carry["token"])
-
-        def take(carry, logits):
-            step, is_done = carry["step"], carry["is_done"]
-            column = functools.partial(jax.lax.dynamic_index_in_dim, index=step, axis=1, keepdims=False)
-            drawn = draw_tokens(
-                jnp.where(allowed, logits, NEVER),
-                column(uniforms),
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-            )
-            is_given = column(following) != NO_TOKEN
-            told = jnp.where(is_given | is_done, NO_TOKEN, drawn)
-            is_last = (column(index) + 1 >= length) | ((drawn == END_OF_DOC) & (stop_at_end > 0))
-            return dict(
-                step=step + 1,
-                token=jnp.where(is_given, column(following), drawn),
-                is_done=is_done | (is_last & ~is_given),
-                told=jax.lax.dynamic_update_index_in_dim(carry["told"], told, step, 1),
-            )
-
-        carry = dict(
-            step=jnp.int32(0),
-            token=rows["token"],
-            is_done=rows["is_done"],
-            told=jnp.full(following.shape, NO_TOKEN, jnp.int32),
-        )
-        state, carry = decode_while(going, feed, take, weights, state, carry, self._config)
-        return state, rows | dict(token=carry["token"], is_done=carry["is_done"]), carry["told"]
 
     # --- from the host -----------------------------------------------------------------------------------------------
 
@@ -215,18 +181,24 @@ class Sampler:
         """values, and padding for rows that are not used."""
         return np.concatenate([values, np.full(self.batch_size - len(values), padding)])
 
+    def _seen(self, prompts: Sequence[np.ndarray], n_rows: int) -> np.ndarray:
+        """Which tokens each prompt has, bool [n_rows, n_seen], but for the document's start."""
+        seen = np.zeros([n_rows, self._sampling.n_seen], bool)
+        for row, prompt in enumerate(prompts if self._sampling.n_seen else ()):
+            seen[row, prompt[1:]] = True
+        return seen
+
     def _rows_that_fit(self) -> int:
         """On one device, beside what is there already."""
         state = jax.eval_shape(lambda: decode_state(Transformer.initial_state(self._config, 1), self._config))
         row_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         stats = jax.local_devices()[0].memory_stats() or {}
         free = (stats["bytes_limit"] - stats["bytes_in_use"]) // 4 if "bytes_limit" in stats else STATE_BYTES
-        most = int(np.clip(free // row_bytes, 1, MAX_ROWS))
+        most = int(np.clip(free // row_bytes, 1, self._max_rows))
         return most if self._local else from_process_zero(most)
 
 
-def _uniforms(key: jax.Array, numbers: jax.Array, index: jax.Array) -> jax.Array:
-    """In [0, 1), float32 [B, n]: the random number `index` [B, n] of each row's own stream, `numbers` [B]."""
-    of_row = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.wrap_key_data(key), numbers)
-    draw = jax.vmap(lambda row, index: jax.random.uniform(jax.random.fold_in(row, index)), in_axes=(None, 0))
-    return jax.vmap(draw)(of_row, jnp.maximum(index, 0))
+def _next_tokens(following: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """What each row reads after a chunk [B, n]: the last token that it was given or drew; any, if it has ended."""
+    last = following[:, -1]
+    return np.maximum(np.where(last == NO_TOKEN, drawn[:, -1], last), 0)

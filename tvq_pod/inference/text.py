@@ -10,12 +10,14 @@ import numpy as np
 from etils import epath
 
 from tvq_pod.config.settings import SampleSettings, Settings
+from tvq_pod.config.stop_strings import stop_strings
 from tvq_pod.data.open import run_vocab
 from tvq_pod.data.vocab import PAD, UNKNOWN, Vocab
 from tvq_pod.errors import UserError
 from tvq_pod.host.terminal import OutputError, say
 from tvq_pod.inference import images
 from tvq_pod.inference.sampler import NO_TOKEN, Sampler, Sampling
+from tvq_pod.inference.stop import encodable_stops, until_stop
 from tvq_pod.nn.types import TransformerConfig
 from tvq_pod.parallel.deadlines import still_working
 
@@ -39,9 +41,10 @@ def continuations(
 ) -> Iterator[Iterator[str]]:
     """For each prompt, the prompt and what the model makes of it, as an iterator over pieces of text. All are sampled
     side by side on `devices`, so they must be read in order. Raises UserError if a prompt must be text, for a
-    SentencePiece model, and is not."""
+    SentencePiece model, and is not; and if the vocabulary can't encode a stop string."""
     tokens = [encoded(prompt, vocab) for prompt in prompts]
-    sampler = Sampler(config, text_sampling(config, vocab, settings), len(prompts), devices)
+    encodable_stops(settings.stop, vocab)
+    sampler = Sampler(config, text_sampling(config, vocab, settings), len(prompts), devices, settings.max_rows)
     return _in_groups(sampler, params, prompts, tokens, settings, vocab)
 
 
@@ -49,7 +52,8 @@ def text_sampling(config: TransformerConfig, vocab: Vocab, settings: SampleSetti
     """How text is drawn: any token of the vocabulary may come but padding and unknown."""
     ids = np.arange(config.n_vocab)
     allowed = (ids < vocab.n_vocab) & (ids != PAD) & (ids != UNKNOWN)
-    return Sampling(tuple(allowed.tolist()), settings.temperature, settings.top_p)
+    how = (settings.temperature, settings.top_p, settings.top_k, settings.min_p, settings.repetition_penalty)
+    return Sampling(tuple(allowed.tolist()), *how)
 
 
 def _in_groups(sampler, params, prompts, tokens, settings, vocab) -> Iterator[Iterator[str]]:
@@ -57,7 +61,8 @@ def _in_groups(sampler, params, prompts, tokens, settings, vocab) -> Iterator[It
         group = slice(first, first + sampler.batch_size)
         chunks = sampler.sample(params, tokens[group], settings.seed, settings.length, first_row=first)
         for prompt, row in zip(prompts[group], rows_of(chunks, len(prompts[group])), strict=True):
-            yield itertools.chain([prompt.decode("utf-8", errors="replace")], text_of(row, vocab))
+            text = until_stop(text_of(row, vocab), stop_strings(settings.stop))
+            yield itertools.chain([prompt.decode("utf-8", errors="replace")], text)
 
 
 def rows_of(chunks: Iterator[np.ndarray], n_rows: int) -> list[Iterator[int]]:

@@ -8,7 +8,9 @@ through memory, which is what a single token waits for:
 - weights are cast, joined and unstacked once (`decode_weights`), and so is the table of relative biases.
 
 All rows write the same slot at the same step, whatever their documents: the slot is a counter, not a position. Since
-slots are not in order, the biases by distance are turned by the number of the slot.
+slots are not in order, the biases by distance are turned by the number of the slot. Where rows begin at different
+times, each may have a slot of its own: then the order of its sums, and so every bit of what it yields, is that of the
+row alone.
 
 The equations are those of `attn.py`, and its parameters are used as they are. The loop that draws tokens is in
 `tvq_pod/inference/sampler.py`.
@@ -16,6 +18,7 @@ The equations are those of `attn.py`, and its parameters are used as they are. T
 Shapes: B rows, Q query heads, H key heads, G = Q / H, M window, S codes, K key width, V value width, D model width.
 """
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar, cast
 
@@ -75,22 +78,22 @@ def _mlp_weights(params: dict, config: TransformerConfig) -> dict:
     return dict(norm=params["norm"], **kernels)
 
 
-def decode_state(state: dict, config: TransformerConfig) -> dict:
+def decode_state(state: dict, config: TransformerConfig, slot_by_row: bool = False) -> dict:
     """The state of `decode_step` that has read what `state`, of `Transformer(config)`, has read.
 
-    slot: int32 scalar, where the next token is written. doc_ids: int32 [B, M + 1], documents of the ring's tokens;
-    NO_DOC for none. position, last_doc, cache_doc, leaving_doc: int32 [B], tokens read of the current document, its id,
-    the cache's document, and the document of the token that left the ring last and is in no cache yet. units: for each
-    unit that attends, k [B, H, M + 1, K] and v [B, H, M + 1, V], the ring, in `dtype`; with a cache also z int32
-    [B, H, M + 1]; leaving_z and leaving_v, what left the ring last; and mean float32 [B, H, S, V] and count float32
-    [B, H, S], the cache. Where a count is 0 the mean may be anything finite.
+    slot: int32 scalar, or [B] with slot_by_row, where the next token is written. doc_ids: int32 [B, M + 1], documents
+    of the ring's tokens; NO_DOC for none. position, last_doc, cache_doc, leaving_doc: int32 [B], tokens read of the
+    current document, its id, the cache's document, and the document of the token that left the ring last and is in no
+    cache yet. units: for each unit that attends, k [B, H, M + 1, K] and v [B, H, M + 1, V], the ring, in `dtype`; with
+    a cache also z int32 [B, H, M + 1]; leaving_z and leaving_v, what left the ring last; and mean float32 [B, H, S, V]
+    and count float32 [B, H, S], the cache. Where a count is 0 the mean may be anything finite.
     """
     first = jax.tree.map(lambda leaf: leaf[0], state[UNITS[0]])
     window_docs = first["xlcache"]["doc_ids"]
     none = jnp.full_like(window_docs[:, 0], NO_DOC)
     has_cache = config.attn_type == "vq" and config.agg_cache
     return dict(
-        slot=jnp.int32(config.mem_len),
+        slot=jnp.full_like(none, config.mem_len) if slot_by_row else jnp.int32(config.mem_len),
         doc_ids=jnp.concatenate([window_docs, none[:, None]], axis=1),
         position=first["pos_offset"],
         last_doc=window_docs[:, -1],
@@ -189,9 +192,9 @@ def _step(weights: dict, state: dict, tokens, doc_ids, config: TransformerConfig
 class _Documents:
     """What units share at one step: whose token each slot holds, and what is done to every unit's cache.
 
-    slot, next_slot: written now, and at the next step; what `next_slot` holds then leaves the ring. sees_slot bool
-    [B, M + 1] and sees_cache bool [B]: which keys are of the query's document. keeps_cache bool [B]: whether the token
-    that left last is of the cache's document. leaves bool [B]: whether there is such a token.
+    slot, next_slot: scalars or [B], written now and at the next step; what `next_slot` holds then leaves the ring.
+    sees_slot bool [B, M + 1] and sees_cache bool [B]: which keys are of the query's document. keeps_cache bool [B]:
+    whether the token that left last is of the cache's document. leaves bool [B]: whether there is such a token.
     """
 
     def __init__(self, state: dict, doc_ids: jax.Array):
@@ -204,6 +207,20 @@ class _Documents:
         self.keeps_cache, self.sees_cache = cache_doc == state["cache_doc"], cache_doc == doc_ids
         leaving_doc = _read(ring, self.next_slot, axis=1)
         self.next_state = dict(slot=self.next_slot, doc_ids=ring, cache_doc=cache_doc, leaving_doc=leaving_doc)
+
+    def slots(self, n_head: int) -> tuple[jax.Array, jax.Array]:
+        """slot and next_slot, where each row has its own for each of its heads: [B, H] without axes of size 1."""
+        if not self.slot.ndim:
+            return self.slot, self.next_slot
+        both = (jnp.broadcast_to(slot[:, None], (len(slot), n_head)) for slot in (self.slot, self.next_slot))
+        slot, next_slot = map(_lean, both)
+        return slot, next_slot
+
+    def turned(self, near: jax.Array) -> jax.Array:
+        """near [B, H, G, M + 1], the farthest first, in the order of the slots."""
+        if not self.slot.ndim:
+            return jnp.roll(near, self.next_slot, axis=-1)
+        return jax.vmap(functools.partial(jnp.roll, axis=-1))(near, self.next_slot)
 
 
 def _attention(weights: dict, state: dict, x: jax.Array, docs: _Documents, c: TransformerConfig):
@@ -225,16 +242,17 @@ def _attention(weights: dict, state: dict, x: jax.Array, docs: _Documents, c: Tr
         z = jnp.argmin(dists, axis=-1).astype(jnp.int32)
         k = jax.vmap(lambda z, codes: codes[z], in_axes=(1, 0), out_axes=1)(z, weights["codes"])
 
-    state = state | {name: _write(state[name], _lean(x), docs.slot, axis=-2) for name, x in (("k", k), ("v", v))}
+    slot, next_slot = docs.slots(n_head)
+    state = state | {name: _write(state[name], _lean(x), slot, axis=-2) for name, x in (("k", k), ("v", v))}
     near = _einsum("bhgk,hdk->bhgd", q + weights["v"][None], weights["r"]) + c.window_bias
-    near = jnp.roll(near, docs.next_slot, axis=-1)
+    near = docs.turned(near)
     q += weights["u"][None]
     near += _einsum("bhgk,bhmk->bhgm", q, state["k"])
     near = jnp.where(docs.sees_slot[:, None, None], near, NEVER)
     top = jnp.max(near, axis=-1, keepdims=True)
     far = None
     if z is not None and "mean" in state:
-        written = _write(state["z"], _lean(z), docs.slot, axis=-1)
+        written = _write(state["z"], _lean(z), slot, axis=-1)
         state |= dict(z=written, **_cache_with_leaving(state, docs, (n_rows, n_head)))
         far = _einsum("bhgk,hsk->bhgs", q, weights["codes"])
         far += log_counts(state["count"]).reshape(n_rows, n_head, 1, -1)
@@ -247,7 +265,7 @@ def _attention(weights: dict, state: dict, x: jax.Array, docs: _Documents, c: Tr
         far = jnp.exp(far - top)
         total += jnp.sum(far, axis=-1, keepdims=True)
         out += _einsum("bhgs,bhsv->bhgv", far.astype(c.dtype), state["mean"].astype(c.dtype))
-        state |= {f"leaving_{name}": _read(state[name], docs.next_slot, axis) for name, axis in (("z", -1), ("v", -2))}
+        state |= {f"leaving_{name}": _read(state[name], next_slot, axis) for name, axis in (("z", -1), ("v", -2))}
     out = (out / total).astype(c.dtype).reshape(n_rows, -1)
     if c.head_type == "shga":
         out *= gate
@@ -261,7 +279,7 @@ def _cache_with_leaving(state: dict, docs: _Documents, shape: tuple[int, int]) -
     def per_head(flag):  # bool [B]
         return _lean(jnp.broadcast_to(flag[:, None], shape))[..., None]
 
-    place = *jnp.ogrid[tuple(slice(n) for n in state["leaving_z"].shape)], state["leaving_z"]
+    place = _place(state["leaving_z"])
     count = jnp.where(per_head(docs.keeps_cache), state["count"], 0.0)
     before, mean = count[place][..., None], state["mean"].at[place].get(mode="promise_in_bounds")
     value = state["leaving_v"].astype(jnp.float32)
@@ -284,11 +302,21 @@ def _norm(params: dict | None, x: jax.Array, c: TransformerConfig) -> jax.Array:
 
 
 def _write(ring: jax.Array, x: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(ring, x.astype(ring.dtype), slot, axis)
+    """slot: a scalar, or one for each element of the axes before `axis`."""
+    if not slot.ndim:
+        return jax.lax.dynamic_update_index_in_dim(ring, x.astype(ring.dtype), slot, axis)
+    return ring.at[_place(slot)].set(x.astype(ring.dtype), mode="promise_in_bounds", unique_indices=True)
 
 
 def _read(ring: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(ring, slot, axis, keepdims=False)
+    if not slot.ndim:
+        return jax.lax.dynamic_index_in_dim(ring, slot, axis, keepdims=False)
+    return ring.at[_place(slot)].get(mode="promise_in_bounds")
+
+
+def _place(index: jax.Array) -> tuple:
+    """Where `index` [...] points to on the axis behind its own ones."""
+    return *jnp.ogrid[tuple(slice(n) for n in index.shape)], index
 
 
 def _einsum(product: str, x: jax.Array, y: jax.Array) -> jax.Array:
