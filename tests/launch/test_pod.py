@@ -130,7 +130,7 @@ def test_stop_saves_and_watch_lets_it_be(laptop):
     laptop.set(wait_at=8)
     laptop.must("up", *UP)
     laptop.must("run", *RUN)
-    while "training" not in laptop.must("status"):
+    while "training (" not in laptop.must("status"):  # the heading has the word, too
         pass
     assert "trains already" in error_of(laptop, "run", *RUN)
     laptop.must("stop", "--name=run")
@@ -167,7 +167,7 @@ def test_down_asks_and_saves_first(laptop):
     laptop.set(wait_at=3)
     laptop.must("up", *UP)
     laptop.must("run", *RUN)
-    while "training" not in laptop.must("status"):
+    while "training (" not in laptop.must("status"):  # the heading has the word, too
         pass
     assert "--yes: must be given where nobody can be asked" in laptop.pod("down", "--name=run")[2]
     assert "it is asked to save first" in laptop.must("down", "--name=run", "--yes")
