@@ -11,18 +11,17 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-import tvq_pod
 from tests.command import finish, start
-from tests.made_run import make_run, settings_of
+from tests.inference.conftest import SETTINGS
 from tests.parallel.test_processes import launched
 from tvq_pod.errors import UserError
 from tvq_pod.inference import lm_eval_tasks
 from tvq_pod.inference.batched import BatchedModel
+from tvq_pod.inference.continuous import ContinuousSampler
 from tvq_pod.inference.lm_eval_model import HarnessModel, SharedModel
-from tvq_pod.inference.loaded import LoadedModel
+from tvq_pod.inference.sampler import CHUNK
 from tvq_pod.modes.run_lm_eval import run_lm_eval
 
-SETTINGS = settings_of()
 LONG = "a text of more tokens than several updates and a window have together. "
 TEXTS = ["a short one", LONG, "é", LONG * 2, "x" * 15, "x" * 16, "x" * 17, "the last of more texts than devices", LONG]
 QUESTIONS = [
@@ -45,22 +44,8 @@ GROUP = "group: own\ntask: [own_choices, own_rolling]\naggregate_metric_list: [{
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory) -> pathlib.Path:
-    workdir = tmp_path_factory.mktemp("runs") / "run"
-    workdir.mkdir()
-    make_run(workdir, SETTINGS)
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def loaded(workdir) -> LoadedModel:
-    """On eight devices."""
-    return tvq_pod.load(workdir)
-
-
-@pytest.fixture(scope="module")
 def batched(loaded) -> SharedModel:
-    return SharedModel(BatchedModel(loaded.settings, loaded.params, loaded.vocab, loaded.mesh))
+    return SharedModel(BatchedModel(loaded.settings, loaded.params, loaded.vocab, loaded.mesh, shows_progress=False))
 
 
 @pytest.fixture
@@ -164,27 +149,22 @@ def test_generated_texts_end_before_the_first_stop_string(harness, loaded):
     assert found == [text[:end] for text, end in zip(texts, ends, strict=True)]
 
 
-def test_no_more_is_drawn_than_the_stop_strings_need(batched):
+def test_no_more_is_drawn_than_the_stop_strings_need(batched, monkeypatch):
     """The likeliest text of many tokens is cut off long before its end."""
     prompts = [np.array([70]), np.array([71, 72])]
-    how = dict(length=40, temperature=0.0, top_p=1.0)
+    how = dict(length=400, temperature=0.0, top_p=1.0)
     texts = batched.continue_until(prompts, stops=[], **how)
     stops = [text[1] for text in texts]
-    read = []
-    sampler = batched._model._sampler(2, 0.0, 1.0)
-    whole = sampler.sample
+    steps, draw = [], ContinuousSampler._draw_rows
 
-    def counted(*arguments, **settings):
-        for chunk in whole(*arguments, **settings):
-            read.append(chunk.shape[1])
-            yield chunk
+    def counted(self, *arguments):
+        state, seen, tokens, logprobs = draw(self, *arguments)
+        steps.append(tokens.shape[1])
+        return state, seen, tokens, logprobs
 
-    sampler.sample = counted
-    try:
-        assert all(len(text) < 2 for text in batched.continue_until(prompts, stops=stops, **how))
-    finally:
-        sampler.sample = whole
-    assert sum(read) < 40
+    monkeypatch.setattr(ContinuousSampler, "_draw_rows", counted)
+    assert all(len(text) < 2 for text in batched.continue_until(prompts, stops=stops, **how))
+    assert 0 < sum(steps) <= CHUNK
 
 
 def test_max_length_cuts_what_is_read_and_never_what_is_predicted(batched, loaded):

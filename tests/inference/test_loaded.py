@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import pathlib
 import re
 import shutil
 import subprocess
@@ -16,28 +15,12 @@ import pytest
 import tvq_pod
 from tests.command import ROOT, environment
 from tests.common import model_params
-from tests.made_run import make_run, settings_of
+from tests.inference.conftest import SETTINGS
 from tvq_pod.data.vocab import END_OF_DOC
 from tvq_pod.errors import UserError
-from tvq_pod.inference.loaded import LoadedModel
 from tvq_pod.nn.model import Transformer
 
-SETTINGS = settings_of()
 PAGE = ROOT / "docs/export.md"
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory) -> pathlib.Path:
-    workdir = tmp_path_factory.mktemp("runs") / "stdlib"
-    workdir.mkdir()
-    make_run(workdir, SETTINGS)
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def loaded(workdir) -> LoadedModel:
-    """On eight devices."""
-    return tvq_pod.load(workdir)
 
 
 def log_probabilities(document):
@@ -67,8 +50,8 @@ def test_scores_are_log_probabilities_of_each_token_given_all_before(loaded):
         np.testing.assert_array_equal(found, whole[:-1])
 
 
-def test_texts_are_scored_alike_alone_and_among_many(loaded, monkeypatch):
-    monkeypatch.setattr("tvq_pod.inference.loaded.MAX_ROWS", 8)
+def test_texts_are_scored_alike_alone_and_among_many(loaded):
+    """More of them than rows."""
     texts = [f"text number {n}" * (n % 3) for n in range(11)]  # empty ones, too
     scores = loaded.score(texts)
     assert [len(found) for found in scores] == [len(text) for text in texts]

@@ -41,18 +41,19 @@ def _bad(bad: _BadRow, name: str, file: File, data: DataSettings) -> Document:
 def jsonl(listing: Listing, data: DataSettings) -> Documents:
     """Each line is a JSON object whose `config.data.text_field` is a document; blank lines are passed over."""
     for file in listing.files:
-        path = pathlib.Path(file.path)
-        with opened_lines(path, "JSON lines") as lines:
+        with opened_lines(pathlib.Path(file.path), "JSON lines") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
-                name = f"{file.name}:{number}"
-                try:
-                    text = _json_text(line, f"line {number}", path, data.text_field)
-                except _BadRow as bad:
-                    yield _bad(bad, name, file, data)
-                else:
-                    yield Document(name, text, file.split)
+                yield _json_document(line, f"line {number}", f"{file.name}:{number}", file, data)
+
+
+def _json_document(row: bytes, where: str, name: str, file: File, data: DataSettings) -> Document:
+    try:
+        text = _json_text(row, where, pathlib.Path(file.path), data.text_field)
+    except _BadRow as bad:
+        return _bad(bad, name, file, data)
+    return Document(name, text, file.split)
 
 
 def _json_text(row: bytes, where: str, path: pathlib.Path, field: str) -> bytes:
@@ -196,15 +197,10 @@ def arrayrecord(listing: Listing, data: DataSettings) -> Documents:
             name = f"{file.name}:{number}"
             if number == 1:
                 has_json = bool(data.text_field) and _is_object(record)
-            if not has_json:
-                yield Document(name, record, file.split, is_row=True)
-                continue
-            try:
-                text = _json_text(record, f"record {number}", path, data.text_field)
-            except _BadRow as bad:
-                yield _bad(bad, name, file, data)
+            if has_json:
+                yield _json_document(record, f"record {number}", name, file, data)
             else:
-                yield Document(name, text, file.split)
+                yield Document(name, record, file.split, is_row=True)
 
 
 def _is_object(record: bytes) -> bool:

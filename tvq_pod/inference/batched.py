@@ -19,9 +19,10 @@ import tqdm
 from tvq_pod.config.settings import SampleSettings, Settings
 from tvq_pod.data.loader import joined, local_part
 from tvq_pod.data.streams import PackedDocuments, RowSource
-from tvq_pod.data.vocab import PAD, Vocab
+from tvq_pod.data.vocab import Vocab
+from tvq_pod.inference.continuous import ContinuousSampler, Request
 from tvq_pod.inference.evaluator import eval_model, make_eval_state, make_eval_step
-from tvq_pod.inference.sampler import NO_TOKEN, Sampler
+from tvq_pod.inference.stop import StopText
 from tvq_pod.inference.text import text_sampling
 from tvq_pod.parallel.deadlines import waiting
 from tvq_pod.parallel.mesh import n_row_shards
@@ -34,10 +35,13 @@ LOGIT_BYTES = 2**30  # of one step's logits on one device, at most, where the li
 class BatchedModel:
     """A model whose parameters are spread over a mesh. Compiled programs are kept from call to call."""
 
-    def __init__(self, settings: Settings, params: dict, vocab: Vocab, mesh: jax.sharding.Mesh):
+    def __init__(
+        self, settings: Settings, params: dict, vocab: Vocab, mesh: jax.sharding.Mesh, *, shows_progress: bool
+    ):
         """settings: config.eval.cache says whether the compressed cache is used, config.eval.batch_size and
-        config.train.batch_size how many rows are read side by side at most."""
+        config.train.batch_size how many rows are read side by side at most. shows_progress: on stderr."""
         self._settings, self._params, self._vocab, self._mesh = settings, params, vocab, mesh
+        self._shows = shows_progress
         self._eval_step = functools.cache(functools.partial(make_eval_step, settings, mesh))
         self._sampler = functools.cache(self._make_sampler)
 
@@ -85,7 +89,7 @@ class BatchedModel:
         eval_step = self._eval_step(plan.n_rows, with_hits)
         state = make_eval_state(self._settings, self._mesh, plan.n_rows)
         ahead = []
-        with waiting("a step of the evaluation") as deadline, _bar(n_steps, "scoring", "step") as bar:
+        with waiting("a step of the evaluation") as deadline, self._bar(n_steps, "scoring", "step") as bar:
             for step in range(n_steps):
                 read = [source[step * len(rows) + row] for row in range(len(rows))]
                 batch = {
@@ -109,70 +113,33 @@ class BatchedModel:
         document, or after `length` tokens. temperature, top_p: see `draw_tokens`. Random numbers are those of
         config.sample.seed.
         """
-        texts = [""] * len(prompts)
         if not prompts:
-            return texts
-        sampler, seed = self._sampler(len(prompts), temperature, top_p), self._settings.sample.seed
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # so that rows are read in step
-        with _bar(len(prompts), "generating", "text") as bar:
-            for first in range(0, len(order), sampler.batch_size):
-                group = order[first : first + sampler.batch_size]
-                given = [prompts[index] for index in group]
-                chunks = sampler.sample(self._params, given, seed, length, first_row=first)
-                for index, text in zip(group, self._until(chunks, len(group), list(stops)), strict=True):
-                    texts[index] = text
-                bar.update(len(group))
-        return texts
+            return []
+        texts = [StopText(self._vocab, stops, prompt) for prompt in prompts]
+        with waiting("a step of the sampler") as deadline, self._bar(len(prompts), "generating", "text") as bar:
 
-    def _until(self, chunks: Iterator[np.ndarray], n_rows: int, stops: list[str]) -> list[str]:
-        """The texts of rows, each up to its first stop; chunks are read for as long as a row needs them."""
-        rows, n_columns = [_Row(self._vocab, stops) for _ in range(n_rows)], 0
-        with waiting("a step of the sampler") as deadline:
-            for chunk in chunks:
+            def is_last(text: StopText, token: int) -> bool:
                 deadline.renew()
-                n_columns += chunk.shape[1]
-                for row, tokens in zip(rows, chunk, strict=True):
-                    row.add(tokens[tokens != NO_TOKEN])
-                    # Less than a block of a prompt is read token by token; after it, only the end draws nothing.
-                    row.is_done |= tokens[-1] == NO_TOKEN and n_columns > self._settings.model.block_len
-                if all(row.is_done for row in rows):
-                    break
-        return [row.end() for row in rows]
+                return text.add(token)
 
-    def _make_sampler(self, n_rows: int, temperature: float, top_p: float) -> Sampler:
+            requests = [
+                Request(prompt, number, length, functools.partial(is_last, text))
+                for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+            ]
+            sampler = self._sampler(len(prompts), temperature, top_p)
+            for _ in sampler.sample_each(self._params, requests, self._settings.sample.seed):
+                deadline.renew()
+                bar.update()
+        return [text.text() for text in texts]
+
+    def _make_sampler(self, n_rows: int, temperature: float, top_p: float) -> ContinuousSampler:
         config = eval_model(self._settings)
         how = text_sampling(config, self._vocab, SampleSettings(temperature=temperature, top_p=top_p))
-        return Sampler(config, how, n_rows, list(self._mesh.devices.flat))
+        return ContinuousSampler(config, how, n_rows, list(self._mesh.devices.flat))
 
-
-class _Row:
-    """The text of one row as it grows."""
-
-    def __init__(self, vocab: Vocab, stops: list[str]):
-        self._decoder, self._stops, self._text = vocab.decoder(), stops, ""
-        self._longest = max(map(len, stops), default=0)
-        self._is_cut = self.is_done = False
-
-    def add(self, tokens: np.ndarray) -> None:
-        self._append("".join(self._decoder.decode(int(token)) for token in tokens))
-
-    def end(self) -> str:
-        self._append(self._decoder.decode(PAD, final=True))
-        return self._text
-
-    def _append(self, new: str) -> None:
-        if self._is_cut:
-            return
-        begin = max(0, len(self._text) - self._longest)
-        self._text += new
-        places = [place for stop in self._stops if (place := self._text.find(stop, begin)) >= 0]
-        if places:
-            self._text, self._is_cut, self.is_done = self._text[: min(places)], True, True
-
-
-def _bar(total: int, what: str, unit: str) -> tqdm.tqdm:
-    """Of process 0's progress."""
-    return tqdm.tqdm(
-        total=total, desc=what, unit=unit, file=sys.stderr, disable=not is_process_zero(), delay=5,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-    )  # fmt: skip
+    def _bar(self, total: int, what: str, unit: str) -> tqdm.tqdm:
+        """Of process 0's progress."""
+        return tqdm.tqdm(
+            total=total, desc=what, unit=unit, file=sys.stderr, disable=not (self._shows and is_process_zero()),
+            delay=5, mininterval=0.5 if sys.stderr.isatty() else 30,
+        )  # fmt: skip

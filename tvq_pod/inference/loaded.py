@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import os
 import typing
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from tvq_pod.config.settings import EvalSettings, MeshSettings, SampleSettings, 
 from tvq_pod.data.open import run_vocab
 from tvq_pod.data.vocab import END_OF_DOC, Vocab, decoded
 from tvq_pod.errors import UserError
-from tvq_pod.inference.evaluator import make_eval_state, make_eval_step
+from tvq_pod.inference.batched import BatchedModel
 from tvq_pod.inference.sampler import Sampler
 from tvq_pod.inference.text import encoded, rows_of, text_sampling
 from tvq_pod.nn.model import Transformer
@@ -28,8 +27,6 @@ from tvq_pod.parallel.attention import with_tried_attention
 from tvq_pod.parallel.mesh import make_mesh
 from tvq_pod.run.checkpoint_reader import CheckpointReader
 from tvq_pod.training.step import abstract_train_state
-
-MAX_ROWS = 64  # texts that are scored side by side
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,7 +59,7 @@ class LoadedModel:
         """`score`, of documents that are token ids, integers [n]. Raises UserError for what is not a token id."""
         end = np.full([int(with_end)], END_OF_DOC, np.int32)
         targets = [np.concatenate([self._ids(document), end]) for document in documents]
-        return [scores for n in range(0, len(targets), MAX_ROWS) for scores in self._scored(targets[n : n + MAX_ROWS])]
+        return [-nats for nats, _ in self._batched.score(targets, with_hits=False)]
 
     def generate(
         self,
@@ -132,43 +129,21 @@ class LoadedModel:
             raise UserError(f"tokens={wrong.flat[0]}: is not a token id; must be an integer from 0 to {n_vocab - 1}")
         return ids.astype(np.int32)
 
-    def _scored(self, targets: list[np.ndarray]) -> list[np.ndarray]:
-        """Updates of all texts side by side, the states carried from each to the next."""
-        longest, block_len = max(map(len, targets)), self.model.config.block_len
-        # Few different shapes, so that few programs are compiled.
-        n_rows = self.mesh.size * 2 ** math.ceil(math.log2(math.ceil(len(targets) / self.mesh.size)))
-        n_blocks = 2 ** math.ceil(math.log2(max(1, math.ceil(longest / block_len))))
-        update_len = min(block_len * n_blocks, self.settings.train.update_len)
-        padded = np.zeros([n_rows, math.ceil(longest / update_len) * update_len + 1], np.int32)
-        padded[:, 0] = END_OF_DOC
-        for row, document in enumerate(targets):
-            padded[row, 1 : 1 + len(document)] = document
-        score, state, losses = self._score_step(n_rows), make_eval_state(self.settings, self.mesh, n_rows), []
-        for begin in range(0, padded.shape[1] - 1, update_len):
-            part = padded[:, begin : begin + update_len + 1]
-            zeros = np.zeros([n_rows, update_len], np.int32)
-            batch = dict(inputs=part[:, :-1], targets=part[:, 1:], doc_ids=zeros, loss_mask=zeros + np.float32(1))
-            state, found = score(self.params, state, batch)
-            losses.append(jax.device_get(found))
-        scores = -np.concatenate(losses, axis=1) if losses else padded[:, 1:].astype(np.float32)
-        return [scores[row, : len(document)] for row, document in enumerate(targets)]
+    @functools.cached_property
+    def _batched(self) -> BatchedModel:
+        return BatchedModel(self.settings, self.params, self.vocab, self.mesh, shows_progress=False)
 
     @functools.cached_property
-    def _compiled(self) -> dict:
-        """Programs that were compiled before."""
+    def _samplers(self) -> dict:
+        """Those that were compiled before."""
         return {}
-
-    def _score_step(self, n_rows: int):
-        if n_rows not in self._compiled:
-            self._compiled[n_rows] = make_eval_step(self.settings, self.mesh, n_rows)
-        return self._compiled[n_rows]
 
     def _sampler(self, n_rows: int, how: SampleSettings) -> Sampler:
         sampling, devices = text_sampling(self.model.config, self.vocab, how), list(self.mesh.devices.flat)
         key = n_rows, sampling, how.max_rows
-        if key not in self._compiled:
-            self._compiled[key] = Sampler(self.model.config, sampling, n_rows, devices, how.max_rows)
-        return self._compiled[key]
+        if key not in self._samplers:
+            self._samplers[key] = Sampler(self.model.config, sampling, n_rows, devices, how.max_rows)
+        return self._samplers[key]
 
 
 def _several(texts: Sequence[str | bytes]) -> Sequence[str | bytes]:

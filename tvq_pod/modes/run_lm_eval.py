@@ -59,7 +59,7 @@ def run_lm_eval(
     say(attention_line(settings.model, mesh))
     weights = checkpoints.weights(step, settings.eval.weights)
     params = checkpoints.restore_params(step, abstract_train_state(settings, mesh).params, weights)
-    shared, failed = SharedModel(BatchedModel(settings, params, vocab, mesh)), None
+    shared, failed = SharedModel(BatchedModel(settings, params, vocab, mesh, shows_progress=True)), None
     described = dict(
         model="tvq_pod", workdir=str(workdir), step=step, checkpoint=checkpoints.identity(step), weights=weights,
         cache=settings.eval.cache, max_length=max_length, model_dtype=str(settings.model.dtype),
