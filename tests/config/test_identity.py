@@ -20,7 +20,7 @@ OTHER = dict(  # another value of each field, that a run of CONFIG could have
     agg_cache=False, grad_thru_cache=False, attn_type="full", attention="plain", head_type="mqa", d_ff=24,
     reduction="serial", remat="full", unroll=2, dtype="bfloat16", param_dtype="bfloat16", pe_abs=True, p_dropemb=0.5,
     p_dropsin=0.5, p_dropres=0.5, p_droplyr=0.5, e_tie=True, e_norm=False, e_scale=2.0, c_beta=0.5, c_gamma=0.5,
-    c_revive=0.5, temperature="learned",
+    c_revive=0.5, temperature="learned", key_shift=True,
     is_train=True,
 )  # fmt: skip
 

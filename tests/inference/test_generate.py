@@ -17,7 +17,7 @@ from tvq_pod.training.step import abstract_train_state
 KINDS = dict(
     shga=dict(window_bias=2.0, pe_abs=True, temperature="learned", d_model=9),  # an odd width has one sinusoid less
     one_head=dict(n_head=1, e_tie=True, e_norm=False, e_scale=0.3, mem_len=1, block_len=8),
-    mqa=dict(head_type="mqa", n_head=4, mem_len=17, temperature="learned"),
+    mqa=dict(head_type="mqa", n_head=4, mem_len=17, temperature="learned", key_shift=True),
     mha=dict(head_type="mha", agg_cache=False, window_bias=1.0),
 )
 BOUNDS = "--length, --seed and --temperature must be at least 0, and --top_p above 0 and at most 1"

@@ -196,6 +196,7 @@ def layer_and_gradients(config):
         slow(dict(reduction="serial", head_type="mqa")),
         slow(dict(block_len=2, mem_len=6, head_type="mha", n_head=3)),
         slow(dict(agg_cache=False, mem_len=5)),
+        slow(dict(key_shift=True, head_type="mqa", n_head=3)),
         slow(dict(grad_thru_cache=False, window_bias=1.5, mem_len=1, n_head=1)),
     ],
     ids=str,
@@ -228,6 +229,28 @@ def test_an_update_is_its_blocks_one_by_one_in_bfloat16():
         np.testing.assert_allclose(a, b, atol=0.02 * (np.abs(b).max() + 0.1))
 
     jax.tree.map(near, at_once, one_by_one)
+
+
+def test_with_key_shift_a_key_holds_the_query_of_the_token_before():
+    """The unit, from its input on, in NumPy: keys of whole documents, and a quadratic softmax."""
+    config = small_config(block_len=3, mem_len=4, head_type="mqa", n_head=3, key_shift=True)
+    _, params = attn_fixture(config)
+    x = np.random.default_rng(0).normal(size=[1, T, config.d_model])
+    doc_ids = np.array([[0] * 5 + [1] * 7], np.int32)
+
+    def rms_norm(x):
+        return x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + 1e-6)
+
+    h = rms_norm(x) * np.asarray(params["norm"]["scale"])
+    q, k, v = (np.einsum("btd,hkd->bhtk", h, params[name]["kernel"]) for name in ("w_q", "w_k", "w_v"))
+    for t in range(1, T):
+        if doc_ids[0, t] == doc_ids[0, t - 1]:
+            k[0, 0, t] += np.asarray(params["shift"])[0] * np.mean(q[0, :, t - 1], axis=0)
+    q, k = (rms_norm(x) * config.d_k**-0.25 for x in (q, k))
+    out = quadratic_attention(config, params, q, k, v, doc_ids)
+    expected = out.reshape(1, T, -1) @ np.asarray(params["w_o"]["kernel"]).reshape(-1, config.d_model)
+    _, res = compiled_layer(config)(VQAttention.initial_state(config, 1), x.astype(np.float32), doc_ids)
+    np.testing.assert_allclose(res, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ KINDS = dict(
     one_head=(1, dict(n_head=1, e_tie=True, e_norm=False, e_scale=0.3, mem_len=1, n_layer=2)),
     mqa=(1, dict(head_type="mqa", mem_len=17, n_head=4)),
     mha=(3, dict(head_type="mha", agg_cache=False)),
+    shifted=(3, dict(key_shift=True)),
+    shifted_mqa=(2, dict(key_shift=True, head_type="mqa", n_head=4)),
     full=(2, dict(attn_type="full", window_bias=1.0, n_head=1)),
     bfloat16=(2, dict(dtype="bfloat16", n_head=1)),
 )

@@ -21,7 +21,9 @@ STILL = dict(p_dropemb=0.0, p_dropsin=0.0, p_dropres=0.0, p_droplyr=0.0)
 # A vocabulary that is wider than the model: its losses go block by block. A window of two blocks.
 MQA = dict(head_type="mqa", n_head=8, d_ff=16, n_vocab=24, mem_len=6, n_layer=1)
 # Microbatches draw other masks of dropout than the batch that they are parts of.
-MHA = dict(head_type="mha", n_head=8, d_ff=16, window_bias=2.0, mem_len=6, agg_cache=False, n_layer=1, **STILL)
+MHA = dict(
+    head_type="mha", n_head=8, d_ff=16, window_bias=2.0, mem_len=6, agg_cache=False, key_shift=True, n_layer=1, **STILL
+)
 
 
 def batches(sharding):

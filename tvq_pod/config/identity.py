@@ -13,7 +13,7 @@ STATE_VERSIONS = dict(adamw="1", lion="1", adafactor="2", muon="1", nadamw="1", 
 # Fields of TransformerConfig that change the shape of a parameter or of the state, or the function that the model is.
 MODEL_IDENTITY = (
     *("d_model", "d_k", "d_v", "n_head", "n_code", "n_layer", "n_vocab", "mem_len", "agg_cache", "d_ff"),
-    *("window_bias", "temperature", "attn_type", "head_type", "pe_abs", "e_tie", "e_norm", "e_scale"),
+    *("window_bias", "temperature", "key_shift", "attn_type", "head_type", "pe_abs", "e_tie", "e_norm", "e_scale"),
 )
 # Fields that a run keeps, and in which an evaluation or a sample may differ.
 RUN_IDENTITY = ("dtype", "param_dtype")
@@ -38,7 +38,12 @@ MAY_CHANGE = {
 # They change the shape of no weight, or only how many layers there are.
 MAY_DIFFER_AT_A_WARM_START = ("mem_len", "agg_cache", "n_layer")
 # Entries that the first checkpoints do not have, with the values that held then.
-LATER = {"config.model.window_bias": "0.0", "config.model.temperature": "fixed", OPTIMIZER_STATE: "1"}
+LATER = {
+    "config.model.window_bias": "0.0",
+    "config.model.temperature": "fixed",
+    "config.model.key_shift": "False",
+    OPTIMIZER_STATE: "1",
+}
 
 
 def model_record(settings: Settings, vocab_name: str) -> dict[str, str]:

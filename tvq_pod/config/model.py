@@ -41,6 +41,9 @@ class TransformerConfig:
     temperature: Literal["fixed", "learned"] = "fixed"
     """learned: queries are scaled by a learned factor for each head, 1 at first. A query and a key have a product of at
     most sqrt(d_k) otherwise, and one key among more than e ** sqrt(d_k) others can't have most of the weight."""
+    key_shift: bool = False
+    """Add to each key the query of the token before it, times a learned vector. A token then finds what came after its
+    earlier occurrences, from the first step on. Without, a model must learn that, and needs two units for it."""
     agg_cache: bool = True
     """Attend to the cache. False: attention ends with the window."""
     grad_thru_cache: bool = True

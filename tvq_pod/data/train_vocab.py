@@ -52,6 +52,7 @@ def train_sentencepiece(texts: Iterable[bytes | memoryview], vocab_size: int) ->
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
             max_sentence_length=MAX_LINE_BYTES,
             num_threads=min(len(os.sched_getaffinity(0)), 64),
             minloglevel=2,

@@ -73,10 +73,10 @@ class Model:
             self.units.append(w)
 
     def start(self) -> dict:
-        """The state of a document of which nothing was read. Each unit that attends has a window, the codes z and
-        values v of the last tokens, oldest first, and a cache, for each code the number and mean value of the rest."""
-        (n_head, n_code, _), d_v = self.tensors["layers.0.unit0.quantizer.codebook"].shape, self.config["d_v"]
-        sizes = dict(v=[n_head, 0, d_v], count=[n_head, n_code], mean=[n_head, n_code, d_v])
+        """The state of a document of which nothing was read. Each unit that attends has z and v, the last tokens' codes
+        and values, oldest first; the number and mean value of the rest, by code; and `before`, the last query."""
+        (n_head, n_code, d_k), d_v = self.tensors["layers.0.unit0.quantizer.codebook"].shape, self.config["d_v"]
+        sizes = dict(v=[n_head, 0, d_v], count=[n_head, n_code], mean=[n_head, n_code, d_v], before=[n_head, d_k])
         zeros = {name: np.zeros(size, np.float32) for name, size in sizes.items()} | dict(z=np.zeros([n_head, 0], int))
         return dict(position=0, units=[{name: x.copy() for name, x in zeros.items()} for _ in self.units])
 
@@ -100,12 +100,12 @@ class Model:
     def attention(self, w: dict, h, kept: dict):
         """What a unit with weights `w` adds to the residual stream, [D], from its normalized input h [D]."""
         config, codes = self.config, w["quantizer.codebook"]  # [H, S, K]
-        q, k = (rms_norm(w[name] @ h) * config["d_k"] ** -0.25 for name in ("w_q.kernel", "w_k.kernel"))  # [Q or H, K]
-        v = w["w_v.kernel"] @ h  # [H, V]
-        if "log_sharpness" in w:
-            q = q * np.exp(w["log_sharpness"])[:, None]
-        if "w_g.kernel" in w:
-            v = silu(v)
+        q, k = w["w_q.kernel"] @ h, w["w_k.kernel"] @ h  # [Q or H, K]
+        k = k + w.get("shift", 0.0) * kept["before"]
+        kept["before"] = np.mean(q.reshape(len(codes), -1, q.shape[1]), axis=1)
+        q, k = (rms_norm(x) * config["d_k"] ** -0.25 for x in (q, k))
+        q = q * np.exp(w.get("log_sharpness", np.zeros(1)))[:, None]
+        v = silu(w["w_v.kernel"] @ h) if "w_g.kernel" in w else w["w_v.kernel"] @ h  # [H, V]
         # the nearest code: |k - c|^2 / 2 without the term that all codes share
         z = np.argmin(np.sum(codes**2, axis=-1) / 2 - np.einsum("hk,hsk->hs", k, codes), axis=-1)
         if kept["z"].shape[1] > config["mem_len"]:  # the oldest token goes from the window to the cache

@@ -11,6 +11,10 @@ since a key farther than M contributes only through its code. So the answer does
 blocks, only on M, the reach of the relative bias. With `agg_cache` off, attention itself ends at d = M. In the paper
 `window_bias` is 0. With a learned temperature, q_i has a factor for each head.
 
+With key_shift the key of token j is made of W_k x_j + s * W_q x_{j-1}, s a learned vector. The query of a token that
+equals x_{j-1} is like it, before anything is learned, and v_j says what came next: an induction head in one unit. (The
+smeared keys of Olsson et al., arXiv 2209.11895, are averages of the keys of two tokens.)
+
 This file has the projections and the module. What it is made of: window.py cuts an update into blocks and finds the
 window of each, cache.py counts what has left it, state.py carries both from update to update, vq.py quantizes keys,
 scores.py makes the relative biases, attend.py has the softmax and its gradient, pallas/ both as TPU kernels, plain.py
@@ -42,6 +46,8 @@ from tvq_pod.nn.types import TransformerConfig, VQSpec
 from tvq_pod.nn.vq import VectorQuantizer
 from tvq_pod.nn.window import TOKEN_AXIS, extend_window, join_blocks, leaving_chunks, split_blocks
 
+FIRST_SHIFT = 2.0  # of key_shift: most of a new model's key is the token before it
+
 
 class VQAttention(nn.Module):
     """Attention over quantized keys. With head_type shga it is a gated attention unit (GAU, Hua et al., arXiv
@@ -58,8 +64,8 @@ class VQAttention(nn.Module):
     Our own model uses `initial_state`, `blocks` and, to decode, `biases`. `__call__` is for other models (see
     docs/library.md). What exists for the contract alone comes last, under a heading that says so.
 
-    Parameters: norm, w_q, w_k, w_v, w_g (shga), w_o, w_r, u, v, log_sharpness (with a learned temperature) and
-    quantizer; all but the quantizer's have `param_dtype`.
+    Parameters: norm, w_q, w_k, w_v, w_g (shga), w_o, w_r, u, v, log_sharpness (with a learned temperature), shift (with
+    key_shift) and quantizer; all but the quantizer's have `param_dtype`.
     """
 
     config: TransformerConfig
@@ -81,6 +87,9 @@ class VQAttention(nn.Module):
         if c.temperature == "learned":
             log_init = with_names(nn.initializers.zeros, "heads")
             self.log_sharpness = self.param("log_sharpness", log_init, (c.n_head,), c.param_dtype)
+        if c.key_shift:
+            shift_init = with_names(nn.initializers.constant(FIRST_SHIFT), "key_heads", "key")
+            self.shift = self.param("shift", shift_init, (c.n_key_head, c.d_k), c.param_dtype)
         self.quantizer = VectorQuantizer(c) if c.attn_type == "vq" else None
         self.drop_sin = Dropout(c.p_dropsin, "timeless", c.is_train)
 
@@ -109,7 +118,10 @@ class VQAttention(nn.Module):
         """The layer over R blocks: x [R, B, L, D], doc_ids and loss_mask [R, B, L]. Returns what `__call__` does, with
         res [R, B, L, D]."""
         c = self.config
-        made = self.projected(x, vq_spec)
+        of_shift, state = state, {name: leaf for name, leaf in state.items() if name != "before"}
+        raw = self.raw(x)
+        raw_k, before = self._shifted_keys(raw, doc_ids, of_shift) if c.key_shift else (raw["k"], {})
+        made = raw | self.prepared(raw["q"], raw_k, vq_spec)
         q, v, gate, biases = (made[name] for name in ("q", "v", "gate", "biases"))
         if self.quantizer is None:
             present = dict(k_hat=made["k"], v=v if gate is None else nn.silu(v), doc_ids=doc_ids)
@@ -123,12 +135,7 @@ class VQAttention(nn.Module):
         else:
             present = dict(z=made["shortcodes"], k_hat=made["quantized"], v=v, doc_ids=doc_ids)
             out, new_state = self._attend(q, biases, present, gate, state)
-        return new_state, dict(res=self.residual(out), **made["losses"])
-
-    def projected(self, x: jax.Array, vq_spec: VQSpec | None) -> dict:
-        """What attention is made of, from x [R, B, L, D]: `raw`'s v and gate, and what `prepared` makes of the rest."""
-        raw = self.raw(x)
-        return {name: raw[name] for name in ("v", "gate")} | self.prepared(raw["q"], raw["k"], vq_spec)
+        return new_state | before, dict(res=self.residual(out), **made["losses"])
 
     def raw(self, x: jax.Array, inverse: jax.Array | None = None) -> dict:
         """Of x [R, B, L, D]: q [R, B, Q, L, K], k [R, B, H, L, K], before they are normalised; v [R, B, H, L, V] and
@@ -139,6 +146,15 @@ class VQAttention(nn.Module):
             name: None if project is None else checkpoint_name(project(x), "projected")
             for name, project in projections.items()
         }
+
+    def _shifted_keys(self, raw: dict, doc_ids: jax.Array, state: dict) -> tuple[jax.Array, dict]:
+        """With key_shift: keys [R, B, H, L, K], before they are normalised, and the part of the next state that they
+        need. The query heads of a key head count by their mean."""
+        of_key_head = jnp.mean(grouped(raw["q"], self.config), axis=3)
+        of_before, last = states.shifted(of_key_head, doc_ids, state)
+        factor = self.shift.astype(of_before.dtype)[None, None, :, None]
+        k = constrain(raw["k"] + factor * of_before, "blocks", "batch", "key_heads", "token", "key")
+        return k, dict(before=last)
 
     def prepared(
         self,

@@ -66,6 +66,8 @@ def _attention_weights(params: dict, config: TransformerConfig) -> dict:
     if c.temperature == "learned":
         factors = sharpness(params["log_sharpness"], c.dtype)
         weights["sharpness"] = factors.reshape(1, c.n_key_head, -1, 1)
+    if c.key_shift:
+        weights["shift"] = params["shift"].astype(c.dtype)
     if c.attn_type == "vq":
         codebook = params["quantizer"]["codebook"]
         weights |= dict(codebook=codebook, codes=biases["codes"])
@@ -86,7 +88,8 @@ def decode_state(state: dict, config: TransformerConfig, slot_by_row: bool = Fal
     current document, its id, the cache's document, and the document of the token that left the ring last and is in no
     cache yet. units: for each unit that attends, k [B, H, M + 1, K] and v [B, H, M + 1, V], the ring, in `dtype`; with
     a cache also z int32 [B, H, M + 1]; leaving_z and leaving_v, what left the ring last; and mean float32 [B, H, S, V]
-    and count float32 [B, H, S], the cache. Where a count is 0 the mean may be anything finite.
+    and count float32 [B, H, S], the cache. Where a count is 0 the mean may be anything finite. With key_shift also
+    before [B, H, K], see state.py.
     """
     first = jax.tree.map(lambda leaf: leaf[0], state[UNITS[0]])
     window_docs = first["xlcache"]["doc_ids"]
@@ -117,7 +120,7 @@ def _unit_state(state: dict, has_cache: bool) -> dict:
     if has_cache:
         own |= {f"leaving_{name}": jnp.zeros_like(window[name][:, :, 0]) for name in ("z", "v")}
         own |= dict(mean=state["aggcache"]["upper_div_lower"], count=state["aggcache"]["lower"])
-    return own
+    return own | ({"before": state["before"]} if "before" in state else {})
 
 
 def decode_step(weights: dict, state: dict, tokens, doc_ids, config: TransformerConfig) -> tuple[dict, jax.Array]:
@@ -146,7 +149,7 @@ def decode_while(
 
 # XLA:CPU copies an array that was updated in place if its shape is changed before it is read, as axes of size 1 are
 # when they are left out of a matrix product. So a loop's arrays are without them from the start.
-_AXES_BEHIND = dict(k=2, v=2, z=1, mean=2, count=1, leaving_z=0, leaving_v=1)  # B and H
+_AXES_BEHIND = dict(k=2, v=2, z=1, mean=2, count=1, leaving_z=0, leaving_v=1, before=1)  # B and H
 
 
 def _lean(x: jax.Array) -> jax.Array:
@@ -195,6 +198,7 @@ class _Documents:
     slot, next_slot: scalars or [B], written now and at the next step; what `next_slot` holds then leaves the ring.
     sees_slot bool [B, M + 1] and sees_cache bool [B]: which keys are of the query's document. keeps_cache bool [B]:
     whether the token that left last is of the cache's document. leaves bool [B]: whether there is such a token.
+    continues bool [B]: whether the token before was of the query's document.
     """
 
     def __init__(self, state: dict, doc_ids: jax.Array):
@@ -202,6 +206,7 @@ class _Documents:
         ring = _write(state["doc_ids"], doc_ids, slot, axis=1)
         self.slot, self.next_slot = slot, jnp.where(slot == ring.shape[1] - 1, 0, slot + 1)
         self.sees_slot = ring == doc_ids[:, None]
+        self.continues = state["last_doc"] == doc_ids
         self.leaves = state["leaving_doc"] != NO_DOC
         cache_doc = jnp.where(self.leaves, state["leaving_doc"], state["cache_doc"])
         self.keeps_cache, self.sees_cache = cache_doc == state["cache_doc"], cache_doc == doc_ids
@@ -229,8 +234,12 @@ def _attention(weights: dict, state: dict, x: jax.Array, docs: _Documents, c: Tr
     widths = (c.n_head * c.d_k, n_head * c.d_k, n_head * c.d_v)
     joined = _einsum("bd,nd->bn", _norm(weights["norm"], x, c), weights["w_in"]).astype(c.dtype)
     q, k, v, gate = jnp.split(joined, [widths[0], sum(widths[:2]), sum(widths)], axis=-1)
-    q = _norm(None, q.reshape(n_rows, n_head, -1, c.d_k), c) * scale
-    k = _norm(None, k.reshape(n_rows, n_head, c.d_k), c) * scale
+    q, k = q.reshape(n_rows, n_head, -1, c.d_k), k.reshape(n_rows, n_head, c.d_k)
+    if c.key_shift:
+        before = state["before"].reshape(k.shape)
+        k += jnp.where(docs.continues[:, None, None], weights["shift"][None] * before, jnp.zeros([], c.dtype))
+        state = state | dict(before=_lean(jnp.mean(q, axis=2)))
+    q, k = (_norm(None, x, c) * scale for x in (q, k))
     if c.temperature == "learned":
         q *= weights["sharpness"]
     v = v.reshape(n_rows, n_head, c.d_v)

@@ -149,9 +149,10 @@ class Transformer(nn.Module):
         return new_state, result | dict(l_commit=jnp.sum(l_commit), l_codebook=jnp.sum(l_codebook))
 
     def _has_own_loop(self) -> bool:
-        """Whether layer_loop.py goes through the layers, and not flax's scan."""
+        """Whether layer_loop.py goes through the layers, and not flax's scan. It knows of no key_shift."""
         c = self.config
-        return implementation(c) == "pallas" and c.mem_len == c.block_len and not self.is_initializing()
+        fits = c.mem_len == c.block_len and not c.key_shift
+        return implementation(c) == "pallas" and fits and not self.is_initializing()
 
     def _rngs_of_layers(self) -> dict[str, LazyRng]:
         """As flax's scan would split them."""

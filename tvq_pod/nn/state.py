@@ -1,9 +1,9 @@
 """The state of one attention layer: what a stream carries from block to block and from update to update.
 
 It is a dict: the window (`xlcache`, see window.py), the cache (`aggcache`, see cache.py), and `pos_offset`, the number
-of tokens that were read of the current document. VQAttention hands it in and out; model.py stacks one for each layer.
-Here is how it starts, how its axes are named, and how it moves on, whether the blocks lie on one device or are spread
-over several (sequence.py).
+of tokens that were read of the current document; with key_shift also `before`, for the next key. VQAttention hands it
+in and out; model.py stacks one for each layer. Here is how it starts, how its axes are named, and how it moves on,
+whether the blocks lie on one device or are spread over several (sequence.py).
 """
 
 import jax
@@ -23,6 +23,7 @@ def initial_state(config: TransformerConfig, batch_size: int) -> dict:
     xlcache: the window, oldest first: z [B, H, M] int32, k_hat [B, H, M, K] and v [B, H, M, V] in `dtype`,
       doc_ids [B, M] int32.
     aggcache: the cache, see `initial_cache`.
+    before [B, H, K] in `dtype`, with key_shift: the last token's query, see `shifted`.
     With attn_type full there is no z and no aggcache.
     """
     c, n_head = config, config.n_key_head
@@ -36,11 +37,18 @@ def initial_state(config: TransformerConfig, batch_size: int) -> dict:
         ),
         aggcache=initial_cache(batch_size, n_head, c.n_code, c.d_v),
     )
-    return state if c.attn_type == "vq" else _without_cache(state)
+    state = state if c.attn_type == "vq" else _without_cache(state)
+    return state | (dict(before=jnp.zeros([batch_size, n_head, c.d_k], c.dtype)) if c.key_shift else {})
 
 
 def state_axes(config: TransformerConfig) -> dict:
     """Returns the logical name of every axis of `initial_state`, in the same tree."""
+    heads, _ = config.value_names
+    return axes_of_attention(config) | (dict(before=("batch", heads, "key")) if config.key_shift else {})
+
+
+def axes_of_attention(config: TransformerConfig) -> dict:
+    """`state_axes` of what attention itself reads: all but `before`, which the projections need."""
     heads, value = config.value_names
     axes = dict(
         pos_offset=("batch",),
@@ -77,7 +85,7 @@ def surroundings(config: TransformerConfig, present: dict, state: dict) -> tuple
         return window_of_blocks(state["xlcache"], present), before, positions, new_state | dict(aggcache=after)
 
     heads, value = config.value_names
-    blocks, axes = ("blocks", "batch"), state_axes(config)
+    blocks, axes = ("blocks", "batch"), axes_of_attention(config)
     codes, values = (*blocks, heads, "token"), (*blocks, heads, "token", value)
     in_axes = dict(z=codes, k_hat=(*codes, "key"), v=values, doc_ids=(*blocks, "token")), axes
     past = dict(k_hat=(*codes, "key"), v=values)
@@ -95,6 +103,21 @@ def next_state(present: dict, state: dict) -> dict:
     n_present = jnp.sum(doc_ids == last[None, :, None], axis=(0, 2), dtype=jnp.int32)
     pos_offset = n_present + jnp.where(last_before == last, state["pos_offset"], 0)
     return dict(pos_offset=pos_offset, xlcache=next_window(state["xlcache"], present))
+
+
+def shifted(q: jax.Array, doc_ids: jax.Array, state: dict) -> tuple[jax.Array, jax.Array]:
+    """Of each token, the query of the token before it: q [R, B, H, L, K] and doc_ids [R, B, L] of the blocks after what
+    `state` has read. Zeros where a document begins. Returns [R, B, H, L, K], and the next state's `before`."""
+
+    def before(of_tokens, first, axis):
+        lasts = jax.lax.slice_in_dim(of_tokens, of_tokens.shape[axis] - 1, None, axis=axis)
+        of_blocks = jnp.concatenate([jnp.expand_dims(first, axis - 1)[None], lasts[:-1]])
+        rest = jax.lax.slice_in_dim(of_tokens, 0, of_tokens.shape[axis] - 1, axis=axis)
+        return jnp.concatenate([of_blocks, rest], axis=axis)
+
+    is_continued = before(doc_ids, state["xlcache"]["doc_ids"][:, -1], 2) == doc_ids
+    of_before = before(q, state["before"], 3)
+    return jnp.where(is_continued[:, :, None, :, None], of_before, jnp.zeros([], q.dtype)), q[-1, :, :, -1]
 
 
 def doc_positions(state: dict, doc_ids: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from tvq_pod.nn.pallas.fit import shape_of, sized
 from tvq_pod.nn.pallas.leaving import gradient_operands, leaving_gradient, leaving_sums, sums_operands
 from tvq_pod.nn.pallas.tile import silu
 from tvq_pod.nn.sequence import at_shard, exclusive_scan, of_last_shard
-from tvq_pod.nn.state import doc_positions, next_state, state_axes
+from tvq_pod.nn.state import axes_of_attention, doc_positions, next_state
 from tvq_pod.nn.types import TransformerConfig
 from tvq_pod.nn.window import leaving_chunks
 
@@ -34,7 +34,7 @@ def start(
     """
     c = config
     heads, value = c.value_names
-    axes, blocks, of_shard = state_axes(c), ("blocks", "batch"), ("shards", "batch", heads)
+    axes, blocks, of_shard = axes_of_attention(c), ("blocks", "batch"), ("shards", "batch", heads)
     codes = (*blocks, heads, "token")
     of_present: dict[str, tuple] = dict(z=codes, k_hat=(*codes, "key"), v=(*codes, value), doc_ids=(*blocks, "token"))
     of_counts = (*blocks, heads, None, "codes")
