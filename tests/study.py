@@ -28,12 +28,11 @@ DISTANCES = {  # in windows, and the metrics that have them
     "64 to 256": "accuracy_64_to_256",
 }
 
-DEPTHS = {  # tokens before, in the document, and the metrics that `bits_by_depth` makes
-    "0 to 1k": "bits_at_0",
-    "1k to 4k": "bits_at_1024",
-    "4k to 16k": "bits_at_4096",
-    "16k to 64k": "bits_at_16384",
-    "64k on": "bits_at_65536",
+DEPTHS = {  # tokens before, in the document, and the metrics that `losses_by_depth` makes
+    "0 to 1k": "loss_at_0",
+    "1k to 4k": "loss_at_1024",
+    "4k to 16k": "loss_at_4096",
+    "16k on": "loss_at_16384",
 }
 
 
@@ -80,21 +79,22 @@ def by_distance(study: Study, runs: list[Run], path: pathlib.Path) -> None:
 
 
 def advantage_by_depth(study: Study, runs: list[Run], path: pathlib.Path) -> None:
-    """How many bits per byte the first arm is better than each other, by depth, with standard errors over seeds."""
+    """How many nats a token each arm without the cache loses against the same with it, which comes before it: by depth,
+    with standard errors over seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    first, *others = study.arms
+    arms = list(study.arms)
     by_arm = {arm: {run.seed: run.numbers for run in runs if run.arm == arm} for arm in study.arms}
-    for other in others:
+    for first, other in zip(arms[::2], arms[1::2], strict=True):
         seeds = sorted(by_arm[first].keys() & by_arm[other].keys())
         gains = [[by_arm[other][seed][m] - by_arm[first][seed][m] for seed in seeds] for m in DEPTHS.values()]
         errors = [statistics.stdev(gain) / len(gain) ** 0.5 if len(gain) > 1 else 0.0 for gain in gains]
         means = [statistics.mean(gain) for gain in gains]
-        axes.errorbar(list(DEPTHS), means, yerr=errors, marker="o", capsize=3, label=f"{first}, against {other}")
+        axes.errorbar(list(DEPTHS), means, yerr=errors, marker="o", capsize=3, label=first)
     axes.axhline(0, linestyle=":", color="gray")
-    axes.set(xlabel="bytes before, in the document", ylabel="bits per byte gained")
+    axes.set(xlabel="tokens before, in the document", ylabel="nats per token that the cache gains")
     axes.legend()
     figure.savefig(path, dpi=120)
 
@@ -129,6 +129,18 @@ STUDIES = {
         },
         columns=DISTANCES,
         settings={"train.num_steps": 400},
+    ),
+    "memory": Study(
+        config="ansible",
+        arms={
+            "with the cache": {},
+            "without the cache": {"model.agg_cache": False},
+            "with the cache, key_shift=False": {"model.key_shift": False},
+            "without the cache, key_shift=False": {"model.key_shift": False, "model.agg_cache": False},
+        },
+        columns={"bits per byte": "bits_per_byte", "nats per token": "loss"} | DEPTHS,
+        by_depth=True,
+        plot=advantage_by_depth,
     ),
 }
 
@@ -167,25 +179,25 @@ def trained(study: Study, arm: str, seed: int, folder: pathlib.Path) -> Run:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     numbers = [line for line in lines if line["split"] == "validation"][-1]
     if study.by_depth:
-        numbers |= bits_by_depth(workdir)
+        numbers |= losses_by_depth(workdir)
     return Run(arm, seed, numbers, json.loads(done.read_text())["minutes"])
 
 
-def bits_by_depth(workdir: pathlib.Path) -> dict[str, float]:
-    """Bits per byte between the places of DEPTHS, from the file that --mode=eval writes; evaluates if there is none."""
+def losses_by_depth(workdir: pathlib.Path) -> dict[str, float]:
+    """Nats per token between the places of DEPTHS, from the file that --mode=eval writes; evaluates if there is none."""
     if not (found := sorted(workdir.glob("eval/step_*_validation.tsv"))):
         command = [sys.executable, "-m", "tvq_pod.main", "--mode=eval", "--split=validation", f"--workdir={workdir}"]
         with (workdir / "study.log").open("ab") as log:
             subprocess.run(command, check=True, stdout=log, stderr=log)
         found = sorted(workdir.glob("eval/step_*_validation.tsv"))
     rows = [[float(cell) for cell in line.split("\t")] for line in found[-1].read_text().splitlines()[1:]]
-    bounds = [int(name.removeprefix("bits_at_")) for name in DEPTHS.values()]
-    bits = {}
+    bounds = [int(name.removeprefix("loss_at_")) for name in DEPTHS.values()]
+    losses = {}
     for name, begin, end in zip(DEPTHS.values(), bounds, [*bounds[1:], float("inf")], strict=True):
-        part = [(n, bits) for place, n, _, bits in rows if begin <= place < end]
+        part = [(n, loss) for place, n, loss, _ in rows if begin <= place < end]
         if n_tokens := sum(n for n, _ in part):
-            bits[name] = sum(n * bits for n, bits in part) / n_tokens
-    return bits
+            losses[name] = sum(n * loss for n, loss in part) / n_tokens
+    return losses
 
 
 def _store_name(study: Study, arm: str) -> str:
