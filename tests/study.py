@@ -38,12 +38,14 @@ DEPTHS = {  # tokens before, in the document, and the metrics that `losses_by_de
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training. numbers: what the evaluation of the validation split gave; minutes: wall time of all."""
+    """One training. numbers: what the evaluation of the validation split gave; minutes: wall time of all; curve: tokens
+    trained with, seconds that training took until then, and the loss of the steps that were logged together."""
 
     arm: str
     seed: int
     numbers: dict[str, float]
     minutes: float
+    curve: list[tuple[int, float, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +101,22 @@ def advantage_by_depth(study: Study, runs: list[Run], path: pathlib.Path) -> Non
     figure.savefig(path, dpi=120)
 
 
+def loss_over_tokens_and_time(study: Study, runs: list[Run], path: pathlib.Path) -> None:
+    """A line for each run, twice: over tokens and over the time of its steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    by_tokens, by_time = figure.subplots(1, 2, sharey=True)
+    for run in runs:
+        tokens, seconds, losses = zip(*run.curve, strict=True)
+        by_tokens.plot([n / 1e6 for n in tokens], losses, label=run.arm)
+        by_time.plot([s / 60 for s in seconds], losses, label=run.arm)
+    by_tokens.set(xlabel="millions of tokens", ylabel="training loss, nats per token", ylim=(None, 5.0))
+    by_time.set(xlabel="minutes")
+    by_time.legend()
+    figure.savefig(path, dpi=120)
+
+
 STUDIES = {
     "recall": Study(
         config="recall",
@@ -142,6 +160,23 @@ STUDIES = {
         by_depth=True,
         plot=advantage_by_depth,
     ),
+    "compute": Study(  # steps that take each arm about as long
+        config="ansible",
+        arms={
+            "with the cache": {"train.num_steps": 300},
+            "without the cache": {"model.agg_cache": False, "train.num_steps": 420},
+            "quadratic attention": {"model.attn_type": "full", "train.num_steps": 60},
+        },
+        columns={"bits per byte": "bits_per_byte", "nats per token": "loss"},
+        seeds=(0,),
+        settings={
+            "train.update_len": 8192,
+            "train.batch_size": 1,
+            "train.log_every_steps": 10,
+            "optimizer.schedule": "constant",
+        },
+        plot=loss_over_tokens_and_time,
+    ),
 }
 
 
@@ -180,11 +215,22 @@ def trained(study: Study, arm: str, seed: int, folder: pathlib.Path) -> Run:
     numbers = [line for line in lines if line["split"] == "validation"][-1]
     if study.by_depth:
         numbers |= losses_by_depth(workdir)
-    return Run(arm, seed, numbers, json.loads(done.read_text())["minutes"])
+    return Run(arm, seed, numbers, json.loads(done.read_text())["minutes"], curve(workdir, lines))
+
+
+def curve(workdir: pathlib.Path, lines: list[dict]) -> list[tuple[int, float, float]]:
+    """See Run, from the lines of metrics.jsonl."""
+    train = json.loads((workdir / "config.json").read_text())["train"]
+    found, step, seconds = [], 0, 0.0
+    for line in (line for line in lines if line["split"] == "train"):
+        n_tokens = (line["step"] - step) * train["batch_size"] * train["update_len"]
+        step, seconds = line["step"], seconds + n_tokens / line["tokens_per_second"]
+        found.append((step * train["batch_size"] * train["update_len"], seconds, line["loss"]))
+    return found
 
 
 def losses_by_depth(workdir: pathlib.Path) -> dict[str, float]:
-    """Nats per token between the places of DEPTHS, from the file that --mode=eval writes; evaluates if there is none."""
+    """Nats per token between the places of DEPTHS, from the file of --mode=eval; evaluates if there is none."""
     if not (found := sorted(workdir.glob("eval/step_*_validation.tsv"))):
         command = [sys.executable, "-m", "tvq_pod.main", "--mode=eval", "--split=validation", f"--workdir={workdir}"]
         with (workdir / "study.log").open("ab") as log:
