@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from tvq_pod.data.retry import retried
 from tvq_pod.errors import UserError
 from tvq_pod.host.extras import require
+from tvq_pod.host.paths import HUB
 
-PREFIX = "hf:"
 SAVED = ("dataset_dict.json", "state.json")  # of a folder that save_to_disk has written
 ROWS = 256  # of a batch
 
@@ -24,7 +24,7 @@ class Name(NamedTuple):
 
     def __str__(self) -> str:
         parts = [self.dataset, *([self.config] if self.config else []), self.split]
-        return PREFIX + ":".join(parts)
+        return HUB + ":".join(parts)
 
     @property
     def folder(self) -> str | None:
@@ -34,12 +34,12 @@ class Name(NamedTuple):
 
 def is_hub(source: str) -> bool:
     """Whether a source is one of these."""
-    return source.startswith(PREFIX)
+    return source.startswith(HUB)
 
 
 def parse(source: str) -> Name:
     """Raises UserError for what is not hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT."""
-    rest = source.removeprefix(PREFIX)
+    rest = source.removeprefix(HUB)
     if os.path.isdir(rest):
         return Name(rest, "", "")
     dataset, *more = rest.split(":")
@@ -72,7 +72,7 @@ def batches(name: Name) -> Iterator[Any]:
 @functools.lru_cache(8)
 def _loaded(dataset: str, config: str) -> dict[str, Any]:
     """Iterable datasets by their splits."""
-    source = PREFIX + dataset + (f":{config}:" if config else "")
+    source = HUB + dataset + (f":{config}:" if config else "")
     require("datasets", f"config.data.source={source}: a Hugging Face dataset")
     with _named(source):
         return retried(source, lambda: _load(dataset, config), _may_pass)

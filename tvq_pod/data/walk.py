@@ -123,38 +123,32 @@ def walk_nothing(root: str) -> Walk:
 def walk_names(root: str, names: Iterable[str], rules: Rules) -> Walk:
     """The same of a folder in a bucket, where folders are only parts of names. names: of its objects, below it."""
     found = Walk(root)
-    files: dict[str, list[str]] = {}  # by the folder that they lie in
-    inside: dict[str, set[str]] = {}  # the names of what lies in each folder
-    for path in names:
-        files.setdefault(path.rpartition("/")[0], []).append(path)
-        above = path
-        while above:
-            above, _, name = above.rpartition("/")
-            inside.setdefault(above, set()).add(name)
-    waiting = [""]
+    files = {tuple(parts_of(name)) for name in names}
+    inside: dict[tuple[str, ...], set[str]] = {}  # the names of what lies in each folder
+    for parts in files:
+        for n in range(len(parts)):
+            inside.setdefault(parts[:n], set()).add(parts[n])
+    waiting: list[tuple[str, ...]] = [()]
     while waiting:
         folder = waiting.pop()
         if _is_ours(inside.get(folder, set())):
             if not folder:
                 raise _refused(root)
-            found.leave_out(OURS, folder)
+            found.leave_out(OURS, "/".join(folder))
             continue
         below = []
-        for path in sorted(files.get(folder, ())):
-            name = path.rpartition("/")[2]
-            reason = rules.left_out(path, name) or (None if rules.matches(path) else UNMATCHED)
-            if reason:
-                found.leave_out(reason, path)
-            else:
-                found.files.append(path)
         for name in sorted(inside.get(folder, ())):
-            path = f"{folder}/{name}" if folder else name
-            if path not in inside:
-                continue
+            parts = (*folder, name)
+            path = "/".join(parts)
             if reason := rules.left_out(path, name):
                 found.leave_out(reason, path)
-            else:
-                below.append(path)
+                continue
+            if parts in inside:
+                below.append(parts)
+            if parts in files and rules.matches(path):
+                found.files.append(path)
+            elif parts in files:
+                found.leave_out(UNMATCHED, path)
         waiting += reversed(below)
     found.files.sort(key=parts_of)
     return found

@@ -13,6 +13,7 @@ from tvq_pod.errors import UserError
 from tvq_pod.host.extras import require
 
 BUCKET = "gs://"
+HUB = "hf:"  # a dataset of Hugging Face, which only a corpus may be
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # s3://bucket, file:///folder; gs:/bucket, with a slash too few
 ROOTS = ("/gs", "/s3", "/az", "/hf")  # local folders that etils takes for buckets
 PATH_BYTES = 3800  # of 4095 that Linux takes: what is written in a folder has names of its own
@@ -45,6 +46,20 @@ def check_path(setting: str, path: str, local_only: bool = False) -> None:
         raise UserError(f"{here}: {_remedy(path, local_only)}")
     elif not local_only:
         _check_local(here, os.path.abspath(path))
+
+
+def check_source_paths(setting: str, source: str) -> list[tuple[str, str]]:
+    """Raises UserError if one of the paths that a corpus is read from, with commas between them, is of another kind
+    than this program can read. Returns the setting and gs://BUCKET for each bucket among them."""
+    buckets = []
+    for part in [source] if os.path.exists(source) else [part.strip() for part in source.split(",")]:
+        if part.startswith(BUCKET):
+            bucket = BUCKET + part.removeprefix(BUCKET).partition("/")[0]
+            check_path(setting, bucket)
+            buckets.append((setting, bucket))
+        elif not part.startswith(HUB) and (SCHEME.match(part) or "://" in part):
+            raise UserError(f"{setting}={part}: {_remedy(part, local_only=False)}")
+    return buckets
 
 
 def _check_local(here: str, full: str) -> None:
