@@ -231,6 +231,24 @@ def test_what_is_big_lies_on_disk_and_not_in_memory(put, monkeypatch):
     assert bytes(document.text) == b"x" * 5000
 
 
+def test_of_parquet_only_the_column_is_fetched(put, unreliable, monkeypatch):
+    monkeypatch.setattr(bucket, "HEAD_BYTES", 1000)
+    monkeypatch.setattr(bucket, "BLOCK_BYTES", 10_000)
+    rows, file = of_many_blocks(300), io.BytesIO()
+    wide = [random.randbytes(20_000) for _ in rows]
+    pyarrow.parquet.write_table(pyarrow.table(dict(a=wide, text=rows, z=wide)), file, row_group_size=100)
+    where = put(**{"a.parquet": file.getvalue()})
+    got, fetch = [], bucket._Piece.__init__
+
+    def counted(piece, of, begin, end):
+        got.append(end - begin)
+        fetch(piece, of, begin, end)
+
+    monkeypatch.setattr(bucket._Piece, "__init__", counted)
+    assert texts(where) == rows
+    assert sum(map(len, rows)) / 2 < sum(got) < sum(map(len, rows)) + 10 * 2**16 < len(file.getvalue()) / 10
+
+
 def test_many_small_objects_are_fetched_side_by_side(put, unreliable):
     """Sixteen answers that each wait for seven others could not come if one were asked for after the other."""
     where = put(**{f"{n:03d}.txt": f"text {n}" for n in range(64)})
@@ -249,7 +267,7 @@ def test_at_most_so_many_blocks_are_held(put, unreliable, monkeypatch):
     read = documents(DataSettings(source=where))
     for _ in range(20):
         next(read)
-        held = [len(blocks._futures) for blocks in bucket._AHEAD.values()]
+        held = [len(blocks._pieces) for blocks in bucket._AHEAD.values()]
         assert len(held) <= bucket.OBJECTS_AHEAD + 1
         assert sum(held) <= len(held) + bucket.BLOCKS_AHEAD + 1
     read.close()

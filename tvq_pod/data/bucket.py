@@ -12,7 +12,6 @@ import io
 import logging
 import os
 import pathlib
-import threading
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -51,7 +50,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _asked(source: str, call: Callable[[], T]) -> T:
-    return retried(source, call, _may_pass)
+    return retried(source, call, _may_pass, "let this account list and read objects there, or log in as another")
 
 
 # ------------------------------------------------- which objects there are
@@ -78,11 +77,12 @@ class Object:
         """Its size, and a number that is another one when its content is."""
         return types.SimpleNamespace(st_size=self.size, st_mtime_ns=int(self.version or 0))
 
-    def open(self, mode: str = "rb") -> io.BufferedReader:
-        """Its content, fetched as it is read. Raises UserError, also later, if the bucket can't be reached, or the
-        object is not what it was when it was listed."""
+    def open(self, mode: str = "rb", in_order: bool = True) -> io.BufferedReader:
+        """Its content, fetched as it is read. in_order: whether what comes next is fetched ahead. Raises UserError,
+        also later, if the bucket can't be reached, or the object is not what it was when it was listed."""
         assert mode == "rb", mode
-        return io.BufferedReader(_Reader(_AHEAD.get(self) or _Blocks(self)), 2**16)
+        content = (_AHEAD.get(self) or _Blocks(self)) if in_order else _Ranges(self)
+        return io.BufferedReader(_Reader(self.size, content), 2**16)
 
 
 Place = pathlib.Path | Object
@@ -141,82 +141,95 @@ def found_below(folder: str) -> dict[str, Object]:
 
 
 # ------------------------------------------------- what is in them
-class _Blocks:
-    """The bytes of an object, in blocks that are fetched by other threads."""
+class _Piece:
+    """Some bytes of an object, which another thread fetches from the beginning on."""
 
-    def __init__(self, of: Object):
-        self._of, self._lock = of, threading.Lock()
-        self._futures: dict[int, concurrent.futures.Future[bytes]] = {}
-        self._n = 0 if not of.size else 1 + -(-max(0, of.size - HEAD_BYTES) // BLOCK_BYTES)
-        self._last = -1
+    def __init__(self, of: Object, begin: int, end: int):
+        self._of, self._begin, self._end = of, begin, end
+        self._future: concurrent.futures.Future[bytes] | None = _threads().submit(self._fetch)
 
-    @property
-    def size(self) -> int:
-        return self._of.size
-
-    def begin(self, number: int) -> None:
-        """Fetches a block, if there is one of this number, and nobody else does."""
-        with self._lock:
-            self._begin(number)
-
-    def _begin(self, number: int) -> None:
-        if number < self._n and number not in self._futures:
-            self._futures[number] = _threads().submit(self._fetch, number)
-
-    def _bounds(self, number: int) -> tuple[int, int]:
-        begin = HEAD_BYTES + (number - 1) * BLOCK_BYTES if number else 0
-        return begin, min(self._of.size, HEAD_BYTES + number * BLOCK_BYTES)
-
-    def _fetch(self, number: int) -> bytes:
-        begin, end = self._bounds(number)
+    def _fetch(self) -> bytes:
         only = dict(generation=self._of.version) if self._of.version else {}
-        return filesystem().cat_file(self._of.path, start=begin, end=end, **only)
+        return filesystem().cat_file(self._of.path, start=self._begin, end=self._end, **only)
 
-    def at(self, place: int) -> tuple[memoryview, int]:
-        """The block that has the byte at `place`, and where in it that is."""
-        number = 0 if place < HEAD_BYTES else 1 + (place - HEAD_BYTES) // BLOCK_BYTES
-        begin, end = self._bounds(number)
+    def _result(self) -> bytes:
+        future = self._future or _threads().submit(self._fetch)
+        self._future = None  # if it fails, the next try is a new one
+        found = future.result()
+        self._future = future
+        return found
+
+    def get(self) -> bytes:
+        """Waits for them. Raises UserError as `Object.open` says."""
         try:
-            block = _asked(self._of.path, lambda: self._result(number))
+            found = _asked(self._of.path, self._result)
         except FileNotFoundError:
-            block = b""
-        if len(block) != end - begin:
+            found = b""
+        if len(found) != self._end - self._begin:
             raise UserError(
                 f"config.data.source={self._of.path}: has changed, or is gone, since it was listed; start again with "
                 "a corpus that nobody writes to"
             )
-        return memoryview(block), place - begin
+        return found
 
-    def _result(self, number: int) -> bytes:
-        with self._lock:
-            in_order = number in (self._last, self._last + 1)
-            self._last = number
-            ahead = range(number, number + 1 + (BLOCKS_AHEAD if in_order else 0))
-            for old in self._futures.keys() - {0, *ahead}:
-                self._futures.pop(old).cancel()
-            for block in ahead:
-                self._begin(block)
-            future = self._futures[number]
-        try:
-            return future.result()
-        except Exception:
-            with self._lock:
-                self._futures.pop(number, None)  # the next try is a new one
-            raise
+    def cancel(self) -> None:
+        """Does not fetch them, if that has not begun."""
+        if self._future:
+            self._future.cancel()
+
+
+class _Blocks:
+    """The bytes of an object that is read in order, in blocks of which some are fetched ahead."""
+
+    def __init__(self, of: Object):
+        self._of, self._last = of, -1
+        self._pieces: dict[int, _Piece] = {}
+        self._n = 0 if not of.size else 1 + -(-max(0, of.size - HEAD_BYTES) // BLOCK_BYTES)
+
+    def begin(self, number: int) -> None:
+        """Fetches a block, if there is one of this number, and it is not being fetched."""
+        if number < self._n and number not in self._pieces:
+            begin = HEAD_BYTES + (number - 1) * BLOCK_BYTES if number else 0
+            self._pieces[number] = _Piece(self._of, begin, min(self._of.size, HEAD_BYTES + number * BLOCK_BYTES))
+
+    def read(self, place: int, n: int) -> bytes | memoryview:
+        """At most n bytes from `place` on, at least one."""
+        number = 0 if place < HEAD_BYTES else 1 + (place - HEAD_BYTES) // BLOCK_BYTES
+        in_order = place > 0 and number in (self._last, self._last + 1)  # at 0, it may be only the head that is wanted
+        self._last = number
+        ahead = range(number, number + 1 + (BLOCKS_AHEAD if in_order else 0))
+        for old in self._pieces.keys() - {0, *ahead}:
+            self._pieces.pop(old).cancel()
+        for block in ahead:
+            self.begin(block)
+        begin = place - (HEAD_BYTES + (number - 1) * BLOCK_BYTES if number else 0)
+        return memoryview(self._pieces[number].get())[begin : begin + n]
 
     def close(self) -> None:
         """Whatever is not being fetched yet is not."""
-        with self._lock:
-            for future in self._futures.values():
-                future.cancel()
-            self._futures.clear()
+        for piece in self._pieces.values():
+            piece.cancel()
+        self._pieces.clear()
+
+
+class _Ranges:
+    """The bytes of an object that is read here and there: what is asked for and no more, in pieces side by side."""
+
+    def __init__(self, of: Object):
+        self._of = of
+
+    def read(self, place: int, n: int) -> bytes:
+        """n bytes from `place` on."""
+        end = min(place + n, self._of.size)
+        pieces = [_Piece(self._of, at, min(at + BLOCK_BYTES, end)) for at in range(place, end, BLOCK_BYTES)]
+        return b"".join(piece.get() for piece in pieces)
 
 
 class _Reader(io.RawIOBase):
-    """Blocks as a file."""
+    """Either of them as a file."""
 
-    def __init__(self, blocks: _Blocks):
-        self._blocks, self._place = blocks, 0
+    def __init__(self, size: int, content: _Blocks | _Ranges):
+        self._size, self._content, self._place = size, content, 0
 
     def readable(self) -> bool:
         return True
@@ -228,18 +241,17 @@ class _Reader(io.RawIOBase):
         return self._place
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._blocks.size}[whence]
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
         self._place = max(0, start + offset)
         return self._place
 
     def readinto(self, buffer) -> int:
-        if self._place >= self._blocks.size:
+        if self._place >= self._size:
             return 0
-        block, begin = self._blocks.at(self._place)
-        n = min(len(buffer), len(block) - begin)
-        buffer[:n] = block[begin : begin + n]
-        self._place += n
-        return n
+        found = self._content.read(self._place, len(buffer))
+        buffer[: len(found)] = found
+        self._place += len(found)
+        return len(found)
 
 
 _AHEAD: dict[Object, _Blocks] = {}  # whose heads are being fetched

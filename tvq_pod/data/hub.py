@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from tvq_pod.host.extras import require
 from tvq_pod.host.paths import HUB
 
 SAVED = ("dataset_dict.json", "state.json")  # of a folder that save_to_disk has written
+REMEDY = "give hf:NAME of a dataset, or hf:FOLDER"
 ROWS = 256  # of a batch
 
 
@@ -75,13 +77,14 @@ def _loaded(dataset: str, config: str) -> dict[str, Any]:
     source = HUB + dataset + (f":{config}:" if config else "")
     require("datasets", f"config.data.source={source}: a Hugging Face dataset")
     with _named(source):
-        return retried(source, lambda: _load(dataset, config), _may_pass)
+        return retried(source, lambda: _load(dataset, config), _may_pass, REMEDY)
 
 
 def _load(dataset: str, config: str) -> dict[str, Any]:
     import datasets
 
-    datasets.utils.logging.set_verbosity_error()
+    for library in ("datasets", "huggingface_hub"):  # a line for each try; what they raise says as much
+        logging.getLogger(library).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     if any(os.path.exists(os.path.join(dataset, name)) for name in SAVED):
         saved = datasets.load_from_disk(dataset)
@@ -109,4 +112,4 @@ def _named(source: str) -> Iterator[None]:
         raise
     except Exception as error:  # of any of its readers
         why = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"config.data.source={source}: can't be read ({why})") from None
+        raise UserError(f"config.data.source={source}: can't be read ({why}); {REMEDY}") from None

@@ -137,7 +137,7 @@ def _as_parquet(path: Place):
         is_compressed = compression_of(file.read(SNIFFED))
     if is_compressed:
         return pyarrow.BufferReader(content(path))
-    return path.open("rb") if isinstance(path, Object) else path
+    return path.open(in_order=False) if isinstance(path, Object) else path
 
 
 def _without_text(schema, field: str, path: str) -> _BadRow | None:

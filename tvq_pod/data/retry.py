@@ -15,11 +15,12 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two tries
 T = TypeVar("T")
 
 
-def retried(source: str, call: Callable[[], T], may_pass: Callable[[Exception], bool]) -> T:
+def retried(source: str, call: Callable[[], T], may_pass: Callable[[Exception], bool], remedy: str) -> T:
     """What call() returns.
 
-    source: what is read, for the message. may_pass: whether an error may pass, so that it is worth another try. Raises
-    FileNotFoundError as call() does. Raises UserError for any other error, at once or after RETRY_SECONDS.
+    source: what is read, for the message. may_pass: whether an error may pass, so that it is worth another try.
+    remedy: of one that can't. Raises FileNotFoundError as call() does. Raises UserError for any other error, at once or
+    after RETRY_SECONDS.
     """
     began, pause = None, FIRST_PAUSE
     while True:
@@ -30,7 +31,7 @@ def retried(source: str, call: Callable[[], T], may_pass: Callable[[Exception], 
         except Exception as error:  # of the network, of the service, of credentials that are refreshed
             why = " ".join(str(error).split())[:200] or type(error).__name__
             if not may_pass(error):
-                raise UserError(f"config.data.source={source}: can't be read ({why})") from None
+                raise UserError(f"config.data.source={source}: can't be read ({why}); {remedy}") from None
             if began is None:
                 began = time.monotonic()
                 say(f"WARNING: {source} can't be read ({why}): trying again")
