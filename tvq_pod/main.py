@@ -212,7 +212,7 @@ def _check_paths(settings: Settings, mode: str, workdir: str) -> None:
         remote.append(("config.compile_cache", settings.compile_cache))
     if _PROMPT_FILE.value:
         check_path("--prompt_file", _PROMPT_FILE.value, local_only=True)
-    remote += check_source_paths("config.data.source", data.source)
+    check_source_paths("config.data.source", data.source)  # a run whose store is there does not need it to be reached
     for name, path in remote:
         if path:
             check_path(name, path)

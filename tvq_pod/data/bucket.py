@@ -19,6 +19,7 @@ from typing import Protocol, TypeVar
 
 from tvq_pod.data.retry import retried
 from tvq_pod.errors import UserError
+from tvq_pod.host.extras import require
 from tvq_pod.host.paths import BUCKET
 
 HEAD_BYTES = 2**18  # of an object that are fetched first: all of a small one
@@ -32,6 +33,7 @@ T = TypeVar("T")
 @functools.cache
 def filesystem():
     """gcsfs, which asks the bucket for each listing anew. Call `cache_clear()` if the environment has changed."""
+    require("gcsfs", "config.data.source=gs://: a bucket")
     import fsspec
 
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # a page for each try; what it raises says as much
@@ -102,9 +104,11 @@ def found_at(path: str) -> Object | str | None:
     """What is at gs://BUCKET/NAME: an object; the path itself if it is a folder of objects; None if there is nothing.
 
     Raises UserError if the bucket can't be reached."""
-    if not path.removeprefix(BUCKET).strip("/").partition("/")[2]:
-        return path
+    name = path.removeprefix(BUCKET).strip("/")
     try:
+        if "/" not in name:  # a bucket: it can be listed by whoever may list it
+            _asked(path, lambda: filesystem().call("GET", "b/{}/o", name, maxResults=1, json_out=True))
+            return path
         info = _asked(path, lambda: filesystem().info(path.rstrip("/")))
     except FileNotFoundError:
         return None
