@@ -234,7 +234,7 @@ def test_what_is_big_lies_on_disk_and_not_in_memory(put, monkeypatch):
 
 def test_of_parquet_only_the_column_is_fetched(put, unreliable, monkeypatch):
     monkeypatch.setattr(bucket, "HEAD_BYTES", 1000)
-    monkeypatch.setattr(bucket, "BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(bucket, "BLOCK_BYTES", 200_000)
     rows, file = of_many_blocks(300), io.BytesIO()
     wide = [random.randbytes(20_000) for _ in rows]
     pyarrow.parquet.write_table(pyarrow.table(dict(a=wide, text=rows, z=wide)), file, row_group_size=100)
@@ -297,13 +297,17 @@ def test_a_bucket_that_stays_down_is_named_in_one_line(put, unreliable, monkeypa
 
 
 def test_a_bucket_that_is_down_for_a_while_is_waited_for(put, unreliable, capfd):
-    where = put(**{"a.txt": "a" * 100})
-    unreliable.down = True
-    up = threading.Timer(1.0, lambda: setattr(unreliable, "down", False))
-    up.start()
-    assert texts(where) == ["a" * 100]
-    up.join()
-    assert "trying again" in capfd.readouterr().err
+    where = put(**{"a.txt": "a" * 100, "b.txt": "b"})
+    for is_listed in (False, True):
+        read = documents(DataSettings(source=where)) if is_listed else None
+        unreliable.down = True
+        up = threading.Timer(1.0, lambda: setattr(unreliable, "down", False))
+        up.start()
+        found = [bytes(document.text) for document in read or documents(DataSettings(source=where))]
+        assert found == [b"a" * 100, b"b"]
+        up.join()
+        what = f"{where}/a.txt" if is_listed else where
+        assert capfd.readouterr().err.count(f"WARNING: {what} can't be read (") == 1
 
 
 @pytest.mark.parametrize("change", ["replaced", "removed", "same size"])
