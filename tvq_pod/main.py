@@ -28,7 +28,15 @@ from tvq_pod.config.run_config import FROM
 from tvq_pod.config.settings import Settings
 from tvq_pod.errors import Preempted, UserError
 from tvq_pod.host import terminal
-from tvq_pod.host.paths import check_folder, check_path, check_reached, check_saving, is_bucket, may_write
+from tvq_pod.host.paths import (
+    check_folder,
+    check_path,
+    check_reached,
+    check_saving,
+    check_source_paths,
+    is_bucket,
+    may_write,
+)
 from tvq_pod.run.preemption import PREEMPTED, Preemption
 
 TOGETHER = ("train", "eval", "lm_eval", "sample", "prepare")  # modes for any number of processes
@@ -202,9 +210,9 @@ def _check_paths(settings: Settings, mode: str, workdir: str) -> None:
         remote.append(("config.data.vocab", data.vocab))
     if settings.compile_cache != "auto":
         remote.append(("config.compile_cache", settings.compile_cache))
-    for name, path in (("config.data.source", data.source), ("--prompt_file", _PROMPT_FILE.value)):
-        if path:
-            check_path(name, path, local_only=True)
+    if _PROMPT_FILE.value:
+        check_path("--prompt_file", _PROMPT_FILE.value, local_only=True)
+    check_source_paths("config.data.source", data.source)  # a run whose store is there does not need it to be reached
     for name, path in remote:
         if path:
             check_path(name, path)

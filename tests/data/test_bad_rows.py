@@ -176,6 +176,13 @@ def test_a_column_without_text_is_named_or_all_its_rows_are_left_out(tmp_path, c
     assert "1 left out, without the field text: c.parquet:1\n" in said
 
 
+def test_a_column_that_is_there_twice_is_named(tmp_path):
+    rows = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(rows, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"config.data.text_field=text: .*a.parquet has 2 columns text;"):
+        texts(tmp_path)
+
+
 # ------------------------------------------------- ArrayRecord
 def test_array_records_are_texts_or_json(tmp_path):
     raw = write_array_record(

@@ -11,10 +11,12 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import sentencepiece
 import zstandard
 from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -33,7 +35,8 @@ JSON = '{"text": "first"}\n{"text": "second"}\n'
 
 
 def texts(source, **settings) -> list[str]:
-    return [bytes(document.text).decode() for document in documents(DataSettings(source=str(source), **settings))]
+    data = DataSettings(source=str(source), **dict(holdout="hash") | settings)
+    return [bytes(document.text).decode() for document in documents(data)]
 
 
 def parquet_bytes(*rows: str) -> bytes:
@@ -90,6 +93,31 @@ def test_a_compressed_text_that_is_cut_off_is_named_and_not_trained_on(tmp_path,
         texts(tmp_path)
 
 
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_files_of_several_parts_are_read_to_their_end_and_what_is_no_part_is_damage(tmp_path, suffix):
+    """As parallel compressors write them, and `cat`. A library's own reader may take a damaged part for the end."""
+    one, two = (COMPRESS[suffix](text.encode()) for text in ("first\n", "second\n"))
+    path = tmp_path / f"a.txt{suffix}"
+    padding = {".gz": bytes(512), ".xz": bytes(8), ".zst": b"\x50\x2a\x4d\x18\x04\0\0\0skip", ".bz2": b""}[suffix]
+    path.write_bytes(one + padding + two + padding)
+    assert texts(path) == ["first\nsecond\n"]
+    for end in (b"garbage", b"\xff" + two[1:], two[: len(two) // 2]):
+        path.write_bytes(one + end)
+        with pytest.raises(UserError, match=rf"config.data.source=.*a.txt{suffix}: can't be read, or is damaged"):
+            texts(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-be"])
+def test_what_is_not_utf8_by_its_mark_is_not_cut_into_lines(tmp_path, encoding):
+    path = tmp_path / "a.txt"
+    path.write_bytes(("\ufeff" * encoding.endswith("be") + TEXT).encode(encoding))
+    for settings in (dict(format="lines"), dict(format="jsonl"), dict(holdout="position")):
+        with pytest.raises(UserError, match=r"source=.*a.txt: is UTF-16 or UTF-32, .*`iconv"):
+            texts(path, **settings)
+    (document,) = documents(DataSettings(source=str(path), holdout="hash"))
+    assert bytes(document.text) == path.read_bytes()
+
+
 def zip_bytes() -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
@@ -106,10 +134,22 @@ def tar_bytes() -> bytes:
     return file.getvalue()
 
 
+def sentencepiece_bytes() -> bytes:
+    model = io.BytesIO()
+    lines = iter(TEXT.splitlines())
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=lines, model_writer=model, vocab_size=20, hard_vocab_limit=False, minloglevel=2
+    )
+    return model.getvalue()
+
+
 NO_TEXT = {
     "a zip archive": zip_bytes(), "a tar archive": tar_bytes(), "a Parquet file": parquet_bytes("x"),
     "an image": b"\x89PNG\r\n\x1a\n" + bytes(40), "a PDF file": b"%PDF-1.7\n%\xe2\xe3",
     "an SQLite database": b"SQLite format 3\0" + bytes(90), "compressed twice": gzip.compress(gzip.compress(b"x" * 99)),
+    "an lzma file": lzma.compress(TEXT.encode(), lzma.FORMAT_ALONE), "a zlib file": zlib.compress(TEXT.encode()),
+    "an Office document": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(90),
+    "a SentencePiece model": sentencepiece_bytes(),
     "a program": pathlib.Path(sys.executable).read_bytes()[:9000],
 }  # fmt: skip
 
@@ -154,7 +194,7 @@ def test_texts_that_only_begin_like_binary_files_are_texts(tmp_path):
 def test_a_big_compressed_text_lies_on_disk_and_has_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(document_module, "BIG_FILE", 1000)
     (tmp_path / "a.txt.xz").write_bytes(lzma.compress(TEXT.encode()))
-    (document,) = documents(DataSettings(source=str(tmp_path)))
+    (document,) = documents(DataSettings(source=str(tmp_path), holdout="hash"))
     assert isinstance(document.text, memoryview)
     assert bytes(document.text).decode() == TEXT
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from tests.data.texts import settings_for
 from tvq_pod.config.settings import DataSettings
 from tvq_pod.data.corpora import documents, files_of
+from tvq_pod.data.kinds import kind_of, suffix_of
 from tvq_pod.data.mixture import Mixture
 from tvq_pod.data.open import open_store
-from tvq_pod.data.sources import kind_of, splits_by_name, suffix_of
+from tvq_pod.data.splits import splits_by_name
 from tvq_pod.data.store import SPLITS
 from tvq_pod.data.text import parts
 from tvq_pod.errors import UserError
@@ -73,6 +74,21 @@ def test_json_among_source_code_is_text(tmp_path):
     assert texts(tmp_path) == ["read\n", "import this\n", '{\n "name": 1\n}\n']
 
 
+def test_json_lines_with_text_in_them_are_not_read_as_text_because_of_a_text_beside_them(tmp_path):
+    write(tmp_path, **{"c4.0.json": ROW, "c4.1.json": ROW, "stats.txt": "2 rows\n"})
+    with pytest.raises(UserError, match=r"has files of several formats \(jsonl, text\)"):
+        texts(tmp_path)
+    assert texts(tmp_path, exclude="*.txt") == ["a text"] * 2
+    assert texts(tmp_path, text_field="body") == [ROW, ROW, "2 rows\n"]  # they have no text of that name
+
+
+def test_a_folder_of_files_that_are_no_text_is_not_read_for_what_is_about_them(tmp_path):
+    write(tmp_path, **{"data-00000-of-00001.arrow": "x", "state.json": "{}", "dataset_info.json": "{}"})
+    with pytest.raises(UserError, match=rf"\(data-00000-of-00001.arrow\), and besides.*; give hf:{tmp_path}$"):
+        texts(tmp_path)
+    assert texts(tmp_path, format="text") == ["{}", "{}"]
+
+
 def test_what_is_about_a_corpus_of_records_is_no_part_of_it(tmp_path):
     write(
         tmp_path,
@@ -130,7 +146,11 @@ def test_a_single_text_file_is_one_document_whose_last_lines_are_held_out(tmp_pa
     assert sizes == pytest.approx([0.85, 0.1, 0.05], abs=0.003)
     assert found(tmp_path / "book.txt", holdout="hash") == [("book.txt", LINES, None)]
     assert len(found(tmp_path / "book.txt", format="lines")) == 1000
-    write(tmp_path, **{"folder/one.txt": LINES, "folder/two.txt": LINES})
+    write(tmp_path, **{"folder/one.txt": LINES})
+    assert [split for _, _, split in found(tmp_path / "folder")] == ["train", "validation", "test"]
+    write(tmp_path, **{"tests/test.txt": LINES})
+    assert [split for _, _, split in found(tmp_path / "tests")] == ["test"]  # its name says so
+    write(tmp_path, **{"folder/two.txt": LINES})
     assert [split for _, _, split in found(tmp_path / "folder")] == [None, None]
     assert [split for _, _, split in found(tmp_path / "folder", holdout="position")] == [
         "train",
@@ -178,6 +198,13 @@ def test_words_of_names_say_splits_only_where_names_differ_in_nothing_else():
     assert splits_by_name(["x.train.txt", "x.test.md"]) == [None, None]
 
 
+def test_names_that_differ_in_shards_and_compression_say_splits():
+    names = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "validation.parquet"]
+    assert splits_by_name(names) == ["train", "train", "validation"]
+    assert splits_by_name(["train.jsonl.gz", "val.jsonl", "test.JSONL.zst"]) == ["train", "validation", "test"]
+    assert splits_by_name(["train.txt-00000-of-00001", "test.txt"]) == ["train", "test"]
+
+
 OWN = {"train/a.txt": "a", "train/b.txt": "b", "valid/c.txt": "c", "test/x/d.txt": "d"}
 
 
@@ -216,10 +243,24 @@ def test_a_folder_of_which_some_files_have_no_split_is_held_out_by_hash_and_says
         found(tmp_path, holdout="names")
 
 
+def test_a_readme_beside_splits_of_text_is_left_out(tmp_path):
+    write(tmp_path, **OWN, **{"README.md": "about"})
+    assert {split for _, _, split in found(tmp_path)} == set(SPLITS)
+    said = "\n".join(files_of(DataSettings(source=str(tmp_path))).lines())
+    assert "leaves out 1 about the corpus, by their names: README.md" in said
+    assert "about" in texts(tmp_path, holdout="hash")
+
+
+def test_a_folder_of_training_and_other_files_says_that_it_is_held_out_by_hash(tmp_path):
+    write(tmp_path, **{"train/a.txt": "a", "eval/b.txt": "b"})
+    said = "\n".join(files_of(DataSettings(source=str(tmp_path))).lines())
+    assert "held out by hash, since 1 files name no split (eval/b.txt)" in said
+
+
 def test_a_package_with_tests_in_it_has_no_splits(tmp_path):
     write(tmp_path, **{"tests/test_a.py": "x", "test/b.py": "y", "src/train.py": "z"})
     assert {split for _, _, split in found(tmp_path)} == {None}
-    write(tmp_path / "only", **{"train/a.txt": "x"})
+    write(tmp_path / "only", **{"train/a.txt": "x", "train/b.txt": "y"})
     assert {split for _, _, split in found(tmp_path / "only")} == {None}  # else nothing would be held out
 
 

@@ -18,7 +18,7 @@ from tvq_pod.errors import UserError
 
 
 def names(source, **settings) -> list[str]:
-    return [document.name for document in documents(DataSettings(source=str(source), **settings))]
+    return [document.name for document in documents(DataSettings(source=str(source), holdout="hash", **settings))]
 
 
 def said(source, **settings) -> str:
@@ -99,6 +99,20 @@ def test_exclude_is_a_glob(corpus, exclude, left):
     assert names(corpus, exclude=exclude) == left
 
 
+def test_an_exclude_that_leaves_nothing_out_is_named(corpus):
+    text = said(corpus, exclude="*.{txt,md}, d, x/*")
+    unused = [line.split(": ")[1] for line in text.splitlines() if line.endswith("leaves nothing out")]
+    assert unused == [f"{pattern} leaves nothing out" for pattern in ("*.{txt", "md}", "x/*")]
+
+
+def test_exclude_holds_for_what_a_glob_matches(corpus):
+    write(corpus, "f.txt", "g.txt")
+    assert names(f"{corpus}/*.txt", exclude="a.*") == [f"{corpus}/f.txt", f"{corpus}/g.txt"]
+    assert f"leaves out 1 by config.data.exclude: {corpus}/a.txt" in said(f"{corpus}/*.txt", exclude="a.*")
+    with pytest.raises(UserError, match=r"source=.*: all of it is left out by config.data.exclude=\*"):
+        names(f"{corpus}/*.txt", exclude="*")
+
+
 @pytest.mark.parametrize("exclude", ["/etc/*", "a**/x", "../x"])
 def test_an_exclude_that_is_no_pattern_is_named(corpus, exclude):
     with pytest.raises(UserError, match=r"^config.data.exclude=.*: is no pattern"):
@@ -114,6 +128,15 @@ def test_odd_names_are_names(tmp_path):
     for name in odd:
         (document,) = documents(DataSettings(source=str(tmp_path / "corpus, [odd]" / name), holdout="hash"))
         assert bytes(document.text) == os.fsencode(f"text of {name}\n")
+
+
+@pytest.mark.parametrize("what", ["pipe", "null"])
+def test_what_is_neither_a_file_nor_a_folder_is_refused_and_not_waited_for(tmp_path, what):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "null.txt").symlink_to("/dev/null")
+    for source in (tmp_path / f"{what}.txt", tmp_path / f"{what}.*"):
+        with pytest.raises(UserError, match=rf"config.data.source=.*{what}.txt: is neither a file nor a folder"):
+            names(source)
 
 
 # ------------------------------------------------- permissions

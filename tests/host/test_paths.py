@@ -12,7 +12,7 @@ from tvq_pod.data.corpora import documents
 from tvq_pod.data.mixture import Mixture
 from tvq_pod.data.store import TokenStore, kvstore
 from tvq_pod.errors import UserError
-from tvq_pod.host.paths import NAME_BYTES, check_path, check_saving, is_bucket, may_write
+from tvq_pod.host.paths import NAME_BYTES, check_path, check_saving, check_source_paths, is_bucket, may_write
 
 GLOBS = ["a[1]", "[", "a*b", "*", "a?b", "100% sure? [no]*", "[!a]"]
 PLAIN = [
@@ -144,3 +144,15 @@ def test_a_bucket_is_one_whatever_is_in_its_name():
 def test_whether_a_folder_can_be_written_is_asked_of_the_nearest_that_exists(tmp_path):
     assert may_write(epath.Path(tmp_path) / "a/b/c")
     assert not may_write(epath.Path("/proc/self/a/b"))
+
+
+def test_a_corpus_may_lie_in_several_places(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gs:").mkdir()
+    (tmp_path / "gs:/a,b").write_text("is there")
+    for source in ("", "a.txt,b/*.txt", "hf:user/name:train", "gs:/a,b"):
+        check_source_paths("config.data.source", source)
+    check_source_paths("config.data.source", "a.txt, gs://one/x/*.txt,hf:x,gs://two")
+    for source in ("x,s3://bucket/a", "gs:/bucket/a", "file:///a", "gs:///a", "gs://*/a"):
+        with pytest.raises(UserError, match=r"^config.data.source="):
+            check_source_paths("config.data.source", source)

@@ -16,8 +16,8 @@ class DataSettings:
     """The corpus, its vocabulary and the token store that is made of it."""
 
     source: str = ""
-    """The corpus: `stdlib`, `novels`, `ansible`, `recall`, `passkey`, or a path; or several paths and globs,
-    separated by commas. See docs/data.md."""
+    """The corpus: `stdlib`, `novels`, `ansible`, `recall`, `passkey`, a path, which may be in a bucket, or `hf:NAME`;
+    or several paths and globs, separated by commas. See docs/data.md."""
     format: Literal[
         "auto",
         "stdlib",
@@ -42,8 +42,8 @@ class DataSettings:
     glob: str = "**/*"
     """Which files of a folder are read."""
     exclude: str = ""
-    """Which files and folders of a folder are left out: globs, separated by commas. One without a slash, as `*.log`, is
-    compared with names at any depth."""
+    """Which files and folders of a folder, or of what a glob matches, are left out: globs, separated by commas. One
+    without a slash, as `*.log`, is compared with names at any depth."""
     hidden: bool = False
     """Read files and folders whose names begin with a dot, too."""
     vocab: str = "bytes"

@@ -6,12 +6,12 @@ import contextlib
 import gzip
 import io
 import lzma
-import pathlib
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
+from tvq_pod.data.bucket import Place
 from tvq_pod.errors import UserError
 from tvq_pod.host.extras import require
 
@@ -29,7 +29,10 @@ BINARY = {
     "a tar archive": rb".{257}ustar",
     "a 7z archive": rb"7z\xbc\xaf\x27\x1c",
     "a rar archive": rb"Rar!\x1a\x07",
-    "an lz4 file": rb"\x04\x22\x4d\x18",
+    "an lz4 file": rb"[\x02\x04]\x22\x4d\x18|\x02\x21\x4c\x18",
+    "an lzma file": rb"\x5d\x00\x00.{2}(\xff{8}|.{5}\x00{3})\x00",
+    "a zlib file": rb"\x78\x9c",
+    "a snappy file": rb"\xff\x06\x00\x00sNaPpY",
     "a file of Unix compress": rb"\x1f[\x9d\xa0]",
     "a Parquet file": rb"PAR1\x15",
     "an Arrow file": rb"ARROW1\x00\x00",
@@ -41,9 +44,12 @@ BINARY = {
         rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|II\*\x00|MM\x00\*|RIFF.{4}WEBP|\x00\x00\x01\x00[\x01-\x20]\x00"
     ),
     "a PDF file": rb"%PDF-\d",
+    "an Office document": rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
+    "a SentencePiece model": rb"\n[\x08-\x20]\n[\x03-\x08]<",
     "sound": rb"RIFF.{4}WAVE|ID3[\x00-\x0f]|OggS\x00|fLaC\x00",
     "a video": rb"RIFF.{4}AVI |\x1a\x45\xdf\xa3|.{4}ftyp[a-zA-Z0-9 ]{4}\x00",
 }
+WIDE = re.compile(rb"\xff\xfe|\xfe\xff|\x00\x00\xfe\xff")  # byte order marks of UTF-16 and UTF-32
 _COMPRESSIONS = {kind: re.compile(pattern, re.DOTALL) for kind, pattern in COMPRESSIONS.items()}
 _COMPRESSED = re.compile(b"|".join(COMPRESSIONS.values()), re.DOTALL)
 _BINARY = {kind: re.compile(pattern, re.DOTALL) for kind, pattern in BINARY.items()}
@@ -65,7 +71,7 @@ def binary_kind(begins: bytes) -> str | None:
     return next((kind for kind, pattern in _BINARY.items() if pattern.match(begins)), "compressed twice")
 
 
-def compression_at(path: pathlib.Path, begins: bytes) -> str | None:
+def compression_at(path: Place, begins: bytes) -> str | None:
     """The same, of a file with a name. Raises UserError if it has the name of a compressed file, and neither its bytes
     nor those of text."""
     kind = compression_of(begins)
@@ -88,7 +94,7 @@ def _is_utf8(text: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def opened(path: pathlib.Path) -> Iterator[io.BufferedReader]:
+def opened(path: Place) -> Iterator[io.BufferedReader]:
     """What is in a file, decompressed as it is read. Raises UserError if it is damaged or can't be read, also while it
     is being read."""
     damage: tuple = (OSError, EOFError, zlib.error, lzma.LZMAError)
@@ -102,10 +108,12 @@ def opened(path: pathlib.Path) -> Iterator[io.BufferedReader]:
 
                 damage = (*damage, zstandard.ZstdError)
                 frames = zstandard.ZstdDecompressor(max_window_size=2**31)
-                yield io.BufferedReader(_Blocks(_decompressed(file, frames)), 2**16)
+                yield io.BufferedReader(_Blocks(_decompressed(file, frames.decompressobj)), 2**16)
+            elif kind == "gzip":
+                yield io.BufferedReader(files.enter_context(gzip.open(file)), 2**16)  # pyright: ignore[reportArgumentType]
             elif kind:
-                reader = files.enter_context(dict(gzip=gzip.open, bzip2=bz2.open, xz=lzma.open)[kind](file))
-                yield io.BufferedReader(reader, 2**16)  # pyright: ignore[reportArgumentType]
+                new_frame = dict(bzip2=bz2.BZ2Decompressor, xz=lzma.LZMADecompressor)[kind]
+                yield io.BufferedReader(_Blocks(_decompressed(file, new_frame, b"\0" if kind == "xz" else b"")), 2**16)
             else:
                 yield file
         except damage as error:
@@ -113,15 +121,26 @@ def opened(path: pathlib.Path) -> Iterator[io.BufferedReader]:
 
 
 @contextlib.contextmanager
-def opened_lines(path: pathlib.Path, what: str) -> Iterator[io.BufferedReader]:
+def opened_lines(path: Place, what: str) -> Iterator[io.BufferedReader]:
     """As `opened`, of a file that has lines. what: of what, in words. Raises UserError if it is a binary file."""
     with opened(path) as file:
         if kind := binary_kind(file.peek(SNIFFED)[:SNIFFED]):
             raise UserError(f"config.data.source={path}: is {kind}, and no {what}; leave it out")
+        check_has_lines(path, file.peek(SNIFFED)[:SNIFFED])
         yield file
 
 
-def first_bytes(path: pathlib.Path, n: int = SNIFFED) -> tuple[bytes, bytes]:
+def check_has_lines(path: Place, begins: bytes) -> None:
+    """Raises UserError if a text is UTF-16 or UTF-32, by the mark at its beginning: a cut at a line's end would be
+    inside a character."""
+    if WIDE.match(begins):
+        raise UserError(
+            f"config.data.source={path}: is UTF-16 or UTF-32, and must be UTF-8 to be cut into lines; convert it, as "
+            "`iconv -f utf-16 -t utf-8 FILE` does"
+        )
+
+
+def first_bytes(path: Place, n: int = SNIFFED) -> tuple[bytes, bytes]:
     """The first n bytes of a file, and of what is in it, which are others if it is compressed."""
     with opened(path) as file:
         inside = file.read(n)
@@ -129,12 +148,17 @@ def first_bytes(path: pathlib.Path, n: int = SNIFFED) -> tuple[bytes, bytes]:
         return file.read(n), inside
 
 
-def _decompressed(file: BinaryIO, decompressor) -> Iterator[bytes]:
-    """Blocks of a zstd file of one or more frames. The library's own reader takes a cut for the end."""
+def _decompressed(file: BinaryIO, new_frame: Callable, padding: bytes = b"") -> Iterator[bytes]:
+    """Blocks of a file of one or more frames (zstd) or streams (bzip2, xz), with `padding` between them. The libraries'
+    own readers take a cut, or whatever else follows a frame, for the end."""
     frame = None
     while block := file.read(BLOCK_BYTES):
         while block:
-            frame = frame or decompressor.decompressobj()
+            if frame is None:
+                block = block.lstrip(padding) if padding else block
+                if not block:
+                    break
+                frame = new_frame()
             yield frame.decompress(block)
             block = frame.unused_data
             if frame.eof:

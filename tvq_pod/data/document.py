@@ -2,11 +2,11 @@
 
 import io
 import mmap
-import pathlib
 import tempfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from tvq_pod.data.bucket import Object, Place
 from tvq_pod.data.compressed import SNIFFED, compression_at, opened
 from tvq_pod.errors import UserError
 
@@ -55,9 +55,11 @@ def printable(name: str) -> str:
     return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
-def content(path: pathlib.Path) -> bytes | memoryview:
+def content(path: Place) -> bytes | memoryview:
     """What is in a file, decompressed; if it is big, it stays on disk until it is used. Raises UserError if the file
     can't be read, or is damaged."""
+    if isinstance(path, Object):
+        return _decompressed(path)
     try:
         if path.stat().st_size < BIG_FILE:
             read = path.read_bytes()
@@ -69,8 +71,8 @@ def content(path: pathlib.Path) -> bytes | memoryview:
     return _decompressed(path) if compression_at(path, bytes(read[:SNIFFED])) else read
 
 
-def _decompressed(path: pathlib.Path) -> bytes | memoryview:
-    """What is in a compressed file: in memory, or in a temporary file that nothing else sees."""
+def _decompressed(path: Place) -> bytes | memoryview:
+    """What is in a file that is compressed or in a bucket: in memory, or in a temporary file that nothing else sees."""
     with opened(path) as file:
         begins = file.read(BIG_FILE)
         if len(begins) < BIG_FILE:
@@ -87,7 +89,7 @@ def _decompressed(path: pathlib.Path) -> bytes | memoryview:
             return memoryview(mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def _write(path: pathlib.Path, spool: io.FileIO, block: bytes) -> None:
+def _write(path: Place, spool: io.FileIO, block: bytes) -> None:
     try:
         rest = memoryview(block)
         while rest:
@@ -96,7 +98,7 @@ def _write(path: pathlib.Path, spool: io.FileIO, block: bytes) -> None:
         raise _no_room(path, error) from None
 
 
-def _no_room(path: pathlib.Path, error: OSError) -> UserError:
+def _no_room(path: Place, error: OSError) -> UserError:
     return UserError(
         f"config.data.source={path}: has more than {BIG_FILE // 2**20} MiB in it, and can't be decompressed into "
         f"{tempfile.gettempdir()} ({error.strerror}); set TMPDIR to a folder with room, or decompress it yourself"

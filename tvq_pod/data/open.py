@@ -17,7 +17,6 @@ from tvq_pod.data.vocab import ByteVocab, Vocab, kept_vocab, load_vocab
 from tvq_pod.data.walk import Rules, place_of
 from tvq_pod.data.writer import check_free, only_one
 from tvq_pod.errors import UserError
-from tvq_pod.host.paths import is_bucket
 from tvq_pod.host.terminal import say
 from tvq_pod.parallel.processes import on_process_zero
 
@@ -35,7 +34,7 @@ def check_source(settings: Settings, workdir: epath.Path) -> None:
     found = files_of(settings.data)
     for walked in found.walks if found else ():
         for name, folder in ((f"the token store {path}", path), (f"--workdir={workdir}", workdir)):
-            if not is_bucket(folder) and place_of(os.fspath(folder), walked, Rules(settings.data)) is not None:
+            if place_of(os.fspath(folder), walked, Rules(settings.data)) is not None:
                 raise UserError(
                     f"config.data.source={settings.data.source}: holds {name}, which would be read as text; "
                     "give another --workdir or config.data.store, or leave it out with config.data.exclude"

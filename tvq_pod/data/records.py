@@ -11,8 +11,11 @@ import tempfile
 from collections.abc import Iterator
 
 from tvq_pod.config.settings import DataSettings
+from tvq_pod.data import hub
+from tvq_pod.data.bucket import Object, Place, read_ahead
 from tvq_pod.data.compressed import SNIFFED, compression_of, opened_lines
 from tvq_pod.data.document import Document, Documents, content
+from tvq_pod.data.kinds import check_json_lines
 from tvq_pod.data.sources import File, Listing
 from tvq_pod.errors import UserError
 from tvq_pod.host.extras import require
@@ -40,8 +43,10 @@ def _bad(bad: _BadRow, name: str, file: File, data: DataSettings) -> Document:
 # ------------------------------------------------- JSON
 def jsonl(listing: Listing, data: DataSettings) -> Documents:
     """Each line is a JSON object whose `config.data.text_field` is a document; blank lines are passed over."""
-    for file in listing.files:
-        with opened_lines(pathlib.Path(file.path), "JSON lines") as lines:
+    for file in read_ahead(listing.files):
+        if file.object and file.kind == "json":  # of which the listing has looked at the first ones
+            check_json_lines(file.at)
+        with opened_lines(file.at, "JSON lines") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
@@ -50,13 +55,13 @@ def jsonl(listing: Listing, data: DataSettings) -> Documents:
 
 def _json_document(row: bytes, where: str, name: str, file: File, data: DataSettings) -> Document:
     try:
-        text = _json_text(row, where, pathlib.Path(file.path), data.text_field)
+        text = _json_text(row, where, file.path, data.text_field)
     except _BadRow as bad:
         return _bad(bad, name, file, data)
     return Document(name, text, file.split)
 
 
-def _json_text(row: bytes, where: str, path: pathlib.Path, field: str) -> bytes:
+def _json_text(row: bytes, where: str, path: str, field: str) -> bytes:
     """The UTF-8 bytes of an object's field. Raises _BadRow if there is none."""
     here, of_field = f"config.data.source={path}", f"config.data.text_field={field}"
     try:
@@ -94,7 +99,7 @@ def _kind(value: object) -> str:
 def parquet(listing: Listing, data: DataSettings) -> Documents:
     """Each row's column `config.data.text_field` is a document."""
     require("pyarrow", f"config.data.source={listing.source}: Parquet")
-    for file in listing.files:
+    for file in read_ahead(listing.files):
         yield from _parquet_rows(file, data)
 
 
@@ -102,34 +107,16 @@ def _parquet_rows(file: File, data: DataSettings) -> Documents:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    path, field = pathlib.Path(file.path), data.text_field
-    of_field, row = f"config.data.text_field={field}", 0
+    path, field, row = file.at, data.text_field, 0
     try:
         with ParquetFile(_as_parquet(path), memory_map=True) as table:
-            column = _column(table.schema_arrow, field)
-            if column is None:
-                there = ", ".join(table.schema_arrow.names)
-                missing = _BadRow(f"without the field {field}", of_field, f"{path} has no such column, but {there}")
+            if bad := _without_text(table.schema_arrow, field, file.path):
                 for row in range(1, table.metadata.num_rows + 1):
-                    yield _bad(missing, f"{file.name}:{row}", file, data)
+                    yield _bad(bad, f"{file.name}:{row}", file, data)
                 return
-            kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
-            if not _is_text(kind):
-                problem = f"{path} has {column.type} there, and no text"
-                other = _BadRow("another type than text", of_field, problem)
-                for row in range(1, table.metadata.num_rows + 1):
-                    yield _bad(other, f"{file.name}:{row}", file, data)
-                return
-            nested = [] if field in table.schema_arrow.names else field.split(".")[1:]
             for batch in _batches(table, field):
-                for text in _texts(batch.column(0), nested):
-                    row += 1
-                    name = f"{file.name}:{row}"
-                    if text is None:
-                        null = _BadRow("null in place of text", of_field, f"row {row} of {path} has no text there")
-                        yield _bad(null, name, file, data)
-                    else:
-                        yield Document(name, text, file.split, is_row=True)
+                yield from _of_batch(batch, row, file, data)
+                row += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
             f"config.data.source={path}: can't be read, or is damaged ({' '.join(str(error).split())[:200]})"
@@ -142,28 +129,54 @@ def _batches(table, field: str) -> Iterator:
         yield from table.iter_batches(ROWS, row_groups=[group], columns=[field])
 
 
-def _as_parquet(path: pathlib.Path):
+def _as_parquet(path: Place):
     """What pyarrow reads: the path, or what is in a compressed file."""
     import pyarrow
 
     with path.open("rb") as file:
         is_compressed = compression_of(file.read(SNIFFED))
-    return pyarrow.BufferReader(content(path)) if is_compressed else path
+    if is_compressed:
+        return pyarrow.BufferReader(content(path))
+    return path.open(in_order=False) if isinstance(path, Object) else path
 
 
-def _column(schema, field: str):
-    """A column's field in the schema, also one in a struct; None if there is none."""
+def _without_text(schema, field: str, path: str) -> _BadRow | None:
+    """Why no row of this schema has text in the field; None if rows may have it."""
     import pyarrow
 
-    if field in schema.names:
-        return schema.field(field)
-    first, *more = field.split(".")
-    found = schema.field(first) if first in schema.names else None
+    of_field, names = f"config.data.text_field={field}", schema.names
+    first, *more = _parts(schema, field)
+    found = schema.field(first) if names.count(first) == 1 else None
     for name in more:
-        if found is None or not pyarrow.types.is_struct(found.type):
-            return None
-        found = found.type.field(name) if found.type.get_field_index(name) >= 0 else None
-    return found
+        if found is not None:
+            kind = found.type
+            found = kind.field(name) if pyarrow.types.is_struct(kind) and kind.get_field_index(name) >= 0 else None
+    if found is None:
+        n = names.count(first)
+        what = f"{n} columns {first}" if n > 1 else f"no such column, but {', '.join(names)}"
+        return _BadRow(f"without the field {field}", of_field, f"{path} has {what}")
+    kind = found.type.value_type if pyarrow.types.is_dictionary(found.type) else found.type
+    if not _is_text(kind):
+        return _BadRow("another type than text", of_field, f"{path} has {found.type} there, and no text")
+    return None
+
+
+def _parts(schema, field: str) -> list[str]:
+    """A column, and in it the names of fields of structs."""
+    return [field] if field in schema.names else field.split(".")
+
+
+def _of_batch(batch, row: int, file: File, data: DataSettings) -> Documents:
+    """A document for each row of a record batch. row: of how many rows before them."""
+    of_field = f"config.data.text_field={data.text_field}"
+    column, *nested = _parts(batch.schema, data.text_field)
+    for number, text in enumerate(_texts(batch.column(column), nested), row + 1):
+        name = f"{file.name}:{number}"
+        if text is None:
+            null = _BadRow("null in place of text", of_field, f"row {number} of {file.path} has no text there")
+            yield _bad(null, name, file, data)
+        else:
+            yield Document(name, text, file.split, is_row=True)
 
 
 def _is_text(kind) -> bool:
@@ -186,13 +199,25 @@ def _texts(column, nested: list[str]) -> list[bytes | None]:
     return column.cast(pyarrow.large_binary()).to_pylist()
 
 
+# ------------------------------------------------- Hugging Face datasets
+def of_hub(file: File, data: DataSettings) -> Documents:
+    """Each row's column `config.data.text_field` is a document, as of Parquet."""
+    row = 0
+    for batch in hub.batches(hub.parse(file.path)):
+        if bad := _without_text(batch.schema, data.text_field, file.path):
+            yield from (_bad(bad, f"{file.name}:{row + n}", file, data) for n in range(1, batch.num_rows + 1))
+        else:
+            yield from _of_batch(batch, row, file, data)
+        row += batch.num_rows
+
+
 # ------------------------------------------------- ArrayRecord
 def arrayrecord(listing: Listing, data: DataSettings) -> Documents:
     """Each record is a document; or, in a file whose first record is a JSON object, the `config.data.text_field` of it.
     With an empty config.data.text_field, records are documents whatever they are."""
     require("array_record", f"config.data.source={listing.source}: ArrayRecord")
-    for file in listing.files:
-        path, has_json = pathlib.Path(file.path), False
+    for file in read_ahead(listing.files):
+        path, has_json = file.at, False
         for number, record in enumerate(_records(path), 1):
             name = f"{file.name}:{number}"
             if number == 1:
@@ -210,14 +235,14 @@ def _is_object(record: bytes) -> bool:
         return False
 
 
-def _records(path: pathlib.Path) -> Iterator[bytes]:
+def _records(path: Place) -> Iterator[bytes]:
     from array_record.python.array_record_module import ArrayRecordReader
 
     with _damage_of_records(path), contextlib.ExitStack() as files:
         with path.open("rb") as file:
             is_compressed = compression_of(file.read(SNIFFED))
         plain = path
-        if is_compressed:
+        if is_compressed or isinstance(path, Object):  # which the library can't read
             copy = files.enter_context(tempfile.NamedTemporaryFile())
             copy.write(content(path))
             copy.flush()
@@ -229,7 +254,7 @@ def _records(path: pathlib.Path) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def _damage_of_records(path: pathlib.Path) -> Iterator[None]:
+def _damage_of_records(path: Place) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, IndexError) as error:

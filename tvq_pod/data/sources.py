@@ -3,65 +3,48 @@
 import collections
 import dataclasses
 import glob
-import json
 import os
 import pathlib
-import re
 from collections.abc import Iterator
 
 from tvq_pod.config.settings import GENERATED, DataSettings
-from tvq_pod.data.compressed import SUFFIXES as COMPRESSED_SUFFIXES
-from tvq_pod.data.compressed import binary_kind, first_bytes, opened
+from tvq_pod.data import bucket, hub
+from tvq_pod.data.compressed import binary_kind, first_bytes
 from tvq_pod.data.document import Names
-from tvq_pod.data.walk import Rules, Walk, parts_of, walk
+from tvq_pod.data.kinds import ARCHIVES, SUFFIXES, check_json_lines, first_row, is_about, kind_of, plain_name, suffix_of
+from tvq_pod.data.splits import split_by_word, splits_by_name
+from tvq_pod.data.walk import EXCLUDED, Rules, Walk, parts_of, walk, walk_names, walk_nothing
 from tvq_pod.errors import UserError
+from tvq_pod.host.paths import is_bucket
 
 BUILT_IN = ("stdlib", "novels", "ansible", *GENERATED)
-SUFFIXES = {  # of files of many documents; any other file is text, or BINARY
-    "jsonl": (".jsonl", ".ndjson", ".jsonlines"),
-    "json": (".json",),  # JSON lines, if that is what is in it
-    "parquet": (".parquet", ".pq"),
-    "arrayrecord": (".array_record", ".arrayrecord"),
-}
-ARCHIVES = (
-    *(".zip", ".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".7z", ".rar", ".lz4", ".lzma", ".z", ".npz", ".jar", ".whl"),
-    *(".deb", ".rpm", ".iso", ".dmg", ".apk"),
-)
-BINARY = (
-    *ARCHIVES,
-    *(".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ico", ".heic", ".avif", ".psd"),
-    *(".mp3", ".mp4", ".m4a", ".wav", ".flac", ".ogg", ".avi", ".mov", ".mkv", ".webm"),
-    *(".pdf", ".doc", ".docx", ".xls", ".xlsx", ".ppt", ".pptx", ".odt", ".ods", ".epub", ".mobi"),
-    *(".so", ".o", ".dll", ".exe", ".dylib", ".pyc", ".pyo", ".class", ".wasm", ".ttf", ".otf", ".woff", ".woff2"),
-    *(".npy", ".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".safetensors", ".h5", ".hdf5", ".onnx", ".arrow"),
-    *(".feather", ".orc", ".avro", ".tfrecord", ".sqlite", ".sqlite3"),
-)
-SHARD = re.compile(r"-\d+-of-\d+$")
-ABOUT = re.compile(  # files that say something about the files of records beside them
-    r"(readme|license|licence|copying|notice|citation|changelog|authors)(\.\w+)?|_success|_metadata|_common_metadata"
-    r"|dataset_infos?\.json|dataset_dict\.json|state\.json|features\.json|sha256sums?|md5sums?|checksums?(\.\w+)?",
-)
-SPLIT_WORDS = dict(train="train", validation="validation", valid="validation", dev="validation", val="validation",
-                   test="test")  # fmt: skip
-HEAD_BYTES = 2**16  # of a .json file that are looked at
+LOOKED_AT = 8  # .json files that are looked at before a corpus is read, if each costs time
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class File:
-    """path: where it is. name: below the source. kind: what its name says: a key of SUFFIXES, "binary" or "text".
-    is_given: whether config.data.source names it. split: which its name says, if names decide."""
+    """path: where it is. name: below the source. kind: what its name says: a key of SUFFIXES, "binary" or "text"; "hf"
+    for a split of a Hugging Face dataset. is_given: whether config.data.source names it. split: which its name says, if
+    names decide. object: in a bucket, what was listed there."""
 
     path: str
     name: str
     kind: str
     is_given: bool
     split: str | None = None
+    object: bucket.Object | None = None
+
+    @property
+    def at(self) -> bucket.Place:
+        """Where it is read."""
+        return self.object or pathlib.Path(self.path)
 
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """format: text, lines, jsonl, parquet or arrayrecord. files: in the order in which they are read. holdout: hash,
-    position, names, validation or test. note: what should be known of that. walks: of the source's folders."""
+    """format: text, lines, jsonl, parquet, arrayrecord or hf, of all files that are not hf by their kind. files: in the
+    order in which they are read. holdout: hash, position, names, validation or test. note: what should be known of
+    that. walks: of the source's folders. unused: patterns of config.data.exclude that leave nothing out."""
 
     source: str
     format: str
@@ -70,18 +53,23 @@ class Listing:
     holdout: str
     note: str
     walks: list[Walk]
+    unused: list[str]
 
     def lines(self) -> Iterator[str]:
         """What is read and what is left out, for people."""
         found: dict[str, Names] = {}
         for file in self.files:
-            found.setdefault(suffix_of(file.name) or "without a suffix", Names()).add(file.name)
+            kind = "of datasets" if file.kind == "hf" else suffix_of(file.name) or "without a suffix"
+            found.setdefault(kind, Names()).add(file.name)
         kinds = sorted(found.items(), key=lambda item: -item[1].count)
         by_kind = "; ".join(f"{names.count:,} {suffix} ({names})" for suffix, names in kinds[:8])
         more = f"; {len(kinds) - 8} kinds more" if len(kinds) > 8 else ""
-        yield f"  reads {len(self.files):,} file{'s' * (len(self.files) != 1)} as {self.format}: {by_kind}{more}"
+        what = "split" if self.format == "hf" else "file"
+        yield f"  reads {len(self.files):,} {what}{'s' * (len(self.files) != 1)} as {self.format}: {by_kind}{more}"
         for reason, names in self.left_out.items():
             yield f"  leaves out {names.count:,} {reason}: {names}"
+        for pattern in self.unused:
+            yield f"  config.data.exclude: {pattern} leaves nothing out"
         if self.holdout == "names":
             n = collections.Counter(file.split for file in self.files)
             yield "  by their names, " + ", ".join(f"{n[split]:,} for {split}" for split in n if split)
@@ -99,36 +87,56 @@ def listing(data: DataSettings) -> Listing:
 
     Raises UserError if nothing is there, what is there is not of that format, or a folder can't be read.
     """
-    files, left_out, walks = _found(data)
+    rules = Rules(data)
+    files, left_out, walks = _found(data, rules)
     format = dict(folder="text").get(data.format, data.format)
     if format == "auto":
         format = _guessed(data, files)
     files = list(_of_format(format, files, left_out))
     if not files:
         _refuse_all(data, format, left_out)
-    for file in files:
-        if format == "jsonl" and file.kind == "json":
-            _check_json_lines(file.path)
-    return Listing(data.source, format, *_held_out(data, format, files, left_out), walks)
+    if format == "jsonl":
+        for number, file in enumerate(file for file in files if file.kind == "json"):
+            if number < LOOKED_AT or not file.object:
+                check_json_lines(file.at)
+    is_folder = len(walks) == 1 and not any(file.is_given for file in files)
+    held_out = _held_out(data, format, files, left_out, is_folder)
+    return Listing(data.source, format, *held_out, walks, list(rules.unused))
 
 
 # ------------------------------------------------- which files there are
-def _found(data: DataSettings) -> tuple[list[File], dict[str, Names], list[Walk]]:
-    rules, given = Rules(data), _given(data)
+def _found(data: DataSettings, rules: Rules) -> tuple[list[File], dict[str, Names], list[Walk]]:
     files, left_out, walks = [], {}, []
+    given = _given(data, rules, left_out)
     seen: set[str] = set()
-    for path in given:
-        if os.path.isdir(path):
+    for place in given:
+        path = str(place)
+        label = "" if len(given) == 1 else f"{path.rstrip('/')}/"
+        if isinstance(place, bucket.Object):
+            name = os.path.basename(path) if len(given) == 1 else path
+            here = [File(path, name, kind_of(name), True, object=place)]
+        elif hub.is_hub(path):
+            name = hub.parse(path)
+            here = _splits(name, is_one=len(given) == 1)
+            if name.folder:  # so that a run in it is refused
+                walks.append(walk_nothing(name.folder))
+        elif is_bucket(path):
+            objects = bucket.found_below(path)
+            walks.append(walked := walk_names(path, objects, rules))
+            here = [File(objects[n].path, label + n, kind_of(n), False, object=objects[n]) for n in walked.files]
+        elif os.path.isdir(path):
             walks.append(walked := walk(path, rules))
-            label = "" if len(given) == 1 else f"{path.rstrip('/')}/"
             here = [File(os.path.join(path, name), label + name, kind_of(name), False) for name in walked.files]
-            for reason, names in walked.left_out.items():
-                left_out.setdefault(reason, Names()).extend(names, label)
         else:
             name = os.path.basename(path) if len(given) == 1 else path
             here = [File(path, name, kind_of(name), True)]
+            if not os.path.isfile(path) and os.path.exists(path):
+                raise UserError(f"config.data.source={path}: is neither a file nor a folder; write it to a file first")
+        for reason, names in walks[-1].left_out.items() if walks and walks[-1].root == path else ():
+            left_out.setdefault(reason, Names()).extend(names, label)
         for file in here:
-            real = os.path.realpath(file.path) if len(given) > 1 else file.path
+            is_local = not file.object and file.kind != "hf"
+            real = os.path.realpath(file.path) if len(given) > 1 and is_local else file.path
             if real in seen:
                 left_out.setdefault("given twice", Names()).add(file.name)
             else:
@@ -138,26 +146,53 @@ def _found(data: DataSettings) -> tuple[list[File], dict[str, Names], list[Walk]
     return files, left_out, walks
 
 
-def _given(data: DataSettings) -> list[str]:
-    """The paths that config.data.source names: one that is there, or several with commas between them, and globs."""
+def _splits(name: hub.Name, is_one: bool) -> list[File]:
+    """The splits of a Hugging Face dataset. A single one that is asked for says nothing of what is held out."""
+    label = os.path.basename(name.dataset.rstrip("/")) + (f"/{name.config}" if name.config else "")
+    found = []
+    for split in hub.splits_of(name):
+        whole = f"{label}/{split}"
+        own = None if is_one and name.split else split_by_word(split)[0]
+        found.append(File(str(name._replace(split=split)), whole, "hf", True, own))
+    return found
+
+
+def _given(data: DataSettings, rules: Rules, left_out: dict[str, Names]) -> list[str | bucket.Object]:
+    """What config.data.source names: a path that is there, or several with commas between them, and globs. What
+    config.data.exclude leaves out of a glob is added to `left_out`."""
     source = data.source
     if source and os.path.exists(source):
         return [source]
-    paths = []
-    for part in filter(None, (part.strip() for part in source.split(","))):
-        if os.path.exists(part):
-            paths.append(part)
+    places: list[str | bucket.Object] = []
+    for part in parts_of_source(source):
+        if hub.is_hub(part) or os.path.exists(part):
+            places.append(part)
+        elif is_bucket(part) and (there := bucket.found_at(part)):
+            places.append(there)
         elif glob.has_magic(part):
-            found = sorted(glob.glob(part, recursive=True, include_hidden=data.hidden), key=parts_of)
+            if is_bucket(part):
+                found = bucket.found_by(part, data.hidden)
+            else:
+                found = sorted(glob.glob(part, recursive=True, include_hidden=data.hidden), key=parts_of)
+            for place in found:
+                if rules.excludes(str(place), os.path.basename(str(place))):
+                    left_out.setdefault(EXCLUDED, Names()).add(str(place))
+                else:
+                    places.append(place)
             if not found:
                 raise UserError(f"config.data.source={source}: no file or folder matches {part}; give another glob")
-            paths += found
         else:
             what = f"{part} does not exist (is not there)" if part != source else "is not there"
             raise UserError(f"config.data.source={source}: {what}{_wanted(data)}")
-    if not paths:
-        raise UserError(f"config.data.source={source}: is not there{_wanted(data)}")
-    return paths
+    if not places:
+        what = "is not there" if not left_out else f"all of it is left out by config.data.exclude={data.exclude}"
+        raise UserError(f"config.data.source={source}: {what}{_wanted(data)}")
+    return places
+
+
+def parts_of_source(source: str) -> list[str]:
+    """The paths, globs and names that config.data.source lists, unless it is one path as a whole."""
+    return [part for part in (part.strip() for part in source.split(",")) if part]
 
 
 def _wanted(data: DataSettings) -> str:
@@ -165,46 +200,22 @@ def _wanted(data: DataSettings) -> str:
         return f"; config.data.format={data.format} wants it"
     return (
         f"; must be {', '.join(map(repr, BUILT_IN))}, a text file, a folder, files of JSON lines, Parquet or "
-        "ArrayRecord, a glob, or several of these with commas between them"
+        "ArrayRecord, a glob, hf:NAME, or several of these with commas between them; gs:// is taken, too"
     )
 
 
 # ------------------------------------------------- what they are
-def _plain_name(name: str) -> str:
-    """A file's name in small letters, without what says that it is compressed, or one of several."""
-    name = SHARD.sub("", os.path.basename(name).lower())
-    for suffix in COMPRESSED_SUFFIXES:
-        if name.endswith(suffix) and name != suffix:
-            return SHARD.sub("", name.removesuffix(suffix))
-    return name
-
-
-def suffix_of(name: str) -> str:
-    """The end of a file's name that says its kind, as it is counted: .txt, .json.gz."""
-    plain, name = _plain_name(name), SHARD.sub("", os.path.basename(name).lower())
-    return os.path.splitext(plain)[1] + (os.path.splitext(name)[1] if name != plain else "")
-
-
-def kind_of(name: str) -> str:
-    """What a file's name says that it is: a key of SUFFIXES, "binary", or "text" for any other."""
-    plain = _plain_name(name)
-    suffix = os.path.splitext(plain)[1]
-    if suffix in BINARY:
-        return "binary"
-    return next((kind for kind, suffixes in SUFFIXES.items() if suffix in suffixes), "text")
-
-
-def _is_about(file: File) -> bool:
-    return ABOUT.fullmatch(os.path.basename(file.name).lower()) is not None
-
-
 def _guessed(data: DataSettings, files: list[File]) -> str:
     """What "auto" stands for. Raises UserError if that can't be said."""
+    files = [file for file in files if file.kind != "hf"] or files
+    if files and files[0].kind == "hf":
+        return "hf"
     if len(files) == 1 and files[0].is_given:
         return _guessed_of_one(files[0])
-    of_records = {file.kind for file in files if file.kind in SUFFIXES and not _is_about(file)}
-    has_text = any(file.kind == "text" and not _is_about(file) for file in files)
-    if not of_records or (of_records == {"json"} and has_text):  # a folder of source code has JSON files, too
+    of_records = {file.kind for file in files if file.kind in SUFFIXES and not is_about(file.name)}
+    has_text = any(file.kind == "text" and not is_about(file.name) for file in files)
+    if not of_records or (of_records == {"json"} and has_text and not _has_rows(data, files)):  # as source code has
+        _refuse_only_about(data, files)
         return "text"
     kinds = {dict(json="jsonl").get(kind, kind) for kind in of_records}
     kinds |= {"text"} if has_text else set()
@@ -216,12 +227,30 @@ def _guessed(data: DataSettings, files: list[File]) -> str:
     return kinds.pop()
 
 
+def _has_rows(data: DataSettings, files: list[File]) -> bool:
+    """Whether a .json file, of the first ones, has rows of text in it."""
+    found = [file for file in files if file.kind == "json" and not is_about(file.name)]
+    return any(data.text_field.split(".")[0] in first_row(file.at) for file in found[:LOOKED_AT])
+
+
+def _refuse_only_about(data: DataSettings, files: list[File]) -> None:
+    """Raises UserError if all that could be read as text says something about other files, which are no text."""
+    others = [file for file in files if file.kind == "binary"]
+    if others and all(file.kind == "binary" or is_about(file.name) for file in files):
+        is_saved = any(file.path.endswith(".arrow") for file in others)
+        remedy = f"give hf:{data.source}" if is_saved else "give config.data.format=text if those are the corpus"
+        raise UserError(
+            f"config.data.source={data.source}: has {len(others):,} files that are no text ({others[0].name}), and "
+            f"besides them only files about a corpus; {remedy}"
+        )
+
+
 def _guessed_of_one(file: File) -> str:
-    begins, inside = first_bytes(pathlib.Path(file.path))
+    begins, inside = first_bytes(file.at)
     kind = binary_kind(inside)
     if kind == "a Parquet file":
         return "parquet"
-    plain = _plain_name(file.name)
+    plain = plain_name(file.name)
     is_binary = kind is not None or file.kind == "binary"
     if kind == "compressed twice" or (is_binary and begins and plain.endswith(ARCHIVES)):
         raise UserError(
@@ -240,10 +269,12 @@ def _of_format(format: str, files: list[File], left_out: dict[str, Names]) -> It
     """The files that are read; others are added to `left_out`."""
     is_one = len(files) == 1 and files[0].is_given
     for file in files:
-        is_about = _is_about(file) and not is_one
-        if format in ("text", "lines"):
+        beside = is_about(file.name) and not is_one
+        if file.kind == "hf":
+            reason = ""
+        elif format in ("text", "lines"):
             reason = "that are no text, by their names" if file.kind == "binary" and not is_one else ""
-        elif is_about:
+        elif beside:
             reason = "about the corpus, by their names"
         elif file.is_given or dict(json="jsonl").get(file.kind, file.kind) == format:
             reason = ""
@@ -268,67 +299,22 @@ def _refuse_all(data: DataSettings, format: str, left_out: dict[str, Names]) -> 
     )
 
 
-def _check_json_lines(path: str) -> None:
-    """Raises UserError if what is in a .json file is one value over several lines."""
-    with opened(pathlib.Path(path)) as file:
-        head = file.read(HEAD_BYTES).lstrip(b"\xef\xbb\xbf \t\r\n")
-    line, newline, _ = head.partition(b"\n")
-    if not line:
-        return
-    why = ""
-    if line.startswith(b"["):
-        why = "it is one JSON array"
-    elif not line.startswith(b"{"):
-        why = "its first line is no JSON object"
-    elif newline or len(head) < HEAD_BYTES:
-        try:
-            json.loads(line)
-        except ValueError:
-            why = "its first line is no JSON object"
-    if why:
-        raise UserError(
-            f"config.data.source={path}: is not JSON lines, since {why}; write one object a line, as `jq -c .[] FILE` "
-            "does with an array, or leave it out with config.data.exclude, or give config.data.format=text to read "
-            "it as text"
-        )
-
-
 # ------------------------------------------------- what is held out
-def split_by_folder(name: str) -> str | None:
-    """The split that a path names in one of its folders, the topmost first."""
-    return next((SPLIT_WORDS[folder] for folder in name.lower().split("/")[:-1] if folder in SPLIT_WORDS), None)
-
-
-def split_by_word(name: str) -> tuple[str | None, str]:
-    """The split that one word of a file's name names, and the name without that word and without numbers."""
-    words = re.split(r"([._-])", os.path.basename(name).lower())
-    places = [place for place, word in enumerate(words) if word in SPLIT_WORDS]
-    if len(places) != 1:
-        return None, ""
-    split, words[places[0]] = SPLIT_WORDS[words[places[0]]], "*"
-    return split, re.sub(r"\d+", "0", "".join(words))
-
-
-def splits_by_name(names: list[str]) -> list[str | None]:
-    """The splits that paths name: by their folders, or by a word in which alone the files' names differ, numbers aside:
-    train.py and test_all.py are no splits."""
-    splits = [split_by_folder(name) for name in names]
-    by_word = [split_by_word(name) if split is None else (split, "") for name, split in zip(names, splits, strict=True)]
-    patterns = {pattern for (_, pattern), split in zip(by_word, splits, strict=True) if split is None and pattern}
-    return [split for split, _ in by_word] if len(patterns) == 1 else splits
-
-
-def _names_below(data: DataSettings, files: list[File]) -> list[str]:
-    """The files' paths below the source, or, if that is several paths, below the folder that they have in common."""
-    if os.path.exists(data.source) or len(files) == 1:
-        return [file.name for file in files]
-    paths = [os.path.abspath(file.path) for file in files]
-    above = os.path.commonpath([os.path.dirname(path) for path in paths])
-    return [os.path.relpath(path, above) for path in paths]
+def _splits_by_name(files: list[File], is_folder: bool) -> list[str | None]:
+    """The splits that the files' names say: their paths below the source, or, if that is several paths, below the
+    folder that they have in common."""
+    named = [file for file in files if file.kind != "hf"]
+    names = [file.name for file in named]
+    if not is_folder and len(named) > 1:
+        paths = [os.path.abspath(f"/{file.path}" if file.object else file.path) for file in named]
+        above = os.path.commonpath([os.path.dirname(path) for path in paths])
+        names = [os.path.relpath(path, above) for path in paths]
+    splits = dict(zip((file.path for file in named), splits_by_name(names), strict=True))
+    return [splits.get(file.path, file.split) for file in files]
 
 
 def _held_out(
-    data: DataSettings, format: str, files: list[File], left_out: dict[str, Names]
+    data: DataSettings, format: str, files: list[File], left_out: dict[str, Names], is_folder: bool
 ) -> tuple[list[File], dict[str, Names], str, str]:
     """The files with their splits, those that are left out, what decides, and a note for people."""
     holdout, note = data.holdout, ""
@@ -339,12 +325,20 @@ def _held_out(
     if holdout in ("validation", "test"):
         note = f"all are held out for {holdout}: the store is only for evaluation"
         return [dataclasses.replace(file, split=holdout) for file in files], left_out, holdout, note
-    is_one = len(files) == 1 and files[0].is_given
-    if holdout == "auto" and is_one:
-        return files, left_out, "position" if format == "text" else "hash", note
+    if holdout == "auto" and len(files) == 1 and files[0].kind != "hf":
+        is_held_out = not files[0].is_given and splits_by_name([files[0].name])[0] in ("validation", "test")
+        if not is_held_out:
+            return files, left_out, "position" if format == "text" else "hash", note
     if holdout in ("auto", "names"):
-        by_name = splits_by_name(_names_below(data, files))
+        by_name = _splits_by_name(files, is_folder)
         named = [dataclasses.replace(file, split=split) for file, split in zip(files, by_name, strict=True)]
+        beside = [file for file in named if file.split is None and is_about(file.name)]
+        if format == "text" and beside and len(beside) < len(named):  # README.md beside train, validation and test
+            rest = [file for file in named if file not in beside]
+            if None not in (splits := {file.split for file in rest}) and splits != {"train"}:
+                for file in beside:
+                    left_out.setdefault("about the corpus, by their names", Names()).add(file.name)
+                named = rest
         splits = {file.split for file in named}
         if None not in splits and (holdout == "names" or splits != {"train"}):
             return named, left_out, "names", note
@@ -358,10 +352,10 @@ def _held_out(
                 "the name must be train, validation, valid, dev, val or test; leave others out with "
                 "config.data.exclude, or give hash"
             )
-        if "train" in splits and len(splits - {None}) > 1:
+        if "train" in splits and len(splits) > 1:
             note = (
                 f"held out by hash, since {without.count:,} files name no split ({without}), though others do; "
                 "config.data.exclude leaves files out"
             )
-        holdout = "hash"
-    return files, left_out, holdout, note
+    files = [dataclasses.replace(file, split=None) for file in files]
+    return files, left_out, holdout if holdout == "position" else "hash", note

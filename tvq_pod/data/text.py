@@ -1,10 +1,10 @@
 """Documents that are text files, or lines of them, and whether their bytes are text that a vocabulary can take."""
 
-import pathlib
 from collections.abc import Iterator
 
 from tvq_pod.config.settings import DataSettings
-from tvq_pod.data.compressed import SNIFFED, binary_kind, opened_lines
+from tvq_pod.data.bucket import read_ahead
+from tvq_pod.data.compressed import SNIFFED, binary_kind, check_has_lines, opened_lines
 from tvq_pod.data.document import Document, Documents, content
 from tvq_pod.data.sources import Listing
 from tvq_pod.errors import UserError
@@ -15,21 +15,22 @@ SPLITS = ("train", "validation", "test")  # in the order in which parts of a tex
 
 def texts(listing: Listing, data: DataSettings) -> Documents:
     """Each file is a document; by position, its parts are."""
-    for file in listing.files:
-        text = content(pathlib.Path(file.path))
+    for file in read_ahead(listing.files):
+        text = content(file.at)
         if kind := binary_kind(bytes(text[:SNIFFED])):
             yield Document(file.name, b"", file.split, problem=f"{kind}, and no text")
         elif listing.holdout != "position":
             yield Document(file.name, text, file.split)
         else:
+            check_has_lines(file.at, bytes(text[:SNIFFED]))
             for split, part in parts(text, data.validation_share, data.test_share):
                 yield Document(f"{file.name}, {split}", part, split)
 
 
 def lines(listing: Listing) -> Documents:
     """Each line of the files is a document; its line end is not part of it."""
-    for file in listing.files:
-        with opened_lines(pathlib.Path(file.path), "lines of text") as found:
+    for file in read_ahead(listing.files):
+        with opened_lines(file.at, "lines of text") as found:
             for number, line in enumerate(found, 1):
                 yield Document(f"{file.name}:{number}", line.removesuffix(b"\n").removesuffix(b"\r"), file.split)
 

@@ -7,13 +7,14 @@ import os
 import pathlib
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from fsspec.utils import glob_translate
 
 from tvq_pod.config.settings import DataSettings
 from tvq_pod.data.document import Names
 from tvq_pod.errors import UserError
+from tvq_pod.host.paths import is_bucket
 
 HIDDEN = "hidden (config.data.hidden=True takes them)"
 EXCLUDED = "by config.data.exclude"
@@ -35,22 +36,27 @@ class Rules:
         self._hidden = data.hidden
         self._glob = None if data.glob == "**/*" else _pattern("glob", data.glob)
         excluded = [part.strip() for part in data.exclude.split(",")] if data.exclude else []
-        paths = [part for part in excluded if "/" in part]
-        self._paths = [_pattern("exclude", part.rstrip("/")) for part in paths]
-        self._names = [_pattern("exclude", part) for part in excluded if part not in paths]
+        self._paths = {part: _pattern("exclude", part.rstrip("/")) for part in excluded if "/" in part}
+        self._names = {part: _pattern("exclude", part) for part in excluded if "/" not in part}
+        self.unused = dict.fromkeys(excluded)  # patterns of config.data.exclude that have left nothing out so far
 
     def left_out(self, path: str, name: str) -> str | None:
         """Why a file or folder is left out with all that is in it, or None. path: below the source. name: its last
         part."""
-        if name[0] == "." and not self._hidden:
+        if name.startswith(".") and not self._hidden:
             return HIDDEN
         if name == "lost+found":
             return LOST
-        if self._names and any(pattern.match(name) for pattern in self._names):
-            return EXCLUDED
-        if self._paths and any(pattern.match(path) for pattern in self._paths):
-            return EXCLUDED
-        return None
+        return EXCLUDED if self.excludes(path, name) else None
+
+    def excludes(self, path: str, name: str) -> bool:
+        """Whether config.data.exclude leaves a file or folder out. path, name: as of `left_out`."""
+        for patterns, text in ((self._names, name), (self._paths, path)):
+            for part, pattern in patterns.items():
+                if pattern.match(text):
+                    self.unused.pop(part, None)
+                    return True
+        return False
 
     def matches(self, path: str) -> bool:
         """Whether config.data.glob takes a file."""
@@ -108,6 +114,46 @@ def walk(root: str, rules: Rules) -> Walk:
     return found
 
 
+def walk_nothing(root: str) -> Walk:
+    """A folder whose files others read: only for `place_of`. Raises UserError as `walk` does."""
+    with _unreadable(root):
+        return Walk(root, folders={_id_of(os.stat(root)): ""})
+
+
+def walk_names(root: str, names: Iterable[str], rules: Rules) -> Walk:
+    """The same of a folder in a bucket, where folders are only parts of names. names: of its objects, below it."""
+    found = Walk(root)
+    files = {tuple(parts_of(name)) for name in names}
+    inside: dict[tuple[str, ...], set[str]] = {}  # the names of what lies in each folder
+    for parts in files:
+        for n in range(len(parts)):
+            inside.setdefault(parts[:n], set()).add(parts[n])
+    waiting: list[tuple[str, ...]] = [()]
+    while waiting:
+        folder = waiting.pop()
+        if _is_ours(inside.get(folder, set())):
+            if not folder:
+                raise _refused(root)
+            found.leave_out(OURS, "/".join(folder))
+            continue
+        below = []
+        for name in sorted(inside.get(folder, ())):
+            parts = (*folder, name)
+            path = "/".join(parts)
+            if reason := rules.left_out(path, name):
+                found.leave_out(reason, path)
+                continue
+            if parts in inside:
+                below.append(parts)
+            if parts in files and rules.matches(path):
+                found.files.append(path)
+            elif parts in files:
+                found.leave_out(UNMATCHED, path)
+        waiting += reversed(below)
+    found.files.sort(key=parts_of)
+    return found
+
+
 def parts_of(path: str) -> list[str]:
     """A path as its parts, by which paths are ordered."""
     return path.split("/")
@@ -123,10 +169,7 @@ def _walk_folder(found: Walk, rules: Rules, top: str, links: list[str]) -> None:
             entries = sorted(os.scandir(here), key=lambda entry: entry.name)
         if _is_ours({entry.name for entry in entries}):
             if not folder:
-                raise UserError(
-                    f"config.data.source={here}: is a store or a run of this program, and no text; a store is given as "
-                    "config.data.store"
-                )
+                raise _refused(here)
             del found.folders[_id_of(os.stat(here))]
             found.leave_out(OURS, folder)
             continue
@@ -167,6 +210,13 @@ def _left_out_kind(entry: os.DirEntry) -> str | None:
     return None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else SPECIAL
 
 
+def _refused(folder: str) -> UserError:
+    return UserError(
+        f"config.data.source={folder}: is a store or a run of this program, and no text; a store is given as "
+        "config.data.store"
+    )
+
+
 def _is_ours(names: set[str]) -> bool:
     is_store = "train" in names and not names.isdisjoint({"store.json", "progress.json"})
     return is_store or {"config.json", "checkpoints"} <= names
@@ -192,6 +242,15 @@ def _missing(error: OSError, path: str) -> UserError:
 def place_of(path: str, walked: Walk, rules: Rules) -> str | None:
     """Where a file or folder, which need not exist, is or would be read by a walk: its path below the source; None if
     it would not be read."""
+    if is_bucket(path) or is_bucket(walked.root):
+        root, parts = walked.root.rstrip("/") + "/", []
+        if not is_bucket(root) or not f"{path}/".startswith(root):
+            return None
+        for name in filter(None, f"{path}/".removeprefix(root).split("/")):
+            parts.append(name)
+            if rules.left_out("/".join(parts), name):
+                return None
+        return "/".join(parts)
     below: list[str] = []
     for folder in _up(os.path.realpath(path)):
         if os.path.isdir(folder) and (top := walked.folders.get(_id_of(os.stat(folder)))) is not None:

@@ -8,6 +8,7 @@ from tvq_pod.errors import UserError
 EXTRAS = {
     "PIL": "data",
     "array_record": "data",
+    "datasets": "hf",
     "gcsfs": "gcs",
     "libtpu": "tpu",
     "lm_eval": "lm_eval",

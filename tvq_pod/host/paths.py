@@ -13,6 +13,7 @@ from tvq_pod.errors import UserError
 from tvq_pod.host.extras import require
 
 BUCKET = "gs://"
+HUB = "hf:"  # a dataset of Hugging Face, which only a corpus may be
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # s3://bucket, file:///folder; gs:/bucket, with a slash too few
 ROOTS = ("/gs", "/s3", "/az", "/hf")  # local folders that etils takes for buckets
 PATH_BYTES = 3800  # of 4095 that Linux takes: what is written in a folder has names of its own
@@ -36,15 +37,29 @@ def check_path(setting: str, path: str, local_only: bool = False) -> None:
         if not local_only:
             raise UserError(f"{setting}={os.fsencode(path)!r}: must be UTF-8; rename it") from None
     if path.startswith(BUCKET) and not local_only:
-        if not re.match(r"[^/]", path.removeprefix(BUCKET)):
-            raise UserError(f"{here}: has no bucket; must be gs://BUCKET/FOLDER")
-        if bad := sorted(set(path) & set("*?[]#\\\r\n")):  # of a#b, orbax writes a
-            raise UserError(f"{here}: has {' '.join(map(repr, bad))}, which no name in a bucket may have; rename it")
+        _check_bucket(here, path.removeprefix(BUCKET))
         require("gcsfs", f"{here}: a bucket")
     elif SCHEME.match(path) or "://" in path:
         raise UserError(f"{here}: {_remedy(path, local_only)}")
     elif not local_only:
         _check_local(here, os.path.abspath(path))
+
+
+def _check_bucket(here: str, path: str) -> None:
+    if not re.match(r"[^/]", path):
+        raise UserError(f"{here}: has no bucket; must be gs://BUCKET/FOLDER")
+    if bad := sorted(set(path) & set("*?[]#\\\r\n")):  # of a#b, orbax writes a
+        raise UserError(f"{here}: has {' '.join(map(repr, bad))}, which no name in a bucket may have; rename it")
+
+
+def check_source_paths(setting: str, source: str) -> None:
+    """Raises UserError if one of the paths that a corpus is read from, with commas between them, is of another kind
+    than this program can read. One that exists as a whole is taken as it is."""
+    for part in [] if os.path.exists(source) else [part.strip() for part in source.split(",")]:
+        if part.startswith(BUCKET):
+            _check_bucket(f"{setting}={part}", part.removeprefix(BUCKET).partition("/")[0])
+        elif not part.startswith(HUB) and (SCHEME.match(part) or "://" in part):
+            raise UserError(f"{setting}={part}: {_remedy(part, local_only=False)}")
 
 
 def _check_local(here: str, full: str) -> None:
