@@ -1,5 +1,5 @@
-"""Text in which memory pays: 5,172 modules of Ansible, which pip downloads (58 MB). A module names its options in its
-documentation, again in its examples, and again in its code, thousands of tokens apart; the window has 32.
+"""Text in which memory pays: modules of Ansible, which pip downloads. A module names its options in its documentation,
+again in its examples, and again in its code, thousands of tokens apart; the window is much shorter.
 
     python -m tvq_pod.main --config=configs/ansible.py --workdir=runs/ansible
     python -m tvq_pod.main --mode=eval --workdir=runs/ansible
@@ -39,15 +39,16 @@ def get_config():
 
     config.train.batch_size = 16
     config.train.update_len = 128  # four blocks: from the third on, gradients reach values in the cache
-    config.train.num_steps = 1000
+    config.train.num_steps = 1500
+    config.train.context_schedule = "0:512,400:2048,800:0"
     config.train.log_every_steps = 50
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.final_fraction = 0.0
     config.optimizer.weight_decay = 1e-3
 
-    config.checkpoint.every_steps = 1000
-    config.eval.every_steps = 1000
+    config.checkpoint.every_steps = 500
+    config.eval.every_steps = 1500
     config.eval.max_tokens = 500_000
     config.sample.length = 0
     return config
