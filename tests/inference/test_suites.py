@@ -1,6 +1,7 @@
 """Suites of long documents: what is hidden where, how it is counted, and that any vocabulary and job measures alike."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -98,7 +99,7 @@ def test_no_answer_is_told_by_what_surrounds_it():
         answers = {haystack(kind, 0, 512, 0.5, n, SETTINGS.data).answer[0] for n in range(150)}
         assert len(answers) >= n_kinds
     questions = {haystack("needle", 0, 512, 0.5, n, SETTINGS.data).question for n in range(150)}
-    assert len(questions) == 20
+    assert len(questions) >= 18
 
 
 def test_each_cell_counts_its_own_documents():
@@ -181,7 +182,7 @@ def test_recall_counts_a_value_if_all_of_its_tokens_are_known(vocabs):
 
     made = recall_documents(vocab, settings)
     n_tokens = np.concatenate([document.ends - document.begins for document in made])
-    assert set(n_tokens) >= {1, 2}
+    assert n_tokens.max() == 2
     found = measure_recall(score, vocab, settings)
     is_early = np.concatenate([document.ends <= len(document.tokens) // 2 for document in made])
     kinds = np.concatenate([document.distances for document in made])
@@ -210,7 +211,7 @@ def test_a_run_is_asked_and_what_is_found_is_written(workdir, loaded, capsys):
     for name, found in (("passkey", passkey), ("recall", recall)):
         (line,) = metrics_of(workdir, name)
         assert {key: line[key] for key in found if key != "suite"} == {k: v for k, v in found.items() if k != "suite"}
-        assert line["checkpoint"].startswith("3-")
+        assert line["weights"] == "raw"
         assert (workdir / f"eval/step_3_{name}.tsv").exists()
         assert (workdir / f"eval/step_3_{name}.png").exists()
 
@@ -262,11 +263,9 @@ def test_a_vocabulary_that_can_not_ask_is_one_line():
         (NoDigits(), "recall", "--suite=recall: the vocabulary no digits can't encode '0'"),
         (NoCase(), "recall", "--suite=recall: the vocabulary no case can't tell 'A' from 'a'"),
     ]:
+        measure = measure_recall if kind == "recall" else functools.partial(measure_retrieval, kind)
         with pytest.raises(UserError) as refused:
-            if kind == "recall":
-                measure_recall(blind, vocab, dataclasses.replace(settings, data=more_keys))
-            else:
-                measure_retrieval(kind, blind, vocab, settings)
+            measure(blind, vocab, dataclasses.replace(settings, data=more_keys))
         assert str(refused.value).startswith(message)
 
 

@@ -85,8 +85,9 @@ def _encoded(parts: list[bytes], vocab: Vocab) -> dict[bytes, list[int]]:
     """The tokens of each. Raises UserError if there are none, unknown ones, or the same for two."""
     found = {part: encoded_text(part.decode(), vocab).tolist() for part in parts}
     for part, tokens in found.items():
-        others = [other for other, same in found.items() if other != part and same == tokens]
-        if not tokens or UNKNOWN in tokens or others:
-            problem = f"tell {part.decode()!r} from {others[0].decode()!r}" if others else f"encode {part.decode()!r}"
-            raise UserError(f"--suite=recall: the vocabulary {vocab.name} can't {problem}")
+        if not tokens or UNKNOWN in tokens:
+            raise UserError(f"--suite=recall: the vocabulary {vocab.name} can't encode {part.decode()!r}")
+        if others := [other for other, same in found.items() if other != part and same == tokens]:
+            names = f"{part.decode()!r} from {others[0].decode()!r}"
+            raise UserError(f"--suite=recall: the vocabulary {vocab.name} can't tell {names}")
     return found
