@@ -1,7 +1,7 @@
 """The command line: flags in, one mode called.
 
     python -m tvq_pod.main --config=configs/stdlib.py --workdir=runs/stdlib [--config.model.d_model=256 ...]
-        [--mode=train|eval|lm_eval|sample|prepare|train_vocab|inspect|export|import|plan|bench]
+        [--mode=train|eval|lm_eval|sample|prepare|train_vocab|inspect|report|export|import|plan|bench]
 
 Exit code 0: done. 75: asked to end by a signal, and saved: run me again. 141: nobody reads the output any more. 1: an
 error; where it is the user's to mend, one line says how. 128 + N: ended at once by signal N, see preemption.py.
@@ -31,7 +31,7 @@ from tvq_pod.host.paths import check_folder, check_path, check_reached, check_sa
 from tvq_pod.run.preemption import PREEMPTED, Preemption
 
 TOGETHER = ("train", "eval", "lm_eval", "sample", "prepare")  # modes for any number of processes
-MODES = (*TOGETHER, "train_vocab", "inspect", "export", "import", "plan", "bench")
+MODES = (*TOGETHER, "train_vocab", "inspect", "report", "export", "import", "plan", "bench")
 
 NAMED_VOCABS = ("bytes", "sentencepiece")
 
@@ -175,6 +175,10 @@ def main(argv: list[str], preemption: Preemption) -> None:
         from tvq_pod.modes.inspect_run import inspect
 
         inspect(settings, workdir, _STEP.value)
+    elif mode == "report":
+        from tvq_pod.modes.write_report import report
+
+        report(settings, workdir)
     elif mode == "export":
         from tvq_pod.modes.export_model import export
 
