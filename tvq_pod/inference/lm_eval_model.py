@@ -36,7 +36,8 @@ class SharedModel:
         return self._model.score(documents, with_hits=with_hits)
 
     def continue_until(self, prompts: Sequence[np.ndarray], **how) -> list[str]:
-        """See BatchedModel. For process 0."""
+        """See BatchedModel. For process 0. Raises UserError if a sampler can't see the full context."""
+        self._model.check_continues()
         self._tell("continue_until", prompts, **how)
         return self._model.continue_until(prompts, **how)
 
