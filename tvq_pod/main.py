@@ -1,7 +1,7 @@
 """The command line: flags in, one mode called.
 
     python -m tvq_pod.main --config=configs/stdlib.py --workdir=runs/stdlib [--config.model.d_model=256 ...]
-        [--mode=train|eval|lm_eval|sample|prepare|train_vocab|inspect|export|import|plan|bench]
+        [--mode=train|eval|lm_eval|sample|prepare|train_vocab|inspect|report|export|import|plan|bench]
 
 Exit code 0: done. 75: asked to end by a signal, and saved: run me again. 141: nobody reads the output any more. 1: an
 error; where it is the user's to mend, one line says how. 128 + N: ended at once by signal N, see preemption.py.
@@ -10,8 +10,6 @@ error; where it is the user's to mend, one line says how. 128 + N: ended at once
 import functools
 import gc
 import os
-import pathlib
-import re
 import sys
 import time
 import traceback
@@ -20,12 +18,13 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
+from tvq_pod.config.command_line import given, overrides_of, with_config, without
 from tvq_pod.config.init_from import check_init_from
 from tvq_pod.config.mode_flags import check_flags
 from tvq_pod.config.names import GROUPS, check_name
 from tvq_pod.config.resolve import default_config, resolve
-from tvq_pod.config.run_config import FROM
 from tvq_pod.config.settings import Settings
+from tvq_pod.config.suites import check_suites
 from tvq_pod.errors import Preempted, UserError
 from tvq_pod.host import terminal
 from tvq_pod.host.paths import (
@@ -40,7 +39,7 @@ from tvq_pod.host.paths import (
 from tvq_pod.run.preemption import PREEMPTED, Preemption
 
 TOGETHER = ("train", "eval", "lm_eval", "sample", "prepare")  # modes for any number of processes
-MODES = (*TOGETHER, "train_vocab", "inspect", "export", "import", "plan", "bench")
+MODES = (*TOGETHER, "train_vocab", "inspect", "report", "export", "import", "plan", "bench")
 
 NAMED_VOCABS = ("bytes", "sentencepiece")
 
@@ -57,6 +56,9 @@ _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 _SOURCE = flags.DEFINE_string("source", None, "The corpus: short for --config.data.source.")
 _SPLIT = flags.DEFINE_enum("split", "validation", ("validation", "test"), "eval: which documents.")
 _PER_DOCUMENT = flags.DEFINE_string("per_document", None, "eval: a file to write, with the loss of each document.")
+_SUITE = flags.DEFINE_list(
+    "suite", [], "eval: long documents in place of a split's, some of recall, passkey, needle and pair."
+)
 _STEP = flags.DEFINE_integer(
     "step",
     None,
@@ -122,6 +124,8 @@ def main(argv: list[str], preemption: Preemption) -> None:
     check_path("--workdir", _WORKDIR.value)
     workdir, mode = epath.Path(_WORKDIR.value), _MODE.value
     check_flags(mode, [name for name in flags.FLAGS if flags.FLAGS[name].present])
+    if flags.FLAGS["suite"].present:
+        check_suites(_SUITE.value)
     for name, flag, needed_by in (("to", _TO, "export"), ("from", _FROM, "import")):
         if mode == needed_by and not flag.value:
             what = "the folder to make" if name == "to" else "a folder that --mode=export has made"
@@ -148,6 +152,10 @@ def main(argv: list[str], preemption: Preemption) -> None:
         from tvq_pod.modes.train import train
 
         train(settings, workdir, preemption, _STEP.value, started_at=_STARTED_AT)
+    elif mode == "eval" and flags.FLAGS["suite"].present:
+        from tvq_pod.modes.evaluate import evaluate_suites
+
+        evaluate_suites(settings, workdir, _SUITE.value, _STEP.value)
     elif mode == "eval":
         from tvq_pod.modes.evaluate import evaluate
 
@@ -175,6 +183,10 @@ def main(argv: list[str], preemption: Preemption) -> None:
         from tvq_pod.modes.inspect_run import inspect
 
         inspect(settings, workdir, _STEP.value)
+    elif mode == "report":
+        from tvq_pod.modes.write_report import report
+
+        report(settings, workdir)
     elif mode == "export":
         from tvq_pod.modes.export_model import export
 
@@ -195,7 +207,7 @@ def main(argv: list[str], preemption: Preemption) -> None:
         if not _TOPOLOGY.value:
             raise UserError("--topology=: must be given for --mode=plan, for example v5e:4x4")
         if _SWEEP.value:
-            sweep(_without(("sweep", "workdir"), _with_config(sys.argv))[1:], workdir, _SWEEP.value)
+            sweep(without(("sweep", "workdir"), with_config(sys.argv))[1:], workdir, _SWEEP.value)
         else:
             plan(settings, workdir, _TOPOLOGY.value, _SLICES.value, _TOKENS.value)
 
@@ -261,13 +273,13 @@ def _settings() -> Settings:
 
 def _parse(argv: list[str]) -> list[str]:
     """absl has its own errors; config_flags raises many things for a wrong config file or override."""
-    overrides = _overrides(argv)
+    overrides = overrides_of(argv)
     for name, value in overrides.items():
         check_name(name, value)
         if name in GROUPS:
             raise UserError(f"{name}={value}: is a group of settings; give one of them, as {name}.{GROUPS[name][0]}")
     try:
-        return flags.FLAGS(_with_config(argv))
+        return flags.FLAGS(with_config(argv))
     except flags.IllegalFlagValueError as error:
         name = str(error).removeprefix("flag --").partition("=")[0]
         raise UserError(_wrong_type(name, overrides[name]) if name in overrides else f"flags: {error}") from error
@@ -276,19 +288,7 @@ def _parse(argv: list[str]) -> list[str]:
     except flags.Error as error:
         raise UserError(f"flags: {error}") from error
     except Exception as error:  # of the config file, which may do anything
-        raise UserError(_in_config_file(error, _given(argv, "config"))) from error
-
-
-def _overrides(argv: list[str]) -> dict[str, str | None]:
-    """Settings that are given as flags, config.NAME: value; None where the value is the next argument, or none."""
-    given = {}
-    for argument in argv[1:]:
-        name, equals, value = argument.partition("=")
-        if argument == "--":
-            break
-        if match := re.fullmatch(r"--?(?:no)?(config\..*)", name, re.DOTALL):
-            given[match[1]] = value if equals else None
-    return given
+        raise UserError(_in_config_file(error, given(argv, "config"))) from error
 
 
 def _wrong_type(name: str, value: str | None) -> str:
@@ -307,40 +307,6 @@ def _in_config_file(error: Exception, config: str | None) -> str:
     if cause is not None:
         return f"{cause}{where}"
     return f"--config={config}: {type(error).__name__}: {error}{where}; mend the file"
-
-
-def _with_config(argv: list[str]) -> list[str]:
-    """With the run's own config where none is given, or that of a model to import, so that it can be overridden as any
-    other."""
-    is_import = _given(argv, "mode") == "import"
-    config, folder = _given(argv, "config"), _given(argv, "from" if is_import else "workdir")
-    if config is not None or folder is None:
-        return argv
-    if is_import:
-        folder = f"{FROM}{folder}"
-    return [argv[0], f"--config={pathlib.Path(__file__).with_name('config') / 'run_config.py'}:{folder}", *argv[1:]]
-
-
-def _without(names: tuple[str, ...], argv: list[str]) -> list[str]:
-    """The command line without some flags, given as --name=value or as --name value."""
-    kept, skip = [], False
-    for argument in argv:
-        flag, equals, _ = argument.lstrip("-").partition("=")
-        is_dropped = argument.startswith("-") and flag in names
-        if not (skip or is_dropped):
-            kept.append(argument)
-        skip = is_dropped and not equals
-    return kept
-
-
-def _given(argv: list[str], name: str) -> str | None:
-    """The value of a flag, before absl has read it."""
-    found = None  # of several, absl takes the last
-    for place, argument in enumerate(argv):
-        flag, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and flag == name:
-            found = value if equals else [*argv, ""][place + 1]
-    return found
 
 
 def run() -> None:

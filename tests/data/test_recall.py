@@ -113,7 +113,7 @@ def test_a_document_depends_on_its_number_and_the_seed_alone(source):
 
 
 def test_random_numbers_are_those_of_shake_128_on_every_machine():
-    draws = recall._Draws("a name")
+    draws = recall.Draws("a name")
     numbers = [draws.below(2**32) for _ in range(recall.DRAWN_AT_ONCE + 1)]
     for counter, at in ((0, 0), (1, recall.DRAWN_AT_ONCE)):
         digest = hashlib.shake_128(f"a name {counter}".encode()).digest(4)

@@ -80,9 +80,11 @@ def penalized_greedily(prompt, n, penalty):
     return tokens[1 + len(prompt) :], logprobs
 
 
-def test_penalties_and_log_probabilities_are_those_of_the_whole_text_so_far(monkeypatch):
-    """Of rows that follow each other in one place, which forgets what the last one has seen. Short blocks are read."""
-    monkeypatch.setattr(continuous, "SHORT_BLOCK", 4)
+@pytest.mark.parametrize("short_block", [4, 8, 16])
+def test_penalties_and_log_probabilities_are_those_of_the_whole_text_so_far(monkeypatch, short_block):
+    """Of rows that follow each other in one place, which forgets what the last one has seen. Each token of a prompt is
+    read once, whether short blocks are shorter than blocks, as long, or longer."""
+    monkeypatch.setattr(continuous, "SHORT_BLOCK", short_block)
     sampler = compiled(1, temperature=0.0, repetition_penalty=3.0, logprobs=True)
     found = continued(sampler, [Request(prompt_of(length), length, 20) for length in (29, 3, 13)])
     for length in (29, 3, 13):

@@ -190,6 +190,15 @@ def test_nothing_is_asked_of_a_model_that_has_nothing_to_read(harness):
         ("loglikelihood", ("a", " long end"), "--max_length=4: a continuation has 9 tokens; give 9 or more"),
         ("generate_until", ("a", dict(max_gen_toks=4)), "--max_length=4: a task generates up to 4 tokens; give more"),
         ("generate_until", ("a", dict(num_beams=2)), "--tasks: a task has generation_kwargs num_beams=2, which is not"),
+        ("generate_until", ("a", dict(max_gen_toks=-1)), "--tasks: a task has generation_kwargs max_gen_toks=-1: must"),
+        ("generate_until", ("a", dict(max_gen_toks="x")), "--tasks: a task has generation_kwargs that can't be read ("),
+        ("generate_until", ("a", dict(temperature=-1.0, do_sample=True)), "--tasks: a task has generation_kwargs temp"),
+        (
+            "generate_until",
+            ("a", dict(top_p=0, do_sample=True)),
+            "--tasks: a task has generation_kwargs top_p=0.0",
+        ),
+        ("generate_until", ("a", dict(until=[5])), "--tasks: a task has generation_kwargs until=[5]: must be text"),
         (
             "generate_until",
             ("a", dict(do_sample=True, top_k=9)),
@@ -206,10 +215,13 @@ def test_what_can_not_be_answered_is_one_line(batched, loaded, kind, arguments, 
 
 def test_tasks_that_do_not_exist_are_one_line(workdir, known, tmp_path):
     broken = tmp_path / "broken.yaml"
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe")
     broken.write_text(f"task: broken\ndataset_path: json\ndataset_kwargs: {{data_files: {tmp_path}/none.jsonl}}\n")
     for names, message in [
         (["own_rollin"], "--tasks=own_rollin: is not a task of lm-evaluation-harness; did you mean own_rolling"),
         (["missing.yaml"], "--tasks=missing.yaml: the file does not exist"),
+        ([str(binary)], f"--tasks={binary}: can't be read ('utf-8' codec can't decode"),
         ([str(broken)], f"--tasks={broken}: can't be loaded (FileNotFoundError"),
         ([], "--tasks=: must be given for --mode=lm_eval"),
     ]:

@@ -36,13 +36,15 @@ def test_another_file_is_one_prompt_of_any_bytes(tmp_path):
         (b"[" * 100_000, "line 1 is not JSON ("),
         (b'{"prompt": "a"}\n\n{"text": "b"}', 'line 3 has no prompt that is text; each must be an object'),
         (b'{"prompt": 5}', "line 1 has no prompt that is text"),
+        (b'{"prompt": "a", "score": NaN}', "line 1 is not JSON (Out of range float values"),
+        (b'{"prompt": "a", "score": [1e999]}', "line 1 is not JSON (Out of range float values"),
         (b'["prompt"]', "line 1 has no prompt that is text"),
         (b'{"prompt": "a", "tokens": 5}', "line 1 has the field tokens, which the result has, too"),
         (rb'{"prompt": "\ud800"}', "line 1 has a prompt with half of a surrogate pair"),
     ],
 )  # fmt: skip
 def test_a_file_that_does_not_have_prompts_is_refused_by_its_line(content, message, tmp_path):
-    path = tmp_path / "x.jsonl"
+    path = tmp_path / "x.JSONL"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
         read_prompts(str(path))

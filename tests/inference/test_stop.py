@@ -1,13 +1,17 @@
 """Stop strings: how they are spelled, and where they end a text."""
 
+import numpy as np
 import pytest
+import sentencepiece
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tvq_pod.config.stop_strings import stop_strings
-from tvq_pod.data.vocab import UNKNOWN, ByteVocab
+from tvq_pod.data.vocab import UNKNOWN, ByteVocab, HuggingFaceVocab, SentencePieceVocab, decoded
 from tvq_pod.errors import UserError
 from tvq_pod.inference.stop import StopText, encodable_stops, until_stop
+from tvq_pod.inference.text import text_of
 
 LETTERS = st.text("ab", max_size=30)
 STOPS = st.lists(st.text("ab", min_size=1, max_size=4), max_size=3)
@@ -54,6 +58,44 @@ def test_a_row_ends_with_the_token_that_completes_a_stop_string(text, stops):
             break
     assert row.text() == expected
     assert n_read == len(text[:end].encode())
+
+
+@pytest.fixture(scope="module")
+def vocabs(tmp_path_factory) -> list:
+    """Of bytes; of pieces that begin with a space, and bytes; and of words and bytes, with no space of their own."""
+    folder = tmp_path_factory.mktemp("vocabs")
+    words = [f"the old river watched the garden {n}" for n in range(200)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words), model_prefix=str(folder / "pieces"), vocab_size=320, model_type="bpe",
+        byte_fallback=True, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, show_progress=False, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(words, trainer)
+    tokenizer.save(str(folder / "bpe.json"))
+    return [ByteVocab(), SentencePieceVocab(folder / "pieces.model"), HuggingFaceVocab(folder / "bpe.json")]
+
+
+def test_a_sample_is_the_rest_of_the_text_that_its_prompt_begins(vocabs):
+    """It has the space before its first word, and no part of the prompt's last character."""
+    n_cuts = 0
+    for vocab in vocabs:
+        for text in ("the old river", "\u65e5\u672c garden", "\u00e9 river", "\U0001f600 the river"):
+            tokens = vocab.encode(text.encode())
+            for cut in range(1, len(text)):
+                before = vocab.encode(text[:cut].encode())
+                if text[cut - 1] == " " or not np.array_equal(tokens[: len(before)], before):
+                    continue  # another text would be continued
+                n_cuts += 1
+                row = StopText(vocab, [], before)
+                assert not any([row.add(token) for token in tokens[len(before) :].tolist()])
+                assert row.text() == text[cut:]
+                assert decoded(tokens[len(before) :], vocab, before) == text[cut:]
+                assert "".join(text_of(iter(tokens[len(before) :].tolist()), vocab, before)) == text[cut:]
+    assert n_cuts > 30
 
 
 @given(st.lists(LETTERS, max_size=6), STOPS)

@@ -133,6 +133,19 @@ def test_mistakes_on_the_command_line_are_one_line(workdir):
 
 
 @pytest.mark.slow
+def test_all_processes_end_if_the_first_can_not_write(workdir):
+    """In a folder that takes no files."""
+    flags = [f"--workdir={workdir}", "--mode=sample", "--prompt=a", "--output=/proc/samples.jsonl"]
+    command = [sys.executable, "-m", "launch.local", "--processes=2", "--devices_per_process=1", "--", *flags]
+    job = forked.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    out, _ = job.communicate(timeout=300)
+    assert job.returncode == 1, out
+    errors = [line for line in out.splitlines() if "error: " in line]
+    assert "error: --output=/proc/samples.jsonl: can't be written (No such file or directory)" in errors[0] + errors[1]
+    assert "error: process 0 could not continue" in errors[0] + errors[1]
+
+
+@pytest.mark.slow
 def test_several_processes_write_the_lines_of_one(workdir, tmp_path):
     """Each of two devices has one row, so that most prompts wait."""
     flags = [f"--workdir={workdir}", "--mode=sample", "--config.sample.length=10", "--config.sample.max_rows=1"]

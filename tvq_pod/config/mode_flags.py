@@ -7,6 +7,7 @@ from tvq_pod.errors import UserError
 MODES_OF = {  # by flag; all other flags are for every mode
     "split": ("eval",),
     "per_document": ("eval",),
+    "suite": ("eval",),
     "step": ("train", "eval", "lm_eval", "sample", "inspect", "export"),
     "prompt": ("sample",),
     "prompt_file": ("sample",),
@@ -30,10 +31,14 @@ MODES_OF = {  # by flag; all other flags are for every mode
 
 
 def check_flags(mode: str, given: Iterable[str]) -> None:
-    """Raises UserError if a flag was given that is for other modes.
+    """Raises UserError if a flag was given that is for other modes, or for another evaluation.
 
     given: names of flags on the command line.
     """
+    given = list(given)
+    for name in ("split", "per_document"):
+        if "suite" in given and name in given:
+            raise UserError(f"--{name}: is about documents of the store; leave it out with --suite")
     for name in given:
         if mode in MODES_OF.get(name, (mode,)):
             continue

@@ -60,7 +60,9 @@ def check_relations(settings: Settings) -> None:
             f"config.eval.cache=off: there is no cache with config.model.attn_type={model.attn_type}; give on"
         )
     if kind := generated(data.format, data.source):
-        _check_recall(data, kind)
+        if data.vocab != "bytes":
+            raise UserError(f"config.data.vocab={data.vocab}: must be bytes with the corpus {kind}")
+        check_recall(data, kind)
     _check_sequence_axis(settings)
     _check_model_axis(settings)
 
@@ -128,10 +130,8 @@ def unfinished_warmup(settings: Settings) -> str:
     )
 
 
-def _check_recall(data: DataSettings, kind: str) -> None:
-    """Whether a generated corpus has enough different keys, and room for them in a document."""
-    if data.vocab != "bytes":
-        raise UserError(f"config.data.vocab={data.vocab}: must be bytes with the corpus {kind}")
+def check_recall(data: DataSettings, kind: str) -> None:
+    """Raises UserError unless a generated corpus has enough different keys, and room for them in a document."""
     most = KEY_LETTERS**data.recall_key_bytes
     if data.recall_keys > most:
         more = " or give config.data.recall_key_bytes=2" if data.recall_key_bytes == 1 else ""

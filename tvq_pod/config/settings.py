@@ -251,6 +251,15 @@ class EvalSettings:
     (config.train.ema_decay). raw: those that the last step left."""
     max_tokens: NonNegativeInt = 0
     """No more documents are added once there are this many tokens; 0: the whole split."""
+    suite_longest: Annotated[int, Ge(512)] = 131_072
+    """Tokens of the longest documents of --suite. Those of passkey and needle have half of it, too, a quarter, and so
+    on down to 512."""
+    suite_depths: Annotated[int, Ge(2), Le(101)] = 5
+    """Depths at which passkey and needle hide an answer, evenly from the beginning of a document to its end."""
+    suite_trials: PositiveInt = 4
+    """Documents of --suite: for each length and depth, or of recall."""
+    suite_seed: Seed = 0
+    """Seed of the documents of passkey and needle; those of recall have config.data.recall_seed."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import itertools
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -46,7 +46,7 @@ def recall(data: DataSettings) -> Documents:
         yield Document(name, _recall_text(sized, draws), split)
 
 
-def _of_some_size(data: DataSettings, draws: "_Draws") -> DataSettings:
+def _of_some_size(data: DataSettings, draws: "Draws") -> DataSettings:
     """The settings of one document. Its length is halved n times, n <= recall_smaller, with a probability in proportion
     to 2 ** n. It has as many of the pairs as fit in four times, but two at least."""
     halvings = (1 + draws.below(2 ** (data.recall_smaller + 1) - 1)).bit_length() - 1
@@ -56,8 +56,8 @@ def _of_some_size(data: DataSettings, draws: "_Draws") -> DataSettings:
     return dataclasses.replace(data, recall_pairs=n_pairs, recall_bytes=max((n_pairs + 1) * pair_bytes, n_bytes))
 
 
-def _recall_text(data: DataSettings, draws: "_Draws") -> bytes:
-    pairs = _table(data, draws)
+def _recall_text(data: DataSettings, draws: "Draws") -> bytes:
+    pairs = table(data, draws)
     n_keys, n_asked = len(pairs), data.recall_bytes // len(pairs[0]) - len(pairs)
     n_newer = n_keys - n_keys // 2
     likely = list(itertools.accumulate(2**20 // (rank + 1) for rank in range(n_newer)))
@@ -79,12 +79,12 @@ def passkey(data: DataSettings) -> Documents:
     stands in the place of a word. Every pair is stated in the first eighth of the document, asked for once at a
     distance whose logarithm is uniform, if the document is that long, and asked for again at the end, where all pairs
     follow each other in a new order."""
-    words = _words(_Draws(f"passkey words {data.recall_seed}"))
+    words = passkey_words(data)
     return (Document(name, _passkey_text(data, draws, words), split) for split, name, draws in _each(data, "passkey"))
 
 
-def _passkey_text(data: DataSettings, draws: "_Draws", words: list[bytes]) -> bytes:
-    pairs = [b" " + pair for pair in _table(data, draws)]
+def _passkey_text(data: DataSettings, draws: "Draws", words: list[bytes]) -> bytes:
+    pairs = [b" " + pair for pair in table(data, draws)]
     end = data.recall_bytes - len(pairs) * len(pairs[0])  # from there on all are asked
     n_octaves = end.bit_length() - NEAREST_QUESTION
     places = []
@@ -105,22 +105,22 @@ def _passkey_text(data: DataSettings, draws: "_Draws", words: list[bytes]) -> by
     return bytes(text[:end]) + b"".join(draws.some(pairs, len(pairs)))
 
 
-def _words(draws: "_Draws") -> list[bytes]:
-    """Words of two to seven letters, with a space before each."""
-    letters = string.ascii_lowercase.encode()
+def passkey_words(data: DataSettings) -> list[bytes]:
+    """The words of the corpus `passkey`, of two to seven letters, with a space before each."""
+    draws, letters = Draws(f"passkey words {data.recall_seed}"), string.ascii_lowercase.encode()
     return [b" " + bytes(letters[draws.below(len(letters))] for _ in range(2 + draws.below(6))) for _ in range(N_WORDS)]
 
 
-def _each(data: DataSettings, kind: str) -> Iterator[tuple[str, str, "_Draws"]]:
+def _each(data: DataSettings, kind: str) -> Iterator[tuple[str, str, "Draws"]]:
     """The split, the name and the random numbers of every document."""
     held_out = data.recall_held_out
     for split, n_documents in (("train", data.recall_documents), ("validation", held_out), ("test", held_out)):
         for number in range(n_documents):
             name = f"{kind} {data.recall_seed} {split} {number}"
-            yield split, name, _Draws(name)
+            yield split, name, Draws(name)
 
 
-def _table(data: DataSettings, draws: "_Draws") -> list[bytes]:
+def table(data: DataSettings, draws: "Draws") -> list[bytes]:
     """A document's pairs, each a key and its value: distinct keys, in random order."""
     keys = draws.some(range(data.recall_keys), data.recall_pairs)
     return [
@@ -136,7 +136,7 @@ def key_text(key: int, n_bytes: int) -> bytes:
     return bytes(KEYS[digit] for digit in reversed(digits))
 
 
-class _Draws:
+class Draws:
     """Random numbers that a name decides: SHAKE-128 of the name and a counter, as 32-bit integers, little-endian."""
 
     def __init__(self, name: str):
@@ -152,7 +152,7 @@ class _Draws:
         """An integer from 0 to n - 1. Their probabilities differ by less than 2 ** -32."""
         return next(self._numbers) * n >> 32
 
-    def some(self, of: "range | list", n: int) -> list:
+    def some(self, of: Sequence, n: int) -> list:
         """n different elements, in random order."""
         left = list(of)
         for place in range(n):

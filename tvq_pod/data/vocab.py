@@ -24,8 +24,10 @@ from tvq_pod.host.extras import require
 
 PAD, END_OF_DOC, UNKNOWN = 0, 1, 2
 N_SPECIAL = 3
+MOST_UTF8_BYTES = 4  # of a character
 PIECE_BYTES = 2**20  # of a text that are encoded at a time
 SPECIAL_NAMES = (("<pad>", "[PAD]"), ("</s>", "<eos>", "<|endoftext|>", "[SEP]"), ("<unk>", "[UNK]"))
+NOTHING = np.zeros([0], np.int32)
 ESCAPE = "\u2581".encode()  # how SentencePiece writes a space
 SPACE_AND_WORD = re.compile(rb" (?=[^\s])")
 
@@ -281,6 +283,14 @@ class PieceDecoder:
         return new
 
 
+def decoder_after(before: np.ndarray, vocab: Vocab) -> Decoder:
+    """A decoder for what follows the tokens `before`, integers [n]: they decide whether it begins with a space."""
+    decoder = vocab.decoder()
+    for token in before[-MOST_UTF8_BYTES:].tolist():  # its last character may be as many tokens
+        decoder.decode(token)
+    return decoder
+
+
 def load_vocab(name: epath.PathLike) -> Vocab:
     """A vocabulary by name: "bytes", or the path of a SentencePiece model or of a Hugging Face tokenizer (.json)."""
     if str(name) == ByteVocab.name:
@@ -312,8 +322,8 @@ def _read(path: epath.PathLike) -> bytes:
         ) from None
 
 
-def decoded(tokens: np.ndarray, vocab: Vocab) -> str:
-    """The text of token ids [n]; what is no text in it becomes U+FFFD."""
-    decoder = vocab.decoder()
+def decoded(tokens: np.ndarray, vocab: Vocab, before: np.ndarray = NOTHING) -> str:
+    """The text of token ids [n] that follow others, `before`; what is no text in it becomes U+FFFD."""
+    decoder = decoder_after(before, vocab)
     parts = [decoder.decode(int(token)) for token in tokens]
     return "".join(itertools.chain(parts, [decoder.decode(PAD, final=True)]))

@@ -20,6 +20,7 @@ from tvq_pod.config.settings import SampleSettings, Settings
 from tvq_pod.data.loader import joined, local_part
 from tvq_pod.data.streams import PackedDocuments, RowSource
 from tvq_pod.data.vocab import Vocab
+from tvq_pod.errors import UserError
 from tvq_pod.inference.continuous import ContinuousSampler, Request
 from tvq_pod.inference.evaluator import eval_model, make_eval_state, make_eval_step
 from tvq_pod.inference.stop import StopText
@@ -47,7 +48,23 @@ class BatchedModel:
 
     def score(self, documents: Sequence[np.ndarray], *, with_hits: bool) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each document, integers [n], the loss of each token given all before it, in nats, float32 [n], and
-        whether the token was the likeliest, bool [n]; all False unless with_hits."""
+        whether the token was the likeliest, bool [n]; all False unless with_hits.
+
+        Quadratic attention keeps no more than its window from one update to the next. So its documents are read in one
+        update each, as many side by side as there are rows."""
+        if self._settings.model.attn_type != "full":
+            return self._scored(documents, with_hits)
+        found = [(np.zeros(0, np.float32), np.zeros(0, bool))] * len(documents)
+        order = sorted(range(len(documents)), key=lambda number: -len(documents[number]))
+        while order:
+            n_rows = self._rows_of_logits(len(documents[order[0]])) if with_hits else self._most_rows
+            group, order = order[:n_rows], order[n_rows:]
+            scores = self._scored([documents[number] for number in group], with_hits)
+            for number, score in zip(group, scores, strict=True):
+                found[number] = score
+        return found
+
+    def _scored(self, documents: Sequence[np.ndarray], with_hits: bool) -> list[tuple[np.ndarray, np.ndarray]]:
         starts = np.cumsum([0, *map(len, documents)])
         nats, hits = np.zeros(starts[-1], np.float32), np.zeros(starts[-1], bool)
         if starts[-1]:
@@ -63,15 +80,31 @@ class BatchedModel:
                         at = stop
         return [(nats[begin:end], hits[begin:end]) for begin, end in itertools.pairwise(starts)]
 
+    @property
+    def _most_rows(self) -> int:
+        settings, n_shards = self._settings, n_row_shards(self._mesh)
+        most = max(settings.eval.batch_size or settings.train.batch_size, n_shards)
+        return most - most % n_shards
+
+    def _rows_of_logits(self, n_tokens: int) -> int:
+        """How many rows have room for the logits of so many tokens each."""
+        n_shards = n_row_shards(self._mesh)
+        return min(
+            self._most_rows, n_shards * max(1, LOGIT_BYTES // (4 * max(1, n_tokens) * self._settings.model.n_vocab))
+        )
+
     def _plan(self, starts: np.ndarray, with_hits: bool) -> tuple[PackedDocuments, int]:
         """How documents lie on rows, and how many tokens of each row one step reads: few different numbers, so that few
         programs are compiled."""
         settings, n_shards = self._settings, n_row_shards(self._mesh)
         block_len, most_blocks = settings.model.block_len, settings.train.update_len // settings.model.block_len
-        most = max(settings.eval.batch_size or settings.train.batch_size, n_shards)
+        if settings.model.attn_type == "full":
+            n_blocks = 2 ** math.ceil(math.log2(math.ceil(int(np.diff(starts).max()) / block_len)))
+            return PackedDocuments(starts, n_shards * math.ceil((len(starts) - 1) / n_shards)), n_blocks * block_len
+        most = self._most_rows
         if with_hits:
             fit = max(1, LOGIT_BYTES // (4 * block_len * settings.model.n_vocab))  # blocks of one row
-            most = min(most, n_shards * fit)
+            most = self._rows_of_logits(block_len)
             most_blocks = min(most_blocks, max(1, fit * n_shards // most))
         longest = max(int(np.diff(starts).max()), int(starts[-1]) / most)
         n_blocks = min(2 ** math.ceil(math.log2(math.ceil(longest / block_len))), most_blocks)
@@ -103,6 +136,13 @@ class BatchedModel:
                     yield losses, is_likeliest[0] if with_hits else np.zeros(shape, bool)
                     deadline.renew()
                     bar.update()
+
+    def check_continues(self) -> None:
+        """Raises UserError for a model that can't be sampled from with its full context."""
+        if self._settings.model.attn_type == "full":
+            raise UserError(
+                "config.model.attn_type=full: a sampler keeps its window, and nothing older; choose tasks that score"
+            )
 
     def continue_until(
         self, prompts: Sequence[np.ndarray], *, stops: Sequence[str], length: int, temperature: float, top_p: float

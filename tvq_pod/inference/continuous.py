@@ -133,7 +133,7 @@ class ContinuousSampler(Sampler):
             places = [queue.popleft() if queue else None for queue in queues]
             rows = [None if place is None else new[place] for place in places]
             one = self._begin_one()
-            for size in (self._config.block_len, SHORT_BLOCK):
+            for size in dict.fromkeys((self._config.block_len, SHORT_BLOCK)):  # one, if they are the same
                 blocks = [row.blocks(size) if row else [] for row in rows]
                 for index in range(max(map(len, blocks))):
                     has_block = np.array([index < len(own_blocks) for own_blocks in blocks])

@@ -4,6 +4,7 @@ The harness runs on process 0 alone. The others wait for its requests, `serve`, 
 """
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -36,7 +37,8 @@ class SharedModel:
         return self._model.score(documents, with_hits=with_hits)
 
     def continue_until(self, prompts: Sequence[np.ndarray], **how) -> list[str]:
-        """See BatchedModel. For process 0."""
+        """See BatchedModel. For process 0. Raises UserError if a sampler can't see the full context."""
+        self._model.check_continues()
         self._tell("continue_until", prompts, **how)
         return self._model.continue_until(prompts, **how)
 
@@ -151,8 +153,20 @@ class HarnessModel(TemplateLM):
     @staticmethod
     def _asked(gen_kwargs: dict) -> tuple[tuple[str, ...], int, float, float]:
         """Stop strings, most new tokens, temperature and top_p of a request."""
-        given: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, MAX_GEN_TOKS))
-        temperature = float(given.get("temperature", 1.0)) if given["do_sample"] else 0.0
+        try:
+            given: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, MAX_GEN_TOKS))
+            temperature = float(given.get("temperature", 1.0)) if given["do_sample"] else 0.0
+            top_p = float(given.get("top_p", 1.0))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"--tasks: a task has generation_kwargs that can't be read ({error})") from None
+        for name, value, is_right, wanted in (
+            ("max_gen_toks", given["max_gen_toks"], given["max_gen_toks"] >= 0, "at least 0"),
+            ("temperature", temperature, 0 <= temperature < math.inf, "at least 0"),
+            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+            ("until", given["until"], all(isinstance(stop, str | None) for stop in given["until"]), "text"),
+        ):
+            if not is_right:
+                raise UserError(f"--tasks: a task has generation_kwargs {name}={value}: must be {wanted}")
         unknown = given.keys() - HONORED - (set() if temperature else WITHOUT_EFFECT)
         for name in sorted(unknown):
             raise UserError(
@@ -160,7 +174,7 @@ class HarnessModel(TemplateLM):
                 + ", ".join(sorted(HONORED))
             )
         stops = tuple(stop for stop in given["until"] if stop)
-        return stops, given["max_gen_toks"], temperature, float(given.get("top_p", 1.0))
+        return stops, given["max_gen_toks"], temperature, top_p
 
     def _prompt(self, tokens: list[int], n_new: int) -> np.ndarray:
         if self._max_length and self._max_length <= n_new:

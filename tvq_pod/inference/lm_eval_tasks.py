@@ -34,7 +34,11 @@ class Tasks:
         for name in files:
             if not pathlib.Path(name).is_file():
                 raise UserError(f"--tasks={name}: the file does not exist; give a task's YAML file, or a task's name")
-        self._manager = TaskManager(include_defaults=_needs_index(names))  # which takes seconds
+        try:
+            needs_index = _needs_index(names)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--tasks={','.join(names)}: can't be read ({error})") from None
+        self._manager = TaskManager(include_defaults=needs_index)  # which takes seconds
         wanted = [found for name in names for found in ([name] if name in files else self._named(name))]
         try:
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for results

@@ -91,7 +91,7 @@ class LoadedModel:
             min_p=min_p,
             repetition_penalty=repetition_penalty,
         )
-        return [decoded(row, self.vocab) for row in drawn]
+        return [decoded(row, self.vocab, prompt) for row, prompt in zip(drawn, tokens, strict=True)]
 
     def generate_tokens(
         self,

@@ -25,7 +25,7 @@ def given_prompt(text: bytes) -> Prompt:
 
 def is_json_lines(path: str | None) -> bool:
     """Whether a file's name says that it has JSON lines."""
-    return path is not None and path.endswith(".jsonl")
+    return path is not None and path.lower().endswith(".jsonl")
 
 
 def read_prompts(path: str) -> list[Prompt]:
@@ -51,6 +51,7 @@ def read_prompts(path: str) -> list[Prompt]:
 def _prompt_of(line: bytes, here: str) -> Prompt:
     try:
         fields = json.loads(line)
+        json.dumps(fields, allow_nan=False)  # it is written again, and Python reads NaN, which is not JSON
     except (ValueError, RecursionError) as error:
         raise UserError(f'{here} is not JSON ({error}); each must be an object, as {{"prompt": "..."}}') from None
     if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from tvq_pod.config.stop_strings import stop_strings
-from tvq_pod.data.vocab import PAD, UNKNOWN, Vocab
+from tvq_pod.data.vocab import PAD, UNKNOWN, Vocab, decoder_after
 from tvq_pod.errors import UserError
 
 
@@ -30,11 +30,9 @@ class StopText:
     """The text of one row, as its tokens come, until it has a stop string."""
 
     def __init__(self, vocab: Vocab, stops: Sequence[str], before: np.ndarray):
-        """before: tokens [n] that the text follows, which decide whether it begins with a space."""
-        self._decoder, self._stops = vocab.decoder(), stops
+        """before: tokens [n] that the text follows."""
+        self._decoder, self._stops = decoder_after(before, vocab), stops
         self._longest = max(map(len, stops), default=0)
-        for token in before[-1:].tolist():
-            self._decoder.decode(token)
         self._text, self._is_ended = "", False
 
     def add(self, token: int) -> bool:

@@ -26,7 +26,8 @@ def write_table(what: str, lines: Sequence[str], draw: Callable[["Axes"], None],
     axes = figure.subplots()
     draw(axes)
     axes.set(title=name)
-    axes.legend()
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
     with (folder / f"{name}.png").open("wb") as file:
         figure.savefig(file, format="png", dpi=120)
     say(f"{what}: {folder / name}.tsv, .png")

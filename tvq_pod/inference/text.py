@@ -12,7 +12,7 @@ from etils import epath
 from tvq_pod.config.settings import SampleSettings, Settings
 from tvq_pod.config.stop_strings import stop_strings
 from tvq_pod.data.open import run_vocab
-from tvq_pod.data.vocab import PAD, UNKNOWN, Vocab
+from tvq_pod.data.vocab import NOTHING, PAD, UNKNOWN, Vocab, decoder_after
 from tvq_pod.errors import UserError
 from tvq_pod.host.terminal import OutputError, say
 from tvq_pod.inference import images
@@ -22,9 +22,9 @@ from tvq_pod.nn.types import TransformerConfig
 from tvq_pod.parallel.deadlines import still_working
 
 
-def text_of(tokens: Iterator[int], vocab: Vocab) -> Iterator[str]:
-    """The text of tokens, piece by piece, as soon as each is known."""
-    decoder = vocab.decoder()
+def text_of(tokens: Iterator[int], vocab: Vocab, before: np.ndarray = NOTHING) -> Iterator[str]:
+    """The text of tokens that follow others, `before`, piece by piece, as soon as each is known."""
+    decoder = decoder_after(before, vocab)
     for token in tokens:
         still_working()
         yield decoder.decode(token)
@@ -60,8 +60,9 @@ def _in_groups(sampler, params, prompts, tokens, settings, vocab) -> Iterator[It
     for first in range(0, len(prompts), sampler.batch_size):
         group = slice(first, first + sampler.batch_size)
         chunks = sampler.sample(params, tokens[group], settings.seed, settings.length, first_row=first)
-        for prompt, row in zip(prompts[group], rows_of(chunks, len(prompts[group])), strict=True):
-            text = until_stop(text_of(row, vocab), stop_strings(settings.stop))
+        rows = rows_of(chunks, len(prompts[group]))
+        for prompt, before, row in zip(prompts[group], tokens[group], rows, strict=True):
+            text = until_stop(text_of(row, vocab, before), stop_strings(settings.stop))
             yield itertools.chain([prompt.decode("utf-8", errors="replace")], text)
 
 

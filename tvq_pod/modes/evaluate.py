@@ -1,4 +1,4 @@
-"""--mode=eval: loss of whole documents of one split, each with its full context."""
+"""--mode=eval: loss of whole documents of one split, each with its full context; or suites of long documents."""
 
 import dataclasses
 import json
@@ -18,7 +18,9 @@ from tvq_pod.inference.by_document import check_table, write_documents
 from tvq_pod.inference.by_position import write_positions
 from tvq_pod.inference.evaluation_lines import report, subject
 from tvq_pod.inference.evaluator import Evaluator, Result
+from tvq_pod.inference.opened import OpenedRun
 from tvq_pod.inference.recall import write_recall
+from tvq_pod.inference.suites import measure, write_found
 from tvq_pod.parallel.attention import attention_line, check_attention, with_tried_attention
 from tvq_pod.parallel.mesh import check_divides, make_mesh
 from tvq_pod.parallel.processes import is_process_zero
@@ -71,6 +73,32 @@ def evaluate(
         print(json.dumps(dict(step=step, split=name, **numbers)), flush=True)
     checkpoints.close()
     return result
+
+
+def evaluate_suites(settings: Settings, workdir: epath.Path, suites: list[str], step: int | None) -> None:
+    """Asks a checkpoint of the run in `workdir` about long documents that are made for the purpose, see
+    inference/suites.py: needs no store. Prints what is found, writes it into WORKDIR/eval, and adds a line for each
+    suite to metrics.jsonl."""
+    run = OpenedRun(settings, workdir, step, "--suite")
+    record, about = run.checkpoints.record(run.step), dict(checkpoint=run.checkpoints.identity(run.step))
+    about |= dict(dtype=str(settings.model.dtype), weights=run.weights)
+    is_other = run.checkpoints.has_ema(run.step) and run.weights == "raw"
+    for suite in suites:
+        found, name = measure(suite, run, settings), _name(settings, suite, record, is_other)
+        if not is_process_zero():
+            continue
+        for line in (f"{suite}:", *found.table()):
+            say(line)
+        unwritten, file = Unwritten(), f"step_{run.step}_{name}"
+        with unwritten.unless(workdir / "metrics.jsonl"):
+            writer = MetricsWriter(workdir, dataclasses.replace(settings.metrics, wandb_project=""))
+            writer.write(run.step, name, found.numbers() | about)
+            writer.close()
+        with unwritten.unless(workdir / "eval" / f"{file}.tsv"):
+            write_found(found, workdir / "eval", file)
+        unwritten.tell()
+        print(json.dumps(dict(step=run.step, suite=name, **found.numbers())), flush=True)
+    run.checkpoints.close()
 
 
 def _write_documents(path: epath.Path, nats: np.ndarray, store: TokenStore | Mixture, split: str) -> None:

@@ -1,26 +1,17 @@
 """--mode=lm_eval: tasks of lm-evaluation-harness, answered by a checkpoint of the run."""
 
-import dataclasses
 import json
 import time
 
 from etils import epath
 
-from tvq_pod.config.identity import model_record
-from tvq_pod.config.relations import check_vocab_fits
-from tvq_pod.config.settings import MeshSettings, Settings
-from tvq_pod.data.open import run_vocab
+from tvq_pod.config.settings import Settings
 from tvq_pod.errors import UserError
 from tvq_pod.host.extras import require
 from tvq_pod.host.files import Unwritten, write_whole
 from tvq_pod.host.terminal import say
-from tvq_pod.inference import images
-from tvq_pod.inference.batched import BatchedModel
-from tvq_pod.parallel.attention import attention_line, with_tried_attention
-from tvq_pod.parallel.mesh import make_mesh
+from tvq_pod.inference.opened import OpenedRun
 from tvq_pod.parallel.processes import is_process_zero, on_process_zero
-from tvq_pod.run.checkpoint_reader import CheckpointReader
-from tvq_pod.training.step import abstract_train_state
 
 
 def run_lm_eval(
@@ -44,29 +35,17 @@ def run_lm_eval(
 
     if not tasks:
         raise UserError("--tasks=: must be given for --mode=lm_eval: names of tasks, as hellaswag, or YAML files")
-    if images.are_images(settings):
-        raise UserError("config.data.format=imagenet64: --mode=lm_eval is for models of text")
-    checkpoints = CheckpointReader(workdir, settings.checkpoint.restore_timeout_seconds)
-    step = checkpoints.pick(step)
-    vocab = run_vocab(settings, workdir)
-    checkpoints.check(step, model_record(settings, vocab.name))
-    check_vocab_fits(settings, vocab.n_vocab)
+    run = OpenedRun(settings, workdir, step, "--mode=lm_eval")
     loaded: list[Tasks] = []
     on_process_zero(lambda: loaded.append(Tasks(tasks)))
-    settings = dataclasses.replace(settings, mesh=MeshSettings(slices=settings.mesh.slices, fsdp=settings.mesh.fsdp))
-    mesh = make_mesh(settings.mesh)
-    settings = with_tried_attention(settings, mesh)
-    say(attention_line(settings.model, mesh))
-    weights = checkpoints.weights(step, settings.eval.weights)
-    params = checkpoints.restore_params(step, abstract_train_state(settings, mesh).params, weights)
-    shared, failed = SharedModel(BatchedModel(settings, params, vocab, mesh, shows_progress=True)), None
+    shared, failed = SharedModel(run.model), None
     described = dict(
-        model="tvq_pod", workdir=str(workdir), step=step, checkpoint=checkpoints.identity(step), weights=weights,
-        cache=settings.eval.cache, max_length=max_length, model_dtype=str(settings.model.dtype),
+        model="tvq_pod", workdir=str(workdir), step=run.step, checkpoint=run.checkpoints.identity(run.step),
+        weights=run.weights, cache=settings.eval.cache, max_length=max_length, model_dtype=str(settings.model.dtype),
     )  # fmt: skip
     results = []
     if is_process_zero():
-        model = HarnessModel(shared, vocab, max_length, described)
+        model = HarnessModel(shared, run.vocab, max_length, described)
         try:
             results.append(loaded[0].evaluate(model, num_fewshot, limit))
         except Exception as error:
@@ -82,13 +61,13 @@ def run_lm_eval(
         for line in found.tables():
             say(line)
         unwritten, folder = Unwritten(), workdir / "eval"
-        path = folder / f"lm_eval_step_{step}_{time.strftime('%Y-%m-%dT%H-%M-%S')}.json"
+        path = folder / f"lm_eval_step_{run.step}_{time.strftime('%Y-%m-%dT%H-%M-%S')}.json"
         with unwritten.unless(path):
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, found.json())
             say(f"results: {path}")
         unwritten.tell()
-        print(json.dumps(dict(step=step, results=found.line())), flush=True)
+        print(json.dumps(dict(step=run.step, results=found.line())), flush=True)
 
     on_process_zero(finish)
-    checkpoints.close()
+    run.checkpoints.close()

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 import jax
 from etils import epath
@@ -110,7 +111,11 @@ def _prompts(prompts: list[bytes], prompt_file: str | None) -> list[Prompt]:
 
 @contextlib.contextmanager
 def _writer(output: str | None) -> Iterator[Callable[[str], None]]:
-    """A function that writes a line where samples go. Raises UserError where a file can't be written."""
+    """A function that writes a line where samples go, for process 0. All processes must call it. Raises UserError
+    where a file can't be written."""
+    opened = []
+    if output is not None and not is_bucket(output):
+        on_process_zero(lambda: opened.append(_open_new(output)))  # so that all end if it can't
     if output is None or not is_process_zero():
         yield functools.partial(print, flush=True)
     elif is_bucket(output):
@@ -120,11 +125,26 @@ def _writer(output: str | None) -> Iterator[Callable[[str], None]]:
             raise UserError(f"--output={output}: the bucket did not take all lines in {UPLOAD_SECONDS:.0f} seconds")
         file.close()
     else:
-        try:
-            with open(output, "x", encoding="utf-8") as file:
-                yield functools.partial(print, file=file, flush=True)
-        except OSError as error:
-            raise UserError(f"--output={output}: can't be written ({error.strerror}); give another file") from None
+        with opened[0] as file:
+            yield functools.partial(_write_line, output, file)
+
+
+def _open_new(output: str) -> TextIO:
+    try:
+        return open(output, "x", encoding="utf-8")
+    except OSError as error:
+        raise _unwritten(output, error) from None
+
+
+def _write_line(output: str, file: TextIO, line: str) -> None:
+    try:
+        print(line, file=file, flush=True)
+    except OSError as error:
+        raise _unwritten(output, error) from None
+
+
+def _unwritten(output: str, error: OSError) -> UserError:
+    return UserError(f"--output={output}: can't be written ({error.strerror}); give another file")
 
 
 def _show(texts) -> None:
