@@ -153,12 +153,19 @@ STUDIES = {
         arms={
             "with the cache": {},
             "without the cache": {"model.agg_cache": False},
-            "with the cache, key_shift=False": {"model.key_shift": False},
-            "without the cache, key_shift=False": {"model.key_shift": False, "model.agg_cache": False},
         },
         columns={"bits per byte": "bits_per_byte", "nats per token": "loss"} | DEPTHS,
         by_depth=True,
         plot=advantage_by_depth,
+    ),
+    "memory_recipe": Study(
+        config="ansible",
+        arms={
+            "all": {},
+            "key_shift=False": {"model.key_shift": False},
+            "context_schedule=": {"train.context_schedule": ""},
+        },
+        columns={"bits per byte": "bits_per_byte", "nats per token": "loss"},
     ),
     "compute": Study(  # steps that take each arm about as long
         config="ansible",
