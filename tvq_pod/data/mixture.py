@@ -9,12 +9,12 @@ import hashlib
 import json
 
 import numpy as np
-import tensorstore
 from etils import epath
 
 from tvq_pod.config.mixture_schedule import weights_of
 from tvq_pod.config.settings import OWN_SPLITS, generated
 from tvq_pod.data.groups import DocumentStarts
+from tvq_pod.data.parted import end_to_end
 from tvq_pod.data.store import SPLITS, Part, Split, Stage, TokenStore
 from tvq_pod.data.vocab import Vocab
 from tvq_pod.errors import UserError
@@ -123,7 +123,7 @@ class Mixture:
         ]
         return Split(
             stages=tuple(stages),
-            tokens=tensorstore.concat([split.tokens for split in splits], axis=0),
+            tokens=end_to_end([split.tokens for split in splits]),
             documents=DocumentStarts.of(np.concatenate([*starts, [n_tokens]])),
             bytes_on_disk=np.concatenate([split.doc_bytes for split in splits]),
             parts=tuple(parts),

@@ -15,7 +15,7 @@ from tvq_pod.data.text import BLOCK_BYTES
 from tvq_pod.data.train_vocab import TRAINED, vocab_for
 from tvq_pod.data.vocab import ByteVocab, Vocab, kept_vocab, load_vocab
 from tvq_pod.data.walk import Rules, place_of
-from tvq_pod.data.writer import check_free, only_one
+from tvq_pod.data.place import check_free, only_one
 from tvq_pod.errors import UserError
 from tvq_pod.host.paths import is_bucket
 from tvq_pod.host.terminal import say

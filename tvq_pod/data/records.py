@@ -14,6 +14,7 @@ from tvq_pod.config.settings import DataSettings
 from tvq_pod.data.compressed import SNIFFED, compression_of, opened_lines
 from tvq_pod.data.document import Document, Documents, content
 from tvq_pod.data.sources import File, Listing
+from tvq_pod.data.text import numbered_lines
 from tvq_pod.errors import UserError
 from tvq_pod.host.extras import require
 
@@ -42,7 +43,7 @@ def jsonl(listing: Listing, data: DataSettings) -> Documents:
     """Each line is a JSON object whose `config.data.text_field` is a document; blank lines are passed over."""
     for file in listing.files:
         with opened_lines(pathlib.Path(file.path), "JSON lines") as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in numbered_lines(lines, file):
                 if not line.strip():
                     continue
                 yield _json_document(line, f"line {number}", f"{file.name}:{number}", file, data)
@@ -103,25 +104,25 @@ def _parquet_rows(file: File, data: DataSettings) -> Documents:
     from pyarrow.parquet import ParquetFile
 
     path, field = pathlib.Path(file.path), data.text_field
-    of_field, row = f"config.data.text_field={field}", 0
+    of_field, row = f"config.data.text_field={field}", file.n_before
     try:
         with ParquetFile(_as_parquet(path), memory_map=True) as table:
             column = _column(table.schema_arrow, field)
             if column is None:
                 there = ", ".join(table.schema_arrow.names)
                 missing = _BadRow(f"without the field {field}", of_field, f"{path} has no such column, but {there}")
-                for row in range(1, table.metadata.num_rows + 1):
+                for row in _rows(table, file):
                     yield _bad(missing, f"{file.name}:{row}", file, data)
                 return
             kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
             if not _is_text(kind):
                 problem = f"{path} has {column.type} there, and no text"
                 other = _BadRow("another type than text", of_field, problem)
-                for row in range(1, table.metadata.num_rows + 1):
+                for row in _rows(table, file):
                     yield _bad(other, f"{file.name}:{row}", file, data)
                 return
             nested = [] if field in table.schema_arrow.names else field.split(".")[1:]
-            for batch in _batches(table, field):
+            for batch in _batches(table, field, file):
                 for text in _texts(batch.column(0), nested):
                     row += 1
                     name = f"{file.name}:{row}"
@@ -136,9 +137,16 @@ def _parquet_rows(file: File, data: DataSettings) -> Documents:
         ) from None
 
 
-def _batches(table, field: str) -> Iterator:
+def _rows(table, file: File) -> range:
+    """The numbers of the rows that are read, from 1."""
+    groups = range(file.begin, table.num_row_groups if file.end is None else file.end)
+    n_rows = sum(table.metadata.row_group(group).num_rows for group in groups)
+    return range(file.n_before + 1, file.n_before + n_rows + 1)
+
+
+def _batches(table, field: str, file: File) -> Iterator:
     """A column, ROWS rows at a time; row group by row group, since pyarrow can't read all nested types across them."""
-    for group in range(table.num_row_groups):
+    for group in range(file.begin, table.num_row_groups if file.end is None else file.end):
         yield from table.iter_batches(ROWS, row_groups=[group], columns=[field])
 
 

@@ -1,0 +1,146 @@
+"""How a corpus is cut into the parts of a store.
+
+The files' sizes and a constant decide, and nothing else: not the machine, nor how many processes there are. Files go
+into a part in their order until it has PART_BYTES. A larger file of lines is cut where a line begins, and a Parquet
+file between row groups. A compressed file, and a text that is one document, is in one part.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+
+from tvq_pod.data.compressed import SNIFFED, compression_of
+from tvq_pod.data.sources import File, Listing
+from tvq_pod.errors import UserError
+
+PART_BYTES = 2**28  # of files; a corpus of less than twice as much may be one part
+MOST_PARTS = 4096  # of a larger corpus, parts are larger
+BLOCK_BYTES = 2**20
+
+Span = tuple[str, int, int]  # of a file: its path, and of which bytes
+
+
+def cut(listing: Listing) -> list[list[File]]:
+    """The files, or the parts of files, of each part. Lines before a part of a file are still to be counted (see
+    `numbered`). Raises UserError if a file can't be read."""
+    sizes = [size_of(file) for file in listing.files]
+    part_bytes = PART_BYTES
+    while part_bytes * MOST_PARTS < sum(sizes):
+        part_bytes *= 2
+    parts, now, n_bytes = [], [], 0
+    for whole, size in zip(listing.files, sizes, strict=True):
+        for file, n in _cut_file(listing.format, whole, size, part_bytes):
+            now.append(file)
+            n_bytes += n
+            if n_bytes >= part_bytes:
+                parts.append(now)
+                now, n_bytes = [], 0
+    if parts and n_bytes < part_bytes // 2:
+        parts[-1] += now
+    elif now:
+        parts.append(now)
+    return parts
+
+
+def size_of(file: File) -> int:
+    """In bytes, as it lies on disk. Raises UserError if it can't be read."""
+    return _status(file).st_size
+
+
+def _status(file: File) -> os.stat_result:
+    try:
+        return os.stat(file.path)
+    except OSError as error:
+        raise UserError(f"config.data.source: {file.path} can't be read ({error.strerror})") from None
+
+
+def signature(files: Iterable[File]) -> str:
+    """Which files these are, and which parts of them, as JSON: what has another signature is read again."""
+    entries = []
+    for file in files:
+        status = _status(file)
+        name, path = (text.encode("utf-8", "backslashreplace").decode() for text in (file.name, file.path))
+        # A split by name depends on the other files, too.
+        entry = dict(name=name, path=os.path.abspath(path), size=status.st_size, modified=status.st_mtime_ns)
+        entries.append(entry | dict(begin=file.begin, end=file.end, split=file.split))
+    return json.dumps(entries, separators=(",", ":"))
+
+
+def _cut_file(format: str, file: File, size: int, part_bytes: int) -> Iterator[tuple[File, int]]:
+    """The parts of a file, and how large each is."""
+    n_parts = (size + part_bytes // 2) // part_bytes
+    if n_parts < 2 or format not in ("lines", "jsonl", "parquet") or _is_compressed(file):
+        yield file, size
+    elif format == "parquet":
+        yield from _row_groups(file, size, part_bytes)
+    else:
+        for begin, end in itertools.pairwise([*range(0, n_parts * part_bytes, part_bytes), size]):
+            yield dataclasses.replace(file, begin=begin, end=end), end - begin
+
+
+def _is_compressed(file: File) -> bool:
+    try:
+        with open(file.path, "rb") as opened:
+            return compression_of(opened.read(SNIFFED)) is not None
+    except OSError:  # whoever reads it says so
+        return True
+
+
+def _row_groups(file: File, size: int, part_bytes: int) -> Iterator[tuple[File, int]]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    bounds, rows = [0], [0]
+    with contextlib.suppress(pyarrow.ArrowException, OSError), ParquetFile(file.path) as table:
+        groups = [table.metadata.row_group(group) for group in range(table.num_row_groups)]
+        sizes = [sum(group.column(n).total_compressed_size for n in range(group.num_columns)) for group in groups]
+        n_rows, n_bytes = 0, 0
+        for number, (group, n) in enumerate(zip(groups, sizes, strict=True), 1):
+            n_rows, n_bytes = n_rows + group.num_rows, n_bytes + n
+            if n_bytes >= part_bytes:
+                bounds.append(number)
+                rows.append(n_rows)
+                n_bytes = 0
+        if bounds[-1] < len(groups):
+            bounds.append(len(groups))
+    if len(bounds) < 3:  # also of a file that is damaged: whoever reads it says so
+        yield file, size
+        return
+    for (begin, end), n_before in zip(itertools.pairwise(bounds), rows, strict=False):
+        yield dataclasses.replace(file, begin=begin, end=end, n_before=n_before), sum(sizes[begin:end])
+
+
+def numbered(
+    parts: list[list[File]], format: str, count: Callable[[list[Span]], Iterable[int]]
+) -> list[list[File]]:
+    """The parts, with the number of lines before each part of a file. count: counts the lines of spans, as
+    `count_lines` does, perhaps of many at once."""
+    if format == "parquet":
+        return parts
+    spans = [(file.path, file.begin, file.end) for file in itertools.chain(*parts) if file.end is not None]
+    lines = dict(zip(spans, count(spans), strict=True))
+    before = {}
+    for path, begin, end in spans:
+        before[path, end] = before.get((path, begin), 0) + lines[path, begin, end]
+    return [
+        [dataclasses.replace(f, n_before=before.get((f.path, f.begin), 0) if f.end else 0) for f in part]
+        for part in parts
+    ]  # fmt: skip
+
+
+def count_lines(span: Span) -> int:
+    """How many lines end in a part of a file. Raises UserError if it can't be read."""
+    path, at, end = span
+    n = 0
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(at)
+            while at < end and (block := file.read(min(BLOCK_BYTES, end - at))):
+                n += block.count(b"\n")
+                at += len(block)
+    except OSError as error:
+        raise UserError(f"config.data.source: {path} can't be read ({error.strerror})") from None
+    return n
