@@ -4,16 +4,12 @@ A part is whole when it has its name (in a bucket: its store.json). Whoever goes
 are whole and of the same files, and writes the others. The store is whole when it has its index.
 """
 
-import concurrent.futures
 import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 
-import google_crc32c
 from etils import epath
 
 from tvq_pod.config.settings import DataSettings
@@ -21,15 +17,14 @@ from tvq_pod.data.arrays import named_errors
 from tvq_pod.data.build import progress_bar
 from tvq_pod.data.checked import PROBES, Checked, Report, probe
 from tvq_pod.data.corpora import documents_of
-from tvq_pod.data.cut import count_lines, numbered, size_of
-from tvq_pod.data.part import PartTask, write_part
+from tvq_pod.data.cut import numbered, size_of
+from tvq_pod.data.part import PartTask
+from tvq_pod.data.part_workers import Workers
 from tvq_pod.data.place import adopted, check_free, followed
 from tvq_pod.data.sources import File, Listing
-from tvq_pod.data.store import PARTED, SPLITS, TokenStore, array_metadata, arrays_of, crc32c_of, made_with, totals
+from tvq_pod.data.store import PARTED, SPLITS, TokenStore, crc32c_of, made_with, totals
 from tvq_pod.data.vocab import Vocab, keep_vocab
-from tvq_pod.data.workers import SPAWN, begin_worker, killed, main_left_alone, signals_kept
 from tvq_pod.data.writer import check_documents
-from tvq_pod.errors import UserError
 from tvq_pod.host.files import write_whole
 from tvq_pod.host.paths import is_bucket
 from tvq_pod.host.terminal import say
@@ -92,7 +87,7 @@ def write_parts(
 ) -> list[str]:
     """Writes the parts that are not there, numbered from `first`. Returns the names of their folders, of all."""
     n_processes = data.prepare_processes or len(os.sched_getaffinity(0))
-    with _Workers(n_processes, vocab) as workers:
+    with Workers(n_processes, vocab) as workers:
         parts = numbered(parts, listing.format, workers.count_lines)
         names = [f"part-{first + number:05d}" for number in range(len(parts))]
         tasks = [
@@ -110,7 +105,13 @@ def write_parts(
                 for batch in Checked(first_documents, vocab, data, counts=False) if n_probes else ():
                     if not (n_probes := probe(batch, vocab, n_probes)):
                         break
-        workers.write(left)
+        with progress_bar(sum(task.n_bytes for task in left)) as bar:
+
+            def tell(n_bytes: int) -> None:
+                still_working()
+                bar.update(n_bytes)
+
+            workers.write(left, tell)
     report = Report()
     for name in names:
         report.add(json.loads((folder / name / "store.json").read_text())["report"])
@@ -128,98 +129,6 @@ def _remove_others(folder: epath.Path, first: int, names: list[str]) -> None:
         for path in folder.iterdir():
             if PART.fullmatch(path.name) and int(path.name[5:].split(".")[0]) >= first and path.name not in names:
                 path.rmtree() if path.is_dir() else path.unlink(missing_ok=True)
-
-
-# ------------------------------------------------- workers
-class _Stopped(Exception):
-    """In a worker: another one has failed."""
-
-
-class _Workers:
-    """Processes that write parts; with one, this process does."""
-
-    def __init__(self, n_processes: int, vocab: Vocab):
-        self._n_processes, self._vocab = n_processes, vocab
-        self._taken, self._stop = SPAWN.Value("Q", 0), SPAWN.Event()
-        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> "_Workers":
-        if self._n_processes > 1:
-            shared = self._vocab, self._taken, self._stop
-            with signals_kept():
-                self._pool = concurrent.futures.ProcessPoolExecutor(self._n_processes, SPAWN, _begin, shared)
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._stop.set()
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
-
-    def count_lines(self, spans: list) -> Iterator[int]:
-        """Of each span."""
-        futures = self._submitted(count_lines, spans)
-        return iter(map(count_lines, spans)) if futures is None else self._results(futures)
-
-    def write(self, tasks: list[PartTask]) -> None:
-        """Writes parts. Raises what one of them raises; others are ended."""
-        with progress_bar(sum(task.n_bytes for task in tasks)) as bar:
-
-            def tell(n_bytes: int) -> None:
-                still_working()
-                bar.update(n_bytes)
-
-            futures = self._submitted(_write, tasks)
-            if futures is None:
-                for task in tasks:
-                    write_part(task, self._vocab, tell)
-                return
-            for _ in self._results(futures, tell):
-                pass
-
-    def _submitted(self, function, arguments: list) -> list[concurrent.futures.Future] | None:
-        if not self._pool:
-            return None
-        with main_left_alone(), signals_kept():
-            return [self._pool.submit(function, argument) for argument in arguments]
-
-    def _results(self, futures: list[concurrent.futures.Future], tell=None) -> Iterator:
-        """What each returns, in their order. tell: is called with the bytes that were taken since the last time."""
-        told, waiting = 0, set(futures)
-        try:
-            while waiting:
-                done, waiting = concurrent.futures.wait(waiting, 0.5, concurrent.futures.FIRST_EXCEPTION)
-                if (taken := self._taken.value) > told and tell:
-                    tell(taken - told)
-                    told = taken
-                for future in done:
-                    future.result()
-        except BrokenProcessPool:
-            raise killed() from None
-        except BaseException:
-            self._stop.set()
-            raise
-        return iter([future.result() for future in futures])
-
-
-_of_worker: tuple = ()  # in a worker: the vocabulary, bytes taken by all, and whether to stop
-
-
-def _begin(*shared) -> None:
-    global _of_worker
-    _of_worker = shared
-    begin_worker()
-
-
-def _write(task: PartTask) -> None:
-    vocab, taken, stop = _of_worker
-
-    def tell(n_bytes: int) -> None:
-        if stop.is_set():
-            raise _Stopped
-        with taken.get_lock():
-            taken.value += n_bytes
-
-    write_part(task, vocab, tell)
 
 
 # ------------------------------------------------- the index

@@ -113,9 +113,7 @@ def _row_groups(file: File, size: int, part_bytes: int) -> Iterator[tuple[File, 
         yield dataclasses.replace(file, begin=begin, end=end, n_before=n_before), sum(sizes[begin:end])
 
 
-def numbered(
-    parts: list[list[File]], format: str, count: Callable[[list[Span]], Iterable[int]]
-) -> list[list[File]]:
+def numbered(parts: list[list[File]], format: str, count: Callable[[list[Span]], Iterable[int]]) -> list[list[File]]:
     """The parts, with the number of lines before each part of a file. count: counts the lines of spans, as
     `count_lines` does, perhaps of many at once."""
     if format == "parquet":

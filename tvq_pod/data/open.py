@@ -7,15 +7,17 @@ from etils import epath
 from tvq_pod.config.relations import check_vocab_fits
 from tvq_pod.config.settings import DataSettings, Settings
 from tvq_pod.data.build import make_store
-from tvq_pod.data.corpora import documents, files_of
+from tvq_pod.data.build_parts import make_parts
+from tvq_pod.data.corpora import documents, documents_of, files_of
+from tvq_pod.data.cut import cut, signature
 from tvq_pod.data.mixture import Mixture
 from tvq_pod.data.papers import pg19_words
+from tvq_pod.data.place import check_free, only_one
 from tvq_pod.data.store import SPLITS, TokenStore, same_settings, store_path
 from tvq_pod.data.text import BLOCK_BYTES
 from tvq_pod.data.train_vocab import TRAINED, vocab_for
 from tvq_pod.data.vocab import ByteVocab, Vocab, kept_vocab, load_vocab
 from tvq_pod.data.walk import Rules, place_of
-from tvq_pod.data.place import check_free, only_one
 from tvq_pod.errors import UserError
 from tvq_pod.host.paths import is_bucket
 from tvq_pod.host.terminal import say
@@ -80,11 +82,22 @@ def open_store(settings: Settings, workdir: epath.Path, may_make: bool = True) -
                 say(f"preparing {path} from {data.source}")
                 tell_files(data)
                 vocab = vocab_for(settings, workdir)
-                make_store(path, lambda: documents(data), vocab, data)
+                _make(path, vocab, data)
         store = TokenStore(path)
         _check_same_corpus(data, store)  # it may be another process that made it
     check_vocab_fits(settings, store.n_vocab)
     return store
+
+
+def _make(path: epath.Path, vocab: Vocab, data: DataSettings) -> None:
+    """Writes the store, of one part or of several, as the corpus alone decides."""
+    found = files_of(data)
+    if found is None:
+        make_store(path, lambda: documents(data), vocab, data)
+    elif len(parts := cut(found)) > 1:
+        make_parts(path, parts, found, vocab, data)
+    else:
+        make_store(path, lambda: documents_of(found, data), vocab, data, signature(found.files))
 
 
 def open_on_all(settings: Settings, workdir: epath.Path) -> TokenStore | Mixture:

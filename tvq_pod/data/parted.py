@@ -28,7 +28,8 @@ class PartedArray:
             raise IndexError(f"a range without steps is read, not {places}")
         first = min(bisect.bisect_right(self._bounds, begin), len(self._arrays)) - 1
         found = []
-        for array, low, high in zip(self._arrays[first:], self._bounds[first:], self._bounds[first + 1 :], strict=True):
+        bounds = itertools.pairwise(self._bounds[first:])
+        for array, (low, high) in zip(self._arrays[first:], bounds, strict=True):
             if found and low >= end:
                 break
             found.append(array[max(begin - low, 0) : max(min(end, high) - low, 0)])

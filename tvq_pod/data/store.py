@@ -148,7 +148,7 @@ class Split:
     @functools.cached_property
     def doc_bytes(self) -> np.ndarray:
         """Bytes of each document's text, in memory: int64 [n_documents]."""
-        return in_memory(self.bytes_on_disk)
+        return np.asarray(self.bytes_on_disk)
 
     @property
     def lengths(self) -> np.ndarray:

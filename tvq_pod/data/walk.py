@@ -168,7 +168,7 @@ def _left_out_kind(entry: os.DirEntry) -> str | None:
 
 
 def _is_ours(names: set[str]) -> bool:
-    is_store = "train" in names and not names.isdisjoint({"store.json", "progress.json"})
+    is_store = not names.isdisjoint({"train", "part-00000"}) and not names.isdisjoint({"store.json", "progress.json"})
     return is_store or {"config.json", "checkpoints"} <= names
 
 

@@ -8,9 +8,9 @@ from etils import epath
 
 from tvq_pod.config.settings import Settings
 from tvq_pod.data.open import check_source, describe, open_store
+from tvq_pod.data.place import only_one
 from tvq_pod.data.store import TokenStore, store_path
 from tvq_pod.data.train_vocab import TRAINED, trained_path, vocab_for
-from tvq_pod.data.place import only_one
 from tvq_pod.errors import UserError
 from tvq_pod.host.terminal import say
 from tvq_pod.parallel.processes import on_process_zero
