@@ -22,11 +22,13 @@ from tvq_pod.parallel.deadlines import still_working
 from tvq_pod.parallel.processes import is_process_zero
 
 
-def make_store(path: epath.PathLike, corpus, vocab: Vocab, data: DataSettings, files: str = "") -> TokenStore:
+def make_store(
+    path: epath.PathLike, corpus, vocab: Vocab, data: DataSettings, files: str = "", **more: str
+) -> TokenStore:
     """Writes a store of the documents that corpus() gives; goes on where another process was broken off.
 
-    files: which files these are of, for `--append` (see parts.py); "": of none. Raises UserError if there is something
-    else at `path`, or no document is left to train on.
+    files: which files these are of (see `signature`); "": of none. more: what else is kept in store.json. Raises
+    UserError if there is something else at `path`, or no document is left to train on.
     """
     settings = made_with(data)
     counts_words = data.format == "pg19"
@@ -58,7 +60,7 @@ def make_store(path: epath.PathLike, corpus, vocab: Vocab, data: DataSettings, f
                         if taken.number:
                             writer.may_commit(taken.number, taken.crc)
         checked.report.say(vocab, data)
-        return writer.finish(files, counts_words=counts_words, own_splits=checked.own_splits)
+        return writer.finish(files, counts_words=counts_words, own_splits=checked.own_splits, **more)
 
 
 def progress_bar(total: int | None = None) -> tqdm.tqdm:

@@ -4,7 +4,6 @@ A part is whole when it has its name (in a bucket: its store.json). Whoever goes
 are whole and of the same files, and writes the others. The store is whole when it has its index.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -51,10 +50,11 @@ def make_parts(
     identity = dict(vocab=vocab.name, n_vocab=vocab.n_vocab, made_with=settings)
     begin(draft, identity, keeps_folder=in_place)
     written = write_parts(draft, 0, parts, listing, vocab, data)
-    entries = totals([part_entry(draft, folder) for folder in written])
-    own_splits = all(json.loads((draft / folder / "store.json").read_text())["own_splits"] for folder in written)
-    check_documents(entries, settings, own_splits)
-    write_index(draft, [part_entry(draft, folder) for folder in written], vocab, settings, own_splits, [])
+    parts_written = [part_entry(draft, folder) for folder in written]
+    own_splits = all(TokenStore(draft / folder).meta["own_splits"] for folder in written)
+    check_documents(totals(parts_written), settings, own_splits)
+    about = dict(made_with=settings, own_splits=own_splits, holdout=listing.holdout, before=[], added=[])
+    write_index(draft, parts_written, vocab, about)
     with named_errors():
         if draft != path:
             os.rename(draft, path)  # onto an empty folder, too
@@ -98,13 +98,11 @@ def write_parts(
         left = [task for task in tasks if not task.is_done(vocab)]
         if len(left) < len(tasks):
             say(f"  goes on: {len(tasks) - len(left)} of {len(tasks)} parts are there")
-        if left:
-            first_documents = documents_of(left[0].listing, data)
-            with contextlib.closing(first_documents):
-                n_probes = 0 if vocab.takes_any_bytes else PROBES
-                for batch in Checked(first_documents, vocab, data, counts=False) if n_probes else ():
-                    if not (n_probes := probe(batch, vocab, n_probes)):
-                        break
+        if left and not vocab.takes_any_bytes:
+            n_probes = PROBES
+            for batch in Checked(documents_of(left[0].listing, data), vocab, data, counts=False):
+                if not (n_probes := probe(batch, vocab, n_probes)):
+                    break
         with progress_bar(sum(task.n_bytes for task in left)) as bar:
 
             def tell(n_bytes: int) -> None:
@@ -139,22 +137,19 @@ def part_entry(path: epath.Path, folder: str) -> dict:
     return dict(folder=folder, **{name: meta[name] for name in names}, crc32c=meta["crc32c"])
 
 
-def write_index(
-    path: epath.Path, parts: list[dict], vocab: Vocab, settings: dict, own_splits: bool, before: list
-) -> None:
-    """Writes store.json of a store of several parts, in place of the one that is there. before: fingerprints of the
-    store before it was appended to, and how many parts it had then."""
+def write_index(path: epath.Path, parts: list[dict], vocab: Vocab, about: dict) -> None:
+    """Writes store.json of a store of several parts, in place of the one that is there. about: what else is in it:
+    made_with, own_splits and holdout; before, the fingerprints of the store before it was added to, and how many parts
+    it had then; added, what each addition was made with."""
     contents = [PARTED, vocab.name, [part["fingerprint"] for part in parts]]
     meta = dict(
         format=PARTED,
         vocab=vocab.name,
         n_vocab=vocab.n_vocab,
-        made_with=settings,
         fingerprint=hashlib.sha256(json.dumps(contents).encode()).hexdigest(),
         splits=totals(parts),
         parts=parts,
-        before=before,
-        own_splits=own_splits,
+        **about,
     )
     meta["crc32c"] = crc32c_of(meta)
     with named_errors():

@@ -1,6 +1,7 @@
 """Documents on their way into a store: each is checked and given its split, in batches, since many may be tiny."""
 
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ BATCH_SECONDS = 1.0  # after which a batch ends, however slowly its documents co
 PROBES, PROBE_BYTES = 3, 2**14  # documents, and how much of each, that must come back from their tokens
 MARGIN = 2**12  # a share of 2**64, by which a float may differ from it
 
-_problem, _text = itemgetter(Document._fields.index("problem")), itemgetter(Document._fields.index("text"))
+_name, _text, _problem = (itemgetter(Document._fields.index(field)) for field in ("name", "text", "problem"))
 
 
 class Batch(NamedTuple):
@@ -125,13 +126,11 @@ class Checked:
     def _checked(self, documents: list[Document], n_bytes: int) -> Batch:
         self._count(documents)
         texts = list(map(_text, documents))
-        if all(texts) and not any(map(_problem, documents)) and _are_utf8(texts):
-            kept = documents
-        else:
-            kept = [fit for document in documents if (fit := self._usable(document)) is not None]
-            texts = list(map(_text, kept))
-        names, splits = [document.name for document in kept], self._splits(kept)
-        return Batch(names, texts, splits, n_bytes, self.number, self.crc)
+        if not all(texts) or any(map(_problem, documents)) or not _are_utf8(texts):
+            kept = [document if _is_plain(document) else self._usable(document) for document in documents]
+            documents = [document for document in kept if document is not None]
+            texts = list(map(_text, documents))
+        return Batch(list(map(_name, documents)), texts, self._splits(documents), n_bytes, self.number, self.crc)
 
     def _usable(self, document: Document) -> Document | None:
         """A document as it is encoded; None leaves it out."""
@@ -146,22 +145,27 @@ class Checked:
             self.report.leave_out("not UTF-8", document.name)
         elif is_odd:
             self.report.odd.add(document.name)
-        return None if text is None else document._replace(text=text)
+        return document if text is document.text else text if text is None else document._replace(text=text)
 
     def _splits(self, documents: list[Document]) -> list[str]:
         shares = self._data.validation_share, self._data.test_share
         sha256, bound = hashlib.sha256, self._surely_train
         return [
-            document.split
-            or ("train" if sha256(document.text).digest() > bound else split_of(document.text, *shares))
-            for document in documents
-        ]  # fmt: skip
+            own or ("train" if sha256(text).digest() > bound else split_of(text, *shares))
+            for _, text, own, _, _ in documents
+        ]
 
 
 def _train_bound(data: DataSettings) -> bytes:
     """A text whose SHA-256 is greater is in the training split; `split_of` decides of others."""
     bound = math.ceil((data.validation_share + data.test_share) * 2**64) + MARGIN
     return bound.to_bytes(8) if bound < 2**64 else b"\xff" * 32
+
+
+def _is_plain(document: Document) -> bool:
+    """Whether there is nothing to be done about a document; quick."""
+    text = document.text
+    return bool(isinstance(text, bytes) and text and text.isascii() and not document.problem)
 
 
 def _are_utf8(texts: list[bytes | memoryview]) -> bool:
@@ -177,22 +181,19 @@ def _are_utf8(texts: list[bytes | memoryview]) -> bool:
 
 def write_batch(batch: Batch, splits: dict[str, SplitWriter], vocab: Vocab, counts_words: bool = False) -> None:
     """Encodes the documents of a batch and adds them to their splits. counts_words: of documents that are held out."""
-    is_small = [len(text) <= PIECE_BYTES for text in batch.texts]
+    are_small = max(map(len, batch.texts), default=0) <= PIECE_BYTES
     for split in SPLITS:
         takes_words = counts_words and split != "train"
-        if takes_words or not all(is_small):
+        if takes_words or not are_small:
             for name, text, own in zip(batch.names, batch.texts, batch.splits, strict=True):
                 if own == split:
                     for piece in pieces(text, vocab):
                         splits[split].append(vocab.encode(piece))
                     splits[split].end(len(text), len(bytes(text).split()) if takes_words else 0, name)
             continue
-        if batch.splits.count(split) == len(batch.splits):
-            names, texts = batch.names, batch.texts
-        else:
-            mine = [own == split for own in batch.splits]
-            names = [name for name, is_mine in zip(batch.names, mine, strict=True) if is_mine]
-            texts = [text for text, is_mine in zip(batch.texts, mine, strict=True) if is_mine]
+        mine = list(map(split.__eq__, batch.splits))
+        names = list(itertools.compress(batch.names, mine))
+        texts = list(itertools.compress(batch.texts, mine))
         if texts:
             n_bytes = np.fromiter(map(len, texts), np.int64, len(texts))
             splits[split].append_documents(*_encoded(texts, n_bytes, vocab), n_bytes, names)

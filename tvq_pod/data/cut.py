@@ -93,7 +93,7 @@ def _row_groups(file: File, size: int, part_bytes: int) -> Iterator[tuple[File, 
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    bounds, rows = [0], [0]
+    bounds, rows, sizes = [0], [0], []
     with contextlib.suppress(pyarrow.ArrowException, OSError), ParquetFile(file.path) as table:
         groups = [table.metadata.row_group(group) for group in range(table.num_row_groups)]
         sizes = [sum(group.column(n).total_compressed_size for n in range(group.num_columns)) for group in groups]

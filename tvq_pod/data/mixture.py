@@ -6,7 +6,9 @@ streams.py.
 
 import dataclasses
 import hashlib
+import itertools
 import json
+from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
@@ -41,6 +43,7 @@ class Mixture:
             _check_splits(first, store)
         if len({store.fingerprint for store in stores}) < len(stores):
             raise UserError("config.data.mixture: the same documents are there twice; give each store once")
+        self._given = weights, schedule
         self._stores, self._weights = stores, [weight / sum(weights) for weight in weights]
         self.path, self.vocab_name, self.n_vocab = first.path, first.vocab_name, first.n_vocab
         self._changes = weights_of(schedule, len(stores))
@@ -78,6 +81,25 @@ class Mixture:
             stores.append(TokenStore(epath.Path(path)))
             weights.append(number)
         return Mixture(stores, weights, schedule)
+
+    @property
+    def n_parts(self) -> int:
+        """How many parts its stores have together."""
+        return sum(store.n_parts for store in self._stores)
+
+    @property
+    def versions(self) -> list[tuple[str, int]]:
+        """See TokenStore: of all combinations of its stores' versions; the last is as it is now."""
+        return [(mixture.fingerprint, mixture.n_parts) for mixture in self._versions()]
+
+    def as_of(self, fingerprint: str) -> "Mixture | None":
+        """See TokenStore."""
+        return next((mixture for mixture in self._versions() if mixture.fingerprint == fingerprint), None)
+
+    def _versions(self) -> "Iterator[Mixture]":
+        of_each = [[store.as_of(fingerprint) for fingerprint, _ in store.versions] for store in self._stores]
+        for stores in itertools.product(*of_each):
+            yield Mixture([store for store in stores if store is not None], *self._given)
 
     def vocab(self) -> Vocab:
         """The vocabulary that the tokens are in."""

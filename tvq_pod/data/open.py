@@ -34,7 +34,12 @@ def check_source(settings: Settings, workdir: epath.Path) -> None:
     n_vocab = settings.data.vocab_size if is_trained else load_vocab(settings.data.vocab).n_vocab
     check_vocab_fits(settings, n_vocab)
     _check_text(settings.data)
-    found = files_of(settings.data)
+    check_outside(settings, workdir)
+
+
+def check_outside(settings: Settings, workdir: epath.Path) -> None:
+    """Raises UserError if the corpus holds the run's own folder or store."""
+    path, found = store_path(settings, workdir), files_of(settings.data)
     for walked in found.walks if found else ():
         for name, folder in ((f"the token store {path}", path), (f"--workdir={workdir}", workdir)):
             if not is_bucket(folder) and place_of(os.fspath(folder), walked, Rules(settings.data)) is not None:
@@ -97,7 +102,8 @@ def _make(path: epath.Path, vocab: Vocab, data: DataSettings) -> None:
     elif len(parts := cut(found)) > 1:
         make_parts(path, parts, found, vocab, data)
     else:
-        make_store(path, lambda: documents_of(found, data), vocab, data, signature(found.files))
+        corpus, files = (lambda: documents_of(found, data)), signature(found.files)
+        make_store(path, corpus, vocab, data, files, holdout=found.holdout)
 
 
 def open_on_all(settings: Settings, workdir: epath.Path) -> TokenStore | Mixture:
@@ -115,6 +121,8 @@ def describe(store: TokenStore | Mixture) -> None:
             f"  {split:<10} {entry['n_documents']:>9,} documents {entry['n_tokens']:>14,} tokens "
             f"{entry['n_bytes']:>14,} bytes"
         )
+    if (n_parts := store.n_parts) > 1:
+        say(f"  in {n_parts} parts")
 
 
 def words_of(store: TokenStore | Mixture, split: str) -> int:
@@ -127,14 +135,28 @@ def words_of(store: TokenStore | Mixture, split: str) -> int:
 
 def _check_same_corpus(data: DataSettings, store: TokenStore) -> None:
     there = {name: store.meta[name] for name in ("source", "validation_share", "test_share") if name in store.meta}
-    there = same_settings(there | store.meta["made_with"])
-    for name, value in (dict(vocab=store.vocab_name) | there).items():
+    if any(_differing(data, store, made) is None for made in store.meta.get("added", [])):
+        return
+    check_made_with(data, store, same_settings(there | store.meta["made_with"]))
+
+
+def check_made_with(data: DataSettings, store: TokenStore, made: dict) -> None:
+    """Raises UserError for the first setting that is not what a store was made with."""
+    if differs := _differing(data, store, made):
+        name, value = differs
+        raise UserError(
+            f"config.data.{name}={getattr(data, name)}: the store {store.path} was prepared with {value}; "
+            "give that, or another config.data.store"
+        )
+
+
+def _differing(data: DataSettings, store: TokenStore, made: dict) -> tuple[str, object] | None:
+    """The first setting that is not what a store was made with, and what it was; None if there is none."""
+    for name, value in (dict(vocab=store.vocab_name) | made).items():
         given = _vocab_name(data, store) if name == "vocab" else getattr(data, name)
         if given != value:
-            raise UserError(
-                f"config.data.{name}={getattr(data, name)}: the store {store.path} was prepared with {value}; "
-                "give that, or another config.data.store"
-            )
+            return name, value
+    return None
 
 
 def _vocab_name(data: DataSettings, store: TokenStore) -> str:

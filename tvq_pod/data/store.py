@@ -282,6 +282,11 @@ class TokenStore:
         return [StorePart(**part) for part in self.meta["parts"]]
 
     @property
+    def n_parts(self) -> int:
+        """How many parts it has."""
+        return len(self.parts)
+
+    @property
     def versions(self) -> list[tuple[str, int]]:
         """The store after each time that it was added to: its fingerprint, and how many parts it had."""
         before = [(fingerprint, n_parts) for fingerprint, n_parts in self.meta.get("before", [])]

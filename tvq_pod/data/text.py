@@ -30,9 +30,11 @@ def texts(listing: Listing, data: DataSettings) -> Documents:
 def lines(listing: Listing) -> Documents:
     """Each line of the files is a document; its line end is not part of it."""
     for file in listing.files:
+        name, split = file.name, file.split
         with opened_lines(pathlib.Path(file.path), "lines of text") as found:
             for number, line in numbered_lines(found, file):
-                yield Document(f"{file.name}:{number}", line.removesuffix(b"\n").removesuffix(b"\r"), file.split)
+                text = line.removesuffix(b"\n").removesuffix(b"\r")
+                yield tuple.__new__(Document, (f"{name}:{number}", text, split, "", False))  # as Document(), but faster
 
 
 def numbered_lines(opened: io.BufferedReader, file: File) -> Iterator[tuple[int, bytes]]:

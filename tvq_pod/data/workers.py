@@ -1,6 +1,7 @@
 """Other processes of this machine that help to prepare a store: how they start, and that they end with the main one."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -46,6 +47,7 @@ def signals_kept() -> Iterator[None]:
 
 def begin_worker() -> None:
     """What such a process does first."""
+    gc.set_threshold(100_000)  # a batch of tiny documents is many objects
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process of its own
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
