@@ -106,10 +106,8 @@ def test_a_store_may_be_added_to_again_and_from_another_folder(lines, tmp_path):
 
 
 def test_a_mixture_is_found_as_it_was(lines, tmp_path):
-    one, two = (
-        made(lines, tmp_path / "s", format="lines"),
-        made(lines, tmp_path / "t", validation_share=0.1, format="lines"),
-    )
+    one = made(lines, tmp_path / "s", format="lines")
+    two = made(lines, tmp_path / "t", validation_share=0.1, format="lines")
     text = f"{one.path}=1,{two.path}=3"
     with pytest.raises(UserError, match="holds out"):
         Mixture.open(text)
@@ -138,7 +136,7 @@ def test_what_can_not_be_added_is_refused_in_one_line(lines, tmp_path):
     refused(r"config.data.test_share=0.3: the store .* was prepared with 0.1", test_share=0.3)
     refused(r"config.data.holdout=test: means test for .*held out by hash", holdout="test")
     refused(r"config.data.source=stdlib: --append adds files", source="stdlib", format="auto")
-    refused(r"config.data.source=.*: holds the token store", source=tmp_path)
+    refused(r"config.data.source=.*: holds .*which would be read as text", source=tmp_path)
     with (lines / "a.txt").open("a") as file:
         file.write("a line more\n")
     refused(r"config.data.source=.*: a.txt had [0-9,]+ bytes when .* took it, and has [0-9,]+ now")
@@ -192,6 +190,7 @@ def check_killed(mode, source, store, expected, stride) -> None:
         shutil.copytree(store, untouched)
     _, n_calls = struck(mode, source, store, 0)
     assert int(n_calls) > 15
+    kept = []
     for number in range(1, int(n_calls) + 1, stride):
         for path in store.parent.glob("s*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -209,21 +208,25 @@ def check_killed(mode, source, store, expected, stride) -> None:
         assert {name: after[name] for name in parts} == parts
         assert TokenStore(store).fingerprint == expected.fingerprint
         assert_equal(contents(TokenStore(store)), contents(expected))
-        assert not [path.name for path in store.parent.glob("s.*") if path.name != "s.run"]
+        kept.append(len(parts))
+        assert not [path for path in store.parent.glob("s.*") if path.name not in ("s.run", "s.lock")]
         assert not [path.name for path in store.iterdir() if "prep" in path.name or "lock" in path.name]
+    assert len(set(kept)) > 2
 
 
-@pytest.mark.parametrize("stride", [17, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [13, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_prepare_that_is_killed_anywhere_keeps_the_parts_that_are_whole(lines, tmp_path, stride):
+    written(lines / "a.txt", "lines", TEXTS[:22])
     expected = made(lines, tmp_path / "expected", format="lines")
     check_killed("prepare", lines, tmp_path / "s", expected, stride)
 
 
-@pytest.mark.parametrize("stride", [17, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [13, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_addition_that_is_killed_anywhere_leaves_the_store_as_it_was_or_will_be(lines, tmp_path, stride):
+    written(lines / "a.txt", "lines", TEXTS[:12])
     expected = made(lines, tmp_path / "expected", format="lines")
     made(lines, tmp_path / "s", format="lines")
-    written(lines / "b.txt", "lines", MORE)
+    written(lines / "b.txt", "lines", MORE[:24])
     expected = added(lines, tmp_path / "expected", format="lines")
     check_killed("append", lines, tmp_path / "s", expected, stride)
 
@@ -261,7 +264,7 @@ def test_only_the_part_of_a_file_that_changed_is_written_again(tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_workers_end_with_a_main_process_that_is_killed_and_their_parts_are_written_by_others(tmp_path):
-    source = written(tmp_path / "a.txt", "lines", [f"{n} " * 200 for n in range(20_000)])
+    source = written(tmp_path / "a.txt", "lines", [f"{n} " * 200 for n in range(7_000)])
     program = (
         "import sys; from etils import epath; from tests.data.texts import settings_for; from tvq_pod.data import cut;"
         "from tvq_pod.data.open import open_store; cut.PART_BYTES = 2**20;"
@@ -284,8 +287,7 @@ def test_workers_end_with_a_main_process_that_is_killed_and_their_parts_are_writ
     after = finished(tmp_path / "s")
     assert {name: after[name] for name in parts} == parts
     assert not [pid for pid in workers if pathlib.Path(f"/proc/{pid}").exists()]
-    one = subprocess.run([*command[:-1], str(tmp_path / "t")], cwd=ROOT, check=True)
-    assert one.returncode == 0
+    subprocess.run([*command[:-1], str(tmp_path / "t")], cwd=ROOT, check=True)
     assert TokenStore(tmp_path / "t").fingerprint == TokenStore(tmp_path / "s").fingerprint
 
 

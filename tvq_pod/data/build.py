@@ -63,10 +63,10 @@ def make_store(
         return writer.finish(files, counts_words=counts_words, own_splits=checked.own_splits, **more)
 
 
-def progress_bar(total: int | None = None) -> tqdm.tqdm:
-    """Bytes of text that were taken. total: of all, if that is known."""
+def progress_bar() -> tqdm.tqdm:
+    """Bytes of text that were taken."""
     return tqdm.tqdm(
-        total=total, unit="B", unit_scale=True, file=sys.stderr, disable=not is_process_zero(), delay=1,
+        unit="B", unit_scale=True, file=sys.stderr, disable=not is_process_zero(), delay=1,
         mininterval=0.5 if sys.stderr.isatty() else 30,
     )  # fmt: skip
 

@@ -87,34 +87,40 @@ def write_parts(
 ) -> list[str]:
     """Writes the parts that are not there, numbered from `first`. Returns the names of their folders, of all."""
     n_processes = data.prepare_processes or len(os.sched_getaffinity(0))
-    with Workers(n_processes, vocab) as workers:
-        parts = numbered(parts, listing.format, workers.count_lines)
-        names = [f"part-{first + number:05d}" for number in range(len(parts))]
-        tasks = [
-            PartTask.of(folder / name, files, listing, data, sum(map(_bytes_of, files)))
-            for name, files in zip(names, parts, strict=True)
-        ]
-        _remove_others(folder, first, names)
-        left = [task for task in tasks if not task.is_done(vocab)]
-        if len(left) < len(tasks):
-            say(f"  goes on: {len(tasks) - len(left)} of {len(tasks)} parts are there")
-        if left and not vocab.takes_any_bytes:
-            n_probes = PROBES
-            for batch in Checked(documents_of(left[0].listing, data), vocab, data, counts=False):
-                if not (n_probes := probe(batch, vocab, n_probes)):
-                    break
-        with progress_bar(sum(task.n_bytes for task in left)) as bar:
+    with progress_bar() as bar:
 
-            def tell(n_bytes: int) -> None:
-                still_working()
-                bar.update(n_bytes)
+        def tell(n_bytes: int) -> None:
+            still_working()
+            bar.update(n_bytes)
 
-            workers.write(left, tell)
+        with Workers(n_processes, vocab, tell) as workers:
+            parts = numbered(parts, listing.format, workers.count_lines)
+            names = [f"part-{first + number:05d}" for number in range(len(parts))]
+            tasks = [
+                PartTask.of(folder / name, files, listing, data, sum(map(_bytes_of, files)))
+                for name, files in zip(names, parts, strict=True)
+            ]
+            _remove_others(folder, first, names)
+            left = [task for task in tasks if not task.is_done(vocab)]
+            if len(left) < len(tasks):
+                say(f"  goes on: {len(tasks) - len(left)} of {len(tasks)} parts are there")
+            if left and not vocab.takes_any_bytes:
+                _probe(left[0], vocab, data)
+            bar.total = sum(task.n_bytes for task in left)
+            workers.write(left)
     report = Report()
     for name in names:
         report.add(json.loads((folder / name / "store.json").read_text())["report"])
     report.say(vocab, data)
     return names
+
+
+def _probe(task: PartTask, vocab: Vocab, data: DataSettings) -> None:
+    """Warns of a vocabulary that changes the text of the first documents."""
+    n_probes = PROBES
+    for batch in Checked(documents_of(task.listing, data), vocab, data, counts=False):
+        if not (n_probes := probe(batch, vocab, n_probes)):
+            break
 
 
 def _bytes_of(file: File) -> int:

@@ -16,7 +16,7 @@ from tvq_pod.data.compressed import SNIFFED, compression_of
 from tvq_pod.data.sources import File, Listing
 from tvq_pod.errors import UserError
 
-PART_BYTES = 2**28  # of files; a corpus of less than twice as much may be one part
+PART_BYTES = 2**27  # of files; a corpus of less than one and a half times as much is one part
 MOST_PARTS = 4096  # of a larger corpus, parts are larger
 BLOCK_BYTES = 2**20
 

@@ -17,8 +17,9 @@ class _Stopped(Exception):
 class Workers:
     """Processes that write parts; with one, this process does."""
 
-    def __init__(self, n_processes: int, vocab: Vocab):
-        self._n_processes, self._vocab = n_processes, vocab
+    def __init__(self, n_processes: int, vocab: Vocab, tell: Callable[[int], object]):
+        """tell: is called as they get on, with the bytes of text that were taken since it was called last."""
+        self._n_processes, self._vocab, self._tell = n_processes, vocab, tell
         self._taken, self._stop = SPAWN.Value("Q", 0), SPAWN.Event()
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
 
@@ -39,15 +40,14 @@ class Workers:
         futures = self._submitted(count_lines, spans)
         return list(map(count_lines, spans)) if futures is None else self._results(futures)
 
-    def write(self, tasks: list[PartTask], tell: Callable[[int], object]) -> None:
-        """Writes parts. tell: is called now and then with the bytes of text that were taken since. Raises what one of
-        them raises; others are ended."""
+    def write(self, tasks: list[PartTask]) -> None:
+        """Writes parts. Raises what one of them raises; others are ended."""
         futures = self._submitted(_write, tasks)
         if futures is not None:
-            self._results(futures, tell)
+            self._results(futures)
             return
         for task in tasks:
-            write_part(task, self._vocab, tell)
+            write_part(task, self._vocab, self._tell)
 
     def _submitted(self, function, arguments: list) -> list[concurrent.futures.Future] | None:
         """A call with each argument, in other processes; None if there are none."""
@@ -56,14 +56,15 @@ class Workers:
         with main_left_alone(), signals_kept():
             return [self._pool.submit(function, argument) for argument in arguments]
 
-    def _results(self, futures: list[concurrent.futures.Future], tell=None) -> list:
-        """What each returns, in their order. tell: see `write`."""
+    def _results(self, futures: list[concurrent.futures.Future]) -> list:
+        """What each returns, in their order."""
         told, waiting = 0, set(futures)
         try:
             while waiting:
                 done, waiting = concurrent.futures.wait(waiting, 0.5, concurrent.futures.FIRST_EXCEPTION)
-                if (taken := self._taken.value) > told and tell:
-                    tell(taken - told)
+                if done or self._taken.value > told:  # no worker hangs, or not all of them
+                    taken = self._taken.value
+                    self._tell(taken - told)
                     told = taken
                 for future in done:
                     future.result()
