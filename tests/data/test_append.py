@@ -79,7 +79,10 @@ def test_new_files_become_new_parts_and_old_ones_stay_as_they_are(lines, tmp_pat
     assert_equal(contents(TokenStore(tmp_path / "s").as_of(store.fingerprint)), known)
     assert_equal(contents(store), known)  # one that was open meanwhile
     assert now.as_of("another") is None
-    # the run's own source still fits, and nothing is added twice
+    # the run's own source still fits, and nothing is added twice, however it is named and wherever it lies
+    shutil.copytree(lines, tmp_path / "moved")
+    for same in (f"{lines}/a.txt,{lines}/b.txt", tmp_path / "moved"):
+        assert added(same, tmp_path / "s", format="lines").fingerprint == now.fingerprint
     assert open_store(settings_for(lines, store=str(tmp_path / "s"), format="lines"), epath.Path(tmp_path))
     assert added(lines, tmp_path / "s", format="lines").fingerprint == now.fingerprint
 

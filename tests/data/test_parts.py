@@ -266,6 +266,18 @@ def test_a_part_that_is_not_as_it_was_is_named_when_the_store_is_opened(damaged,
     assert "\n" not in str(raised.value)
 
 
+def test_a_part_in_the_place_of_another_of_its_size_is_named(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for n in range(4):
+        (tmp_path / f"texts/{n}.txt").write_text(f"{n}" * 1600)
+    store = made(tmp_path / "texts", tmp_path / "s", validation_share=0.0, test_share=0.0)
+    assert store.n_parts == 4
+    shutil.rmtree(store.path / "part-00001")
+    shutil.copytree(store.path / "part-00002", store.path / "part-00001")
+    with pytest.raises(UserError, match=r"^config.data.store=.*part-00001 is damaged, or is another part"):
+        opened(store.path)
+
+
 def test_a_flipped_byte_of_a_part_is_named_when_it_is_read(damaged):
     (shard,) = (damaged / "part-00002/train/tokens/c").iterdir()
     content = bytearray(shard.read_bytes())
