@@ -20,11 +20,11 @@ import tensorstore
 
 from tests.data.made_streams import made_streams
 from tvq_pod.config.settings import MeshSettings
+from tvq_pod.data.arrays import ArrayWriter
 from tvq_pod.data.groups import GROUP, DocumentStarts, group_bounds
 from tvq_pod.data.loader import Feed
 from tvq_pod.data.schedule import GROUPED, LISTED
 from tvq_pod.data.store import Split, kvstore
-from tvq_pod.data.writer import ArrayWriter
 from tvq_pod.parallel.mesh import make_mesh
 
 BATCH_SIZE, UPDATE_LEN = 128, 2048

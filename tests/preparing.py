@@ -15,13 +15,13 @@ from tvq_pod.data.store import SPLITS, TokenStore
 PROGRAM = """
 import sys, time
 from tvq_pod.config.settings import DataSettings
-from tvq_pod.data import store, writer
+from tvq_pod.data import checked, store, writer
 from tvq_pod.data.corpora import documents
 from tvq_pod.data.vocab import load_vocab
 from tvq_pod.data.build import make_store
-from tvq_pod.data.writer import only_one
+from tvq_pod.data.place import only_one
 source, path, vocab, seconds = sys.argv[1:]
-writer.COMMIT_SECONDS, store.SHARD_BYTES, store.CHUNK_BYTES = 0.0, 1024, 128
+writer.COMMIT_SECONDS, checked.BATCH_SECONDS, store.SHARD_BYTES, store.CHUNK_BYTES = 0.0, 0.0, 1024, 128
 data = DataSettings(source=source, validation_share=0.2, test_share=0.1)
 def corpus():
     for document in documents(data):

@@ -4,8 +4,10 @@ Text is this Python's own standard library, its files in a random order, again a
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
+import json
 import os
 import pathlib
 import random
@@ -15,20 +17,22 @@ import sys
 import time
 
 import numpy as np
+from etils import epath
 
-from tests.common import pg19_like
+from tests.common import pg19_like, small_config
 from tests.data.made_streams import made_streams
 from tvq_pod.config.resolve import resolve
-from tvq_pod.config.settings import DataSettings, MeshSettings
+from tvq_pod.config.settings import DataSettings, MeshSettings, Settings
 from tvq_pod.data import store as stores
 from tvq_pod.data.build import make_store
 from tvq_pod.data.corpora import stdlib
 from tvq_pod.data.document import Document
 from tvq_pod.data.loader import Feed
+from tvq_pod.data.open import open_store
 from tvq_pod.data.store import TokenStore
 from tvq_pod.data.streams import PADDING, PackedDocuments, RowSource
 from tvq_pod.data.train_vocab import train_sentencepiece
-from tvq_pod.data.vocab import ByteVocab, SentencePieceVocab
+from tvq_pod.data.vocab import SentencePieceVocab, load_vocab
 from tvq_pod.parallel.mesh import make_mesh
 
 MB, CORES = 10**6, len(os.sched_getaffinity(0))
@@ -39,13 +43,8 @@ def _texts() -> list[bytes]:
     return [bytes(document.text) for document in stdlib() if len(document.text) > 100]
 
 
-def corpus(n_bytes: int, cut: int = 0):
-    """Documents of n_bytes together; cut: into as many bytes each."""
-    if cut:
-        for document in corpus(n_bytes):
-            for begin in range(0, len(document.text), cut):
-                yield Document(f"{document.name}:{begin}", document.text[begin : begin + cut])
-        return
+def corpus(n_bytes: int):
+    """Documents of n_bytes together."""
     texts, rng, n_given = _texts(), random.Random(0), 0
     for number in itertools.count():
         text = rng.choice(texts)
@@ -62,20 +61,46 @@ def timed(function) -> float:
     return time.monotonic() - began
 
 
-def prepare(folder: pathlib.Path, n_bytes: int, vocab, cut: int) -> None:
-    """One preparation, in this process; says its speed, and the most memory it had, with its children's."""
+def prepare(folder: pathlib.Path, n_bytes: int, vocab: str) -> None:
+    """One preparation, in this process, of a store of one part; see `say_cost`."""
     data = DataSettings(source="stdlib", invalid_utf8="replace")
     _texts()  # what it takes to read them is no part of the preparation
-    seconds = timed(lambda: make_store(folder / "store", lambda: corpus(n_bytes, cut), vocab, data))
-    peak = [resource.getrusage(who).ru_maxrss / 1000 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(f"{n_bytes / MB / seconds:.1f} {seconds:.1f} {peak[0]:.0f} {peak[1]:.0f}", flush=True)
+    say_cost(n_bytes, lambda: make_store(folder / "store", lambda: corpus(n_bytes), load_vocab(vocab), data))
 
 
-def prepare_alone(folder: pathlib.Path, n_bytes: int, vocab: str, cut: int = 0) -> list[float]:
-    """The same in a process of its own: MB/s, seconds, peak MB of it and of the largest of its children."""
+def prepare_file(folder: pathlib.Path, path: pathlib.Path, vocab: str) -> None:
+    """The same of the documents of a file of lines or JSON lines, as --mode=prepare does it."""
+    data = DataSettings(source=str(path), vocab=vocab, store=str(folder / "store"), invalid_utf8="replace")
+    data = dataclasses.replace(data, format="jsonl" if path.suffix == ".jsonl" else "lines")
+    settings = Settings(model=small_config(n_vocab=8000), data=data)
+    say_cost(path.stat().st_size, lambda: open_store(settings, epath.Path(folder)))
+
+
+def say_cost(n_bytes: int, function) -> None:
+    """Says MB/s, seconds, MB of memory of this process and of the largest of its children, at most, and CPU seconds of
+    all."""
+    seconds = timed(function)
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    peak, cpu = [each.ru_maxrss / 1000 for each in used], sum(each.ru_utime + each.ru_stime for each in used)
+    print(f"{n_bytes / MB / seconds:.1f} {seconds:.1f} {peak[0]:.0f} {peak[1]:.0f} {cpu:.1f}", flush=True)
+
+
+def write_lines(path: pathlib.Path, n_bytes: int, cut: int) -> None:
+    """Documents of `cut` bytes, a line each; or, for JSON lines, whole files."""
+    with path.open("wb") as file:
+        for document in corpus(n_bytes):
+            if path.suffix == ".jsonl":
+                text = document.text.decode("utf-8", errors="replace")
+                file.write(json.dumps(dict(text=text), ensure_ascii=False).encode() + b"\n")
+            text = b"" if path.suffix == ".jsonl" else document.text.replace(b"\n", b" ").replace(b"\r", b" ")
+            for begin in range(0, len(text), cut):
+                file.write(text[begin : begin + cut] + b"\n")
+
+
+def prepare_alone(folder: pathlib.Path, source: int | pathlib.Path, vocab: str) -> list[float]:
+    """A preparation in a process of its own; see `say_cost`. source: a file, or how many bytes of documents."""
     folder.mkdir(parents=True)
-    command = [sys.executable, "-m", "tests.speed", f"--workdir={folder}", f"--prepare={n_bytes}", f"--vocab={vocab}",
-               f"--cut={cut}"]  # fmt: skip
+    command = [sys.executable, "-m", "tests.speed", f"--workdir={folder}", f"--prepare={source}", f"--vocab={vocab}"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return [float(number) for number in done.stdout.split()]
 
@@ -143,8 +168,8 @@ def main() -> None:
     parser.add_argument("--padding", action="store_true", help="only what evaluation spends on padding")
     parser.add_argument("--megabytes", type=int, default=400, help="of the corpus of bytes")
     parser.add_argument("--gigabytes", type=float, default=10, help="of the large store; 0: without")
-    parser.add_argument("--prepare", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--cut", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--small", action="store_true", help="only preparing small documents")
+    parser.add_argument("--prepare", help=argparse.SUPPRESS)
     parser.add_argument("--vocab", default="bytes", help=argparse.SUPPRESS)
     given = parser.parse_args()
     folder = pathlib.Path(given.workdir)
@@ -152,23 +177,36 @@ def main() -> None:
         padding()
         return
     if given.prepare:
-        vocab = ByteVocab() if given.vocab == "bytes" else SentencePieceVocab(given.vocab)
-        prepare(folder, given.prepare, vocab, given.cut)
+        if given.prepare.isdecimal():
+            prepare(folder, int(given.prepare), given.vocab)
+        else:
+            prepare_file(folder, pathlib.Path(given.prepare), given.vocab)
         return
     folder.mkdir(parents=True)
     print(f"{CORES} cores")
-    speed, _, peak, _ = prepare_alone(folder / "bytes", given.megabytes * MB, "bytes")
-    print(f"bytes: {speed:.0f} MB/s, {peak:.0f} MB of memory")
+    if not given.small:
+        speed, _, peak, *_ = prepare_alone(folder / "bytes", given.megabytes * MB, "bytes")
+        print(f"bytes: {speed:.0f} MB/s, {peak:.0f} MB of memory")
     for cut in (2000, 100):
-        speed, *_ = prepare_alone(folder / f"bytes{cut}", 200 * MB if cut > 1000 else 20 * MB, "bytes", cut)
-        print(f"bytes, documents of {cut}: {speed:.1f} MB/s")
+        path, n_bytes = folder / f"{cut}.txt", 1200 * MB if cut > 1000 else 600 * MB
+        write_lines(path, n_bytes, cut)
+        for turn in range(2):
+            speed, seconds, peak, child, cpu = prepare_alone(folder / f"bytes{cut}.{turn}", path, "bytes")
+            print(
+                f"bytes, documents of {cut}: {speed:.1f} MB/s in {seconds:.0f} s, {path.stat().st_size / MB / cpu:.1f} "
+                f"MB a CPU second; {peak:.0f} + {CORES} x {child:.0f} MB of memory"
+            )
+        path.unlink()
+    if given.small:
+        return
 
     model = folder / "own.model"
     model.write_bytes(train_sentencepiece((document.text for document in corpus(10 * MB)), 8000))
-    vocab, n_bytes = SentencePieceVocab(model), 150 * MB
+    vocab, n_bytes, path = SentencePieceVocab(model), 600 * MB, folder / "pieces.jsonl"
+    write_lines(path, n_bytes, 0)
     for turn in range(2):
-        alone = pieces_alone(vocab, n_bytes // 5)
-        speed, _, peak, child = prepare_alone(folder / f"pieces{turn}", n_bytes, str(model))
+        alone = pieces_alone(vocab, n_bytes // 20)
+        speed, _, peak, child, _ = prepare_alone(folder / f"pieces{turn}", path, str(model))
         print(
             f"SentencePiece: {speed:.1f} MB/s, {peak:.0f} + {CORES} x {child:.0f} MB of memory; the library alone "
             f"{alone:.1f} MB/s, {speed / alone / CORES:.0%} of that times {CORES} cores"
@@ -181,7 +219,7 @@ def main() -> None:
     prepare_alone(small, 10 * MB, "bytes")
     stores = {"10 MB": TokenStore(small / "store"), f"{given.megabytes} MB": TokenStore(folder / "bytes/store")}
     if given.gigabytes:
-        speed, seconds, peak, _ = prepare_alone(folder / "large", int(given.gigabytes * 1000 * MB), "bytes")
+        speed, seconds, peak, *_ = prepare_alone(folder / "large", int(given.gigabytes * 1000 * MB), "bytes")
         print(f"{given.gigabytes:g} GB of bytes: {seconds:.0f} s, {speed:.0f} MB/s, {peak:.0f} MB of memory")
         stores[f"{given.gigabytes:g} GB"] = TokenStore(folder / "large/store")
     for turn in range(3):

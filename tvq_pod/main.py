@@ -54,6 +54,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, metrics, samples, config.json.")
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 _SOURCE = flags.DEFINE_string("source", None, "The corpus: short for --config.data.source.")
+_APPEND = flags.DEFINE_bool("append", False, "prepare: add the source's new files to the store that is there.")
 _SPLIT = flags.DEFINE_enum("split", "validation", ("validation", "test"), "eval: which documents.")
 _PER_DOCUMENT = flags.DEFINE_string("per_document", None, "eval: a file to write, with the loss of each document.")
 _SUITE = flags.DEFINE_list(
@@ -174,7 +175,7 @@ def main(argv: list[str], preemption: Preemption) -> None:
     elif mode == "prepare":
         from tvq_pod.modes.prepare import prepare
 
-        prepare(settings, workdir)
+        prepare(settings, workdir, _APPEND.value)
     elif mode == "train_vocab":
         from tvq_pod.modes.prepare import train_vocab
 

@@ -24,6 +24,7 @@ from tests.data.texts import TEXTS, settings_for
 from tests.preparing import assert_same, preparing, undisturbed
 from tvq_pod.config.settings import DataSettings
 from tvq_pod.data import encode as encode_module
+from tvq_pod.data import place
 from tvq_pod.data import writer as writer_module
 from tvq_pod.data.build import make_store
 from tvq_pod.data.encode import encoded
@@ -172,7 +173,7 @@ def test_two_at_once_make_one_store(corpus, tmp_path, monkeypatch):
 
 def test_of_two_at_once_the_second_may_want_another_store(corpus, tmp_path):
     settings, path = settings_for(corpus), tmp_path / "run/store"
-    with writer_module.only_one(path):
+    with place.only_one(path):
         threads = concurrent.futures.ThreadPoolExecutor(1)
         second = threads.submit(open_store, settings, epath.Path(tmp_path / "run"))
         time.sleep(0.3)
@@ -186,7 +187,7 @@ def test_a_version_that_calls_flock_itself_and_this_one_wait_for_each_other(tmp_
         fcntl.flock(file, fcntl.LOCK_EX)
         threading.Timer(0.3, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
         began = time.monotonic()
-        with writer_module.only_one(tmp_path / "s"), (tmp_path / "s.lock").open("w") as other:
+        with place.only_one(tmp_path / "s"), (tmp_path / "s.lock").open("w") as other:
             assert time.monotonic() - began >= 0.3
             assert "waits: another process prepares" in capfd.readouterr().err
             with pytest.raises(BlockingIOError):
@@ -200,7 +201,7 @@ def test_a_file_system_without_locks_is_named_and_gets_no_lock_that_outlives_its
 
     monkeypatch.setattr(fcntl, "flock", flock)
     refused = pytest.raises(UserError, match=r"config.data.store: can't be written \(.*Function not implemented")
-    with refused, writer_module.only_one(tmp_path / "s"):
+    with refused, place.only_one(tmp_path / "s"):
         pass
 
 

@@ -5,12 +5,12 @@ import os
 import signal
 import time
 
-from tvq_pod.data.encode import _main_left_alone, _signals_kept
+from tvq_pod.data.workers import main_left_alone, signals_kept
 
 
 def test_ctrl_c_hang_up_and_usr1_do_not_end_the_processes_that_encode():
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    with _main_left_alone(), _signals_kept():
+    with main_left_alone(), signals_kept():
         process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=[0.1])
         process.start()
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.data.made_streams import made_streams
 from tests.data.test_streams import corpus
 from tvq_pod.config.settings import DataSettings
-from tvq_pod.data import writer
+from tvq_pod.data import checked, writer
 from tvq_pod.data.build import make_store
 from tvq_pod.data.document import Document
 from tvq_pod.data.groups import DocumentStarts
@@ -133,6 +133,7 @@ def test_a_corpus_of_one_group_has_the_order_of_before():
 def test_a_store_says_where_groups_begin_also_if_its_writer_was_killed(tmp_path, monkeypatch, killed_after):
     monkeypatch.setattr(writer, "GROUP", 4)
     monkeypatch.setattr(writer, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(checked, "BATCH_BYTES", 7)  # so that batches and groups begin at different documents
     texts = [b"x" * (1 + n % 5) for n in range(11)]
     data = DataSettings(source="a", validation_share=0.0, test_share=0.0, prepare_processes=1)
 

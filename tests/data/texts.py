@@ -7,5 +7,5 @@ TEXTS = [f"the {n}th document says {n * n} and no more. " * (1 + n % 7) for n in
 
 
 def settings_for(corpus, **changes) -> Settings:
-    data = DataSettings(source=str(corpus), validation_share=0.2, test_share=0.1, **changes)
+    data = DataSettings(**dict(source=str(corpus), validation_share=0.2, test_share=0.1) | changes)
     return Settings(model=small_config(n_vocab=400), data=data)

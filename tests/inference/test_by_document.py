@@ -94,20 +94,21 @@ def test_names_of_a_mixture_are_of_its_stores_in_their_order(tmp_path):
 
 @pytest.mark.slow
 def test_names_are_kept_by_a_prepare_that_is_broken_off(tmp_path, monkeypatch):
-    from tvq_pod.data import writer
+    from tvq_pod.data import checked, writer
 
     texts = [f"document {n}".encode() for n in range(200)]
     whole = store_of(tmp_path / "whole", texts, validation_share=0.3)
     monkeypatch.setattr(writer, "COMMIT_SECONDS", 0.0)
-    taken, end = [], writer.SplitWriter.end
+    monkeypatch.setattr(checked, "BATCH_SECONDS", 0.0)
+    taken, append = [], writer.SplitWriter.append_documents
 
     def broken(self, *given, **more):
         taken.append(1)
         if len(taken) == 77:
             raise KeyboardInterrupt
-        return end(self, *given, **more)
+        return append(self, *given, **more)
 
-    monkeypatch.setattr(writer.SplitWriter, "end", broken)
+    monkeypatch.setattr(writer.SplitWriter, "append_documents", broken)
     with pytest.raises(KeyboardInterrupt):
         store_of(tmp_path / "s", texts, validation_share=0.3)
     assert len(taken) == 77

@@ -24,6 +24,24 @@ def test_prepare_makes_a_store_that_training_uses(tmp_path, config_file):
     assert not any("preparing" in line for line in lines)
 
 
+def test_append_adds_new_files_of_the_source(tmp_path, config_file):
+    (tmp_path / "texts").mkdir()
+    for n in range(3):
+        (tmp_path / f"texts/{n}.txt").write_text(f"text {n} " * 9)
+    flags = [f"--config={config_file}", f"--workdir={tmp_path / 'run'}", f"--source={tmp_path / 'texts'}"]
+    flags += [f"--config.data.store={tmp_path / 'store'}", "--mode=prepare"]
+    code, _, err = finish(start(*flags, "--append"))
+    assert code == 1
+    assert f"error: config.data.store={tmp_path / 'store'}: does not exist, and --append adds to a store" in err
+    run(*flags)
+    (tmp_path / "texts/more.txt").write_text("more " * 20)
+    _, err = run(*flags, "--append")
+    assert "adding 1 of 4 files" in err
+    assert "in 2 parts" in err
+    _, err = run(*flags, "--append")
+    assert "nothing is added" in err
+
+
 @pytest.mark.slow
 def test_a_run_on_several_stores(tmp_path, config_file, corpus):
     for name, glob in (("a", "?.txt"), ("b", "??.txt")):

@@ -9,11 +9,19 @@ import threading
 import time
 
 import pytest
+from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.buckets import reached_at
 from tests.command import fingerprint, finish, metrics_of, run, start
+from tests.data.test_parts import assert_equal, contents, made, written
+from tests.data.texts import TEXTS
+from tests.data.texts import settings_for as texts_settings
 from tests.preparing import assert_same, preparing, undisturbed
+from tvq_pod.data import cut as cut_module
+from tvq_pod.data import part as part_module
+from tvq_pod.data.append import append
+from tvq_pod.data.open import open_store
 from tvq_pod.data.store import TokenStore
 from tvq_pod.run import lock as workdir
 
@@ -134,6 +142,41 @@ def check_refused_while_another_lives(files, *flags) -> None:
     assert code == 1
     assert "is in use by another process (process 1 on x)" in err
     files.rm("bucket/run/lock")
+
+
+def test_a_store_of_parts_in_a_bucket_keeps_those_that_are_whole_and_is_added_to(tmp_path, server, monkeypatch):
+    files = reached_at(monkeypatch, server)
+    monkeypatch.setattr(cut_module, "PART_BYTES", 1500)
+    (tmp_path / "lines").mkdir()
+    written(tmp_path / "lines/a.txt", "lines", TEXTS[:30])
+    expected = made(tmp_path / "lines", tmp_path / "local", format="lines")
+    write_batch, n_written = part_module.write_batch, []
+
+    def broken(*given):
+        n_written.append(1)
+        if len(n_written) == 3:
+            raise KeyboardInterrupt
+        return write_batch(*given)
+
+    def made_there() -> TokenStore:
+        settings = texts_settings(tmp_path / "lines", store="gs://bucket/parts", prepare_processes=1, format="lines")
+        return open_store(settings, epath.Path(tmp_path / "run"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(part_module, "write_batch", broken)
+        with pytest.raises(KeyboardInterrupt):
+            made_there()
+    assert files.exists("bucket/parts/part-00001/store.json")
+    assert not files.exists("bucket/parts/store.json")
+    store = made_there()
+    assert store.fingerprint == expected.fingerprint
+    assert_equal(contents(store), contents(expected))
+    assert not files.exists("bucket/parts/progress.json")
+    written(tmp_path / "lines/b.txt", "lines", TEXTS[30:40])
+    settings = texts_settings(tmp_path / "lines", store="gs://bucket/parts", prepare_processes=1, format="lines")
+    now = append(settings, epath.Path(tmp_path / "run"))
+    assert now.n_parts > store.n_parts
+    assert_equal(contents(now.as_of(store.fingerprint)), contents(expected))
 
 
 def test_a_store_in_a_bucket_goes_on_where_it_was(corpus, tmp_path, server, monkeypatch):

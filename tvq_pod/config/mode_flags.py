@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from tvq_pod.errors import UserError
 
 MODES_OF = {  # by flag; all other flags are for every mode
+    "append": ("prepare",),
     "split": ("eval",),
     "per_document": ("eval",),
     "suite": ("eval",),

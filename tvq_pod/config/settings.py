@@ -91,7 +91,7 @@ class DataSettings:
     recall_seed: Seed = 0
     """recall, passkey: seed of the documents."""
     prepare_processes: NonNegativeInt = 0
-    """Processes that encode text when a store is made; 0: one per core."""
+    """Processes that prepare a store; 0: one per core. The store is the same for any number."""
     num_threads: PositiveInt = 2
     """Threads that read batches ahead."""
     prefetch_batches: PositiveInt = 8

@@ -41,7 +41,7 @@ def documents(data: DataSettings) -> Documents:
                 f"config.data.source={data.source}: is not there; config.data.format={data.format} wants it"
             )
         return getattr(papers, data.format)(path)
-    return _of_files(listing(data), data)
+    return documents_of(listing(data), data)
 
 
 def built_in_format(data: DataSettings) -> str:
@@ -58,7 +58,8 @@ def files_of(data: DataSettings) -> Listing | None:
     return None if built_in_format(data) or data.format in PAPERS else listing(data)
 
 
-def _of_files(found: Listing, data: DataSettings) -> Documents:
+def documents_of(found: Listing, data: DataSettings) -> Documents:
+    """The documents of the files of a listing."""
     for is_hub, files in itertools.groupby(found.files, key=lambda file: file.kind == "hf"):
         if is_hub:
             for file in files:

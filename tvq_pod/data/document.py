@@ -41,10 +41,21 @@ class Names:
         if self.count <= SHOWN:
             self._first.append(printable(name))
 
-    def extend(self, names: "Names", label: str) -> None:
+    def extend(self, names: "Names", label: str = "") -> None:
         """Counts others, with a label before each."""
         self.count += names.count
         self._first = (self._first + [label + name for name in names._first])[:SHOWN]
+
+    def to_json(self) -> dict:
+        """As a dict."""
+        return dict(count=self.count, first=self._first)
+
+    @staticmethod
+    def from_json(names: dict) -> "Names":
+        """What `to_json` gave."""
+        found = Names()
+        found.count, found._first = names["count"], list(names["first"])
+        return found
 
     def __str__(self) -> str:
         return ", ".join(self._first) + (", ..." if self.count > SHOWN else "")

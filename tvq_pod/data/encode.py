@@ -2,22 +2,16 @@
 
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
-import multiprocessing
 import os
-import signal
-import sys
-import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection, resource_tracker
 from typing import Generic, TypeVar
 
 import numpy as np
 
 from tvq_pod.data.vocab import Vocab, pieces
-from tvq_pod.errors import UserError
+from tvq_pod.data.workers import SPAWN, begin_worker, killed, main_left_alone, signals_kept
 
 BATCH_BYTES = 2**19  # of text that a process is given at a time
 ALONE_BYTES = 2**22  # of text that is encoded before other processes are started: they need seconds to start
@@ -60,55 +54,21 @@ def encoded(documents: Iterable[tuple[D, bytes | memoryview]], vocab: Vocab, n_p
     else:
         return
     waiting: collections.deque = collections.deque()
-    context = multiprocessing.get_context("spawn")  # jax has threads: a fork could hang
-    with _signals_kept():
-        pool = concurrent.futures.ProcessPoolExecutor(n_processes, context, _begin, (vocab, dtype))
+    with signals_kept():
+        pool = concurrent.futures.ProcessPoolExecutor(n_processes, SPAWN, _begin, (vocab, dtype))
     with pool:
         try:
             for batch in _batches(cut):
-                with _main_left_alone(), _signals_kept():
+                with main_left_alone(), signals_kept():
                     waiting.append((batch, pool.submit(_encode, [piece for _, piece, _ in batch])))
                 if len(waiting) > AHEAD * n_processes:
                     yield from _result(*waiting.popleft())
             while waiting:
                 yield from _result(*waiting.popleft())
         except BrokenProcessPool:
-            raise UserError(
-                "config.data.prepare_processes: a process that encodes text was killed, perhaps for its memory; give "
-                "fewer, and start again"
-            ) from None
+            raise killed() from None
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _main_left_alone() -> Iterator[None]:
-    """Processes that are started in here do not import the program's main module: it takes them seconds, for jax."""
-    main = sys.modules["__main__"]
-    hidden = {name: main.__dict__.pop(name) for name in ("__spec__", "__file__") if name in main.__dict__}
-    try:
-        main.__spec__ = None
-        yield
-    finally:
-        del main.__spec__
-        main.__dict__.update(hidden)
-
-
-@contextlib.contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Processes that are started in here do not get what a terminal or Slurm sends to all at once: the main process
-    decides, and they end with it, without a word."""
-    kept = {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, kept)
-    quiet = "ignore:resource_tracker"  # what the main process leaves behind is cleaned up, and no news
-    sys.warnoptions.append(quiet)
-    try:
-        resource_tracker.ensure_running()  # it unblocks SIGINT when it starts
-        signal.pthread_sigmask(signal.SIG_BLOCK, kept)
-        sys.warnoptions.remove(quiet)
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _with_end(parts: Iterator[bytes]) -> Iterator[tuple[bytes, bool]]:
@@ -144,15 +104,7 @@ _dtype: type | None = None
 def _begin(vocab: Vocab, dtype: type) -> None:
     global _vocab, _dtype
     _vocab, _dtype = vocab, dtype
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process of its own
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
+    begin_worker()
 
 
 def _encode(texts: list[bytes]) -> list[np.ndarray]:

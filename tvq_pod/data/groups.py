@@ -6,11 +6,18 @@ comes to it.
 
 import dataclasses
 import functools
+from typing import Protocol
 
 import numpy as np
 import tensorstore
 
 GROUP = 2**14  # documents
+
+
+class Ranges(Protocol):
+    """An array of which ranges can be read."""
+
+    def __getitem__(self, places: slice, /) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -19,7 +26,7 @@ class DocumentStarts:
     memory. documents: int64 [G + 1], the first document of each of G groups, and n_documents. tokens: int64 [G + 1],
     where each group begins, and the end."""
 
-    array: np.ndarray | tensorstore.TensorStore
+    array: Ranges | tensorstore.TensorStore
     documents: np.ndarray
     tokens: np.ndarray
 

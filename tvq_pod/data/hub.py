@@ -52,6 +52,12 @@ def parse(source: str) -> Name:
     return Name(dataset, more[0] if len(more) == 2 else "", more[-1] if more else "")
 
 
+def absolute(source: str) -> str:
+    """The same name, with the full path if it is of a folder on this machine."""
+    name = parse(source)
+    return str(name._replace(dataset=os.path.abspath(name.dataset))) if name.folder else source
+
+
 def splits_of(name: Name) -> list[str]:
     """The splits of a dataset, in its own order, or the one that is asked for. Raises UserError if there is no such
     dataset or split, or it can't be read."""

@@ -6,15 +6,17 @@ streams.py.
 
 import dataclasses
 import hashlib
+import itertools
 import json
+from collections.abc import Iterator
 
 import numpy as np
-import tensorstore
 from etils import epath
 
 from tvq_pod.config.mixture_schedule import weights_of
 from tvq_pod.config.settings import OWN_SPLITS, generated
 from tvq_pod.data.groups import DocumentStarts
+from tvq_pod.data.parted import end_to_end
 from tvq_pod.data.store import SPLITS, Part, Split, Stage, TokenStore
 from tvq_pod.data.vocab import Vocab
 from tvq_pod.errors import UserError
@@ -41,6 +43,7 @@ class Mixture:
             _check_splits(first, store)
         if len({store.fingerprint for store in stores}) < len(stores):
             raise UserError("config.data.mixture: the same documents are there twice; give each store once")
+        self._given = weights, schedule
         self._stores, self._weights = stores, [weight / sum(weights) for weight in weights]
         self.path, self.vocab_name, self.n_vocab = first.path, first.vocab_name, first.n_vocab
         self._changes = weights_of(schedule, len(stores))
@@ -78,6 +81,25 @@ class Mixture:
             stores.append(TokenStore(epath.Path(path)))
             weights.append(number)
         return Mixture(stores, weights, schedule)
+
+    @property
+    def n_parts(self) -> int:
+        """How many parts its stores have together."""
+        return sum(store.n_parts for store in self._stores)
+
+    @property
+    def versions(self) -> list[tuple[str, int]]:
+        """See TokenStore: of all combinations of its stores' versions; the last is as it is now."""
+        return [(mixture.fingerprint, mixture.n_parts) for mixture in self._versions()]
+
+    def as_of(self, fingerprint: str) -> "Mixture | None":
+        """See TokenStore."""
+        return next((mixture for mixture in self._versions() if mixture.fingerprint == fingerprint), None)
+
+    def _versions(self) -> "Iterator[Mixture]":
+        of_each = [[store.as_of(fingerprint) for fingerprint, _ in store.versions] for store in self._stores]
+        for stores in itertools.product(*of_each):
+            yield Mixture([store for store in stores if store is not None], *self._given)
 
     def vocab(self) -> Vocab:
         """The vocabulary that the tokens are in."""
@@ -123,7 +145,7 @@ class Mixture:
         ]
         return Split(
             stages=tuple(stages),
-            tokens=tensorstore.concat([split.tokens for split in splits], axis=0),
+            tokens=end_to_end([split.tokens for split in splits]),
             documents=DocumentStarts.of(np.concatenate([*starts, [n_tokens]])),
             bytes_on_disk=np.concatenate([split.doc_bytes for split in splits]),
             parts=tuple(parts),

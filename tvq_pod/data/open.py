@@ -7,15 +7,17 @@ from etils import epath
 from tvq_pod.config.relations import check_vocab_fits
 from tvq_pod.config.settings import DataSettings, Settings
 from tvq_pod.data.build import make_store
-from tvq_pod.data.corpora import documents, files_of
+from tvq_pod.data.build_parts import make_parts
+from tvq_pod.data.corpora import documents, documents_of, files_of
+from tvq_pod.data.cut import cut, signature
 from tvq_pod.data.mixture import Mixture
 from tvq_pod.data.papers import pg19_words
+from tvq_pod.data.place import check_free, only_one
 from tvq_pod.data.store import SPLITS, TokenStore, same_settings, store_path
 from tvq_pod.data.text import BLOCK_BYTES
 from tvq_pod.data.train_vocab import TRAINED, vocab_for
 from tvq_pod.data.vocab import ByteVocab, Vocab, kept_vocab, load_vocab
 from tvq_pod.data.walk import Rules, place_of
-from tvq_pod.data.writer import check_free, only_one
 from tvq_pod.errors import UserError
 from tvq_pod.host.terminal import say
 from tvq_pod.parallel.processes import on_process_zero
@@ -31,7 +33,12 @@ def check_source(settings: Settings, workdir: epath.Path) -> None:
     n_vocab = settings.data.vocab_size if is_trained else load_vocab(settings.data.vocab).n_vocab
     check_vocab_fits(settings, n_vocab)
     _check_text(settings.data)
-    found = files_of(settings.data)
+    check_outside(settings, workdir)
+
+
+def check_outside(settings: Settings, workdir: epath.Path) -> None:
+    """Raises UserError if the corpus holds the run's own folder or store."""
+    path, found = store_path(settings, workdir), files_of(settings.data)
     for walked in found.walks if found else ():
         for name, folder in ((f"the token store {path}", path), (f"--workdir={workdir}", workdir)):
             if place_of(os.fspath(folder), walked, Rules(settings.data)) is not None:
@@ -79,11 +86,23 @@ def open_store(settings: Settings, workdir: epath.Path, may_make: bool = True) -
                 say(f"preparing {path} from {data.source}")
                 tell_files(data)
                 vocab = vocab_for(settings, workdir)
-                make_store(path, lambda: documents(data), vocab, data)
+                _make(path, vocab, data)
         store = TokenStore(path)
         _check_same_corpus(data, store)  # it may be another process that made it
     check_vocab_fits(settings, store.n_vocab)
     return store
+
+
+def _make(path: epath.Path, vocab: Vocab, data: DataSettings) -> None:
+    """Writes the store, of one part or of several, as the corpus alone decides."""
+    found = files_of(data)
+    if found is None:
+        make_store(path, lambda: documents(data), vocab, data)
+    elif len(parts := cut(found)) > 1:
+        make_parts(path, parts, found, vocab, data)
+    else:
+        corpus, files = (lambda: documents_of(found, data)), signature(found.files)
+        make_store(path, corpus, vocab, data, files, holdout=found.holdout)
 
 
 def open_on_all(settings: Settings, workdir: epath.Path) -> TokenStore | Mixture:
@@ -101,6 +120,8 @@ def describe(store: TokenStore | Mixture) -> None:
             f"  {split:<10} {entry['n_documents']:>9,} documents {entry['n_tokens']:>14,} tokens "
             f"{entry['n_bytes']:>14,} bytes"
         )
+    if (n_parts := store.n_parts) > 1:
+        say(f"  in {n_parts} parts")
 
 
 def words_of(store: TokenStore | Mixture, split: str) -> int:
@@ -113,14 +134,28 @@ def words_of(store: TokenStore | Mixture, split: str) -> int:
 
 def _check_same_corpus(data: DataSettings, store: TokenStore) -> None:
     there = {name: store.meta[name] for name in ("source", "validation_share", "test_share") if name in store.meta}
-    there = same_settings(there | store.meta["made_with"])
-    for name, value in (dict(vocab=store.vocab_name) | there).items():
+    if any(_differing(data, store, made) is None for made in store.meta.get("added", [])):
+        return
+    check_made_with(data, store, same_settings(there | store.meta["made_with"]))
+
+
+def check_made_with(data: DataSettings, store: TokenStore, made: dict) -> None:
+    """Raises UserError for the first setting that is not what a store was made with."""
+    if differs := _differing(data, store, made):
+        name, value = differs
+        raise UserError(
+            f"config.data.{name}={getattr(data, name)}: the store {store.path} was prepared with {value}; "
+            "give that, or another config.data.store"
+        )
+
+
+def _differing(data: DataSettings, store: TokenStore, made: dict) -> tuple[str, object] | None:
+    """The first setting that is not what a store was made with, and what it was; None if there is none."""
+    for name, value in (dict(vocab=store.vocab_name) | made).items():
         given = _vocab_name(data, store) if name == "vocab" else getattr(data, name)
         if given != value:
-            raise UserError(
-                f"config.data.{name}={getattr(data, name)}: the store {store.path} was prepared with {value}; "
-                "give that, or another config.data.store"
-            )
+            return name, value
+    return None
 
 
 def _vocab_name(data: DataSettings, store: TokenStore) -> str:

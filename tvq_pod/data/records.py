@@ -17,6 +17,7 @@ from tvq_pod.data.compressed import SNIFFED, compression_of, opened_lines
 from tvq_pod.data.document import Document, Documents, content
 from tvq_pod.data.kinds import check_json_lines
 from tvq_pod.data.sources import File, Listing
+from tvq_pod.data.text import numbered_lines
 from tvq_pod.errors import UserError
 from tvq_pod.host.extras import require
 
@@ -47,7 +48,7 @@ def jsonl(listing: Listing, data: DataSettings) -> Documents:
         if file.object and file.kind == "json":  # of which the listing has looked at the first ones
             check_json_lines(file.at)
         with opened_lines(file.at, "JSON lines") as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in numbered_lines(lines, file):
                 if not line.strip():
                     continue
                 yield _json_document(line, f"line {number}", f"{file.name}:{number}", file, data)
@@ -107,14 +108,14 @@ def _parquet_rows(file: File, data: DataSettings) -> Documents:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    path, field, row = file.at, data.text_field, 0
+    path, field, row = file.at, data.text_field, file.n_before
     try:
-        with ParquetFile(_as_parquet(path), memory_map=True) as table:
+        with ParquetFile(as_parquet(path), memory_map=True) as table:
             if bad := _without_text(table.schema_arrow, field, file.path):
-                for row in range(1, table.metadata.num_rows + 1):
+                for row in _rows(table, file):
                     yield _bad(bad, f"{file.name}:{row}", file, data)
                 return
-            for batch in _batches(table, field):
+            for batch in _batches(table, field, file):
                 yield from _of_batch(batch, row, file, data)
                 row += batch.num_rows
     except (pyarrow.ArrowException, OSError) as error:
@@ -123,13 +124,20 @@ def _parquet_rows(file: File, data: DataSettings) -> Documents:
         ) from None
 
 
-def _batches(table, field: str) -> Iterator:
+def _rows(table, file: File) -> range:
+    """The numbers of the rows that are read, from 1."""
+    groups = range(file.begin, table.num_row_groups if file.end is None else file.end)
+    n_rows = sum(table.metadata.row_group(group).num_rows for group in groups)
+    return range(file.n_before + 1, file.n_before + n_rows + 1)
+
+
+def _batches(table, field: str, file: File) -> Iterator:
     """A column, ROWS rows at a time; row group by row group, since pyarrow can't read all nested types across them."""
-    for group in range(table.num_row_groups):
+    for group in range(file.begin, table.num_row_groups if file.end is None else file.end):
         yield from table.iter_batches(ROWS, row_groups=[group], columns=[field])
 
 
-def _as_parquet(path: Place):
+def as_parquet(path: Place):
     """What pyarrow reads: the path, or what is in a compressed file."""
     import pyarrow
 

@@ -33,6 +33,9 @@ class File:
     is_given: bool
     split: str | None = None
     object: bucket.Object | None = None
+    begin: int = 0  # what is read of it: the lines that begin in these bytes, or these row groups
+    end: int | None = None  # None: all of it
+    n_before: int = 0  # lines that end before `begin`, or rows before that row group
 
     @property
     def at(self) -> bucket.Place:

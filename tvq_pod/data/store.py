@@ -1,5 +1,7 @@
 """The token store: a corpus as arrays of token ids on disk, or in a bucket. writer.py writes it.
 
+A store of one part:
+
     STORE/store.json             vocabulary, sizes, fingerprint, and where groups of documents begin (see groups.py);
                                  written last, so a store that has it is whole
     STORE/vocab.model, .json     the SentencePiece model or Hugging Face tokenizer, if there is one
@@ -7,16 +9,28 @@
     STORE/SPLIT/starts           int64 [n_documents + 1]: where each begins; the last entry is n_tokens
     STORE/SPLIT/doc_bytes        int64 [n_documents]: bytes of each document's text, for bits per byte
     STORE/SPLIT/names            uint8 [n]: names of documents, UTF-8, a line each; only of validation and test
+    STORE/files.json             the files that were read, for --append
+
+A store of several parts, one after the other:
+
+    STORE/store.json             the same of all, and of each part its folder, sizes, fingerprint and checksum
+    STORE/part-00000             each part's own store.json, files.json and SPLIT/...
+
+A store of one part that was appended to has its first part where it was, beside the folders of the others.
 
 Arrays are zarr3, in shards of compressed and checksummed chunks, through TensorStore. A missing or damaged chunk is an
 error when it is read, never zeros.
 """
 
+import concurrent.futures
+import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 
 import google_crc32c
 import numpy as np
@@ -25,6 +39,7 @@ from etils import epath
 
 from tvq_pod.config.settings import DataSettings, Settings, generated
 from tvq_pod.data.groups import DocumentStarts, group_bounds, in_memory
+from tvq_pod.data.parted import Array, end_to_end, joined
 from tvq_pod.data.vocab import Vocab, kept_vocab
 from tvq_pod.errors import UserError
 from tvq_pod.host.paths import BUCKET, is_bucket
@@ -41,12 +56,14 @@ RECALL_MADE_WITH = (  # the same, of a generated corpus
 # What stores of older versions don't say, with the values that settings must have to fit them
 LATER = dict(recall_smaller=0, exclude="", hidden=False, bad_rows="error", holdout="auto")
 SPLITS = ("train", "validation", "test")
-FORMAT = 2
+FORMAT, PARTED = 2, 3  # of store.json: of one part, and of several
+THREADS = 32  # that look at parts when a store is opened
 CHUNK_BYTES = 64 * 1024
 SHARD_BYTES = 16 * 1024 * 1024
 ZSTD_LEVEL = 3
 CACHE_BYTES = 256 * 1024 * 1024
 ARRAYS = ("tokens", "starts", "doc_bytes")
+FILES = "files.json"  # which files a store or part was made of
 NAMES = "names"  # an array of bytes that no batch depends on: no part of the fingerprint
 
 
@@ -117,9 +134,9 @@ class Stage:
 class Split:
     """One split, open for reading."""
 
-    tokens: tensorstore.TensorStore  # [n_tokens]
+    tokens: Array  # [n_tokens]
     documents: DocumentStarts
-    bytes_on_disk: np.ndarray | tensorstore.TensorStore  # int64 [n_documents]
+    bytes_on_disk: np.ndarray | Array  # int64 [n_documents]
     parts: tuple[Part, ...] = ()  # of a mixture
     stages: tuple[Stage, ...] = ()  # of a mixture whose weights change
 
@@ -131,7 +148,7 @@ class Split:
     @functools.cached_property
     def doc_bytes(self) -> np.ndarray:
         """Bytes of each document's text, in memory: int64 [n_documents]."""
-        return in_memory(self.bytes_on_disk)
+        return np.asarray(self.bytes_on_disk)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -149,7 +166,7 @@ class TokenStore:
         self.path = epath.Path(path)
         try:
             self.meta = json.loads((self.path / "store.json").read_text())
-            known = self.meta["format"] == FORMAT
+            known = self.meta["format"] in (FORMAT, PARTED)
             self.vocab_name, self.n_vocab = self.meta["vocab"], self.meta["n_vocab"]
             self.fingerprint = self.meta["fingerprint"]
             if known and self.meta["crc32c"] != crc32c_of(self.meta):
@@ -197,47 +214,130 @@ class TokenStore:
                 raise UserError(
                     f"--split={name}: no document of {self.path} fell into it; take a larger corpus or share"
                 )
-            try:
-                tokens, starts, doc_bytes = (self._open(f"{name}/{array}") for array in ARRAYS)
-                entry = self.meta["splits"][name]
-                n_tokens, n_documents = entry["n_tokens"], entry["n_documents"]
-                sizes = tokens.shape[0], starts.shape[0], doc_bytes.shape[0]
-                if sizes != (n_tokens, n_documents + 1, n_documents) or starts[n_documents].read().result() != n_tokens:
-                    raise ValueError(f"{self.path / name} has not the documents of store.json")
-                self._splits[name] = Split(tokens, _documents(starts, entry), doc_bytes)
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"config.data.store={self.path}: is damaged ({str(error)[:300]}); prepare it anew elsewhere"
-                ) from None
+            with self._damage():
+                entries = [part for part in self.parts if part.splits[name]["n_documents"]]
+                with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
+                    list(threads.map(self._check_part, entries))
+                    parts = list(threads.map(functools.partial(self._part_of_split, name), entries))
+            tokens, documents, doc_bytes = zip(*parts, strict=True)
+            self._splits[name] = Split(end_to_end(tokens), joined(documents), end_to_end(doc_bytes))
         return self._splits[name]
+
+    def _part_of_split(self, name: str, part: "StorePart") -> tuple[tensorstore.TensorStore, DocumentStarts, Array]:
+        """Tokens, starts and doc_bytes."""
+        tokens, starts, doc_bytes = (self._open(part, f"{name}/{array}") for array in ARRAYS)
+        entry, n_documents = part.splits[name], part.splits[name]["n_documents"]
+        sizes = tokens.shape[0], starts.shape[0], doc_bytes.shape[0]
+        if (
+            sizes != (entry["n_tokens"], n_documents + 1, n_documents)
+            or starts[n_documents].read().result() != entry["n_tokens"]
+        ):
+            raise ValueError(f"{self.path / part.folder / name} has not the documents of store.json")
+        return tokens, _documents(starts, entry), doc_bytes
+
+    def _check_part(self, part: "StorePart") -> None:
+        """Raises ValueError if a part is gone, or another one is in its place."""
+        if part.crc32c is None:
+            return
+        folder = self.path / part.folder
+        try:
+            found = crc32c_of(json.loads((folder / "store.json").read_text()))
+        except FileNotFoundError:
+            raise ValueError(f"{folder} does not exist") from None
+        except (ValueError, AttributeError):
+            found = None
+        if found != part.crc32c:
+            raise ValueError(f"{folder} is damaged, or is another part")
 
     def names(self, split: str) -> list[str]:
         """Names of a split's documents, in their order; in stores that don't have them, their numbers. Raises UserError
         if the store is damaged."""
-        if f"{split}/{NAMES}" not in self.meta.get("arrays", {}):
-            return [str(number) for number in range(self.meta["splits"][split]["n_documents"])]
+        names = []
+        for part in self.parts:
+            n_documents = part.splits[split]["n_documents"]
+            if f"{split}/{NAMES}" not in part.arrays:
+                names += map(str, range(len(names), len(names) + n_documents))
+                continue
+            with self._damage():
+                found = bytes(self._open(part, f"{split}/{NAMES}").read().result()).decode().split("\n")[:-1]
+                if len(found) != n_documents:
+                    raise ValueError(f"{self.path / part.folder / split / NAMES} has not the documents of store.json")
+            names += found
+        return names
+
+    @contextlib.contextmanager
+    def _damage(self) -> Iterator[None]:
         try:
-            names = bytes(self._open(f"{split}/{NAMES}").read().result()).decode().split("\n")[:-1]
-            if len(names) != self.meta["splits"][split]["n_documents"]:
-                raise ValueError(f"{self.path / split / NAMES} has not the documents of store.json")
+            yield
         except (OSError, ValueError) as error:
             raise UserError(
                 f"config.data.store={self.path}: is damaged ({str(error)[:300]}); prepare it anew elsewhere"
             ) from None
-        return names
 
-    def _open(self, name: str) -> tensorstore.TensorStore:
-        known = self.meta.get("arrays", {}).get(name)  # None: made by an older version
-        if known is not None and google_crc32c.value(array_metadata(self.path, name)) != known:
-            raise ValueError(f"{self.path / name / 'zarr.json'} has changed (CRC-32C)")
+    @functools.cached_property
+    def parts(self) -> list["StorePart"]:
+        """In their order; a store of one part is one."""
+        if self.meta["format"] == FORMAT:
+            return [StorePart("", self.fingerprint, self.meta["splits"], self.meta.get("arrays", {}))]
+        return [StorePart(**part) for part in self.meta["parts"]]
+
+    @property
+    def n_parts(self) -> int:
+        """How many parts it has."""
+        return len(self.parts)
+
+    @property
+    def versions(self) -> list[tuple[str, int]]:
+        """The store after each time that it was added to: its fingerprint, and how many parts it had."""
+        before = [(fingerprint, n_parts) for fingerprint, n_parts in self.meta.get("before", [])]
+        return [*before, (self.fingerprint, len(self.parts))]
+
+    def as_of(self, fingerprint: str) -> "TokenStore | None":
+        """The store as it was when it had this fingerprint, before more was added to it; None if it never had."""
+        n_parts = dict(self.versions).get(fingerprint)
+        if n_parts is None or fingerprint == self.fingerprint:
+            return self if n_parts else None
+        earlier = copy.copy(self)
+        earlier.__dict__.pop("parts", None)
+        parts = self.meta["parts"][:n_parts]
+        before = [version for version in self.meta["before"] if version[1] < n_parts]
+        earlier.meta = self.meta | dict(parts=parts, before=before, fingerprint=fingerprint, splits=totals(parts))
+        earlier.fingerprint, earlier._splits = fingerprint, {}
+        return earlier
+
+    def _open(self, part: "StorePart", name: str) -> tensorstore.TensorStore:
+        folder = self.path / part.folder
+        known = part.arrays.get(name)  # None: made by an older version
+        if known is not None and google_crc32c.value(array_metadata(folder, name)) != known:
+            raise ValueError(f"{folder / name / 'zarr.json'} has changed (CRC-32C)")
         spec = {
             "driver": "zarr3",
-            "kvstore": kvstore(self.path / name),
+            "kvstore": kvstore(folder / name),
             "fill_missing_data_reads": False,
             "recheck_cached_data": "open",
             "recheck_cached_metadata": "open",
         }
         return tensorstore.open(spec, read=True, context=self._context).result()
+
+
+@dataclasses.dataclass(frozen=True)
+class StorePart:
+    """A part of a store, as store.json has it. folder: below the store's. splits, arrays: as in the store.json of a
+    part. crc32c: of that; None: it is the store's own, and folder is ""."""
+
+    folder: str
+    fingerprint: str
+    splits: dict
+    arrays: dict
+    crc32c: int | None = None
+
+
+def totals(parts: list[dict]) -> dict:
+    """Sizes of each split of several parts together. parts: as in store.json."""
+    names = ("n_documents", "n_tokens", "n_bytes", "n_words")
+    return {
+        split: {name: sum(part["splits"][split].get(name, 0) for part in parts) for name in names} for split in SPLITS
+    }
 
 
 def _documents(starts: tensorstore.TensorStore, entry: dict) -> DocumentStarts:

@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import tensorstore
 
 from tvq_pod.data.order import Line, Order, PartsOf, draw
+from tvq_pod.data.parted import Array
 from tvq_pod.data.vocab import END_OF_DOC, PAD
 from tvq_pod.errors import UserError
 
@@ -243,7 +243,7 @@ class PackedDocuments:
             place += 1
 
 
-def read_row(tokens: tensorstore.TensorStore, plan: Plan, row: int, begin: int, end: int, cuts: int = 0) -> dict:
+def read_row(tokens: Array, plan: Plan, row: int, begin: int, end: int, cuts: int = 0) -> dict:
     """The arrays of tokens [begin, end) of one row's stream, each [end - begin]:
 
     inputs int32: the token before each target in its document; end-of-document at a document's first position.

@@ -1,12 +1,13 @@
 """Documents that are text files, or lines of them, and whether their bytes are text that a vocabulary can take."""
 
+import io
 from collections.abc import Iterator
 
 from tvq_pod.config.settings import DataSettings
 from tvq_pod.data.bucket import read_ahead
 from tvq_pod.data.compressed import SNIFFED, binary_kind, check_has_lines, opened_lines
 from tvq_pod.data.document import Document, Documents, content
-from tvq_pod.data.sources import Listing
+from tvq_pod.data.sources import File, Listing
 from tvq_pod.errors import UserError
 
 BLOCK_BYTES = 2**20  # of a document that are looked at at a time: it may be a file of any size
@@ -30,9 +31,26 @@ def texts(listing: Listing, data: DataSettings) -> Documents:
 def lines(listing: Listing) -> Documents:
     """Each line of the files is a document; its line end is not part of it."""
     for file in read_ahead(listing.files):
+        name, split = file.name, file.split
         with opened_lines(file.at, "lines of text") as found:
-            for number, line in enumerate(found, 1):
-                yield Document(f"{file.name}:{number}", line.removesuffix(b"\n").removesuffix(b"\r"), file.split)
+            for number, line in numbered_lines(found, file):
+                text = line.removesuffix(b"\n").removesuffix(b"\r")
+                yield tuple.__new__(Document, (f"{name}:{number}", text, split, "", False))  # as Document(), but faster
+
+
+def numbered_lines(opened: io.BufferedReader, file: File) -> Iterator[tuple[int, bytes]]:
+    """The lines of the part of a file that is read, each with its number in the file, from 1."""
+    if file.end is None:
+        yield from enumerate(opened, 1)
+        return
+    number, at = file.n_before, file.begin
+    if at:
+        opened.seek(at - 1)
+        rest = opened.readline()  # of the line before, which whoever reads the part before has
+        number, at = number + (len(rest) > 1), at - 1 + len(rest)
+    while at < file.end and (line := opened.readline()):
+        number, at = number + 1, at + len(line)
+        yield number, line
 
 
 def parts(

@@ -218,7 +218,7 @@ def _refused(folder: str) -> UserError:
 
 
 def _is_ours(names: set[str]) -> bool:
-    is_store = "train" in names and not names.isdisjoint({"store.json", "progress.json"})
+    is_store = not names.isdisjoint({"train", "part-00000"}) and not names.isdisjoint({"store.json", "progress.json"})
     return is_store or {"config.json", "checkpoints"} <= names
 
 

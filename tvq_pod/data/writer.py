@@ -8,24 +8,20 @@ in its place, and is whole when it has its store.json.
 
 import collections
 import concurrent.futures
-import contextlib
-import errno
 import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
 
-import filelock
 import google_crc32c
 import numpy as np
-import tensorstore
 from etils import epath
 
-from tvq_pod.data import store as stores
+from tvq_pod.data.arrays import ArrayWriter, named_errors
 from tvq_pod.data.document import printable
 from tvq_pod.data.groups import GROUP
-from tvq_pod.data.store import ARRAYS, FORMAT, NAMES, SPLITS, TokenStore, array_metadata, arrays_of, crc32c_of, kvstore
+from tvq_pod.data.place import check_free, followed
+from tvq_pod.data.store import ARRAYS, FILES, FORMAT, NAMES, SPLITS, TokenStore, array_metadata, arrays_of, crc32c_of
 from tvq_pod.data.vocab import END_OF_DOC, Vocab, keep_vocab
 from tvq_pod.errors import UserError
 from tvq_pod.host.files import write_whole
@@ -33,131 +29,6 @@ from tvq_pod.host.paths import is_bucket
 from tvq_pod.host.terminal import say
 
 COMMIT_SECONDS = 30.0
-IN_FLIGHT = 2  # shards of an array that are being compressed and written
-
-
-class ArrayWriter:
-    """Appends to a one-dimensional zarr3 array, a shard at a time, compressed and hashed in threads; memory use is a
-    few shards."""
-
-    def __init__(
-        self,
-        path: epath.PathLike,
-        dtype: np.dtype,
-        threads: concurrent.futures.Executor,
-        written: dict | None = None,
-    ):
-        """written: what `commit` returned; the array is cut to that, and goes on. Raises ValueError if it can't."""
-        self._dtype = np.dtype(dtype)
-        self._shard_len = stores.SHARD_BYTES // self._dtype.itemsize
-        self._threads = threads
-        self._digests: list[bytes] = []  # SHA-256 of each full shard's elements, little-endian
-        self._waiting: collections.deque[concurrent.futures.Future] = collections.deque()
-        self._buffer, self._n = np.empty(self._shard_len, self._dtype), 0  # elements of the last shard
-        self.length = 0  # elements given so far
-        if written is None:
-            self._array = tensorstore.open(self._spec(path)).result()
-            return
-        spec = {"driver": "zarr3", "kvstore": kvstore(path), "fill_missing_data_reads": False}
-        self._array = tensorstore.open(spec, read=True, write=True).result()
-        self.length = written["length"]
-        if self._array.shape[0] < self.length:
-            raise ValueError(f"{path} is shorter than progress.json says")
-        self._digests = [bytes.fromhex(digest) for digest in written["shards"]]
-        self._n = self.length % self._shard_len
-        self._buffer[: self._n] = self._array[self.length - self._n : self.length].read().result()
-        with _named_errors():
-            self._array = self._array.resize(exclusive_max=[self.length]).result()
-
-    def _spec(self, path: epath.PathLike) -> dict:
-        inner = [
-            {"name": "bytes", "configuration": {"endian": "little"}},
-            {"name": "zstd", "configuration": {"level": stores.ZSTD_LEVEL}},
-            {"name": "crc32c"},
-        ]
-        sharding = {"chunk_shape": [stores.CHUNK_BYTES // self._dtype.itemsize], "codecs": inner}
-        return {
-            "driver": "zarr3",
-            "kvstore": kvstore(path),
-            "metadata": {
-                "data_type": self._dtype.name,
-                "shape": [0],
-                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [self._shard_len]}},
-                "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-                "fill_value": 0,
-            },
-            "create": True,
-            "delete_existing": True,
-            "store_data_equal_to_fill_value": True,
-        }
-
-    def append(self, values: np.ndarray) -> None:
-        """Adds values [n]; they are cast to the array's dtype."""
-        at = 0
-        while at < len(values):
-            n = min(len(values) - at, self._shard_len - self._n)
-            self._buffer[self._n : self._n + n] = values[at : at + n]
-            self._n += n
-            at += n
-            if self._n == self._shard_len:
-                self._write_full()
-        self.length += len(values)
-
-    def add(self, value: int) -> None:
-        """Adds one value: faster than an array of one."""
-        self._buffer[self._n] = value
-        self._n += 1
-        self.length += 1
-        if self._n == self._shard_len:
-            self._write_full()
-
-    def _write_full(self) -> None:
-        begin = self._shard_len * (len(self._digests) + len(self._waiting))
-        self._resize(begin + self._shard_len)
-        self._waiting.append(self._threads.submit(self._write, self._array, begin, self._buffer))
-        self._buffer, self._n = np.empty(self._shard_len, self._dtype), 0
-        if len(self._waiting) > IN_FLIGHT:
-            self._digests.append(self._waiting.popleft().result())
-
-    def _resize(self, length: int) -> None:
-        with _named_errors():
-            self._array = self._array.resize(exclusive_max=[length], expand_only=True).result()
-
-    def _write(self, array: tensorstore.TensorStore, begin: int, values: np.ndarray) -> bytes:
-        with _named_errors():
-            written = array[begin : begin + len(values)].write(values)
-            digest = self._digest(values)
-            written.result()
-        return digest
-
-    def _digest(self, values: np.ndarray) -> bytes:
-        return hashlib.sha256(values.astype(self._dtype.newbyteorder("<"), copy=False).data).digest()
-
-    def commit(self) -> dict:
-        """Writes all there is. Returns what it takes to go on from here."""
-        while self._waiting:
-            self._digests.append(self._waiting.popleft().result())
-        if self._n:
-            begin = self._shard_len * len(self._digests)
-            self._resize(begin + self._n)
-            self._write(self._array, begin, self._buffer[: self._n])
-        return dict(length=self.length, shards=[digest.hex() for digest in self._digests])
-
-    def close(self) -> bytes:
-        """Writes what is left. Returns the SHA-256 of the digests of all shards."""
-        self.commit()
-        last = [self._digest(self._buffer[: self._n])] if self._n else []
-        return hashlib.sha256(b"".join(self._digests + last)).digest()
-
-
-@contextlib.contextmanager
-def _named_errors() -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        is_full = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
-        remedy = "make room, or give another" if is_full else "give a folder that can be written"
-        raise UserError(f"config.data.store: can't be written ({str(error)[-200:]}); {remedy}") from error
 
 
 class SplitWriter:
@@ -186,6 +57,20 @@ class SplitWriter:
             self._arrays["starts"].add(self._arrays["tokens"].length)
             self._begins = False
         self._arrays["tokens"].append(ids)
+
+    def append_documents(self, ids: np.ndarray, n_tokens: np.ndarray, n_bytes: np.ndarray, names: list[str]) -> None:
+        """Adds whole documents between two others: their ids, end-of-documents included, end to end. n_tokens, n_bytes:
+        int64 [n], of each document. names: of each, if the split keeps names."""
+        first, begin = self._arrays["starts"].length, self._arrays["tokens"].length
+        starts = begin + np.cumsum(n_tokens) - n_tokens
+        self._groups += starts[-first % GROUP :: GROUP].tolist()
+        self._arrays["starts"].append(starts)
+        self._arrays["tokens"].append(ids)
+        self._arrays["doc_bytes"].append(n_bytes)
+        if NAMES in self._arrays:
+            lines = "".join(f"{printable(name)}\n" for name in names)
+            self._arrays[NAMES].append(np.frombuffer(lines.encode(), np.uint8))
+        self._sums.update(n_bytes=int(n_bytes.sum()))
 
     def end(self, n_bytes: int, n_words: int = 0, name: str = "") -> None:
         """Ends the document, of whose text these are the sizes; adds its end-of-document. name: kept if held out."""
@@ -224,10 +109,11 @@ class StoreWriter:
     writer that was broken off: how many, and a CRC-32C of them all.
     """
 
-    def __init__(self, path: epath.PathLike, vocab: Vocab, made_with: dict):
-        """made_with: all that the documents depend on, besides the vocabulary; kept in store.json."""
+    def __init__(self, path: epath.PathLike, vocab: Vocab, made_with: dict, is_part: bool = False):
+        """made_with: all that the documents depend on, besides the vocabulary; kept in store.json. is_part: of a store
+        of several parts, which may have no document to train on, and needs no file of the vocabulary."""
         check_free(path)
-        self._path, self._vocab, self._made_with = followed(path), vocab, made_with
+        self._path, self._vocab, self._made_with, self._is_part = followed(path), vocab, made_with, is_part
         in_place = is_bucket(path) or os.path.ismount(self._path)
         self._draft = self._path if in_place else self._path.with_name(f"{self._path.name}.preparing")
         self._progress = self._draft / "progress.json"
@@ -290,20 +176,16 @@ class StoreWriter:
             crc_taken=crc_taken,
             splits={name: split.commit() for name, split in self.splits.items()},
         )
-        with _named_errors():
+        with named_errors():
             write_whole(self._progress, json.dumps(written | dict(crc32c=crc32c_of(written))), sync=True)
         self._committed = time.monotonic()
 
-    def finish(self, **more) -> TokenStore:
-        """Writes store.json, with `more` in it, and renames the store. Raises UserError if there is nothing in it."""
+    def finish(self, files: str = "", **more) -> TokenStore:
+        """Writes store.json, with `more` in it, and renames the store. files: the content of files.json; "": without.
+        Raises UserError if there is nothing in it."""
         entries = {name: split.close() for name, split in self.splits.items()}
-        n_held_out = sum(entry["n_documents"] for entry in entries.values())
-        if not entries["train"]["n_documents"] and not (n_held_out and more.get("own_splits")):
-            raise UserError(
-                f"config.data.source={self._made_with.get('source')}: has no document to train on, {n_held_out} to "
-                "validate and test; give a corpus with text in it, or smaller config.data.validation_share and "
-                "test_share"
-            )
+        if not self._is_part:
+            check_documents(entries, self._made_with, more.get("own_splits", False))
         contents = [FORMAT, self._vocab.name, [entries[split]["sha256"] for split in SPLITS]]
         meta = dict(
             format=FORMAT,
@@ -320,8 +202,11 @@ class StoreWriter:
             **more,
         )
         meta["crc32c"] = crc32c_of(meta)
-        with _named_errors():
-            keep_vocab(self._vocab, self._draft)
+        with named_errors():
+            if not self._is_part:
+                keep_vocab(self._vocab, self._draft)
+            if files:
+                write_whole(self._draft / FILES, files)
             write_whole(self._draft / "store.json", json.dumps(meta, indent=2) + "\n")
             if self._draft != self._path:
                 os.rename(self._draft, self._path)  # onto an empty folder, too
@@ -334,67 +219,13 @@ class StoreWriter:
             self._draft.rmtree(missing_ok=True)  # nothing to go on from
 
 
-@contextlib.contextmanager
-def only_one(path: epath.PathLike) -> Iterator[None]:
-    """Waits while another process of this host makes the store at `path`. Buckets can't be locked so: there the run's
-    own lock must do."""
-    path = epath.Path(path)
-    if is_bucket(path):
-        yield
-        return
-    path = followed(path)
-    file = path.with_name(f"{path.name}.lock")
-    # The kernel's own lock or an error: the package's replacement would outlive a process that is killed.
-    lock = filelock.FileLock(file, fallback_to_soft=False)
-    with _named_errors():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(blocking=False)
-        except filelock.Timeout:
-            say(f"waits: another process prepares {path}")
-            lock.acquire()
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)  # before it is released: whoever waits finds its file gone, and makes the next
-        lock.release()
-
-
-def adopted(path: epath.PathLike, vocab: Vocab, made_with: dict) -> TokenStore | None:
-    """A store that was whole when its writer was killed, and only lacked its name; None if there is none."""
-    path = followed(path)
-    draft = path.with_name(f"{path.name}.preparing")
-    if is_bucket(path) or not TokenStore.exists(draft):
-        return None
-    meta = TokenStore(draft).meta
-    if (meta["vocab"], meta["made_with"]) != (vocab.name, made_with):
-        return None
-    check_free(path)
-    with _named_errors():
-        os.rename(draft, path)
-        (path / "progress.json").unlink(missing_ok=True)
-    return TokenStore(path)
-
-
-def followed(path: epath.PathLike) -> epath.Path:
-    """Where a symbolic link leads to, or the path itself if it is none. Raises UserError if that is nothing."""
-    if is_bucket(path) or not os.path.islink(path):
-        return epath.Path(path)
-    target = os.path.realpath(path)
-    if not os.path.exists(target):
+def check_documents(entries: dict, made_with: dict, own_splits: bool) -> None:
+    """Raises UserError if there is no document in a store, or none to train on where its corpus did not mean that.
+    entries: of the splits, in store.json."""
+    n_held_out = sum(entry["n_documents"] for entry in entries.values())
+    if not entries["train"]["n_documents"] and not (n_held_out and own_splits):
         raise UserError(
-            f"config.data.store={path}: is a symbolic link to {target}, which does not exist; "
-            "make that folder (or mount its disk), or remove the link"
-        )
-    return epath.Path(target)
-
-
-def check_free(path: epath.PathLike) -> None:
-    """Raises UserError if there is something at `path`: a store is made only where nothing is."""
-    path = followed(path)
-    if not path.exists() or (path / "progress.json").exists():
-        return
-    if not path.is_dir() or any(entry.name != "lost+found" for entry in path.iterdir()):
-        raise UserError(
-            f"config.data.store={path}: holds something that is no whole token store; remove it, or give another folder"
+            f"config.data.source={made_with.get('source')}: has no document to train on, {n_held_out} to "
+            "validate and test; give a corpus with text in it, or smaller config.data.validation_share and "
+            "test_share"
         )

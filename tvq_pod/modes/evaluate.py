@@ -52,6 +52,9 @@ def evaluate(
     checkpoints.check(step, model_record(settings, store.vocab_name))
     record = checkpoints.record(step)
     trained_on = record[IMPORTED]["fingerprint"] if IMPORTED in record else record[FINGERPRINT]
+    if earlier := store.as_of(trained_on) if trained_on != store.fingerprint else None:
+        say(f"{store.path} was added to since: {earlier.n_parts} of {store.n_parts} parts are the run's data")
+        store = earlier
     if trained_on not in (store.fingerprint, ""):
         say(f"{store.path} is not the corpus that the model was trained on")
     tried = with_tried_attention(settings, mesh)

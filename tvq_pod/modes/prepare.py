@@ -7,18 +7,22 @@ when there is none.
 from etils import epath
 
 from tvq_pod.config.settings import Settings
+from tvq_pod.data.append import append
 from tvq_pod.data.open import check_source, describe, open_store
+from tvq_pod.data.place import only_one
 from tvq_pod.data.store import TokenStore, store_path
 from tvq_pod.data.train_vocab import TRAINED, trained_path, vocab_for
-from tvq_pod.data.writer import only_one
 from tvq_pod.errors import UserError
 from tvq_pod.host.terminal import say
 from tvq_pod.parallel.processes import on_process_zero
 
 
-def prepare(settings: Settings, workdir: epath.Path) -> None:
-    """Makes the token store, or says that it is there."""
+def prepare(settings: Settings, workdir: epath.Path, appends: bool = False) -> None:
+    """Makes the token store, or says that it is there. appends: adds new files to the store that is there."""
     path = store_path(settings, workdir)
+    if appends:
+        on_process_zero(lambda: describe(append(settings, workdir)))
+        return
     if TokenStore.exists(path):
         say(f"{path} is there already")
     on_process_zero(lambda: describe(open_store(settings, workdir)))

@@ -38,6 +38,7 @@ from tvq_pod.run.goodput import Goodput
 from tvq_pod.run.goodput_table import COMPILE, END, EVALUATION, RESTORE
 from tvq_pod.run.lock import locked
 from tvq_pod.run.metrics import MetricsWriter, check_packages, lines_of
+from tvq_pod.run.own_data import as_the_run_knows_it
 from tvq_pod.run.preemption import SAVE, STOP, Preemption
 from tvq_pod.run.progress import Speed
 from tvq_pod.run.result import RunResult
@@ -131,7 +132,8 @@ class _Session:
         self.preemption, self.opened, self.status, self.result = preemption, opened, status, result
         self.goodput = status.goodput
         self.warm, self.step = warm, step
-        self.store, self.tried = open_on_all(settings, workdir), with_tried_attention(settings, mesh)
+        self.store = as_the_run_knows_it(open_on_all(settings, workdir), settings, workdir, step)
+        self.tried = with_tried_attention(settings, mesh)
         self.split = self.store.split("train")
         self.evaluator = validation_evaluator(self.tried, mesh, self.store)
         if warm:

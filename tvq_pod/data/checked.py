@@ -1,0 +1,227 @@
+"""Documents on their way into a store: each is checked and given its split, in batches, since many may be tiny."""
+
+import hashlib
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from operator import itemgetter
+from typing import NamedTuple
+
+import google_crc32c
+import numpy as np
+
+from tvq_pod.config.settings import DataSettings
+from tvq_pod.data.document import Document, Documents, Names
+from tvq_pod.data.store import SPLITS, split_of
+from tvq_pod.data.text import BLOCK_BYTES, usable
+from tvq_pod.data.vocab import END_OF_DOC, PIECE_BYTES, Vocab, decoded, pieces
+from tvq_pod.data.writer import SplitWriter
+from tvq_pod.host.terminal import say
+
+BATCH_BYTES = 2**20  # of text; a batch with a longer document has no other after it
+BATCH_SECONDS = 1.0  # after which a batch ends, however slowly its documents come
+PROBES, PROBE_BYTES = 3, 2**14  # documents, and how much of each, that must come back from their tokens
+MARGIN = 2**12  # a share of 2**64, by which a float may differ from it
+
+_name, _text, _problem = (itemgetter(Document._fields.index(field)) for field in ("name", "text", "problem"))
+
+
+class Batch(NamedTuple):
+    """Documents that go into the store. names, texts, splits: of each. n_bytes: of all that were read for it. number,
+    crc: of all the corpus' documents up to its end, how many, and a CRC-32C of their names and texts."""
+
+    names: list[str]
+    texts: list[bytes | memoryview]
+    splits: list[str]
+    n_bytes: int
+    number: int
+    crc: int
+
+
+class Report:
+    """What was done about documents that are empty, not UTF-8, or have no text."""
+
+    def __init__(self):
+        self.empty, self.odd = Names(), Names()
+        self.left_out: dict[str, Names] = {}  # by the reason
+
+    def leave_out(self, reason: str, name: str) -> None:
+        """Counts a document that is left out."""
+        self.left_out.setdefault(reason, Names()).add(name)
+
+    def to_json(self) -> dict:
+        """As lists and dicts."""
+        left_out = {why: names.to_json() for why, names in self.left_out.items()}
+        return dict(empty=self.empty.to_json(), odd=self.odd.to_json(), left_out=left_out)
+
+    def add(self, other: dict) -> None:
+        """Counts what another report has, as its `to_json` gave it."""
+        self.empty.extend(Names.from_json(other["empty"]))
+        self.odd.extend(Names.from_json(other["odd"]))
+        for why, names in other["left_out"].items():
+            self.left_out.setdefault(why, Names()).extend(Names.from_json(names))
+
+    def say(self, vocab: Vocab, data: DataSettings) -> None:
+        """For people."""
+        for why, names in self.left_out.items():
+            say(f"  {names.count:,} left out, {why}: {names}")
+        if self.empty.count:
+            say(f"  {self.empty.count} empty documents left out: {self.empty}")
+        if self.odd.count:
+            done = {"replace": "their odd bytes became U+FFFD", "skip": "they were left out"}
+            done = done.get(data.invalid_utf8, "")
+            done = "a byte model takes their bytes as they are" if vocab.takes_any_bytes else done
+            say(f"  {self.odd.count} documents are not UTF-8, {done}: {self.odd}")
+
+
+class Checked:
+    """Batches of a corpus' documents. Attributes: report; own_splits, whether the corpus itself says of each document
+    in which split it is; number, crc: see Batch."""
+
+    def __init__(self, corpus: Documents, vocab: Vocab, data: DataSettings, counts: bool = True):
+        """counts: whether a CRC-32C is computed."""
+        self._corpus, self._vocab, self._data, self._counts = iter(corpus), vocab, data, counts
+        self.report, self.own_splits, self.number, self.crc = Report(), True, 0, 0
+        self._surely_train = _train_bound(data)
+
+    def pass_over(self, n: int, crc: int) -> bool:
+        """Passes over n documents that were taken before. Returns whether they are the same."""
+        while self.number < n:
+            document = next(self._corpus, None)
+            if document is None:
+                return False
+            self._count([document])
+        return self.crc == crc
+
+    def __iter__(self) -> Iterator[Batch]:
+        documents, n_bytes, began = [], 0, time.monotonic()
+        for document in self._corpus:
+            documents.append(document)
+            n_bytes += len(document.text)
+            if n_bytes >= BATCH_BYTES or time.monotonic() - began >= BATCH_SECONDS:
+                yield self._checked(documents, n_bytes)
+                documents, n_bytes, began = [], 0, time.monotonic()
+        if documents:
+            yield self._checked(documents, n_bytes)
+
+    def _count(self, documents: list[Document]) -> None:
+        self.number += len(documents)
+        if self.own_splits:
+            self.own_splits = all(document.split is not None for document in documents)
+        if not self._counts:
+            return
+        parts = []
+        for name, text, split, *_ in documents:
+            parts.append(f"{name}\0{split}\0{len(text)}\0".encode("utf-8", errors="surrogateescape"))
+            if len(text) <= BLOCK_BYTES:
+                parts.append(text)
+                continue
+            self.crc = google_crc32c.extend(self.crc, b"".join(parts))
+            parts = []
+            for begin in range(0, len(text), BLOCK_BYTES):
+                self.crc = google_crc32c.extend(self.crc, bytes(text[begin : begin + BLOCK_BYTES]))
+        self.crc = google_crc32c.extend(self.crc, b"".join(parts))
+
+    def _checked(self, documents: list[Document], n_bytes: int) -> Batch:
+        self._count(documents)
+        texts = list(map(_text, documents))
+        if not all(texts) or any(map(_problem, documents)) or not _are_utf8(texts):
+            kept = [document if _is_plain(document) else self._usable(document) for document in documents]
+            documents = [document for document in kept if document is not None]
+            texts = list(map(_text, documents))
+        return Batch(list(map(_name, documents)), texts, self._splits(documents), n_bytes, self.number, self.crc)
+
+    def _usable(self, document: Document) -> Document | None:
+        """A document as it is encoded; None leaves it out."""
+        if document.problem:
+            self.report.leave_out(document.problem, document.name)
+            return None
+        if not len(document.text):
+            self.report.empty.add(document.name)
+            return None
+        text, is_odd = usable(document, self._vocab.takes_any_bytes, self._data)
+        if is_odd and document.is_row and text is None:
+            self.report.leave_out("not UTF-8", document.name)
+        elif is_odd:
+            self.report.odd.add(document.name)
+        return document if text is document.text else text if text is None else document._replace(text=text)
+
+    def _splits(self, documents: list[Document]) -> list[str]:
+        shares = self._data.validation_share, self._data.test_share
+        sha256, bound = hashlib.sha256, self._surely_train
+        return [
+            own or ("train" if sha256(text).digest() > bound else split_of(text, *shares))
+            for _, text, own, _, _ in documents
+        ]
+
+
+def _train_bound(data: DataSettings) -> bytes:
+    """A text whose SHA-256 is greater is in the training split; `split_of` decides of others."""
+    bound = math.ceil((data.validation_share + data.test_share) * 2**64) + MARGIN
+    return bound.to_bytes(8) if bound < 2**64 else b"\xff" * 32
+
+
+def _is_plain(document: Document) -> bool:
+    """Whether there is nothing to be done about a document; quick."""
+    text = document.text
+    return bool(isinstance(text, bytes) and text and text.isascii() and not document.problem)
+
+
+def _are_utf8(texts: list[bytes | memoryview]) -> bool:
+    """Whether all of a few texts are, which is asked of all at once; no character has a newline in it."""
+    if len(texts[-1]) > BLOCK_BYTES:  # it may be a file of any size
+        return False
+    try:
+        b"\n".join(texts).decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def write_batch(batch: Batch, splits: dict[str, SplitWriter], vocab: Vocab, counts_words: bool = False) -> None:
+    """Encodes the documents of a batch and adds them to their splits. counts_words: of documents that are held out."""
+    are_small = max(map(len, batch.texts), default=0) <= PIECE_BYTES
+    for split in SPLITS:
+        takes_words = counts_words and split != "train"
+        if takes_words or not are_small:
+            for name, text, own in zip(batch.names, batch.texts, batch.splits, strict=True):
+                if own == split:
+                    for piece in pieces(text, vocab):
+                        splits[split].append(vocab.encode(piece))
+                    splits[split].end(len(text), len(bytes(text).split()) if takes_words else 0, name)
+            continue
+        mine = list(map(split.__eq__, batch.splits))
+        names = list(itertools.compress(batch.names, mine))
+        texts = list(itertools.compress(batch.texts, mine))
+        if texts:
+            n_bytes = np.fromiter(map(len, texts), np.int64, len(texts))
+            splits[split].append_documents(*_encoded(texts, n_bytes, vocab), n_bytes, names)
+
+
+def _encoded(texts: list[bytes | memoryview], n_bytes: np.ndarray, vocab: Vocab) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of texts, an end-of-document after each; and how many each has, int64 [n]."""
+    if vocab.takes_any_bytes:
+        ids, n_tokens = vocab.encode(b"\0".join([*texts, b""])), n_bytes + 1
+        ids[np.cumsum(n_tokens) - 1] = END_OF_DOC
+        return ids, n_tokens
+    end = np.full(1, END_OF_DOC, np.uint32)
+    encoded = [vocab.encode(bytes(text)) for text in texts]
+    n_tokens = np.fromiter(map(len, encoded), np.int64, len(encoded)) + 1
+    return np.concatenate([part for ids in encoded for part in (ids, end)]), n_tokens
+
+
+def probe(batch: Batch, vocab: Vocab, n_most: int) -> int:
+    """Warns of a vocabulary that changes text: bits per byte are of the text as it was. n_most: how many of the batch's
+    documents are tried. Returns how many may still be tried of the next."""
+    for name, whole in list(zip(batch.names, batch.texts, strict=True))[:n_most]:
+        text = bytes(whole[:PROBE_BYTES]).decode("utf-8", errors="ignore")
+        found = decoded(vocab.encode(text.encode()), vocab)
+        if found != text:
+            at = next((place for place, pair in enumerate(zip(found, text, strict=False)) if len(set(pair)) > 1), 0)
+            say(
+                f"  WARNING: this vocabulary changes text: {text[at : at + 20]!r} of {name} comes back as "
+                f"{found[at : at + 20]!r}"
+            )
+            return 0
+    return max(n_most - len(batch.texts), 0)

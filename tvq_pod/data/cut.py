@@ -1,0 +1,153 @@
+"""How a corpus is cut into the parts of a store.
+
+The files' sizes and a constant decide, and nothing else: not the machine, nor how many processes there are. Files go
+into a part in their order until it has PART_BYTES. A larger file of lines is cut where a line begins, and a Parquet
+file between row groups. A compressed file, a text that is one document, and a split of a Hugging Face dataset, whose
+size is not known, is in one part. An object in a bucket is cut as a local file.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+
+from tvq_pod.data.compressed import SNIFFED, compression_of
+from tvq_pod.data.hub import absolute
+from tvq_pod.data.records import as_parquet
+from tvq_pod.data.sources import File, Listing
+from tvq_pod.errors import UserError
+
+PART_BYTES = 2**27  # of files; a corpus of less than one and a half times as much is one part
+MOST_PARTS = 4096  # of a larger corpus, parts are larger
+BLOCK_BYTES = 2**20
+
+
+def cut(listing: Listing) -> list[list[File]]:
+    """The files, or the parts of files, of each part. Lines before a part of a file are still to be counted (see
+    `numbered`). Raises UserError if a file can't be read."""
+    sizes = [size_of(file) for file in listing.files]
+    part_bytes = PART_BYTES
+    while part_bytes * MOST_PARTS < sum(sizes):
+        part_bytes *= 2
+    parts, now, n_bytes = [], [], 0
+    for whole, size in zip(listing.files, sizes, strict=True):
+        for file, n in _cut_file(listing.format, whole, size, part_bytes):
+            now.append(file)
+            n_bytes += n
+            if n_bytes >= part_bytes:
+                parts.append(now)
+                now, n_bytes = [], 0
+    if parts and n_bytes < part_bytes // 2:
+        parts[-1] += now
+    elif now:
+        parts.append(now)
+    return parts
+
+
+def size_of(file: File) -> int:
+    """In bytes, as it lies on disk or in a bucket; 0 of a dataset. Raises UserError if it can't be read."""
+    return _size_and_version(file)[0]
+
+
+def address_of(file: File) -> str:
+    """Where it is, whatever the working directory."""
+    if file.kind == "hf":
+        return absolute(file.path)
+    return file.path if file.object else os.path.abspath(file.path)
+
+
+def _size_and_version(file: File) -> tuple[int, int]:
+    if file.kind == "hf":
+        return 0, 0
+    try:
+        status = file.at.stat()
+        return status.st_size, status.st_mtime_ns
+    except OSError as error:
+        raise UserError(f"config.data.source: {file.path} can't be read ({error.strerror})") from None
+
+
+def signature(files: Iterable[File]) -> str:
+    """Which files these are, and which parts of them, as JSON: what has another signature is read again."""
+    entries = []
+    for file in files:
+        size, version = _size_and_version(file)
+        name, path = (text.encode("utf-8", "backslashreplace").decode() for text in (file.name, address_of(file)))
+        # A split by name depends on the other files, too.
+        entry = dict(name=name, path=path, size=size, modified=version)
+        entries.append(entry | dict(begin=file.begin, end=file.end, split=file.split))
+    return json.dumps(entries, separators=(",", ":"))
+
+
+def _cut_file(format: str, file: File, size: int, part_bytes: int) -> Iterator[tuple[File, int]]:
+    """The parts of a file, and how large each is."""
+    n_parts = (size + part_bytes // 2) // part_bytes
+    if n_parts < 2 or format not in ("lines", "jsonl", "parquet") or _is_compressed(file):
+        yield file, size
+    elif format == "parquet":
+        yield from _row_groups(file, size, part_bytes)
+    else:
+        for begin, end in itertools.pairwise([*range(0, n_parts * part_bytes, part_bytes), size]):
+            yield dataclasses.replace(file, begin=begin, end=end), end - begin
+
+
+def _is_compressed(file: File) -> bool:
+    try:
+        with file.at.open("rb") as opened:
+            return compression_of(opened.read(SNIFFED)) is not None
+    except OSError:  # whoever reads it says so
+        return True
+
+
+def _row_groups(file: File, size: int, part_bytes: int) -> Iterator[tuple[File, int]]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    bounds, rows, sizes = [0], [0], []
+    with contextlib.suppress(pyarrow.ArrowException, OSError), ParquetFile(as_parquet(file.at)) as table:
+        groups = [table.metadata.row_group(group) for group in range(table.num_row_groups)]
+        sizes = [sum(group.column(n).total_compressed_size for n in range(group.num_columns)) for group in groups]
+        n_rows, n_bytes = 0, 0
+        for number, (group, n) in enumerate(zip(groups, sizes, strict=True), 1):
+            n_rows, n_bytes = n_rows + group.num_rows, n_bytes + n
+            if n_bytes >= part_bytes:
+                bounds.append(number)
+                rows.append(n_rows)
+                n_bytes = 0
+        if bounds[-1] < len(groups):
+            bounds.append(len(groups))
+    if len(bounds) < 3:  # also of a file that is damaged: whoever reads it says so
+        yield file, size
+        return
+    for (begin, end), n_before in zip(itertools.pairwise(bounds), rows, strict=False):
+        yield dataclasses.replace(file, begin=begin, end=end, n_before=n_before), sum(sizes[begin:end])
+
+
+def numbered(parts: list[list[File]], format: str, count: Callable[[list[File]], Iterable[int]]) -> list[list[File]]:
+    """The parts, with the number of lines before each part of a file. count: counts the lines of parts of files, as
+    `count_lines` does, perhaps of many at once."""
+    if format == "parquet":
+        return parts
+    spans = [file for file in itertools.chain(*parts) if file.end is not None]
+    before = {}
+    for file, n in zip(spans, count(spans), strict=True):
+        before[file.path, file.end] = before.get((file.path, file.begin), 0) + n
+    return [
+        [dataclasses.replace(f, n_before=before.get((f.path, f.begin), 0) if f.end else 0) for f in part]
+        for part in parts
+    ]  # fmt: skip
+
+
+def count_lines(file: File) -> int:
+    """How many lines end in a part of a file. Raises UserError if it can't be read."""
+    at, end, n = file.begin, file.end or 0, 0
+    try:
+        with file.at.open("rb") as opened:
+            opened.seek(at)
+            while at < end and (block := opened.read(min(BLOCK_BYTES, end - at))):
+                n += block.count(b"\n")
+                at += len(block)
+    except OSError as error:
+        raise UserError(f"config.data.source: {file.path} can't be read ({error.strerror})") from None
+    return n

@@ -1,0 +1,68 @@
+"""Writing one part of a store, by one worker on its own: what it needs can be sent to another process or machine, and
+what it writes depends on nothing else."""
+
+import dataclasses
+from collections.abc import Callable
+
+from etils import epath
+
+from tvq_pod.config.settings import DataSettings
+from tvq_pod.data.checked import Checked, write_batch
+from tvq_pod.data.corpora import documents_of
+from tvq_pod.data.cut import signature
+from tvq_pod.data.place import only_one
+from tvq_pod.data.sources import File, Listing
+from tvq_pod.data.store import FILES, TokenStore, made_with
+from tvq_pod.data.vocab import Vocab
+from tvq_pod.data.writer import StoreWriter
+from tvq_pod.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class PartTask:
+    """folder: where the part will be. listing: of its files alone. data: how they are read. n_bytes: of the files."""
+
+    folder: str
+    listing: Listing
+    data: DataSettings
+    n_bytes: int
+
+    @staticmethod
+    def of(folder: epath.Path, files: list[File], listing: Listing, data: DataSettings, n_bytes: int) -> "PartTask":
+        """Of some files of a listing."""
+        mine = dataclasses.replace(listing, files=files, left_out={}, walks=[], note="")
+        return PartTask(str(folder), mine, data, n_bytes)
+
+    def is_done(self, vocab: Vocab) -> bool:
+        """Whether the part is there, of these files as they are now. Of a Hugging Face dataset that is not known."""
+        if any(file.kind == "hf" for file in self.listing.files):
+            return False
+        folder = epath.Path(self.folder)
+        try:
+            store, files = TokenStore(folder), (folder / FILES).read_text()
+        except (UserError, OSError, ValueError):
+            return False
+        made = store.meta["vocab"], store.meta["made_with"], files
+        return made == (vocab.name, made_with(self.data), signature(self.listing.files))
+
+
+def write_part(task: PartTask, vocab: Vocab, tell: Callable[[int], object]) -> None:
+    """Writes a part. tell: is called with the bytes of text that were taken since it was called last; what it raises
+    ends the part. Raises UserError for documents that can't be taken, or files that change meanwhile."""
+    with only_one(task.folder):  # a worker of before, whose main process was killed, may not have ended yet
+        if task.is_done(vocab):
+            return
+        folder, files = epath.Path(task.folder), signature(task.listing.files)
+        if folder.exists():  # of other files, or damaged
+            folder.rmtree()
+        with StoreWriter(folder, vocab, made_with(task.data), is_part=True) as writer:
+            checked = Checked(documents_of(task.listing, task.data), vocab, task.data, counts=False)
+            for batch in checked:
+                tell(batch.n_bytes)
+                write_batch(batch, writer.splits, vocab)
+            if signature(task.listing.files) != files:
+                raise UserError(
+                    f"config.data.source={task.listing.source}: has changed while it was read "
+                    f"({task.listing.files[0].name} and what follows); start again"
+                )
+            writer.finish(files, own_splits=checked.own_splits, report=checked.report.to_json())
