@@ -20,13 +20,17 @@ from etils import epath
 from tests.buckets import reached_at
 from tests.command import finish, start
 from tests.data.test_bad_rows import write_array_record
+from tests.data.test_parts import assert_equal, contents, made
 from tests.data.texts import settings_for
 from tvq_pod.config.settings import DataSettings
 from tvq_pod.data import bucket, retry
+from tvq_pod.data import cut as cut_module
 from tvq_pod.data import document as document_module
+from tvq_pod.data.append import append
 from tvq_pod.data.corpora import documents, files_of
+from tvq_pod.data.cut import signature
 from tvq_pod.data.open import check_source, open_store
-from tvq_pod.data.store import SPLITS
+from tvq_pod.data.store import SPLITS, TokenStore
 from tvq_pod.errors import UserError
 
 ROW = '{"text": "a text"}\n'
@@ -338,6 +342,78 @@ def test_an_object_that_the_bucket_decompresses_is_refused(put, unreliable):
     )
     with pytest.raises(UserError, match=r"a.txt: is stored with Content-Encoding gzip, .*--clear-content-encoding"):
         texts(where)
+
+
+# ------------------------------------------------- stores of parts
+def of_parts(monkeypatch, format: str) -> dict[str, bytes]:
+    """Objects of which two are cut, and the compressed one is not."""
+    monkeypatch.setattr(cut_module, "PART_BYTES", 20_000)
+    rows = of_many_blocks(400)
+    if format == "parquet":
+        monkeypatch.setattr(cut_module, "PART_BYTES", 150_000)
+        return {f"{n}.parquet": parquet_of(rows * times) for n, times in enumerate((8, 1, 9))}
+    ends = dict(lines="{}\n", jsonl='{{"text": "{}"}}\n')[format]
+    sizes = dict(a=rows[:150], b=rows[150:155], c=rows[155:300])
+    objects = {f"{name}.{format}": "".join(map(ends.format, of)).encode() for name, of in sizes.items()}
+    return objects | {f"d.{format}.gz": gzip.compress("".join(map(ends.format, rows[300:])).encode())}
+
+
+def put_here_too(put, folder, objects: dict[str, bytes]) -> str:
+    folder.mkdir(exist_ok=True)
+    for name, content in objects.items():
+        (folder / name).write_bytes(content)
+    return put(**objects)
+
+
+@pytest.mark.parametrize(("format", "n_workers"), [("lines", 1), ("jsonl", 2), ("parquet", 1)])
+def test_a_bucket_is_cut_into_the_parts_of_the_local_files(put, unreliable, tmp_path, monkeypatch, format, n_workers):
+    monkeypatch.setattr(bucket, "HEAD_BYTES", 1000)
+    monkeypatch.setattr(bucket, "BLOCK_BYTES", 7001)
+    unreliable.every = 10 if n_workers == 1 else 10**9  # other processes would wait for seconds
+    where = put_here_too(put, tmp_path / "corpus", of_parts(monkeypatch, format))
+    there = made(where, tmp_path / "there", format=format, prepare_processes=n_workers)
+    here = made(tmp_path / "corpus", tmp_path / "here", format=format)
+    assert there.n_parts == here.n_parts > 3
+    assert there.fingerprint == here.fingerprint
+    assert_equal(contents(there), contents(here))
+
+
+def test_objects_are_added_to_a_store_and_changed_ones_refused(put, unreliable, tmp_path, monkeypatch):
+    unreliable.every = 10**9
+    objects = of_parts(monkeypatch, "lines")
+    where = put_here_too(put, tmp_path / "corpus", objects)
+    settings = dict(format="lines", prepare_processes=1, store=str(tmp_path / "store"))
+    store = made(where, tmp_path / "store", format="lines")
+    assert added(where, **settings).fingerprint == store.fingerprint
+    put_here_too(put, tmp_path / "corpus", {"x.lines": objects["a.lines"][::-1].strip() + b"\n"})
+    now = added(where, **settings)
+    assert now.n_parts > store.n_parts
+    assert_equal(contents(now), contents(made(tmp_path / "corpus", tmp_path / "here", format="lines")))
+    assert_equal(contents(now.as_of(store.fingerprint)), contents(store))
+    # a copy of it on this machine has nothing new
+    assert added(tmp_path / "corpus", **settings).fingerprint == now.fingerprint
+    put(**{"b.lines": objects["b.lines"] + b"one more\n"})
+    with pytest.raises(
+        UserError, match=r"^config.data.source=gs://.*: b.lines had [0-9,]+ bytes when .* took it"
+    ) as error:
+        added(where, **settings)
+    assert "\n" not in str(error.value)
+
+
+def added(source, **settings) -> TokenStore:
+    return append(settings_for(source, **settings), epath.Path(f"{settings['store']}.run"))
+
+
+def test_a_part_is_written_again_if_an_object_is_another(put, unreliable):
+    where = put(**{"a.txt": "text"})
+
+    def signed(path) -> str:
+        return signature(files_of(DataSettings(source=path)).files)
+
+    before = signed(where)
+    assert signed(where) == before
+    put(**{"a.txt": "next"})
+    assert signed(where) != before
 
 
 # ------------------------------------------------- the program

@@ -10,9 +10,12 @@ import pytest
 from etils import epath
 
 from tests.command import finish, start
-from tests.data.texts import settings_for
+from tests.data.test_parts import assert_equal, contents, made, written
+from tests.data.texts import TEXTS, settings_for
 from tvq_pod.config.settings import DataSettings
+from tvq_pod.data import cut as cut_module
 from tvq_pod.data import hub, retry
+from tvq_pod.data.append import append
 from tvq_pod.data.corpora import documents, files_of
 from tvq_pod.data.open import check_source, open_store
 from tvq_pod.data.store import SPLITS
@@ -236,3 +239,22 @@ def test_the_program_prepares_from_a_dataset_and_refuses_a_name_without_a_networ
     code, out, err = finish(start(*flags, "--source=hf:nobody/nothing", f"--config.data.store={tmp_path}/2"))
     assert (code, out, err.count("\n")) == (1, "", 1), err
     assert "error: config.data.source=hf:nobody/nothing: can't be read (" in err
+
+
+def test_datasets_lie_in_one_part_beside_files_that_are_cut_and_are_added_once(folder, tmp_path, monkeypatch):
+    one, source = f"{written(tmp_path / 'a.jsonl', 'jsonl', TEXTS)}", f"hf:{folder}"
+    settings = dict(format="jsonl", holdout="hash", prepare_processes=1)
+    whole = made(f"{one},{source}", tmp_path / "whole", **settings)
+    monkeypatch.setattr(cut_module, "PART_BYTES", 1500)
+    parts = made(f"{one},{source}", tmp_path / "parts", **settings)
+    assert (whole.n_parts, parts.n_parts > 3) == (1, True)
+    assert_equal(contents(parts), contents(whole))
+    files = made(one, tmp_path / "store", **settings)
+    fingerprints = [files.fingerprint]
+    monkeypatch.chdir(tmp_path)
+    for again in (source, source, f"hf:{folder.name}"):
+        given = settings_for(again, **settings | dict(store=str(tmp_path / "store")))
+        now = append(given, epath.Path(tmp_path / "run"))
+        fingerprints.append(now.fingerprint)
+    assert len(set(fingerprints)) == 2
+    assert_equal(*({split: part[:3] for split, part in contents(store).items()} for store in (now, whole)))
