@@ -30,9 +30,10 @@ DISTANCES = {  # in windows, and the metrics that have them
 
 DEPTHS = {  # tokens before, in the document, and the metrics that `losses_by_depth` makes
     "0 to 1k": "loss_at_0",
-    "1k to 4k": "loss_at_1024",
-    "4k to 16k": "loss_at_4096",
-    "16k on": "loss_at_16384",
+    "1k to 2k": "loss_at_1024",
+    "2k to 4k": "loss_at_2048",
+    "4k to 8k": "loss_at_4096",
+    "8k on": "loss_at_8192",
 }
 
 
