@@ -347,11 +347,12 @@ def test_an_object_that_the_bucket_decompresses_is_refused(put, unreliable):
 # ------------------------------------------------- stores of parts
 def of_parts(monkeypatch, format: str) -> dict[str, bytes]:
     """Objects of which two are cut, and the compressed one is not."""
-    monkeypatch.setattr(cut_module, "PART_BYTES", 20_000)
+    monkeypatch.setattr(cut_module, "PART_BYTES", 8000)
     rows = of_many_blocks(400)
     if format == "parquet":
         monkeypatch.setattr(cut_module, "PART_BYTES", 150_000)
         return {f"{n}.parquet": parquet_of(rows * times) for n, times in enumerate((8, 1, 9))}
+    rows = [row[: 60 + n] for n, row in enumerate(rows)]
     ends = dict(lines="{}\n", jsonl='{{"text": "{}"}}\n')[format]
     sizes = dict(a=rows[:150], b=rows[150:155], c=rows[155:300])
     objects = {f"{name}.{format}": "".join(map(ends.format, of)).encode() for name, of in sizes.items()}
