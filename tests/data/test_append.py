@@ -18,6 +18,7 @@ from tests.data.test_parts import assert_equal, contents, made, written
 from tests.data.texts import TEXTS, settings_for
 from tvq_pod.data import cut as cut_module
 from tvq_pod.data import part as part_module
+from tvq_pod.data import part_workers as part_workers_module
 from tvq_pod.data.append import append
 from tvq_pod.data.mixture import Mixture
 from tvq_pod.data.open import open_store
@@ -147,6 +148,60 @@ def test_what_can_not_be_added_is_refused_in_one_line(lines, tmp_path):
     assert TokenStore(tmp_path / "s").fingerprint == store.fingerprint
 
 
+def test_a_file_of_the_name_and_the_size_of_another_is_named(lines, tmp_path, capsys):
+    made(lines, tmp_path / "s", format="lines")
+    other = tmp_path / "other"
+    other.mkdir()
+    size = (lines / "a.txt").stat().st_size
+    (other / "a.txt").write_text("x" * (size - 1) + "\n")
+    added(other, tmp_path / "s", format="lines")
+    said = capsys.readouterr().err
+    assert f"1 files have the name and the size of files that {tmp_path}/s has from elsewhere" in said
+    assert f"({other}/a.txt)" in said
+
+
+def test_a_name_that_is_not_utf8_is_known_again(tmp_path, capsys):
+    (tmp_path / "c").mkdir()
+    for n, name in enumerate((b"caf\xe9.txt", b"b.txt")):
+        pathlib.Path(os.fsdecode(os.fsencode(tmp_path / "c") + b"/" + name)).write_text(TEXTS[n] * 200)
+    store = made(tmp_path / "c", tmp_path / "s", validation_share=0.0, test_share=0.0)
+    assert store.n_parts == 2
+    added(tmp_path / "c", tmp_path / "s", validation_share=0.0, test_share=0.0)
+    assert "nothing is added" in capsys.readouterr().err
+    assert TokenStore(tmp_path / "s").fingerprint == store.fingerprint
+
+
+def test_a_part_without_its_list_of_files_is_damaged(lines, tmp_path):
+    store = made(lines, tmp_path / "s", format="lines")
+    (store.path / store.parts[1].folder / "files.json").unlink()
+    with pytest.raises(UserError, match=r"files.json is missing, so the store is damaged"):
+        added(lines, tmp_path / "s", format="lines")
+
+
+def test_a_store_that_does_not_say_how_it_holds_out_does_so_by_hash(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(OLD, tmp_path / "s")
+    (tmp_path / "book.txt").write_text(TEXTS[20] * 20)
+    with pytest.raises(UserError, match=r"config.data.holdout=auto: means position for book.txt.* held out by hash"):
+        added("book.txt", "s")
+
+
+def test_a_file_that_is_replaced_while_its_parts_wait_ends_the_prepare(tmp_path, monkeypatch):
+    source = written(tmp_path / "a.txt", "lines", TEXTS)
+    write_part, written_parts = part_module.write_part, []
+
+    def replaced_after(task, vocab, tell):
+        write_part(task, vocab, tell)
+        written_parts.append(task)
+        source.write_text(source.read_text().replace("document", "DOCUMENT"))
+
+    monkeypatch.setattr(part_workers_module, "write_part", replaced_after)
+    with pytest.raises(UserError, match=r"config.data.source=.*a.txt: has changed while it was read"):
+        made(source, tmp_path / "s", format="lines")
+    assert len(written_parts) == 1
+    assert not TokenStore.exists(tmp_path / "s")
+
+
 # ------------------------------------------------- stores of before
 def test_a_store_of_a_version_without_parts_is_read_and_added_to(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -159,12 +214,13 @@ def test_a_store_of_a_version_without_parts_is_read_and_added_to(tmp_path, monke
     known = contents(store)
     read = b"".join(bytes((part[0][part[0] >= N_SPECIAL] - N_SPECIAL).astype(np.uint8)) for part in known.values())
     assert sorted(read.decode()) == sorted("".join(TEXTS[:12]))
-    with pytest.raises(UserError, match=r"config.data.source=corpus: an older version made s of it"):
-        added("corpus", "s")
+    for same in ("corpus", "corpus/", f"{tmp_path}/corpus"):
+        with pytest.raises(UserError, match=rf"config.data.source={same}: an older version made s of it"):
+            added(same, "s")
     before = files_below("s")
     (tmp_path / "more").mkdir()
     (tmp_path / "more/x.txt").write_text(TEXTS[20])
-    now = added("more", "s")
+    now = added("more", "s", holdout="hash")
     assert now.n_parts == 2
     assert_equal(contents(now.as_of(OLD_FINGERPRINT)), known)
     after = files_below("s")

@@ -5,6 +5,8 @@ import itertools
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow
@@ -14,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from tests.command import ROOT
 from tests.data.made_streams import made_streams
 from tests.data.texts import TEXTS, settings_for
 from tvq_pod.config.settings import MeshSettings
@@ -292,3 +295,16 @@ def test_a_folder_of_parts_is_no_text_of_a_corpus(parted):
     data = settings_for(parted.path.parent, exclude="*.run,a.txt").data
     with pytest.raises(UserError, match=r"is empty.*1 stores or runs of this program \(store\)"):
         listing(data)
+
+
+def test_nor_is_one_that_is_only_begun(tmp_path):
+    for name in ("progress.json", "part-00000.lock", "part-00000.preparing/train/tokens/c"):
+        (tmp_path / "c/store.preparing" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "c/store.preparing" / name).write_text("12345")
+    with pytest.raises(UserError, match=r"is empty.*1 stores or runs of this program"):
+        listing(settings_for(tmp_path / "c").data)
+
+
+def test_processes_that_write_parts_do_not_import_jax():
+    program = "import sys, tvq_pod.data.part_workers; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

@@ -2,18 +2,20 @@
 
 import dataclasses
 import json
+import os
 
 from etils import epath
 
 from tvq_pod.config.settings import DataSettings, Settings
 from tvq_pod.data.build_parts import part_entry, write_index, write_parts
 from tvq_pod.data.corpora import files_of
-from tvq_pod.data.cut import address_of, cut, size_of
+from tvq_pod.data.cut import address_of, as_text, cut, size_of
 from tvq_pod.data.open import check_made_with, check_outside
 from tvq_pod.data.place import followed, only_one
 from tvq_pod.data.sources import File
 from tvq_pod.data.store import FILES, TokenStore, made_with, store_path
 from tvq_pod.errors import UserError
+from tvq_pod.host.paths import is_bucket
 from tvq_pod.host.terminal import say
 
 SAME = ("validation_share", "test_share", "invalid_utf8")  # settings that must be those of the store
@@ -38,7 +40,7 @@ def append(settings: Settings, workdir: epath.Path) -> TokenStore:
         found = files_of(data)
         if found is None:
             raise UserError(f"config.data.source={data.source}: --append adds files, and this corpus is none")
-        held_out = store.meta.get("holdout", found.holdout)
+        held_out = store.meta.get("holdout", "names" if store.meta.get("own_splits") else "hash")
         if found.holdout != held_out:
             raise UserError(
                 f"config.data.holdout={data.holdout}: means {found.holdout} for {data.source}, and the documents of "
@@ -50,6 +52,8 @@ def append(settings: Settings, workdir: epath.Path) -> TokenStore:
             return store
         say(f"adding {len(new):,} of {len(found.files):,} files of {data.source} to {path}, as {found.format}")
         found = dataclasses.replace(found, files=new)
+        for line in found.lines():
+            say(line)
         vocab, old = store.vocab(), _entries(store)
         names = write_parts(path, len(old), cut(found), found, vocab, data)
         meta = store.meta
@@ -77,21 +81,27 @@ def _entries(store: TokenStore) -> list[dict]:
 
 
 def _new_files(store: TokenStore, files: list[File], data: DataSettings) -> list[File]:
-    """Files that the store does not have. Raises UserError if one has changed since."""
+    """Files that the store does not have; says which are taken for files of the store that lay elsewhere. Raises
+    UserError if one has changed since."""
     known = _files_of(store, data)
     paths = {entry["path"]: entry["size"] for entry in known}
     names = {(entry["name"], entry["size"]) for entry in known}  # the corpus may have moved
-    new = []
+    new, moved = [], []
     for file in files:
-        size, path = size_of(file), address_of(file)
+        size, path, name = size_of(file), as_text(address_of(file)), as_text(file.name)
         if paths.get(path, size) != size:
             raise UserError(
                 f"config.data.source={data.source}: {file.name} had {paths[path]:,} bytes when {store.path} took "
                 f"it, and has {size:,} now; --append adds only new files; keep what is new in a file of its own"
             )
-        has_size = file.kind != "hf"
-        if path not in paths and not (has_size and (file.name, size) in names):
-            new.append(file)
+        if path not in paths:
+            (moved if file.kind != "hf" and (name, size) in names else new).append(file)
+    if moved:
+        first = ", ".join(file.path for file in moved[:3])
+        say(
+            f"{len(moved):,} files have the name and the size of files that {store.path} has from elsewhere, and are "
+            f"taken for them ({first}{', ...' if len(moved) > 3 else ''}); what is new needs another name"
+        )
     return new
 
 
@@ -103,7 +113,9 @@ def _files_of(store: TokenStore, data: DataSettings) -> list[dict]:
         try:
             known += json.loads(path.read_text())
         except FileNotFoundError:
-            if store.meta["made_with"].get("source") == data.source:
+            if part.crc32c is not None:
+                raise UserError(f"config.data.store={store.path}: {path} is missing, so the store is damaged") from None
+            if _places(store.meta["made_with"].get("source", "")) & _places(data.source):
                 raise UserError(
                     f"config.data.source={data.source}: an older version made {store.path} of it, and did not keep "
                     "which files it read; give only the new files, by a glob or in a folder of their own"
@@ -111,3 +123,8 @@ def _files_of(store: TokenStore, data: DataSettings) -> list[dict]:
         except (OSError, ValueError) as error:
             raise UserError(f"config.data.store={store.path}: {path} is damaged ({str(error)[:100]})") from None
     return known
+
+
+def _places(source: str) -> set[str]:
+    """Where the paths of a source lead to."""
+    return {place if is_bucket(place) else os.path.realpath(place) for place in source.split(",") if place}

@@ -16,7 +16,7 @@ from tvq_pod.data.arrays import named_errors
 from tvq_pod.data.build import progress_bar
 from tvq_pod.data.checked import PROBES, Checked, Report, probe
 from tvq_pod.data.corpora import documents_of
-from tvq_pod.data.cut import numbered, size_of
+from tvq_pod.data.cut import numbered, signature, size_of
 from tvq_pod.data.part import PartTask
 from tvq_pod.data.part_workers import Workers
 from tvq_pod.data.place import adopted, check_free, followed
@@ -93,12 +93,13 @@ def write_parts(
             still_working()
             bar.update(n_bytes)
 
+        signatures = [signature(files) for files in parts]  # before their lines are counted
         with Workers(n_processes, vocab, tell) as workers:
             parts = numbered(parts, listing.format, workers.count_lines)
             names = [f"part-{first + number:05d}" for number in range(len(parts))]
             tasks = [
-                PartTask.of(folder / name, files, listing, data, sum(map(_bytes_of, files)))
-                for name, files in zip(names, parts, strict=True)
+                PartTask.of(folder / name, files, signed, listing, data, sum(map(_bytes_of, files)))
+                for name, files, signed in zip(names, parts, signatures, strict=True)
             ]
             _remove_others(folder, first, names)
             left = [task for task in tasks if not task.is_done(vocab)]

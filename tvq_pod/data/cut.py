@@ -68,14 +68,18 @@ def _size_and_version(file: File) -> tuple[int, int]:
         raise UserError(f"config.data.source: {file.path} can't be read ({error.strerror})") from None
 
 
+def as_text(path: str) -> str:
+    """A path that may not be UTF-8, as text that is."""
+    return path.encode("utf-8", "backslashreplace").decode()
+
+
 def signature(files: Iterable[File]) -> str:
     """Which files these are, and which parts of them, as JSON: what has another signature is read again."""
     entries = []
     for file in files:
         size, version = _size_and_version(file)
-        name, path = (text.encode("utf-8", "backslashreplace").decode() for text in (file.name, address_of(file)))
         # A split by name depends on the other files, too.
-        entry = dict(name=name, path=path, size=size, modified=version)
+        entry = dict(name=as_text(file.name), path=as_text(address_of(file)), size=size, modified=version)
         entries.append(entry | dict(begin=file.begin, end=file.end, split=file.split))
     return json.dumps(entries, separators=(",", ":"))
 

@@ -20,21 +20,33 @@ from tvq_pod.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class PartTask:
-    """folder: where the part will be. listing: of its files alone. data: how they are read. n_bytes: of the files."""
+    """folder: where the part will be. listing: of its files alone. signature: theirs when the corpus was cut. data: how
+    they are read. n_bytes: of the files."""
 
     folder: str
     listing: Listing
+    signature: str
     data: DataSettings
     n_bytes: int
 
     @staticmethod
-    def of(folder: epath.Path, files: list[File], listing: Listing, data: DataSettings, n_bytes: int) -> "PartTask":
+    def of(
+        folder: epath.Path, files: list[File], signature: str, listing: Listing, data: DataSettings, n_bytes: int
+    ) -> "PartTask":
         """Of some files of a listing."""
         mine = dataclasses.replace(listing, files=files, left_out={}, walks=[], note="")
-        return PartTask(str(folder), mine, data, n_bytes)
+        return PartTask(str(folder), mine, signature, data, n_bytes)
+
+    def check_unchanged(self) -> None:
+        """Raises UserError if a file is no longer what was cut."""
+        if signature(self.listing.files) != self.signature:
+            raise UserError(
+                f"config.data.source={self.listing.source}: has changed while it was read "
+                f"({self.listing.files[0].name} and what follows); start again"
+            )
 
     def is_done(self, vocab: Vocab) -> bool:
-        """Whether the part is there, of these files as they are now. Of a Hugging Face dataset that is not known."""
+        """Whether the part is there, of these files as they were cut. Of a Hugging Face dataset that is not known."""
         if any(file.kind == "hf" for file in self.listing.files):
             return False
         folder = epath.Path(self.folder)
@@ -43,7 +55,7 @@ class PartTask:
         except (UserError, OSError, ValueError):
             return False
         made = store.meta["vocab"], store.meta["made_with"], files
-        return made == (vocab.name, made_with(self.data), signature(self.listing.files))
+        return made == (vocab.name, made_with(self.data), self.signature)
 
 
 def write_part(task: PartTask, vocab: Vocab, tell: Callable[[int], object]) -> None:
@@ -52,7 +64,8 @@ def write_part(task: PartTask, vocab: Vocab, tell: Callable[[int], object]) -> N
     with only_one(task.folder):  # a worker of before, whose main process was killed, may not have ended yet
         if task.is_done(vocab):
             return
-        folder, files = epath.Path(task.folder), signature(task.listing.files)
+        task.check_unchanged()
+        folder = epath.Path(task.folder)
         if folder.exists():  # of other files, or damaged
             folder.rmtree()
         with StoreWriter(folder, vocab, made_with(task.data), is_part=True) as writer:
@@ -60,9 +73,5 @@ def write_part(task: PartTask, vocab: Vocab, tell: Callable[[int], object]) -> N
             for batch in checked:
                 tell(batch.n_bytes)
                 write_batch(batch, writer.splits, vocab)
-            if signature(task.listing.files) != files:
-                raise UserError(
-                    f"config.data.source={task.listing.source}: has changed while it was read "
-                    f"({task.listing.files[0].name} and what follows); start again"
-                )
-            writer.finish(files, own_splits=checked.own_splits, report=checked.report.to_json())
+            task.check_unchanged()
+            writer.finish(task.signature, own_splits=checked.own_splits, report=checked.report.to_json())

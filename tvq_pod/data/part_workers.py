@@ -54,8 +54,11 @@ class Workers:
         """A call with each argument, in other processes; None if there are none."""
         if not self._pool:
             return None
-        with main_left_alone(), signals_kept():
-            return [self._pool.submit(function, argument) for argument in arguments]
+        try:
+            with main_left_alone(), signals_kept():
+                return [self._pool.submit(function, argument) for argument in arguments]
+        except BrokenProcessPool:
+            raise killed() from None
 
     def _results(self, futures: list[concurrent.futures.Future]) -> list:
         """What each returns, in their order."""

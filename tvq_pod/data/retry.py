@@ -7,7 +7,6 @@ from typing import TypeVar
 
 from tvq_pod.errors import UserError
 from tvq_pod.host.terminal import say
-from tvq_pod.parallel.deadlines import still_working
 
 RETRY_SECONDS = 300.0  # from the first failure; the libraries below have tried several times before each
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between two tries
@@ -22,6 +21,8 @@ def retried(source: str, call: Callable[[], T], may_pass: Callable[[Exception], 
     remedy: of one that can't. Raises FileNotFoundError as call() does. Raises UserError for any other error, at once or
     after RETRY_SECONDS.
     """
+    from tvq_pod.parallel.deadlines import still_working  # imports jax, which workers that write parts do without
+
     began, pause = None, FIRST_PAUSE
     while True:
         try:

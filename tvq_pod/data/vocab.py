@@ -307,9 +307,16 @@ def kept_vocab(folder: epath.Path) -> Vocab:
 
 
 def keep_vocab(vocab: Vocab, folder: epath.Path) -> None:
-    """Writes a vocabulary's file into a folder."""
-    if vocab.file_name:
-        (folder / vocab.file_name).write_bytes(vocab.file_bytes)
+    """Writes a vocabulary's file into a folder, unless it is there: others may be reading it."""
+    if vocab.file_name and not _has(path := folder / vocab.file_name, vocab.file_bytes):
+        path.write_bytes(vocab.file_bytes)
+
+
+def _has(path: epath.Path, content: bytes) -> bool:
+    try:
+        return path.read_bytes() == content
+    except OSError:
+        return False
 
 
 def _read(path: epath.PathLike) -> bytes:

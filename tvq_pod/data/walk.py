@@ -218,7 +218,8 @@ def _refused(folder: str) -> UserError:
 
 
 def _is_ours(names: set[str]) -> bool:
-    is_store = not names.isdisjoint({"train", "part-00000"}) and not names.isdisjoint({"store.json", "progress.json"})
+    has_data = "train" in names or any(name.startswith("part-00000") for name in names)  # also one that is begun
+    is_store = has_data and not names.isdisjoint({"store.json", "progress.json"})
     return is_store or {"config.json", "checkpoints"} <= names
 
 
