@@ -118,10 +118,8 @@ class VQAttention(nn.Module):
         """The layer over R blocks: x [R, B, L, D], doc_ids and loss_mask [R, B, L]. Returns what `__call__` does, with
         res [R, B, L, D]."""
         c = self.config
-        of_shift, state = state, {name: leaf for name, leaf in state.items() if name != "before"}
-        raw = self.raw(x)
-        raw_k, before = self._shifted_keys(raw, doc_ids, of_shift) if c.key_shift else (raw["k"], {})
-        made = raw | self.prepared(raw["q"], raw_k, vq_spec)
+        made, before = self.projected(x, doc_ids, vq_spec, state)
+        state = {name: leaf for name, leaf in state.items() if name != "before"}
         q, v, gate, biases = (made[name] for name in ("q", "v", "gate", "biases"))
         if self.quantizer is None:
             present = dict(k_hat=made["k"], v=v if gate is None else nn.silu(v), doc_ids=doc_ids)
@@ -136,6 +134,13 @@ class VQAttention(nn.Module):
             present = dict(z=made["shortcodes"], k_hat=made["quantized"], v=v, doc_ids=doc_ids)
             out, new_state = self._attend(q, biases, present, gate, state)
         return new_state | before, dict(res=self.residual(out), **made["losses"])
+
+    def projected(self, x: jax.Array, doc_ids: jax.Array, vq_spec: VQSpec | None, state: dict) -> tuple[dict, dict]:
+        """What attention is made of, from x [R, B, L, D]: `raw`'s v and gate, what `prepared` makes of the rest; and the
+        part of the next state that keys need."""
+        raw = self.raw(x)
+        k, before = self._shifted_keys(raw, doc_ids, state) if self.config.key_shift else (raw["k"], {})
+        return {name: raw[name] for name in ("v", "gate")} | self.prepared(raw["q"], k, vq_spec), before
 
     def raw(self, x: jax.Array, inverse: jax.Array | None = None) -> dict:
         """Of x [R, B, L, D]: q [R, B, Q, L, K], k [R, B, H, L, K], before they are normalised; v [R, B, H, L, V] and
