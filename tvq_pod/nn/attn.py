@@ -136,8 +136,8 @@ class VQAttention(nn.Module):
         return new_state | before, dict(res=self.residual(out), **made["losses"])
 
     def projected(self, x: jax.Array, doc_ids: jax.Array, vq_spec: VQSpec | None, state: dict) -> tuple[dict, dict]:
-        """What attention is made of, from x [R, B, L, D]: `raw`'s v and gate, what `prepared` makes of the rest; and the
-        part of the next state that keys need."""
+        """What attention is made of, from x [R, B, L, D]: `raw`'s v and gate, what `prepared` makes of the rest; and
+        the part of the next state that keys need."""
         raw = self.raw(x)
         k, before = self._shifted_keys(raw, doc_ids, state) if self.config.key_shift else (raw["k"], {})
         return {name: raw[name] for name in ("v", "gate")} | self.prepared(raw["q"], k, vq_spec), before
