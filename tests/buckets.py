@@ -1,5 +1,8 @@
 """A bucket to test with: a real server on loopback."""
 
+import contextlib
+import http.client
+import http.server
 import pathlib
 import subprocess
 import time
@@ -43,3 +46,26 @@ def served() -> Iterator[int]:
     yield port
     process.kill()
     process.wait()
+
+
+def forwarded(handler: http.server.BaseHTTPRequestHandler, port: int, body: bytes) -> tuple[int, list, bytes]:
+    """What the server at a port answers to a handler's request: status, headers, content."""
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request(handler.command, handler.path, body, dict(handler.headers.items()))
+    response = connection.getresponse()
+    answer = response.status, response.getheaders(), response.read()
+    connection.close()
+    return answer
+
+
+def reply(handler: http.server.BaseHTTPRequestHandler, status: int, headers: list, content: bytes) -> None:
+    """Answers a handler's request. Whoever asked may be gone."""
+    handler.send_response(status)
+    for name, value in headers:
+        if name.lower() not in ("content-length", "transfer-encoding", "connection", "date"):
+            handler.send_header(name, value)
+    handler.send_header("Content-Length", str(len(content)))
+    handler.end_headers()
+    if handler.command != "HEAD":
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            handler.wfile.write(content)

@@ -1,6 +1,5 @@
 """Corpora in a bucket, gs://: a real server on loopback, and one in front of it that fails every tenth request."""
 
-import contextlib
 import gzip
 import http.client
 import http.server
@@ -17,7 +16,7 @@ import pyarrow.parquet
 import pytest
 from etils import epath
 
-from tests.buckets import reached_at
+from tests.buckets import forwarded, reached_at, reply
 from tests.command import finish, start
 from tests.data.test_bad_rows import write_array_record
 from tests.data.test_parts import assert_equal, contents, made
@@ -63,22 +62,7 @@ class Unreliable:
                     self.wfile.write(b"half of")
                     self.close_connection = True
                     return
-                if fails:
-                    status, headers, content = 503, [], b"try again"
-                else:
-                    connection = http.client.HTTPConnection("127.0.0.1", port)
-                    connection.request(self.command, self.path, body, dict(self.headers.items()))
-                    response = connection.getresponse()
-                    status, headers, content = response.status, response.getheaders(), response.read()
-                    connection.close()
-                self.send_response(status)
-                for name, value in headers:
-                    if name.lower() not in ("content-length", "transfer-encoding", "connection", "date"):
-                        self.send_header(name, value)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    self.wfile.write(content)
+                reply(self, *((503, [], b"try again") if fails else forwarded(self, port, body)))
 
             do_GET = answer
 

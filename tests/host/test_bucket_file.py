@@ -1,6 +1,5 @@
 """What is appended to an object in a bucket stays there, whoever else writes, and whatever the bucket answers."""
 
-import contextlib
 import http.client
 import http.server
 import json
@@ -11,7 +10,7 @@ import pytest
 from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.buckets import reached_at
+from tests.buckets import forwarded, reached_at, reply
 from tvq_pod.config.settings import MetricsSettings
 from tvq_pod.host import bucket_file
 from tvq_pod.host.bucket_file import BucketFile
@@ -43,14 +42,7 @@ class Bucket:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 with lock:
                     status, headers, content = bucket.answered(self, body)
-                self.send_response(status)
-                for name, value in headers:
-                    if name.lower() not in ("content-length", "transfer-encoding", "connection", "date"):
-                        self.send_header(name, value)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                with contextlib.suppress(BrokenPipeError):
-                    self.wfile.write(content)
+                reply(self, status, headers, content)
 
             do_GET = do_PUT = do_POST = do_DELETE = answer
 
@@ -76,12 +68,7 @@ class Bucket:
             if self.n_joined % 3 == 0:
                 self.n_late += 1
                 return 412, [], b"{}"
-        connection = http.client.HTTPConnection("127.0.0.1", self._backend)
-        connection.request(request.command, request.path, body, dict(request.headers.items()))
-        response = connection.getresponse()
-        answer = response.status, response.getheaders(), response.read()
-        connection.close()
-        return answer
+        return forwarded(request, self._backend, body)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Runs in a bucket, gs://: a real server on loopback, and one in front of it that fails one request in forty."""
 
-import contextlib
 import http.client
 import http.server
 import json
@@ -12,7 +11,7 @@ import pytest
 from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.buckets import reached_at
+from tests.buckets import forwarded, reached_at, reply
 from tests.command import fingerprint, finish, metrics_of, run, start
 from tests.data.test_parts import assert_equal, contents, made, written
 from tests.data.texts import TEXTS
@@ -49,23 +48,9 @@ def unreliable(server):
                 counter[0] += 1
                 fails = counter[0] % 40 == 0
                 counter[1] += fails
-            if fails:
-                status, headers, content = 503, [], b"try again"
-            else:
-                connection = http.client.HTTPConnection("127.0.0.1", server)
-                connection.request(self.command, self.path, body, dict(self.headers.items()))
-                response = connection.getresponse()
-                status, headers, content = response.status, response.getheaders(), response.read()
-                connection.close()
-            self.send_response(status)
-            for name, value in headers:
-                if name.lower() not in ("content-length", "transfer-encoding", "connection", "date"):
-                    self.send_header(name, value.replace(f":{server}", f":{self.server.server_address[1]}"))
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            if self.command != "HEAD":
-                with contextlib.suppress(BrokenPipeError):  # whoever asked was killed
-                    self.wfile.write(content)
+            status, headers, content = (503, [], b"try again") if fails else forwarded(self, server, body)
+            own = f":{self.server.server_address[1]}"
+            reply(self, status, [(name, value.replace(f":{server}", own)) for name, value in headers], content)
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_PATCH = answer
 
