@@ -107,8 +107,13 @@ def test_a_bad_value_is_named_with_what_would_be_right(name, value, message):
         ({"mesh.sequence": 8}, "config.train.update_len=512: must be a multiple of 1024, .* for example 1024"),
         (
             {"mesh.sequence": 4, "model.mem_len": 256},
-            "config.mesh.sequence=4: each part has 128 tokens, .* config.model.mem_len=256; give at most 2",
+            "config.mesh.sequence=4: each part of config.train.update_len=512 .* config.model.mem_len=256; give at most 2",
         ),
+        (
+            {"mesh.sequence": 8, "train.update_len": 1024, "eval.update_len": 1152},
+            "config.eval.update_len=1152: must be a multiple of 1024, .* for example 2048",
+        ),
+        ({"eval.update_len": 200}, "config.eval.update_len=200: must be a multiple of .*=128, for example 256"),
         ({"mesh.sequence": 4, "model.n_code": 126}, "config.mesh.sequence=4: must divide config.model.n_code=126"),
         ({"mesh.sequence": 2, "model.attn_type": "full"}, "config.mesh.sequence=2: must be 1 with"),
         ({"mesh.model": 3, "model.n_head": 4}, "config.mesh.model=3: must divide config.model.n_head=4"),

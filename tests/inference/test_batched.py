@@ -13,7 +13,7 @@ from tests.made_run import settings_of
 from tvq_pod.config.settings import EvalSettings, MeshSettings
 from tvq_pod.data.vocab import END_OF_DOC, ByteVocab
 from tvq_pod.errors import UserError
-from tvq_pod.inference import batched
+from tvq_pod.inference import scorer
 from tvq_pod.inference.batched import BatchedModel
 from tvq_pod.inference.lm_eval_model import SharedModel
 from tvq_pod.nn.model import Transformer
@@ -52,7 +52,7 @@ def _forward(config):
 @pytest.mark.parametrize("with_hits", [True, False])
 def test_quadratic_attention_sees_each_document_from_its_beginning(monkeypatch, with_hits):
     """Also where the logits of the longest documents have room in one row of each device only."""
-    monkeypatch.setattr(batched, "LOGIT_BYTES", 4 * 31 * FULL.model.n_vocab)
+    monkeypatch.setattr(scorer, "LOGIT_BYTES", 4 * 31 * FULL.model.n_vocab)
     mesh = make_mesh(MeshSettings(), jax.devices()[:2])
     model = BatchedModel(FULL, model_params(FULL.model), ByteVocab(), mesh, shows_progress=False)
     documents = documents_of(LENGTHS)

@@ -27,6 +27,11 @@ def check_relations(settings: Settings) -> None:
             f"config.model.block_len={model.block_len}: must divide config.train.update_len={train.update_len}, "
             f"as {nearest} does"
         )
+    if (n_tokens := settings.eval.update_len) % model.block_len:
+        raise UserError(
+            f"config.eval.update_len={n_tokens}: must be a multiple of config.model.block_len={model.block_len}, for "
+            f"example {-(-n_tokens // model.block_len) * model.block_len}; or 0, for that of training"
+        )
     if train.batch_size % train.microbatches:
         raise UserError(
             f"config.train.microbatches={train.microbatches}: must divide config.train.batch_size={train.batch_size}"
@@ -159,23 +164,25 @@ def check_recall(data: DataSettings, kind: str) -> None:
 
 def _check_sequence_axis(settings: Settings) -> None:
     """What must divide over the mesh's axis `sequence`, whatever devices there are."""
-    model, mesh, update_len = settings.model, settings.mesh, settings.train.update_len
+    model, mesh = settings.model, settings.mesh
     if mesh.sequence == 1:
         return
     here = f"config.mesh.sequence={mesh.sequence}"
     if model.attn_type != "vq":
         raise UserError(f"{here}: must be 1 with config.model.attn_type={model.attn_type}")
     least = mesh.sequence * model.block_len
-    if update_len % least:
-        raise UserError(
-            f"config.train.update_len={update_len}: must be a multiple of {least}, so that each part of "
-            f"{here} has whole blocks of {model.block_len}, for example {-(-update_len // least) * least}"
-        )
-    if update_len // mesh.sequence < model.mem_len:
-        raise UserError(
-            f"{here}: each part has {update_len // mesh.sequence} tokens, which must be at least "
-            f"config.model.mem_len={model.mem_len}; give at most {max(1, update_len // model.mem_len)}"
-        )
+    for name, update_len in (("train", settings.train.update_len), ("eval", settings.eval.update_len)):
+        if update_len % least:
+            raise UserError(
+                f"config.{name}.update_len={update_len}: must be a multiple of {least}, so that each part of "
+                f"{here} has whole blocks of {model.block_len}, for example {-(-update_len // least) * least}"
+            )
+        if 0 < update_len < model.mem_len * mesh.sequence:
+            raise UserError(
+                f"{here}: each part of config.{name}.update_len={update_len} has {update_len // mesh.sequence} tokens, "
+                f"which must be at least config.model.mem_len={model.mem_len}; give at most "
+                f"{max(1, update_len // model.mem_len)}"
+            )
     if model.n_code % mesh.sequence:
         raise UserError(f"{here}: must divide config.model.n_code={model.n_code}")
 

@@ -244,6 +244,10 @@ class EvalSettings:
     batch_size: NonNegativeInt = 0
     """Rows that documents are laid out on. 0: as many as leave at most 5% of the positions to padding, and no more than
     train.batch_size."""
+    update_len: NonNegativeInt = 0
+    """Tokens of each row that are read at once; 0: train.update_len. Quadratic attention (attn_type=full) sees its own
+    update and the window before it. With 0 it reads as it was trained; otherwise every document begins with an update
+    of its own, so give as many tokens as the longest document has."""
     cache: Literal["on", "off"] = "on"
     """off: without the compressed cache, so that attention ends with the window."""
     weights: Literal["ema", "raw"] = "ema"

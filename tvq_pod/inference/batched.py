@@ -1,36 +1,24 @@
 """Many documents through one model at once, on every device of a job: their losses, or text that continues them.
 
-Documents are token ids in memory, of any length; those that are scored are laid end to end on rows and read with
-carried state, as `evaluator.py` reads a split. All processes call everything with the same arguments and get the same
+Documents are token ids in memory, of any length. All processes call everything with the same arguments and get the same
 results.
 """
 
 import functools
-import itertools
-import math
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
-import tensorstore
-import tqdm
 
 from tvq_pod.config.settings import SampleSettings, Settings
-from tvq_pod.data.loader import joined, local_part
-from tvq_pod.data.streams import PackedDocuments, RowSource
 from tvq_pod.data.vocab import Vocab
 from tvq_pod.errors import UserError
 from tvq_pod.inference.continuous import ContinuousSampler, Request
-from tvq_pod.inference.evaluator import eval_model, make_eval_state, make_eval_step
+from tvq_pod.inference.evaluator import eval_model
+from tvq_pod.inference.scorer import Scorer, progress
 from tvq_pod.inference.stop import StopText
 from tvq_pod.inference.text import text_sampling
 from tvq_pod.parallel.deadlines import waiting
-from tvq_pod.parallel.mesh import n_row_shards
-from tvq_pod.parallel.processes import is_process_zero
-from tvq_pod.parallel.sharding import batch_sharding
-
-LOGIT_BYTES = 2**30  # of one step's logits on one device, at most, where the likeliest token is asked for
 
 
 class BatchedModel:
@@ -43,99 +31,12 @@ class BatchedModel:
         config.train.batch_size how many rows are read side by side at most. shows_progress: on stderr."""
         self._settings, self._params, self._vocab, self._mesh = settings, params, vocab, mesh
         self._shows = shows_progress
-        self._eval_step = functools.cache(functools.partial(make_eval_step, settings, mesh))
+        self._scorer = Scorer(settings, mesh, shows_progress=shows_progress)
         self._sampler = functools.cache(self._make_sampler)
 
     def score(self, documents: Sequence[np.ndarray], *, with_hits: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each document, integers [n], the loss of each token given all before it, in nats, float32 [n], and
-        whether the token was the likeliest, bool [n]; all False unless with_hits.
-
-        Quadratic attention keeps no more than its window from one update to the next. So its documents are read in one
-        update each, as many side by side as there are rows."""
-        if self._settings.model.attn_type != "full":
-            return self._scored(documents, with_hits)
-        found = [(np.zeros(0, np.float32), np.zeros(0, bool))] * len(documents)
-        order = sorted(range(len(documents)), key=lambda number: -len(documents[number]))
-        while order:
-            n_rows = self._rows_of_logits(len(documents[order[0]])) if with_hits else self._most_rows
-            group, order = order[:n_rows], order[n_rows:]
-            scores = self._scored([documents[number] for number in group], with_hits)
-            for number, score in zip(group, scores, strict=True):
-                found[number] = score
-        return found
-
-    def _scored(self, documents: Sequence[np.ndarray], with_hits: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-        starts = np.cumsum([0, *map(len, documents)])
-        nats, hits = np.zeros(starts[-1], np.float32), np.zeros(starts[-1], bool)
-        if starts[-1]:
-            plan, update_len = self._plan(np.unique(starts), with_hits)
-            tokens = np.concatenate(documents).astype(np.int32)
-            for step, (losses, is_likeliest) in enumerate(self._steps(tokens, plan, update_len, with_hits)):
-                for row in range(plan.n_rows):
-                    at = 0
-                    for segment in plan.segments(row, step * update_len, (step + 1) * update_len):
-                        stop, end = at + segment.length, segment.start + segment.length
-                        nats[segment.start : end] = losses[row, at:stop]
-                        hits[segment.start : end] = is_likeliest[row, at:stop]
-                        at = stop
-        return [(nats[begin:end], hits[begin:end]) for begin, end in itertools.pairwise(starts)]
-
-    @property
-    def _most_rows(self) -> int:
-        settings, n_shards = self._settings, n_row_shards(self._mesh)
-        most = max(settings.eval.batch_size or settings.train.batch_size, n_shards)
-        return most - most % n_shards
-
-    def _rows_of_logits(self, n_tokens: int) -> int:
-        """How many rows have room for the logits of so many tokens each."""
-        n_shards = n_row_shards(self._mesh)
-        return min(
-            self._most_rows, n_shards * max(1, LOGIT_BYTES // (4 * max(1, n_tokens) * self._settings.model.n_vocab))
-        )
-
-    def _plan(self, starts: np.ndarray, with_hits: bool) -> tuple[PackedDocuments, int]:
-        """How documents lie on rows, and how many tokens of each row one step reads: few different numbers, so that few
-        programs are compiled."""
-        settings, n_shards = self._settings, n_row_shards(self._mesh)
-        block_len, most_blocks = settings.model.block_len, settings.train.update_len // settings.model.block_len
-        if settings.model.attn_type == "full":
-            n_blocks = 2 ** math.ceil(math.log2(math.ceil(int(np.diff(starts).max()) / block_len)))
-            return PackedDocuments(starts, n_shards * math.ceil((len(starts) - 1) / n_shards)), n_blocks * block_len
-        most = self._most_rows
-        if with_hits:
-            fit = max(1, LOGIT_BYTES // (4 * block_len * settings.model.n_vocab))  # blocks of one row
-            most = self._rows_of_logits(block_len)
-            most_blocks = min(most_blocks, max(1, fit * n_shards // most))
-        longest = max(int(np.diff(starts).max()), int(starts[-1]) / most)
-        n_blocks = min(2 ** math.ceil(math.log2(math.ceil(longest / block_len))), most_blocks)
-        update_len = n_blocks * block_len
-        return PackedDocuments.on_most_rows(starts, most, n_shards, update_len), update_len
-
-    def _steps(
-        self, tokens: np.ndarray, plan: PackedDocuments, update_len: int, with_hits: bool
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Losses and hits of each step, [B, T]."""
-        sharding, shape = batch_sharding(self._mesh), (plan.n_rows, update_len)
-        rows, parts = local_part(sharding, shape)
-        n_steps = math.ceil(plan.row_len / update_len)
-        source = RowSource(tensorstore.array(tokens), plan, rows, update_len, 0, n_steps, parts)
-        eval_step = self._eval_step(plan.n_rows, with_hits)
-        state = make_eval_state(self._settings, self._mesh, plan.n_rows)
-        ahead = []
-        with waiting("a step of the evaluation") as deadline, self._bar(n_steps, "scoring", "step") as bar:
-            for step in range(n_steps):
-                read = [source[step * len(rows) + row] for row in range(len(rows))]
-                batch = {
-                    name: joined(sharding, shape, rows, parts, np.stack([arrays[name] for arrays in read]))
-                    for name in read[0]
-                }
-                state, *found = eval_step(self._params, state, batch)
-                ahead.append(found)
-                while len(ahead) > (step + 1 < n_steps):  # the host runs ahead by one step, no more
-                    losses, *is_likeliest = jax.device_get(ahead.pop(0))
-                    yield losses, is_likeliest[0] if with_hits else np.zeros(shape, bool)
-                    deadline.renew()
-                    bar.update()
+        """See `Scorer.score`."""
+        return self._scorer.score(self._params, documents, with_hits=with_hits)
 
     def check_continues(self) -> None:
         """Raises UserError for a model that can't be sampled from with its full context."""
@@ -156,7 +57,8 @@ class BatchedModel:
         if not prompts:
             return []
         texts = [StopText(self._vocab, stops, prompt) for prompt in prompts]
-        with waiting("a step of the sampler") as deadline, self._bar(len(prompts), "generating", "text") as bar:
+        bar = progress(len(prompts), "generating", "text", self._shows)
+        with waiting("a step of the sampler") as deadline, bar:
 
             def is_last(text: StopText, token: int) -> bool:
                 deadline.renew()
@@ -176,10 +78,3 @@ class BatchedModel:
         config = eval_model(self._settings)
         how = text_sampling(config, self._vocab, SampleSettings(temperature=temperature, top_p=top_p))
         return ContinuousSampler(config, how, n_rows, list(self._mesh.devices.flat))
-
-    def _bar(self, total: int, what: str, unit: str) -> tqdm.tqdm:
-        """Of process 0's progress."""
-        return tqdm.tqdm(
-            total=total, desc=what, unit=unit, file=sys.stderr, disable=not (self._shows and is_process_zero()),
-            delay=5, mininterval=0.5 if sys.stderr.isatty() else 30,
-        )  # fmt: skip

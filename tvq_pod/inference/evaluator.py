@@ -48,7 +48,7 @@ class Result:
     word_perplexity: float | None  # exp(the same loss over the words that PG-19's authors count); None: other corpora
     tokens: int  # predicted tokens
     documents: int
-    padding: float  # share of the positions that was computed that is padding
+    padding: float | None  # share of the positions that was computed that is padding; None if it was not counted
     seconds: float
     by_position: Positions  # loss by place in the document
     by_document: np.ndarray | None = None  # float64 [n_documents]: nats of each document of the split, NaN if not read
@@ -108,49 +108,16 @@ def eval_model(settings: Settings) -> TransformerConfig:
     return settings.model.replace(is_train=False, agg_cache=has_cache)
 
 
-class Evaluator:
-    """Evaluates parameters on one split; compiled once, used as often as one likes."""
+class SplitEvaluator:
+    """Evaluates parameters on one split; compiled once, used as often as one likes. What all kinds have in common."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        mesh: jax.sharding.Mesh,
-        store: TokenStore | Mixture,
-        split: str,
-        per_document: bool = False,
-    ):
-        """per_document: whether losses are summed for each document, too. Raises UserError if the split has no
-        document."""
-        given, update_len = settings.eval.batch_size, settings.train.update_len
-        check_divides("config.eval.batch_size", given, mesh)
-        self._settings, self._mesh = settings, mesh
+    def __init__(self, store: TokenStore | Mixture, split: str, plan: PackedDocuments, per_document: bool):
+        """plan: of the split's documents. per_document: whether losses are summed for each document, too."""
         documents = store.split(split)
-        starts, max_tokens = documents.starts, settings.eval.max_tokens
-        if given:
-            self._plan = PackedDocuments(starts, given, max_tokens)
-        else:
-            most = max(settings.train.batch_size, n_row_shards(mesh))
-            self._plan = PackedDocuments.on_most_rows(starts, most, n_row_shards(mesh), update_len, max_tokens)
-        self._padding = self._plan.padding(update_len)
-        if self._padding > PADDING:
-            say(
-                f"{split}: {self._padding:.0%} of the positions will be padding on {self._plan.n_rows} rows, since the "
-                f"longest document has {self._plan.longest:,} of {self._plan.n_tokens:,} tokens"
-            )
-        self._n_bytes = int(documents.doc_bytes[self._plan.documents].sum())
-        is_whole = len(self._plan.documents) == len(documents.doc_bytes)
-        self._n_words = words_of(store, split) if is_whole else 0
-        self._n_tokens = self._plan.tokens_by_position(BUCKET)
-        self._per_document, self._n_documents = per_document, len(documents.doc_bytes)
-        self._recall = None
-        if store.recall_values:
-            plan, window = self._plan, settings.model.mem_len
-            self._recall = RecallCounter(documents, plan, update_len, window, store.recall_values)
-        self._eval_step = make_eval_step(settings, mesh, self._plan.n_rows, bool(self._recall))
-        data = settings.data
-        self._feed = Feed(
-            documents, self._plan, mesh, self._plan.n_rows, update_len, data.num_threads, data.prefetch_batches
-        )
+        self._plan, self._per_document, self._n_documents = plan, per_document, len(documents.doc_bytes)
+        self._n_bytes = int(documents.doc_bytes[plan.documents].sum())
+        self._n_words = words_of(store, split) if len(plan.documents) == self._n_documents else 0
+        self._n_tokens = plan.tokens_by_position(BUCKET)
 
     @property
     def n_tokens(self) -> int:
@@ -162,50 +129,102 @@ class Evaluator:
 
         told_to_stop is asked after each step; None is returned as soon as it says so.
         """
+        began = time.monotonic()
+        self._nats = np.zeros(len(self._n_tokens))
+        self._by_document = np.full(self._n_documents, np.nan)
+        self._by_document[self._plan.documents] = 0.0
         with waiting("a step of the evaluation") as deadline:
 
             def after_step() -> bool:
                 deadline.renew()
                 return told_to_stop()
 
-            return self._evaluate(params, after_step)
-
-    def _evaluate(self, params: dict, told_to_stop: Callable[[], bool]) -> Result | None:
-        began = time.monotonic()
-        state = make_eval_state(self._settings, self._mesh, self._plan.n_rows)
-        nats, ahead, n_done = np.zeros(len(self._n_tokens)), [], 0
-        if self._recall:
-            self._recall.clear()
-        self._by_document = np.full(self._n_documents, np.nan)
-        self._by_document[self._plan.documents] = 0.0
-        n_steps = math.ceil(self._plan.row_len / self._feed.update_len)
-        for batch in self._feed.batches(0, n_steps):
-            state, *found = self._eval_step(params, state, batch)
-            ahead.append(found)
-            if len(ahead) > 1:  # the host runs ahead by one step, no more: batches take memory
-                nats += self._by_bucket(n_done, *ahead.pop(0))
-                n_done += 1
-            if told_to_stop():
+            if not self._counted(params, after_step):
                 return None
-        nats += self._by_bucket(n_done, *ahead.pop())
-        total, tokens = float(nats.sum()), self._plan.n_tokens
+        return self._result(time.monotonic() - began)
+
+    def _counted(self, params: dict, told_to_stop: Callable[[], bool]) -> bool:
+        """Adds the losses of all documents to _nats, and to _by_document if _per_document; False if told to stop."""
+        raise NotImplementedError
+
+    def _result(self, seconds: float, padding: float | None = None, recall: Recall | None = None) -> Result:
+        total, tokens = float(self._nats.sum()), self._plan.n_tokens
         return Result(
             loss=total / tokens,
             bits_per_byte=total / LOG_2 / self._n_bytes,
             word_perplexity=_exp(total / self._n_words) if self._n_words else None,
             tokens=tokens,
             documents=len(self._plan.documents),
-            padding=self._padding,
-            seconds=time.monotonic() - began,
-            by_position=Positions(nats, self._n_tokens, self._n_bytes / tokens),
+            padding=padding,
+            seconds=seconds,
+            by_position=Positions(self._nats, self._n_tokens, self._n_bytes / tokens),
             by_document=self._by_document if self._per_document else None,
-            recall=self._recall.result() if self._recall else None,
+            recall=recall,
         )
+
+
+class Evaluator(SplitEvaluator):
+    """Documents are laid end to end on rows, whose states are carried from update to update."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        mesh: jax.sharding.Mesh,
+        store: TokenStore | Mixture,
+        split: str,
+        per_document: bool = False,
+    ):
+        """per_document: whether losses are summed for each document, too. Raises UserError if the split has no
+        document."""
+        given, self._update_len = settings.eval.batch_size, settings.eval.update_len or settings.train.update_len
+        check_divides("config.eval.batch_size", given, mesh)
+        self._settings, self._mesh, update_len = settings, mesh, self._update_len
+        documents = store.split(split)
+        starts, max_tokens = documents.starts, settings.eval.max_tokens
+        if given:
+            plan = PackedDocuments(starts, given, max_tokens)
+        else:
+            most = max(settings.train.batch_size, n_row_shards(mesh))
+            plan = PackedDocuments.on_most_rows(starts, most, n_row_shards(mesh), update_len, max_tokens)
+        super().__init__(store, split, plan, per_document)
+        self._padding = plan.padding(update_len)
+        if self._padding > PADDING:
+            say(
+                f"{split}: {self._padding:.0%} of the positions will be padding on {plan.n_rows} rows, since the "
+                f"longest document has {plan.longest:,} of {plan.n_tokens:,} tokens"
+            )
+        self._recall = None
+        if store.recall_values:
+            window = settings.model.mem_len
+            self._recall = RecallCounter(documents, plan, update_len, window, store.recall_values)
+        self._eval_step = make_eval_step(settings, mesh, plan.n_rows, bool(self._recall))
+        data = settings.data
+        self._feed = Feed(documents, plan, mesh, plan.n_rows, update_len, data.num_threads, data.prefetch_batches)
+
+    def _counted(self, params: dict, told_to_stop: Callable[[], bool]) -> bool:
+        state = make_eval_state(self._settings, self._mesh, self._plan.n_rows)
+        ahead, n_done = [], 0
+        if self._recall:
+            self._recall.clear()
+        n_steps = math.ceil(self._plan.row_len / self._feed.update_len)
+        for batch in self._feed.batches(0, n_steps):
+            state, *found = self._eval_step(params, state, batch)
+            ahead.append(found)
+            if len(ahead) > 1:  # the host runs ahead by one step, no more: batches take memory
+                self._nats += self._by_bucket(n_done, *ahead.pop(0))
+                n_done += 1
+            if told_to_stop():
+                return False
+        self._nats += self._by_bucket(n_done, *ahead.pop())
+        return True
+
+    def _result(self, seconds: float, padding: float | None = None, recall: Recall | None = None) -> Result:
+        return super()._result(seconds, self._padding, self._recall.result() if self._recall else None)
 
     def _by_bucket(self, step: int, losses: jax.Array, hits: jax.Array | None = None) -> np.ndarray:
         """Waits for a step, and counts its hits. Returns float64 [n]: sums of losses by place in the document, BUCKET
         places in each."""
-        update_len = self._settings.train.update_len
+        update_len = self._update_len
         nats = jax.device_get(losses)
         if self._recall and hits is not None:
             self._recall.add(step, nats, jax.device_get(hits))
@@ -218,16 +237,6 @@ class Evaluator:
                     at += segment.length
         positions = self._plan.positions(step * update_len, (step + 1) * update_len)
         return np.bincount(positions.ravel() // BUCKET, nats.ravel(), len(self._n_tokens))
-
-
-def validation_evaluator(settings: Settings, mesh: jax.sharding.Mesh, store: TokenStore | Mixture) -> Evaluator | None:
-    """The evaluator of a run that trains; None if it never evaluates, or has nothing to evaluate."""
-    if not (settings.eval.every_steps or settings.eval.at_end):
-        return None
-    if not store.meta["splits"]["validation"]["n_documents"]:
-        say("no document fell into the validation split: nothing will be evaluated; see config.data.validation_share")
-        return None
-    return Evaluator(settings, mesh, store, "validation")
 
 
 def _exp(value: float) -> float:

@@ -57,36 +57,53 @@ class Recall:
         yield f"(a window has {self.window} tokens; guessing a value has an accuracy of {self.chance:.2%})"
 
 
-class RecallCounter:
-    """Counts what a plan's documents recall, from the losses and hits of all rows, update by update."""
+class RecallSums:
+    """Counts values, hits and losses by class of distance.
 
-    def __init__(self, documents: Split, plan: PackedDocuments, update_len: int, window: int, n_values: int):
-        """window: config.model.mem_len. n_values: that the corpus draws from. Raises UserError if the store is damaged.
-        Reads all tokens of the plan once: every process knows all rows, as it knows their losses."""
-        self._update_len, self._window, self._n_values = update_len, window, n_values
-        length = -(-plan.row_len // update_len) * update_len
-        rows = (read_row(documents.tokens, plan, row, 0, length) for row in range(plan.n_rows))
-        found = np.stack([distances(row["targets"], row["doc_ids"]) for row in rows])
-        bounds = np.array(WINDOWS) * window
-        # The class of each position, and one more for all that is not counted: int8 [n_rows, length].
-        self._classes = np.where(found, np.searchsorted(bounds, found), len(NAMES)).astype(np.int8)
+    window: config.model.mem_len. n_values: that the corpus draws from."""
+
+    def __init__(self, window: int, n_values: int):
+        self._window, self._n_values = window, n_values
         self.clear()
 
     def clear(self) -> None:
         """Forgets what was counted."""
         self._sums = np.zeros([3, len(NAMES)])
 
-    def add(self, step: int, losses: np.ndarray, hits: np.ndarray) -> None:
-        """Counts an update. losses, hits: [n_rows, update_len], of tokens [step * update_len, (step + 1) * update_len)
-        of every row."""
-        classes = self._classes[:, step * self._update_len : (step + 1) * self._update_len].ravel()
+    def classes(self, tokens: np.ndarray, doc_ids: np.ndarray) -> np.ndarray:
+        """The class of each position, and one more for all that is not counted: int8, as long as tokens, integers [n],
+        and doc_ids, integers [n]."""
+        found, bounds = distances(tokens, doc_ids), np.array(WINDOWS) * self._window
+        return np.where(found, np.searchsorted(bounds, found), len(NAMES)).astype(np.int8)
+
+    def add(self, classes: np.ndarray, losses: np.ndarray, hits: np.ndarray) -> None:
+        """Counts positions: arrays of one shape, of their classes, losses in nats, and whether they were hit."""
         for total, weights in zip(self._sums, (np.ones_like(losses), hits, losses), strict=True):
-            total += np.bincount(classes, weights.ravel(), len(NAMES) + 1)[: len(NAMES)]
+            total += np.bincount(classes.ravel(), weights.ravel(), len(NAMES) + 1)[: len(NAMES)]
 
     def result(self) -> Recall:
         """What was counted since `clear`."""
         n_values, hits, nats = self._sums
         return Recall(n_values.astype(np.int64), hits.astype(np.int64), nats.copy(), self._window, 1 / self._n_values)
+
+
+class RecallCounter:
+    """Counts what a plan's documents recall, from the losses and hits of all rows, update by update."""
+
+    def __init__(self, documents: Split, plan: PackedDocuments, update_len: int, window: int, n_values: int):
+        """window: config.model.mem_len. n_values: that the corpus draws from. Raises UserError if the store is damaged.
+        Reads all tokens of the plan once: every process knows all rows, as it knows their losses."""
+        self._update_len, self._sums = update_len, RecallSums(window, n_values)
+        length = -(-plan.row_len // update_len) * update_len
+        rows = (read_row(documents.tokens, plan, row, 0, length) for row in range(plan.n_rows))
+        self._classes = np.stack([self._sums.classes(row["targets"], row["doc_ids"]) for row in rows])
+        self.clear, self.result = self._sums.clear, self._sums.result
+
+    def add(self, step: int, losses: np.ndarray, hits: np.ndarray) -> None:
+        """Counts an update. losses, hits: [n_rows, update_len], of tokens [step * update_len, (step + 1) * update_len)
+        of every row."""
+        classes = self._classes[:, step * self._update_len : (step + 1) * self._update_len]
+        self._sums.add(classes, losses, hits)
 
 
 def _words(name: str) -> str:

@@ -17,7 +17,8 @@ from tvq_pod.host.terminal import say
 from tvq_pod.inference.by_document import check_table, write_documents
 from tvq_pod.inference.by_position import write_positions
 from tvq_pod.inference.evaluation_lines import report, subject
-from tvq_pod.inference.evaluator import Evaluator, Result
+from tvq_pod.inference.evaluator import Result
+from tvq_pod.inference.evaluators import make_evaluator
 from tvq_pod.inference.opened import OpenedRun
 from tvq_pod.inference.recall import write_recall
 from tvq_pod.inference.suites import measure, write_found
@@ -59,7 +60,7 @@ def evaluate(
         say(f"{store.path} is not the corpus that the model was trained on")
     tried = with_tried_attention(settings, mesh)
     say(attention_line(tried.model, mesh))
-    evaluator = Evaluator(tried, mesh, store, split, per_document is not None)
+    evaluator = make_evaluator(tried, mesh, store, split, per_document is not None)
     weights = checkpoints.weights(step, settings.eval.weights)
     params = checkpoints.restore_params(step, abstract_train_state(settings, mesh).params, weights)
     result = evaluator.evaluate(params)

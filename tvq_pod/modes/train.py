@@ -23,7 +23,7 @@ from tvq_pod.errors import UserError
 from tvq_pod.host.terminal import say
 from tvq_pod.inference import images
 from tvq_pod.inference.evaluation_lines import own_losses, report, subject
-from tvq_pod.inference.evaluator import validation_evaluator
+from tvq_pod.inference.evaluators import validation_evaluator
 from tvq_pod.inference.text import keep_sample
 from tvq_pod.parallel.attention import check_attention, with_tried_attention
 from tvq_pod.parallel.mesh import check_rows, make_mesh
