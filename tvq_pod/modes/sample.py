@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import TextIO
+from typing import TypeVar
 
 import jax
 from etils import epath
@@ -15,6 +15,7 @@ from tvq_pod.config.settings import MeshSettings, Settings
 from tvq_pod.data.open import run_vocab
 from tvq_pod.errors import UserError
 from tvq_pod.host.bucket_file import BucketFile
+from tvq_pod.host.new_file import NewFile
 from tvq_pod.host.paths import is_bucket
 from tvq_pod.inference import images
 from tvq_pod.inference.json_lines import sampled_lines
@@ -25,6 +26,7 @@ from tvq_pod.parallel.processes import is_process_zero, on_process_zero, text_fr
 from tvq_pod.run.checkpoint_reader import CheckpointReader
 from tvq_pod.training.step import abstract_train_state
 
+T = TypeVar("T")
 UPLOAD_SECONDS = 600.0  # that a bucket has to take the last lines
 
 
@@ -113,9 +115,9 @@ def _prompts(prompts: list[bytes], prompt_file: str | None) -> list[Prompt]:
 def _writer(output: str | None) -> Iterator[Callable[[str], None]]:
     """A function that writes a line where samples go, for process 0. All processes must call it. Raises UserError
     where a file can't be written."""
-    opened = []
+    opened: list[NewFile] = []
     if output is not None and not is_bucket(output):
-        on_process_zero(lambda: opened.append(_open_new(output)))  # so that all end if it can't
+        on_process_zero(lambda: opened.append(_as_user_error(output, lambda: NewFile(output))))  # all end if it can't
     if output is None or not is_process_zero():
         yield functools.partial(print, flush=True)
     elif is_bucket(output):
@@ -125,26 +127,18 @@ def _writer(output: str | None) -> Iterator[Callable[[str], None]]:
             raise UserError(f"--output={output}: the bucket did not take all lines in {UPLOAD_SECONDS:.0f} seconds")
         file.close()
     else:
-        with opened[0] as file:
-            yield functools.partial(_write_line, output, file)
+        with contextlib.closing(opened[0]) as file:
+            yield lambda line: _as_user_error(output, lambda: file.write_line(line))
+            _as_user_error(output, file.finish)
 
 
-def _open_new(output: str) -> TextIO:
+def _as_user_error(output: str, write: Callable[[], T]) -> T:
     try:
-        return open(output, "x", encoding="utf-8")
+        return write()
+    except BlockingIOError:
+        raise UserError(f"--output={output}: another process writes it now; give another file") from None
     except OSError as error:
-        raise _unwritten(output, error) from None
-
-
-def _write_line(output: str, file: TextIO, line: str) -> None:
-    try:
-        print(line, file=file, flush=True)
-    except OSError as error:
-        raise _unwritten(output, error) from None
-
-
-def _unwritten(output: str, error: OSError) -> UserError:
-    return UserError(f"--output={output}: can't be written ({error.strerror}); give another file")
+        raise UserError(f"--output={output}: can't be written ({error.strerror}); give another file") from None
 
 
 def _show(texts) -> None:
