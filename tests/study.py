@@ -53,7 +53,8 @@ class Run:
 class Study:
     """config: of configs/. arms: by name, what differs, as settings below `config.`. settings: of all arms. columns:
     metrics of the table, by their headings. by_depth: every run is also evaluated by place in the document, which gives
-    the metrics of DEPTHS."""
+    the metrics of DEPTHS. by_pairs: every run is also asked for values in documents of so many pairs, each, which gives
+    metrics accuracy_of_N: how often a value is predicted whose key was last seen beyond the window."""
 
     config: str
     arms: dict[str, dict]
@@ -61,6 +62,7 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2)
     settings: dict = dataclasses.field(default_factory=dict)
     by_depth: bool = False
+    by_pairs: tuple[int, ...] = ()
     plot: Callable[["Study", list[Run], pathlib.Path], None] = lambda study, runs, path: None
 
 
@@ -98,6 +100,24 @@ def advantage_by_depth(study: Study, runs: list[Run], path: pathlib.Path) -> Non
         axes.errorbar(list(DEPTHS), means, yerr=errors, marker="o", capsize=3, label=first)
     axes.axhline(0, linestyle=":", color="gray")
     axes.set(xlabel="tokens before, in the document", ylabel="nats per token that the cache gains")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def accuracy_by_pairs(study: Study, runs: list[Run], path: pathlib.Path) -> None:
+    """A line for each arm: accuracy beyond the window over the number of pairs."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for arm, metrics in _by_arm(runs).items():
+        axes.plot(
+            study.by_pairs, [statistics.mean(metrics[f"accuracy_of_{n}"]) for n in study.by_pairs], "o-", label=arm
+        )
+    axes.axhline(1 / 32, linestyle=":", color="gray", label="guessing a value")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(study.by_pairs, list(map(str, study.by_pairs)))
+    axes.set(xlabel="pairs in the document", ylabel="accuracy beyond the window", ylim=(0, 1.02))
     axes.legend()
     figure.savefig(path, dpi=120)
 
@@ -223,6 +243,8 @@ def trained(study: Study, arm: str, seed: int, folder: pathlib.Path) -> Run:
     numbers = [line for line in lines if line["split"] == "validation"][-1]
     if study.by_depth:
         numbers |= losses_by_depth(workdir)
+    for n_pairs in study.by_pairs:
+        numbers[f"accuracy_of_{n_pairs}"] = accuracy_of(workdir, n_pairs)
     return Run(arm, seed, numbers, json.loads(done.read_text())["minutes"], curve(workdir, lines))
 
 
@@ -252,6 +274,24 @@ def losses_by_depth(workdir: pathlib.Path) -> dict[str, float]:
         if n_tokens := sum(n for n, _ in part):
             losses[name] = sum(n * loss for n, loss in part) / n_tokens
     return losses
+
+
+def accuracy_of(workdir: pathlib.Path, n_pairs: int) -> float:
+    """How often a value is predicted whose key was last seen beyond the window, in 16 documents of so many pairs and
+    eight times as many questions; asks the last checkpoint if it was not asked yet."""
+    kept = workdir / f"study_{n_pairs}_pairs.tsv"
+    if not kept.exists():
+        data = json.loads((workdir / "config.json").read_text())["data"]
+        settings = {"data.recall_pairs": n_pairs, "eval.suite_trials": 16}
+        settings["eval.suite_longest"] = max(512, 9 * n_pairs * (data["recall_key_bytes"] + 1))
+        command = [sys.executable, "-m", "tvq_pod.main", "--mode=eval", "--suite=recall", f"--workdir={workdir}"]
+        with (workdir / "study.log").open("ab") as log:
+            flags = [f"--config.{name}={value}" for name, value in settings.items()]
+            subprocess.run([*command, *flags], check=True, stdout=log, stderr=log)
+        max(workdir.glob("eval/step_*_recall.tsv"), key=lambda path: path.stat().st_mtime).rename(kept)
+    rows = [line.split("\t") for line in kept.read_text().splitlines()[1:]]
+    beyond = [(int(n), float(accuracy)) for name, n, _, accuracy in rows if name != "in_window" and int(n)]
+    return sum(n * accuracy for n, accuracy in beyond) / sum(n for n, _ in beyond)
 
 
 def _store_name(study: Study, arm: str) -> str:
