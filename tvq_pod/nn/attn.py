@@ -274,7 +274,8 @@ class VQAttention(nn.Module):
         )
 
     def update_state(self, recent_z, recent_k_hat, recent_v, recent_doc_ids, state: dict) -> dict:
-        """The state after a block, from what `attn` returned for it and the state before it."""
+        """The state after a block, from what `attn` returned for it and the state before it. With key_shift, the leaf
+        `before` is missing: it is made of queries, which only `__call__` has."""
         recent = dict(z=recent_z, k_hat=recent_k_hat, v=recent_v, doc_ids=recent_doc_ids)
         mem_len = self.config.mem_len
         present = {n: jax.lax.slice_in_dim(x, mem_len, None, axis=TOKEN_AXIS[n])[None] for n, x in recent.items()}
