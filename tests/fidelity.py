@@ -20,7 +20,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-CONFIG = "configs/stdlib.py"
 COMMON = {
     "train.num_steps": 400,
     "train.log_every_steps": 20,
@@ -60,6 +59,14 @@ def _scale_initial(name: str, factor: Callable) -> None:
         return jax.tree_util.tree_map_with_path(scaled, ours(settings))
 
     step.initial_params = initial_params
+
+
+def other_weights() -> None:
+    """The initial weights of another seed; documents stay in the order of the run's own."""
+    from tvq_pod.training import step
+
+    ours = step.initial_params
+    step.initial_params = lambda settings: ours(dataclasses.replace(settings, seed=settings.seed + 100))
 
 
 def sinusoid_table() -> None:
@@ -143,10 +150,11 @@ def packed_documents() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """settings: what differs, below `config.`. patches: of the package, where there is no setting."""
+    """settings: what differs, below `config.`. patches: of the package, where there is no setting. config: its name."""
 
     settings: dict = dataclasses.field(default_factory=dict)
     patches: tuple[Callable[[], None], ...] = ()
+    config: str = "stdlib"
 
 
 PACKED = {"train.context_schedule": "0:1024"}  # 16 blocks, as in the original's scripts: 8,192 tokens in blocks of 512
@@ -166,8 +174,13 @@ ARMS = {
         (initial_codes, initial_outputs, sinusoid_table, scaled_u_and_v, more_biases, packed_documents),
     ),
 }
+REVIVED = NO_LEAD | {"model.c_revive": 0.1, "model.c_gamma": 0.9}
+SHORT = {"train.num_steps": 300}
 SPREAD = {
-    "window_bias=0, revived codes": Arm(NO_LEAD | {"model.c_revive": 0.1, "model.c_gamma": 0.9}),
+    "window_bias=0, revived codes": Arm(REVIVED),
+    "novels, window_bias=0": Arm(NO_LEAD | SHORT, config="novels"),
+    "novels, window_bias=0, other weights": Arm(NO_LEAD | SHORT, (other_weights,), config="novels"),
+    "novels, window_bias=0, revived codes": Arm(REVIVED | SHORT, config="novels"),
 }
 
 
@@ -190,12 +203,13 @@ def trained(arm: str, seed: int, folder: pathlib.Path) -> float:
     workdir = folder / re.sub(r"[^\w.=]+", "_", arm) / f"seed_{seed}"
     if not (workdir / "complete").exists():
         print(f"{arm}, seed {seed}", file=sys.stderr, flush=True)
-        shared = {"data.store": str(folder / "store"), "compile_cache": str(folder / "compile_cache")}
-        settings = {"seed": seed} | shared | COMMON | (ARMS | SPREAD)[arm].settings
+        chosen = (ARMS | SPREAD)[arm]
+        shared = {"data.store": str(folder / f"store_{chosen.config}"), "compile_cache": str(folder / "compile_cache")}
+        settings = {"seed": seed} | shared | COMMON | chosen.settings
         flags = [f"--config.{name}={value}" for name, value in settings.items()]
         workdir.mkdir(parents=True, exist_ok=True)
         with (workdir / "log").open("ab") as log:
-            command = [sys.executable, "-m", "tests.fidelity", "--patched", arm, f"--config={CONFIG}"]
+            command = [sys.executable, "-m", "tests.fidelity", "--patched", arm, f"--config=configs/{chosen.config}.py"]
             subprocess.run([*command, f"--workdir={workdir}", *flags], check=True, stdout=log, stderr=log)
         (workdir / "complete").touch()
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -218,9 +232,13 @@ def _mean(values: list[float], sign: str = "") -> str:
 
 
 def run_patched(arm: str, argv: list[str]) -> None:
-    """tvq_pod's command line, with an arm's patches."""
+    """tvq_pod's command line, with an arm's patches. A step without dropout draws nothing, so it needs no seed of the
+    run: all seeds share one compiled program."""
     from tvq_pod import main
+    from tvq_pod.training import step
 
+    ours = step.make_train_step
+    step.make_train_step = lambda settings, mesh: ours(dataclasses.replace(settings, seed=0), mesh)
     for patch in (ARMS | SPREAD)[arm].patches:
         patch()
     sys.argv[1:] = argv
