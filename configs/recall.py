@@ -6,11 +6,12 @@ predicted exactly where the key was seen before in its document, which is as lon
     python -m tvq_pod.main --mode=eval --workdir=runs/recall
 
 Evaluation prints the accuracy of values by distance since their keys were last seen. The same without the cache, with
-quadratic attention (which sees its own update and the window before it), and with a few pairs hidden in words:
+quadratic attention, and with a few pairs hidden in words:
 
     python -m tvq_pod.main --config=configs/recall.py --workdir=runs/no_cache --config.model.agg_cache=False
     python -m tvq_pod.main --config=configs/recall.py --workdir=runs/full \\
-        --config.model.attn_type=full --config.train.update_len=4096 --config.train.batch_size=1
+        --config.model.attn_type=full --config.train.update_len=1024 --config.train.batch_size=2 \\
+        --config.train.num_steps=1500 --config.eval.update_len=4112
     python -m tvq_pod.main --config=configs/recall.py --workdir=runs/passkey \\
         --source=passkey --config.data.recall_pairs=4 --config.data.recall_documents=2000
 
@@ -33,7 +34,7 @@ def get_config():
     config.model.n_code = 128
     config.model.block_len = 16
     config.model.mem_len = 16
-    config.model.window_bias = 8.0
+    config.model.key_shift = True
     config.model.temperature = "learned"
     config.model.c_beta = 0.0
     config.model.c_gamma = 0.9

@@ -36,6 +36,8 @@ DEPTHS = {  # tokens before, in the document, and the metrics that `losses_by_de
     "8k on": "loss_at_8192",
 }
 
+PAIRS = (8, 16, 32, 64, 128, 256, 512)  # in a document, that the models of the study of capacity are asked for
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -52,14 +54,16 @@ class Run:
 @dataclasses.dataclass(frozen=True)
 class Study:
     """config: of configs/. arms: by name, what differs, as settings below `config.`. settings: of all arms. columns:
-    metrics of the table, by their headings. by_depth: every run is also evaluated by place in the document, which gives
-    the metrics of DEPTHS. by_pairs: every run is also asked for values in documents of so many pairs, each, which gives
-    metrics accuracy_of_N: how often a value is predicted whose key was last seen beyond the window."""
+    metrics of the table, by their headings. once: arms that are trained with the first seed alone. by_depth: every run
+    is also evaluated by place in the document, which gives the metrics of DEPTHS. by_pairs: every run is also asked for
+    values in documents of so many pairs, each, which gives metrics accuracy_of_N: how often a value is predicted whose
+    key was last seen beyond the window."""
 
     config: str
     arms: dict[str, dict]
     columns: dict[str, str]
     seeds: tuple[int, ...] = (0, 1, 2)
+    once: tuple[str, ...] = ()
     settings: dict = dataclasses.field(default_factory=dict)
     by_depth: bool = False
     by_pairs: tuple[int, ...] = ()
@@ -146,12 +150,14 @@ STUDIES = {
             "without the cache": {"model.agg_cache": False, "train.num_steps": 1500},
             "quadratic attention": {
                 "model.attn_type": "full",
-                "train.update_len": 4096,
-                "train.batch_size": 1,
-                "train.num_steps": 600,
+                "train.update_len": 1024,
+                "train.batch_size": 2,
+                "train.num_steps": 1500,
+                "eval.update_len": 4112,
             },
         },
         columns=DISTANCES,
+        once=("without the cache", "quadratic attention"),
         plot=by_distance,
     ),
     "recall_recipe": Study(
@@ -162,12 +168,37 @@ STUDIES = {
             "c_revive=0": {"model.c_revive": 0.0},
             "c_gamma=0.99": {"model.c_gamma": 0.99},
             "temperature=fixed": {"model.temperature": "fixed"},
-            "window_bias=0": {"model.window_bias": 0.0},
+            "key_shift=False": {"model.key_shift": False},
+            "window_bias=8": {"model.window_bias": 8.0},
             "c_beta=0.0001": {"model.c_beta": 1e-4},
             "n_code=256": {"model.n_code": 256},
         },
         columns=DISTANCES,
         settings={"train.num_steps": 400},
+    ),
+    "capacity": Study(
+        config="recall",
+        arms={
+            "64 codes": {"model.n_code": 64},
+            "256 codes": {"model.n_code": 256},
+            "512 codes": {"model.n_code": 512},
+            "4 heads of 64 codes": {"model.n_code": 64, "model.n_head": 4, "model.d_v": 32},
+        },
+        columns={f"{n} pairs": f"accuracy_of_{n}" for n in PAIRS},
+        seeds=(0,),
+        settings={
+            "train.num_steps": 1500,
+            "data.recall_key_bytes": 2,
+            "data.recall_keys": 1024,
+            "data.recall_pairs": 512,
+            "data.recall_bytes": 8192,
+            "data.recall_smaller": 10,
+            "data.recall_documents": 60_000,
+            "data.recall_held_out": 16,
+            "eval.every_steps": 0,
+        },
+        by_pairs=PAIRS,
+        plot=accuracy_by_pairs,
     ),
     "memory": Study(
         config="ansible",
@@ -218,7 +249,7 @@ def main() -> None:
     seeds = [int(seed) for seed in asked.seeds.split(",")] if asked.seeds else study.seeds
     runs = []
     for seed in seeds:  # each seed for all arms, so that a study that is stopped can be read
-        for arm in study.arms:
+        for arm in (arm for arm in study.arms if seed == seeds[0] or arm not in study.once):
             runs.append(trained(study, arm, seed, asked.workdir / asked.name))
             write(study, runs, STUDIED / f"{asked.name}.tsv")
     study.plot(study, runs, STUDIED / f"{asked.name}.png")
