@@ -178,7 +178,7 @@ class BatchedModel:
         return ContinuousSampler(config, how, n_rows, list(self._mesh.devices.flat))
 
     def _bar(self, total: int, what: str, unit: str) -> tqdm.tqdm:
-        """Of process 0's progress."""
+        """Returns the bar of process 0's progress."""
         return tqdm.tqdm(
             total=total, desc=what, unit=unit, file=sys.stderr, disable=not (self._shows and is_process_zero()),
             delay=5, mininterval=0.5 if sys.stderr.isatty() else 30,
