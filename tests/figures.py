@@ -52,7 +52,8 @@ def numbers(entry: dict) -> dict:
         values["tokens_per_chip_second"] = tokens / chips / seconds
         values["billion_per_hour"] = tokens / seconds * 3600 / 1e9
         values["million_per_chip_hour"] = tokens / seconds * 3600 / chips / 1e6
-        values["days_of_20"] = 20 * values["parameters"] / tokens * seconds / 86400  # tokens a parameter
+        if "parameters" in values:
+            values["days_of_20"] = 20 * values["parameters"] / tokens * seconds / 86400  # tokens a parameter
     if "num_steps" in values and "step_ms" in values:
         values["hours"] = values["num_steps"] * values["step_seconds"] / 3600
         values["chip_hours"] = values["hours"] * values["chips"]

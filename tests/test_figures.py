@@ -119,7 +119,7 @@ def test_parameters_are_as_many_as_the_config_has(path):
         for entry in FIGURES.values()
         if f"--config=configs/{path.name} " in entry["command"]
         and "parameters" in entry["values"]
-        and "--config.model." not in entry["command"]
+        and "--config.model.d_model" not in entry["command"]
     ]
     assert told
     assert set(told) == {n_parameters(resolve(config_of(path)))}
