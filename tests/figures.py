@@ -1,7 +1,7 @@
 """Figures of speed, memory and quality that the configs, README and docs quote: each stands in docs/figures.json alone.
 
     python -m tests.figures                  says which texts quote something else
-    python -m tests.figures --run            plans all figures anew whose names begin with "plan", and writes them
+    python -m tests.figures --run            plans all figures again whose names begin with "plan", and writes them
     python -m tests.figures --run NAME ...   plans those alone
     python -m tests.figures --write          writes the figures into the texts
 
@@ -52,6 +52,8 @@ def numbers(entry: dict) -> dict:
         values["tokens_per_chip_second"] = tokens / chips / seconds
         values["billion_per_hour"] = tokens / seconds * 3600 / 1e9
         values["million_per_chip_hour"] = tokens / seconds * 3600 / chips / 1e6
+        if "parameters" in values:
+            values["days_of_20"] = 20 * values["parameters"] / tokens * seconds / 86400  # tokens a parameter
     if "num_steps" in values and "step_ms" in values:
         values["hours"] = values["num_steps"] * values["step_seconds"] / 3600
         values["chip_hours"] = values["hours"] * values["chips"]

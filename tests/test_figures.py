@@ -86,17 +86,26 @@ def test_a_wrong_figure_is_told_and_written_right(tmp_path, monkeypatch):
     assert figures.wrong({"x": entry}) == ["a.md: has no sentence 'one more of {gib}'"]
 
 
-@pytest.mark.parametrize("name", [name for name, entry in FIGURES.items() if "tokens_per_step" in entry["values"]])
-def test_a_plans_tokens_and_steps_are_those_of_its_config(name):
-    values, words = FIGURES[name]["values"], shlex.split(FIGURES[name]["command"])
-    given = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--"))
+def given_in(command):
+    """A command's flags, and the settings that it overrides and chooses."""
+    given = dict(word.removeprefix("--").split("=", 1) for word in shlex.split(command) if word.startswith("--"))
     config = config_of(figures.ROOT / given["config"])
     for flag, value in given.items():
         if flag.startswith("config."):
             *groups, setting = flag.split(".")[1:]
             group = config[groups[0]]
             group[setting] = value if isinstance(group[setting], str) else json.loads(value.lower())
-    settings = resolve(config)
+    return given, resolve(config)
+
+
+def n_parameters(settings):
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: initial_params(settings))))
+
+
+@pytest.mark.parametrize("name", [name for name, entry in FIGURES.items() if "tokens_per_step" in entry["values"]])
+def test_a_plans_tokens_and_steps_are_those_of_its_config(name):
+    values = FIGURES[name]["values"]
+    given, settings = given_in(FIGURES[name]["command"])
     assert values["tokens_per_step"] == settings.train.batch_size * settings.train.update_len
     assert values.get("num_steps", settings.train.num_steps) == settings.train.num_steps
     assert values.get("checkpoint_steps", settings.checkpoint.every_steps) == settings.checkpoint.every_steps
@@ -105,12 +114,19 @@ def test_a_plans_tokens_and_steps_are_those_of_its_config(name):
 
 @pytest.mark.parametrize("path", sorted((figures.ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_parameters_are_as_many_as_the_config_has(path):
-    settings = resolve(config_of(path))
-    n_parameters = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: initial_params(settings))))
     told = [
         entry["values"]["parameters"]
         for entry in FIGURES.values()
-        if f"--config=configs/{path.name} " in entry["command"] and "parameters" in entry["values"]
+        if f"--config=configs/{path.name} " in entry["command"]
+        and "parameters" in entry["values"]
+        and "--config.model.d_model" not in entry["command"]
     ]
     assert told
-    assert set(told) == {n_parameters}
+    assert set(told) == {n_parameters(resolve(config_of(path)))}
+
+
+def test_parameters_of_other_sizes_are_as_many_as_the_command_says():
+    resized = [entry for entry in FIGURES.values() if "--config.model.d_model" in entry["command"]]
+    assert resized
+    for entry in resized:
+        assert entry["values"]["parameters"] == n_parameters(given_in(entry["command"])[1])

@@ -4,7 +4,7 @@
         [--mode=train|eval|lm_eval|sample|prepare|train_vocab|inspect|report|export|import|plan|bench]
 
 Exit code 0: done. 75: asked to end by a signal, and saved: run me again. 141: nobody reads the output any more. 1: an
-error; where it is the user's to mend, one line says how. 128 + N: ended at once by signal N, see preemption.py.
+error; if the user can correct it, one line says how. 128 + N: ended at once by signal N, see preemption.py.
 """
 
 import functools
@@ -85,7 +85,7 @@ _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0, for a job of several processes."
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the job has.", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process's index, from 0.", lower_bound=0)
 _MULTIHOST = flags.DEFINE_bool("multihost", False, "Cloud TPU, Slurm or Open MPI say which processes the job has.")
 _PEER_TIMEOUT = flags.DEFINE_integer(
     "peer_timeout_seconds",
@@ -115,7 +115,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 5, "bench: turns after the warm-up.", l
 
 
 def main(argv: list[str], preemption: Preemption) -> None:
-    """Calls the mode. Raises UserError for what the user can mend."""
+    """Calls the mode. Raises UserError for what the user can correct."""
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.FATAL)  # orbax writes a page per save, and ten if it fails: that is raised anyway
     if len(argv) > 1:
@@ -307,7 +307,7 @@ def _in_config_file(error: Exception, config: str | None) -> str:
         cause = cause.__cause__ or cause.__context__
     if cause is not None:
         return f"{cause}{where}"
-    return f"--config={config}: {type(error).__name__}: {error}{where}; mend the file"
+    return f"--config={config}: {type(error).__name__}: {error}{where}; fix the file"
 
 
 def run() -> None:

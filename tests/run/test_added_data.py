@@ -1,4 +1,4 @@
-"""A run whose store is added to: it goes on with the data that it began with, and says so, unless it may take others.
+"""A run whose store is added to: it continues with the data that it began with, and says so, unless it may take others.
 
 Digests are computed here from the store as it was, and as it is.
 """
@@ -29,7 +29,7 @@ def test_a_run_goes_on_with_what_it_began_with(corpus, tmp_path, capsys, monkeyp
     found = trained(settings_of(corpus, 9, store=str(store)), workdir)
     assert found[9] == digest_of(settings, (before, begun, 0, 9))
     said = capsys.readouterr().err
-    assert "was added to since this run began: it goes on with 1 of 2 parts" in said
+    assert "was added to since this run began: it continues with 1 of 2 parts" in said
     assert "streams start over" not in said
 
     # With leave to take other data, it reads all that is there now, and so do its later starts.

@@ -54,7 +54,7 @@ def test_what_only_another_host_can_t_see_is_not_set_aside(tmp_path, mesh, monke
     monkeypatch.setattr("tvq_pod.run.checkpoint_reader.decided_by_process_zero", lambda own: own)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(manifest, "problems", lambda folder, part=0, of=1, real=manifest.problems: real(folder))
-    with pytest.raises(UserError, match="step 3 is whole where process 0 is, and not on every host"):
+    with pytest.raises(UserError, match="step 3 is complete where process 0 is, and not on every host"):
         checkpoints._is_good(3)
     monkeypatch.undo()
     assert checkpoints.steps() == [3]

@@ -51,7 +51,7 @@ def stage_at(text: str, step: int) -> Stage:
 
 def check_context_schedule(train: TrainSettings) -> None:
     """Raises UserError for a stage that training could not keep or would never reach. For training only: other modes
-    read whole documents, in updates of any length."""
+    read complete documents, in updates of any length."""
     text, update_len = train.context_schedule, train.update_len
     for stage in stages_of(text):
         if stage.length % update_len:

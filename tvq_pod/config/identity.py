@@ -65,7 +65,7 @@ def warm_start_record(settings: Settings, vocab_name: str) -> dict[str, str]:
 
 
 def run_record(settings: Settings, vocab_name: str, fingerprint: str) -> dict[str, str]:
-    """What a whole checkpoint belongs to: the model, and all that the data function depends on but its schedule."""
+    """What a complete checkpoint belongs to: the model, and all that the data function depends on but its schedule."""
     return (
         model_record(settings, vocab_name)
         | _record_of(settings, RUN_IDENTITY)

@@ -1,4 +1,4 @@
-"""From a config file to settings, checked.
+"""Turns a config file into settings, and checks them.
 
 `default_config()` turns the dataclasses of settings.py into the ml_collections ConfigDict that every file in configs/
 starts from; `resolve()` turns a ConfigDict, overrides included, back into them.

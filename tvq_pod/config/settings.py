@@ -254,7 +254,7 @@ class EvalSettings:
     """Weights that evaluations and samples use. ema: the moving average, if the checkpoint has one
     (config.train.ema_decay). raw: those that the last step left."""
     max_tokens: NonNegativeInt = 0
-    """No more documents are added once there are this many tokens; 0: the whole split."""
+    """No more documents are added once there are this many tokens; 0: the complete split."""
     suite_longest: Annotated[int, Ge(512)] = 131_072
     """Tokens of the longest documents of --suite. Those of passkey and needle have half of it, too, a quarter, and so
     on down to 512."""
@@ -300,7 +300,7 @@ class SampleSettings:
 
 @dataclasses.dataclass(frozen=True)
 class MetricsSettings:
-    """Where metrics go, besides WORKDIR/metrics.jsonl."""
+    """Metrics writers, besides WORKDIR/metrics.jsonl."""
 
     tensorboard: bool = True
     """Write TensorBoard events."""

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and files that could not be."""
+"""Files and folders that are written completely or not at all, and files that could not be."""
 
 import contextlib
 import os

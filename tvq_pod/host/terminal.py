@@ -65,7 +65,7 @@ class _Stream:
 
 
 def tell(line: str) -> None:
-    """Prints a line for people, to stderr. It is written in one piece, so lines of several threads stay whole. A
+    """Prints a line for people, to stderr. It is written in one piece, so lines of several threads do not mix. A
     terminal or log that is gone, or a full disk, is not a reason to end."""
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(line + "\n")

@@ -27,7 +27,7 @@ class Positions:
     bytes_per_token: float
 
     def bits_per_byte(self, begin: int = 0, end: int | None = None) -> float:
-        """Of buckets begin .. end - 1, as if each token were as many bytes as their mean."""
+        """Bits per byte of buckets begin .. end - 1, as if each token were as many bytes as their mean."""
         return float(
             self.nats[begin:end].sum() / self.n_tokens[begin:end].sum() / LOG_2 / self.bytes_per_token
         )  # fmt: skip

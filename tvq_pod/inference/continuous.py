@@ -54,7 +54,7 @@ class Continuation:
 
 
 class ContinuousSampler(Sampler):
-    """As `Sampler`, for any number of prompts: n_rows is how many there will be."""
+    """Samples as `Sampler` does, for any number of prompts: n_rows is how many there will be."""
 
     _slot_by_row = True
 
@@ -187,7 +187,7 @@ class _Row:
 
     @property
     def index(self) -> int:
-        """Of the next step, among those that draw; below 0 while it is given tokens."""
+        """Index of the next step, among those that draw; below 0 while it is given tokens."""
         return self.n_read + 1 - len(self.rest)
 
     def take(self, tokens: np.ndarray, logprobs: np.ndarray, stop_at_end: bool) -> EndedBy | None:

@@ -1,4 +1,4 @@
-"""--mode=eval: loss of whole documents, each with its full context.
+"""--mode=eval: loss of complete documents, each with its full context.
 
 Documents are laid end to end on rows (see PackedDocuments); every row's state is carried from update to update, so a
 token is predicted from all that came before it in its document, however long. config.eval.cache=off shows what the
@@ -76,7 +76,7 @@ def _state_shardings(config: TransformerConfig, mesh: jax.sharding.Mesh, n_rows:
 def make_eval_step(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int, with_hits: bool = False):
     """The compiled step: (params, state, batch) -> (state, losses), and hits as a third; the state given is donated.
 
-    batch: see `Feed.batches`. losses: nats, float32 [B, T], 0 on padding; whole on every process, to be added as
+    batch: see `Feed.batches`. losses: nats, float32 [B, T], 0 on padding; complete on every process, to be added as
     doubles there: in float32 so many would not add up. hits, if with_hits: bool [B, T], whether the target is the
     likeliest token; they need all logits at once.
     """

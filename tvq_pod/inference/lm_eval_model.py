@@ -86,12 +86,12 @@ class HarnessModel(TemplateLM):
         return np.concatenate(parts).tolist()
 
     def get_model_info(self) -> dict:
-        """For the results file."""
+        """What the results file says of the model."""
         return self._described
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Of each continuation given its context: the log-probability in nats, and whether each of its tokens is the
-        likeliest. Raises UserError if max_length leaves no room for a continuation."""
+        """Returns, for each continuation given its context, the log-probability in nats, and whether each of its tokens
+        is the likeliest. Raises UserError if max_length leaves no room for a continuation."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = True, **kwargs) -> list[tuple[float, bool]]:

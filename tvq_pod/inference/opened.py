@@ -37,7 +37,7 @@ class OpenedRun:
 
     @functools.cached_property
     def model(self) -> BatchedModel:
-        """With rows spread over all devices of the job."""
+        """The model, with rows spread over all devices of the job."""
         given = self._settings.mesh
         mesh = make_mesh(slim := MeshSettings(slices=given.slices, fsdp=given.fsdp))
         settings = with_tried_attention(dataclasses.replace(self._settings, mesh=slim), mesh)

@@ -1,6 +1,6 @@
 """Recall by distance: how often the value of a key is predicted, by how long ago the key was last seen.
 
-For the corpora of data/recall.py. A prediction is a hit if its likeliest token, of the whole vocabulary, is the target.
+It is for the corpora of data/recall.py. A prediction is a hit if the likeliest token of all is the target.
 Distances are counted in windows of config.model.mem_len tokens, since what is further back is for the cache to know.
 """
 
@@ -27,7 +27,7 @@ NAMES = ("in_window", *(f"{low}_to_{high}" for low, high in itertools.pairwise(W
 
 @dataclasses.dataclass(frozen=True)
 class Recall:
-    """Of the values whose keys were seen before, by the class of their distance: see NAMES.
+    """Results for the values whose keys were seen before, by the class of their distance: see NAMES.
 
     n_values: int64 [6], how many they are. hits: int64 [6], how many were predicted. nats: float64 [6], their loss,
     summed. window: config.model.mem_len. chance: the share of hits that guessing a value has.

@@ -31,9 +31,9 @@ class RecallDocument:
 
 
 def measure_recall(score: Score, vocab: Vocab, settings: Settings) -> Recall:
-    """Over config.eval.suite_trials documents of at most config.eval.suite_longest tokens; config.data.recall_* are
-    those of the documents. All processes of a job must call it alike. Raises UserError if the vocabulary can't encode
-    keys and values."""
+    """Measures recall over config.eval.suite_trials documents of at most config.eval.suite_longest tokens;
+    config.data.recall_* are those of the documents. All processes of a job must call it alike. Raises UserError if the
+    vocabulary can't encode keys and values."""
     documents = recall_documents(vocab, settings)
     sums, bounds = np.zeros([3, len(NAMES)]), np.array(WINDOWS) * settings.model.mem_len
     scores = score([document.tokens for document in documents])

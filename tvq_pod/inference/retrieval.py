@@ -29,7 +29,7 @@ SHORTEST = 512  # tokens
 @dataclasses.dataclass(frozen=True)
 class Retrieval:
     """By depth and length [n_depths, n_lengths]: answered, the share of documents whose answer was named; accuracy, of
-    the answer's tokens; nats, the loss of a whole answer. trials: documents of each. chance: what answered is if an
+    the answer's tokens; nats, the loss of a complete answer. trials: documents of each. chance: what answered is if an
     answer is guessed, chance_of_token: the same for accuracy, n_answers: answers that are equally likely then, n_named:
     answers that a document names."""
 
@@ -76,8 +76,8 @@ def lengths_up_to(longest: int) -> tuple[int, ...]:
 
 
 def measure_retrieval(kind: str, score: Score, vocab: Vocab, settings: Settings) -> Retrieval:
-    """Of one of RETRIEVAL in config/suites.py, over the grid of config.eval.suite_*. All processes of a job call it
-    alike. Raises UserError if the vocabulary can't encode the answers."""
+    """Evaluates one of RETRIEVAL in config/suites.py, over the grid of config.eval.suite_*. All processes of a job
+    call it alike. Raises UserError if the vocabulary can't encode the answers."""
     how = settings.eval
     lengths = lengths_up_to(how.suite_longest)
     depths = tuple(k / (how.suite_depths - 1) for k in range(how.suite_depths))

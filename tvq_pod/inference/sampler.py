@@ -189,7 +189,7 @@ class Sampler:
         return seen
 
     def _rows_that_fit(self) -> int:
-        """On one device, beside what is there already."""
+        """Rows that fit on one device, beside what is there already."""
         state = jax.eval_shape(lambda: decode_state(Transformer.initial_state(self._config, 1), self._config))
         row_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         stats = jax.local_devices()[0].memory_stats() or {}

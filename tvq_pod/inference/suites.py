@@ -17,7 +17,7 @@ class Found(Protocol):
     """What a suite found."""
 
     def numbers(self) -> dict[str, float]:
-        """As metrics.jsonl has them."""
+        """The numbers as metrics.jsonl has them."""
         ...
 
     def table(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""--mode=eval: loss of whole documents of one split, each with its full context; or suites of long documents."""
+"""--mode=eval: loss of complete documents of one split, each with its full context; or suites of long documents."""
 
 import dataclasses
 import json

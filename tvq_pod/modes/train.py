@@ -149,7 +149,7 @@ class _Session:
         self.step_fn: TrainStep | None = None
 
     def run(self) -> None:
-        """From the newest good checkpoint to the end."""
+        """Trains from the newest good checkpoint to the end."""
         num_steps = self.settings.train.num_steps
         with self.goodput.on(RESTORE):
             newest = self._check_newest()

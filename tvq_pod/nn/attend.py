@@ -33,7 +33,7 @@ class Sources(NamedTuple):
         return Sources(function(*past), function(*present), None if self.cache is None else function(*cache))
 
     def sum(self) -> jax.Array:
-        """Of those that are there."""
+        """The sum of those that are there."""
         total = self.past + self.present
         return total if self.cache is None else total + self.cache
 
@@ -82,8 +82,8 @@ def _scores(mem_len, q, bias, keys, places) -> Sources:
 
 
 def _distances(q, width: int, first: int):
-    """Of each query to each of `width` keys, the first of which is `first` tokens before the block; and the keys'
-    columns. Int32 [1, 1, 1, 1, L, width]."""
+    """Distances of each query to each of `width` keys, the first of which is `first` tokens before the block; and the
+    keys' columns. Int32 [1, 1, 1, 1, L, width]."""
     row, column = rows_and_columns(q.ndim, q.shape[-2], width)
     return first + row - column, column
 

@@ -143,8 +143,8 @@ class VQAttention(nn.Module):
         return {name: raw[name] for name in ("v", "gate")} | self.prepared(raw["q"], k, vq_spec), before
 
     def raw(self, x: jax.Array, inverse: jax.Array | None = None) -> dict:
-        """Of x [R, B, L, D]: q [R, B, Q, L, K], k [R, B, H, L, K], before they are normalised; v [R, B, H, L, V] and
-        gate [R, B, Q, L, V] or None, before their SiLU if there is a gate. inverse: see RMSNorm."""
+        """Projects x [R, B, L, D] to q [R, B, Q, L, K], k [R, B, H, L, K], before they are normalised; v [R, B, H, L,
+        V] and gate [R, B, Q, L, V] or None, before their SiLU if there is a gate. inverse: see RMSNorm."""
         x = self.norm(x, inverse)
         projections = dict(q=self.w_q, k=self.w_k, v=self.w_v, gate=self.w_g)
         return {
@@ -212,7 +212,7 @@ class VQAttention(nn.Module):
         return out if gate is None else out * gate, new_state
 
     def _attend_at_once(self, q, biases: dict, present: dict, state: dict) -> tuple[jax.Array, dict]:
-        """With attention xla: q [R, B, H, G, L, K]. Returns [R, B, H, G, L, V], and the state."""
+        """Attends with attention=xla. q [R, B, H, G, L, K]. Returns [R, B, H, G, L, V], and the state."""
         c = self.config
         past, before, positions, new_state = states.surroundings(c, present, state)
         if not c.grad_thru_cache:

@@ -15,7 +15,7 @@ import jax
 
 
 class Placement:
-    """Where arrays lie: here, on one device."""
+    """Says where arrays lie: here, on one device."""
 
     def constrain(self, x: jax.Array, names: tuple) -> jax.Array:
         """x, lying where the names of its axes say."""

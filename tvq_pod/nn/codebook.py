@@ -6,7 +6,7 @@ Codes follow an exponential moving average (EMA) of the keys that chose them (Tr
     N_s <- g N_s + (1 - g) n_s
     c_s <- (g N_s c_s + (1 - g) sum of the keys with shortcode s) / N_s
 
-with n_s the number of keys of the update, over the whole global batch, whose shortcode is s, and g = `c_gamma`.
+with n_s the number of keys of the update, over the complete global batch, whose shortcode is s, and g = `c_gamma`.
 A code with n_s = 0 keeps its place exactly, unless `revive` moves it. The sums stand in the gradient's tree, at the
 codebook's own place (see vq.py), if `l_codebook` is part of the loss. An optimizer for a model that has VQAttention
 somewhere in it:

@@ -310,8 +310,8 @@ class _Attention(_Unit):
         return {name: grouped(a, self._config) if name == "gate" else a for name, a in raw.items() if a is not None}
 
     def _operands(self, params, raw, state, shortcodes, of_keys, stacked):
-        """Of the kernels: what has a gradient; (others that have one, losses); (others, the next state, shortcodes).
-        stacked: see start.py."""
+        """Operands of the kernels: what has a gradient; (others that have one, losses); (others, the next state,
+        shortcodes). stacked: see start.py."""
         c, given = self._config, self._given
         made = self.apply("prepared", params, raw["q"], raw["k"], given.vq_spec, shortcodes, of_keys, given.distances)
         present = dict(z=made["shortcodes"], k_hat=made["quantized"], v=raw["v"], doc_ids=given.doc_ids)

@@ -56,7 +56,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The whole model. Parameters: embedding, layers (stacked: a leading axis of n_layer), and by settings pe_scale,
+    """The complete model. Parameters: embedding, layers (stacked: a leading axis of n_layer), and by settings pe_scale,
     norm_out and w_out."""
 
     config: TransformerConfig
@@ -155,7 +155,7 @@ class Transformer(nn.Module):
         return implementation(c) == "pallas" and fits and not self.is_initializing()
 
     def _rngs_of_layers(self) -> dict[str, LazyRng]:
-        """As flax's scan would split them."""
+        """Splits keys of random numbers as flax's scan would."""
         assert self.scope is not None
         rngs = cast(dict[str, LazyRng], self.scope.rngs)
         n_layer = self.config.n_layer

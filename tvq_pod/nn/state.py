@@ -106,8 +106,9 @@ def next_state(present: dict, state: dict) -> dict:
 
 
 def shifted(q: jax.Array, doc_ids: jax.Array, state: dict) -> tuple[jax.Array, jax.Array]:
-    """Of each token, the query of the token before it: q [R, B, H, L, K] and doc_ids [R, B, L] of the blocks after what
-    `state` has read. Zeros where a document begins. Returns [R, B, H, L, K], and the next state's `before`."""
+    """Returns, for each token, the query of the token before it: q [R, B, H, L, K] and doc_ids [R, B, L] of the blocks
+    after what `state` has read. Zeros where a document begins. Returns [R, B, H, L, K], and the next state's
+    `before`."""
 
     def before(of_tokens, first, axis):
         lasts = jax.lax.slice_in_dim(of_tokens, of_tokens.shape[axis] - 1, None, axis=axis)

@@ -48,7 +48,7 @@ def largest_excess(config: TransformerConfig) -> float:
 
 
 def _results(config: TransformerConfig, params, state, tokens, doc_ids) -> list[np.ndarray]:
-    """Of the second update."""
+    """Results of the second update."""
     model, spec = Transformer(config), VQSpec(jnp.ones(tokens.shape[1:]))
 
     def loss(params, state, tokens, doc_ids):

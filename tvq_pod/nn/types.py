@@ -12,7 +12,7 @@ class VQSpec(flax.struct.PyTreeNode):
     """What the quantizer must know of a batch.
 
     loss_mask: [B, T], 1 where a position counts, 0 where it is padding. Padding moves no code and commits to none.
-    n_positions: how many count in the whole batch, where this is a part of it; None: as many as loss_mask has.
+    n_positions: how many count in the complete batch, where this is a part of it; None: as many as loss_mask has.
     """
 
     loss_mask: jax.Array

@@ -36,5 +36,5 @@ def client() -> Client | None:
 
 
 def process_index() -> int:
-    """As jax.process_index(), which starts the devices' runtime if nothing has yet. This never does."""
+    """Returns jax.process_index() without starting the devices' runtime, which that function may do."""
     return distributed.global_state.process_id

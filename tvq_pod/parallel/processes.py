@@ -190,5 +190,5 @@ class Votes:
         self._counted = self._count(self._arrays[row])
 
     def result(self) -> dict[str, bool]:
-        """By name, whether any process cast it."""
+        """Returns, by name, whether any process cast the vote."""
         return {name: bool(n) for name, n in zip(self._names, np.asarray(self._counted), strict=True)}

@@ -98,7 +98,7 @@ def param_shardings(boxed_params, mesh: Mesh, fsdp: bool):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays [B, T]: rows over slices and data, tokens over sequence."""
+    """The sharding of arrays [B, T]: rows over slices and data, tokens over sequence."""
     return NamedSharding(mesh, PartitionSpec(*(RULES[name] for name in BATCH_AXES)))
 
 

@@ -28,7 +28,7 @@ class Array:
 
     @property
     def held_bytes(self) -> int:
-        """With the padding of the layout's tiles, which is stored and moved as well."""
+        """Bytes with the padding of the layout's tiles, which is stored and moved as well."""
         return math.prod(self.padded) * _bits(self.dtype) // 8
 
     @property

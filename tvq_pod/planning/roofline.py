@@ -53,7 +53,7 @@ class Roofline:
 
     @property
     def cycles(self) -> float:
-        """Of one run, on one device."""
+        """Cycles of one execution, on one device."""
         return _total(self.operations)
 
     @property

@@ -45,7 +45,7 @@ class _Frames:
         return (own or lines or [""])[0]
 
     def _lines(self, frame: int) -> Iterator[str]:
-        """From the innermost outwards."""
+        """Source lines, from the innermost outwards."""
         seen = set()
         while frame in self._frames and frame not in seen:
             seen.add(frame)

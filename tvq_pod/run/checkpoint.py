@@ -234,7 +234,8 @@ class Checkpoints(CheckpointReader):
         manifest.write_manifest(draft)
 
     def _finish(self, step: int, retain_all: bool) -> None:
-        """In the background: raises if the save fails; afterwards process 0 deletes what need not stay."""
+        """Finishes a save in the background: raises if the save fails; afterwards process 0 deletes what need not
+        stay."""
         try:
             self._writer.wait_until_finished()
         except BaseException as error:
@@ -254,7 +255,7 @@ class Checkpoints(CheckpointReader):
             self._folders.tidy()
 
     def _clear(self, error: BaseException) -> NoReturn:
-        """After a save that failed, so that the next one can succeed; raises what it failed with."""
+        """Clears up after a save that failed, so that the next one can succeed; raises what it failed with."""
         self._failed_at = time.monotonic()
         for _ in range(2):  # orbax keeps errors of two kinds, and would raise the other one at the next save
             with contextlib.suppress(Exception):

@@ -79,7 +79,7 @@ class CheckpointReader:
         self._checkpointer.close()
 
     def steps(self) -> list[int]:
-        """Steps that are there and whole, in order."""
+        """Complete steps, in order."""
         return self._folders.steps()
 
     def set_aside(self) -> list[str]:
@@ -115,7 +115,7 @@ class CheckpointReader:
     def _is_good(self, step: int) -> bool:
         """Whether the step's files are what its manifest says; each process looks at its share of them.
 
-        Raises UserError if a host can't read them, or they look damaged to one and whole to process 0: that is no
+        Raises UserError if a host can't read them, or they look damaged to one and complete to process 0: that is not
         damage, but a folder that is not mounted everywhere.
         """
         found = self._problems(step, jax.process_index(), jax.process_count())
@@ -125,7 +125,7 @@ class CheckpointReader:
             return True
         if jax.process_count() > 1 and decided_by_process_zero(is_process_zero() and not self._problems(step)):
             raise UserError(
-                f"{self._here}: step {step} is whole where process 0 is, and not on every host; all "
+                f"{self._here}: step {step} is complete where process 0 is, and not on every host; all "
                 "must see the same folder"
             )
         return False
@@ -135,7 +135,7 @@ class CheckpointReader:
             return manifest.problems(self.path / str(step), part, of)
         except OSError as error:
             raise UserError(
-                f"{self._here}: {error.filename or self.path} can't be read ({error.strerror}); mend "
+                f"{self._here}: {error.filename or self.path} can't be read ({error.strerror}); fix "
                 "that, and start again"
             ) from None
 

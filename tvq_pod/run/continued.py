@@ -17,8 +17,8 @@ LATER_KNOWN = ("config.data.vocab", FINGERPRINT)  # entries of the record that a
 
 
 def check_continues(settings: Settings, workdir: epath.Path) -> None:
-    """For a run without its store. Raises UserError if there is a checkpoint, and its record or the corpus of the last
-    start is not that of the settings. Reads two small files, and writes nothing.
+    """Checks a run without its store. Raises UserError if there is a checkpoint, and its record or the corpus of the
+    last start is not that of the settings. Reads two small files, and writes nothing.
 
     A model that was imported and not trained since may be trained on any corpus."""
     found = newest_record(workdir)

@@ -19,7 +19,7 @@ class Events:
         self._writer = None
 
     def add(self, points: dict[str, float], step: int) -> None:
-        """Of one step: numbers by name."""
+        """Writes the numbers of one step, by name."""
         # This takes a while: tensorboardX imports what it finds of clouds.
         from tensorboardX import SummaryWriter, record_writer
 

@@ -181,7 +181,7 @@ class _Busy:
             self._changed.notify()
 
     def idle_since(self) -> float | None:
-        """By the clock, when the devices had done all that they were given; None while they have not."""
+        """The time, by the clock, when the devices had done all that they were given; None while they have not."""
         with self._changed:
             return self._idle_since
 

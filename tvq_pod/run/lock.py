@@ -120,13 +120,14 @@ class _FileLock:
             return {}
 
     def write(self, holder: dict) -> bool:
-        """In place and at once, so that no reader finds an empty file: the kernel's lock is on this very file."""
+        """Writes in place and at once, so that no reader finds an empty file: the kernel's lock is on this very
+        file."""
         if os.pwrite(self._file, _record(holder), 0) != RECORD_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return True
 
     def is_gone(self) -> bool:
-        """Whether the file was deleted or replaced: what is locked is no longer what others find."""
+        """Whether the file was deleted or replaced: what is locked is not what others find any more."""
         try:
             return not os.path.samestat(os.stat(self.path), os.fstat(self._file))
         except FileNotFoundError:

@@ -85,7 +85,7 @@ def _on_threads(folder: epath.Path, names: list[str]) -> list[list[int] | str]:
 
 
 def _size_and_crc(path: epath.Path) -> list[int] | str:
-    """Of a file; or what is wrong with it."""
+    """Size and CRC of a file; or what is wrong with it."""
     try:
         size, crc = 0, 0
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl, TensorBoard events, and, on request, W&B. Process 0 writes, the others don't."""
+"""Metrics writers: metrics.jsonl, TensorBoard events, and, on request, W&B. Only process 0 writes."""
 
 import contextlib
 import json

@@ -33,14 +33,14 @@ def as_the_run_knows_it(
         raise UserError(f"config.data.store={store.path}: is another one here than where process 0 is; start again")
     if found.fingerprint != store.fingerprint:
         say(
-            f"{store.path} was added to since this run began: it goes on with {found.n_parts} of {store.n_parts} "
+            f"{store.path} was added to since this run began: it continues with {found.n_parts} of {store.n_parts} "
             "parts; config.train.on_data_change=restart_streams reads all of them"
         )
     return found
 
 
 def _fingerprint_of_run(settings: Settings, workdir: epath.Path, step: int | None) -> str:
-    """Of the data that the checkpoint belongs to; "" if there is no checkpoint."""
+    """The fingerprint of the data that the checkpoint belongs to; "" if there is no checkpoint."""
     if not (workdir / "checkpoints").is_dir():
         return ""
     reader = CheckpointReader(workdir, settings.checkpoint.restore_timeout_seconds)

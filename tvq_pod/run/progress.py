@@ -32,8 +32,8 @@ class Speed:
 
     def seen(self, step: int) -> dict:
         """Call when `step` is done. Returns tokens_per_second, tokens_per_second_per_chip and, if the chips' peak is
-        known, mfu, 0 .. 1, since the call before; and eta_seconds from the average over the whole session, evaluations
-        and saves included."""
+        known, mfu, 0 .. 1, since the call before; and eta_seconds from the average over the session, evaluations and
+        saves included."""
         now = (step, self._clock())
         latest = _rate(self._latest, now)
         tokens_per_second = self._tokens_per_step * latest

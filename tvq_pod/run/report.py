@@ -174,7 +174,7 @@ def _files(folder: epath.Path) -> list[epath.Path]:
 
 
 def _by_step(path: epath.Path) -> tuple[int, str]:
-    """To sort by: the number in the file's name, then the name."""
+    """The key to sort by: the number in the file's name, then the name."""
     found = re.search(r"step_(\d+)", path.name)
     return int(found[1]) if found else -1, path.name
 

@@ -85,7 +85,7 @@ class Rollback:
         if self._skipped.count() >= limit:
             raise UserError(
                 f"config.bad_steps.max_rollbacks={limit}: steps {before + 1} to {bad.last_step} were bad, and the run "
-                f"has gone back so often ({self._skipped.path} says where); mend the data or the settings, or allow "
+                f"has gone back so often ({self._skipped.path} says where); fix the data or the settings, or allow "
                 "more"
             )
         self._checkpoints.wait()

@@ -72,7 +72,7 @@ class Saver:
         if told["save_failed"] and not self._failing:
             say(
                 f"WARNING: a checkpoint could not be written ({self._checkpoints.error}): training continues, and "
-                "tries again; those before it are whole"
+                "tries again; those before it are complete"
             )
         self._failing = told["save_failed"] or (self._failing and told["save_busy"])
 
@@ -96,7 +96,7 @@ class Saver:
         if not self._wait_for_all():
             raise UserError(
                 f"--workdir={self._checkpoints.path.parent}: asked to end, and step {step} could not be saved "
-                f"({self._checkpoints.error}); the checkpoints before it are whole"
+                f"({self._checkpoints.error}); the checkpoints before it are complete"
             )
         raise Preempted(f"saved step {step} and ends, as a signal asked; start it again to resume")
 
@@ -113,7 +113,7 @@ class Saver:
             if attempt == RETRIES:
                 raise UserError(
                     f"--workdir={self._checkpoints.path.parent}: the last checkpoint can't be written ({why}); those "
-                    "before it are whole; make room and start again"
+                    "before it are complete; make room and start again"
                 )
             say(f"WARNING: the last checkpoint could not be written ({why}): tries again in {RETRY_SECONDS:g} s")
             with self._goodput.on(SAVES):

@@ -42,7 +42,7 @@ class Skipped:
             self._skips = [Skip(**{name: int(line[name]) for name in fields}, data=line.get("data")) for line in lines]
         except (KeyError, TypeError, ValueError):
             raise UserError(
-                f"--workdir={workdir}: {self.path} is damaged, and says which data the run leaves out; mend it by hand"
+                f"--workdir={workdir}: {self.path} is damaged, and says which data the run leaves out; fix it by hand"
             ) from None
 
     def count(self) -> int:

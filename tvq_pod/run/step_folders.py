@@ -1,6 +1,6 @@
 """The folder of a run's checkpoints: which steps there are, and how one is set aside or removed.
 
-WORKDIR/checkpoints/STEP                 appears under its name only when it is whole
+WORKDIR/checkpoints/STEP                 appears under its name only when it is complete
 WORKDIR/checkpoints/STEP.damaged         a step whose files are not what its manifest says: set aside, never deleted
 WORKDIR/checkpoints/STEP.undone          a step that the run went back from (see rollback.py, step_back.py)
 """
@@ -49,7 +49,7 @@ class StepFolders:
         self.path = path
 
     def steps(self) -> list[int]:
-        """Steps that are there and whole, in order."""
+        """Complete steps, in order."""
         if not self.path.is_dir():
             return []
         named = [step for step in self.path.iterdir() if re.fullmatch(r"0|[1-9][0-9]*", step.name)]

@@ -77,7 +77,7 @@ class StopTogether:
                 _say_no_agreement(error)
 
     def _say(self, wanted: str) -> None:
-        """To all processes, in the first round in which no other has said something else."""
+        """Tells all processes, in the first round in which no other has said something else."""
         for number in itertools.count(self._round):
             key = f"{ASKED}/{number}"
             try:

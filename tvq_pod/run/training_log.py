@@ -104,7 +104,7 @@ def in_words(values: dict) -> str:
 
 
 def means(metrics: Sequence[dict]) -> dict:
-    """Of the steps that were applied; the newest digest, and how many steps were not."""
+    """Means over the steps that were applied; the newest digest, and how many steps were not."""
     good = [m for m in metrics if not m["n_bad"]]
     found = {
         name: np.mean([m[name] for m in good or metrics], axis=0, dtype=np.float64).tolist()

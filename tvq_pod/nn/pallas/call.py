@@ -82,8 +82,8 @@ class Shape:
 
     @property
     def partial_dtype(self):
-        """Of the gradients of queries and keys as a part makes them: float32 where they are still to be summed, so that
-        they are rounded once. Beside the values they are narrow."""
+        """Type of the gradients of queries and keys as a part makes them: float32 where they are still to be summed, so
+        that they are rounded once. Beside the values they are narrow."""
         return jnp.dtype(jnp.float32) if self.is_summed or self.n_parts > 1 else self.dtype
 
     @property
@@ -99,8 +99,8 @@ class Shape:
         return self.n_rows, self.n_key_head, self.n_parts, self.n_blocks, self.n_per_key_head, self.n_tiles
 
     def multiply_adds(self, of_keys: int, of_values: int) -> int:
-        """Of all matmuls. of_keys, of_values: how many a query's window, block and cache meet that are as wide as keys
-        and as values. The cache's sums are one more, of values."""
+        """Multiply-adds of all matmuls. of_keys, of_values: how many a query's window, block and cache meet that are as
+        wide as keys and as values. The cache's sums are one more, of values."""
         n_blocks, n_code = self.n_rows * self.n_key_head * self.n_blocks, self.n_code if self.has_cache else 0
         columns = self.n_per_key_head * self.block_len * (2 * self.block_len + n_code)
         per_column = of_keys * self.d_k * self.n_parts + of_values * self.d_v
@@ -131,35 +131,35 @@ class Pieces:
         return pl.BlockSpec(sizes, index_map)
 
     def of_tile(self, width: int) -> pl.BlockSpec:
-        """Of [R, B, H, G, L, width]: the rows of a tile."""
+        """The part of [R, B, H, G, L, width] that is the rows of a tile."""
         return self._piece(6, self._shape.tile, width, lambda b, h, r, g, i: (r, b, h, g, i))
 
     def of_tile_as_row(self) -> pl.BlockSpec:
-        """Of [R, B, H, G, 1, L]: one number for each query of a tile."""
+        """The part of [R, B, H, G, 1, L] that is one number for each query of a tile."""
         return self._piece(6, 1, self._shape.tile, lambda b, h, r, g, i: (r, b, h, g, 0, i))
 
     def of_tile_in_any_head(self) -> pl.BlockSpec:
-        """Of [R, B, 1, L]: the same, for all heads alike."""
+        """The part of [R, B, 1, L] that is the same, for all heads alike."""
         return self._piece(4, 1, self._shape.tile, lambda b, h, r, g, i: (r, b, 0, i))
 
     def sums_of_tile(self, width: int) -> pl.BlockSpec:
-        """Of [R, B, H, G, I, 8, width]: eight rows for each tile."""
+        """The part of [R, B, H, G, I, 8, width] that is eight rows for each tile."""
         return self._piece(7, 8, width, lambda b, h, r, g, i: (r, b, h, g, i, 0))
 
     def of_block(self, height: int, width: int, back: int = 0) -> pl.BlockSpec:
-        """Of [R, B, H, height, width]. back: so many blocks earlier; the first again where there is none."""
+        """A block of [R, B, H, height, width]. back: so many blocks earlier; the first again where there is none."""
         return self._piece(5, height, width, lambda b, h, r, g, i: (jnp.maximum(r - back, 0) if back else r, b, h, 0))
 
     def of_state(self, height: int, width: int) -> pl.BlockSpec:
-        """Of [B, H, height, width]."""
+        """The state's part of [B, H, height, width]."""
         return self._piece(4, height, width, lambda b, h, r, g, i: (b, h, 0))
 
     def of_head(self, height: int, width: int) -> pl.BlockSpec:
-        """Of [H, height, width]."""
+        """A head's part of [H, height, width]."""
         return self._piece(3, height, width, lambda b, h, r, g, i: (h, 0))
 
     def of_query_head(self, width: int) -> pl.BlockSpec:
-        """Of [H, G, 1, width]."""
+        """A query head's part of [H, G, 1, width]."""
         return self._piece(4, 1, width, lambda b, h, r, g, i: (h, g, 0))
 
 

@@ -178,7 +178,7 @@ def caches_operands(shape: Shape, x: dict) -> Operands:
 
 
 def one_step_a_block(shape: Shape) -> Shape:
-    """For kernels that queries have no part in."""
+    """The grid of kernels that queries have no part in."""
     return dataclasses.replace(shape, n_per_key_head=1, tile=shape.block_len)
 
 

@@ -54,7 +54,7 @@ def gradient_operands(shape: Shape, x: dict) -> Operands:
 
 
 def _multiply_adds(shape: Shape) -> int:
-    """Of all blocks but the last."""
+    """Multiply-adds of all blocks but the last."""
     return shape.n_rows * shape.n_key_head * (shape.n_blocks - 1) * shape.n_code * shape.block_len * shape.d_v
 
 

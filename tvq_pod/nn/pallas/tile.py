@@ -67,7 +67,7 @@ def one_hot(shortcodes: jax.Array, n_code: int, dtype) -> jax.Array:
 
 
 class Scores(NamedTuple):
-    """Of one tile: a matrix for the window, one for the block, and one for the cache, or None without a cache."""
+    """The matrices of one tile: for the window, for the block, and for the cache, or None without a cache."""
 
     window: jax.Array
     block: jax.Array
@@ -79,7 +79,7 @@ class Scores(NamedTuple):
 
 
 def places(shape: Shape, first: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of a tile's queries and a block's keys, their places in the block, int32 [t, L] each."""
+    """Places of a tile's queries and of a block's keys in the block, int32 [t, L] each."""
     size = shape.tile, shape.block_len
     return first + lax.broadcasted_iota(jnp.int32, size, 0), lax.broadcasted_iota(jnp.int32, size, 1)
 
