@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from absl import flags
 
-from launch import slices
-from launch.record import Record
+from . import slices
+from .record import Record
 from tvq_pod.errors import UserError
 
 _PROJECT = flags.DEFINE_string("project", None, "up: Google Cloud project; gcloud's default if not given.")
