@@ -6,9 +6,10 @@ import posixpath
 
 from absl import flags
 
+from tvq_pod.errors import UserError
+
 from .machines import Machines
 from .source import ROOT, files
-from tvq_pod.errors import UserError
 
 _SHARED = flags.DEFINE_bool("shared_workdir", False, "run: the workdir is a mount that all machines share.")
 

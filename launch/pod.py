@@ -23,6 +23,9 @@ if not __package__:  # python launch/pod.py: modules are found from the project'
 
 from absl import app, flags
 
+from tvq_pod.errors import UserError
+from tvq_pod.host.terminal import tell
+
 from . import arguments as training
 from . import slices
 from .clock import ago
@@ -33,8 +36,6 @@ from .request import asked_for, planned
 from .show import HEADS, goodput, progress, row
 from .source import pack
 from .watch import Watch
-from tvq_pod.errors import UserError
-from tvq_pod.host.terminal import tell
 
 _NAME = flags.DEFINE_string("name", None, "The run's name, and that of its slice.")
 _DIRTY = flags.DEFINE_bool("allow_dirty", False, "up: install files that differ from the commit, under another name.")

@@ -3,11 +3,12 @@
 import contextlib
 import time
 
+from tvq_pod.errors import UserError
+from tvq_pod.run.goodput_table import table
+
 from .clock import ago
 from .gcloud import GcloudError
 from .machines import Machines
-from tvq_pod.errors import UserError
-from tvq_pod.run.goodput_table import table
 
 HEADS = ("run", "slice", "queue", "training", "step", "tokens/s", "MFU", "loss", "goodput", "saved")
 

@@ -23,8 +23,8 @@ def bundled() -> dict[str, pathlib.Path]:
 def config_path(config: str) -> str:
     """The value of --config with the path of its file in place of a bundled config's name.
 
-    config: NAME, configs/NAME.py or PATH, which may have an argument for its get_config, as in PATH:ARGUMENT. A file that
-    exists is taken as it is, whatever its name. Raises UserError for a name that no bundled config has.
+    config: NAME, configs/NAME.py, or PATH, perhaps with an argument for its get_config, as in PATH:ARGUMENT. A file
+    that exists is taken as it is, whatever its name. Raises UserError for a name that no bundled config has.
     """
     path, colon, argument = config.partition(":")
     if os.path.isfile(path) or argument.startswith("//"):  # gs://

@@ -30,8 +30,8 @@ def is_installed(package: str) -> bool:
 
 
 def require(package: str, what: str) -> None:
-    """Raises UserError, "WHAT needs pip install -e '.[EXTRA]'", unless an optional package is installed. Without a clone
-    of the project, the command in it is pip install 'tvq_pod[EXTRA]'.
+    """Raises UserError, "WHAT needs pip install -e '.[EXTRA]'", unless an optional package is installed. Without a
+    clone of the project, the command in it is pip install 'tvq_pod[EXTRA]'.
 
     package: a key of EXTRAS. what: the setting, its value, and what it is that needs the package, as in
     "config.data.source=books.parquet: Parquet".
