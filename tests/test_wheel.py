@@ -67,7 +67,14 @@ def test_what_it_installs_needs_no_clone(wheel, tmp_path):
     env = environment() | dict(PYTHONPATH=str(tmp_path / "site"))
     done = subprocess.run([sys.executable, "-c", CHECK, str(tmp_path / "site")], env=env, **where)
     assert done.returncode == 0, done.stderr
-    up = ["up", "--name=run", "--zone=z", "--project=p", "--accelerator=v5litepod-16", f"--records={tmp_path}/records"]
+    up = [
+        "up",
+        "--name=run",
+        "--zone=z",
+        "--project=my-project-123",
+        "--accelerator=v5litepod-16",
+        f"--records={tmp_path}/records",
+    ]
     subprocess.run(["git", "init", "-q", tmp_path], check=True)  # not a repository of ours
     done = subprocess.run([sys.executable, "-m", "tvq_pod.launch.pod", *up], env=env, **where)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
