@@ -1,4 +1,4 @@
-"""What a release consists of besides the code: one version everywhere, a date, and the packages that it was made with."""
+"""What a release has besides the code: one version everywhere, a date, and the packages that it was made with."""
 
 import datetime
 import re

@@ -70,7 +70,7 @@ def test_what_it_installs_needs_no_clone(wheel, tmp_path):
     up = [
         "up",
         "--name=run",
-        "--zone=z",
+        "--zone=us-west4-a",
         "--project=my-project-123",
         "--accelerator=v5litepod-16",
         f"--records={tmp_path}/records",
