@@ -6,9 +6,10 @@ import posixpath
 
 from absl import flags
 
-from launch.machines import Machines
-from launch.source import ROOT, files
 from tvq_pod.errors import UserError
+
+from .machines import Machines
+from .source import ROOT, files
 
 _SHARED = flags.DEFINE_bool("shared_workdir", False, "run: the workdir is a mount that all machines share.")
 
@@ -44,6 +45,8 @@ def check_files(machines: Machines, arguments: list[str]) -> None:
         if _on_mount(path):
             continue
         known = files(machines.tarball, may_lack=machines.gcloud.dry_run)
+        if flag == "config" and f"configs/{path}.py" in known:  # a bundled config, by its name
+            path = f"configs/{path}.py"
         inside = posixpath.normpath(path)
         if inside in known:
             if (ROOT / inside).exists() and known[inside] not in (None, (ROOT / inside).read_bytes()):

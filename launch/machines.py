@@ -10,12 +10,13 @@ import shutil
 from collections.abc import Callable
 from typing import NamedTuple
 
-from launch import libtpu, slices
-from launch.clock import Clock, ago
-from launch.gcloud import Gcloud, GcloudError
-from launch.record import ASKED, PREPARED, STARTED, STARTING, STOPPED, Record, Records
-from launch.source import ROOT
 from tvq_pod.errors import UserError
+
+from . import libtpu, slices
+from .clock import Clock, ago
+from .gcloud import Gcloud, GcloudError
+from .record import ASKED, PREPARED, STARTED, STARTING, STOPPED, Record, Records
+from .source import ROOT
 
 MISSING = "MISSING"  # a queued resource that does not exist; all other states are gcloud's
 WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")

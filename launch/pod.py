@@ -19,21 +19,23 @@ import time
 
 if not __package__:  # python launch/pod.py: modules are found from the project's folder, not from launch
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
+    __package__ = "launch"
 
 from absl import app, flags
 
-from launch import arguments as training
-from launch import slices
-from launch.clock import ago
-from launch.gcloud import Gcloud, GcloudError
-from launch.machines import MISSING, Machines, settings_of
-from launch.record import ASKED, DONE, PREPARED, STARTED, STARTING, STOPPED, Gone, Record, Records
-from launch.request import asked_for, planned
-from launch.show import HEADS, goodput, progress, row
-from launch.source import pack
-from launch.watch import Watch
 from tvq_pod.errors import UserError
 from tvq_pod.host.terminal import tell
+
+from . import arguments as training
+from . import slices
+from .clock import ago
+from .gcloud import Gcloud, GcloudError
+from .machines import MISSING, Machines, settings_of
+from .record import ASKED, DONE, PREPARED, STARTED, STARTING, STOPPED, Gone, Record, Records
+from .request import asked_for, planned
+from .show import HEADS, goodput, progress, row
+from .source import pack
+from .watch import Watch
 
 _NAME = flags.DEFINE_string("name", None, "The run's name, and that of its slice.")
 _DIRTY = flags.DEFINE_bool("allow_dirty", False, "up: install files that differ from the commit, under another name.")

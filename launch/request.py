@@ -5,9 +5,10 @@ from collections.abc import Callable
 
 from absl import flags
 
-from launch import slices
-from launch.record import Record
 from tvq_pod.errors import UserError
+
+from . import slices
+from .record import Record
 
 _PROJECT = flags.DEFINE_string("project", None, "up: Google Cloud project; gcloud's default if not given.")
 _ZONE = flags.DEFINE_string("zone", None, "up: as us-west4-a; gcloud's default if not given.")

@@ -3,11 +3,12 @@
 import contextlib
 import time
 
-from launch.clock import ago
-from launch.gcloud import GcloudError
-from launch.machines import Machines
 from tvq_pod.errors import UserError
 from tvq_pod.run.goodput_table import table
+
+from .clock import ago
+from .gcloud import GcloudError
+from .machines import Machines
 
 HEADS = ("run", "slice", "queue", "training", "step", "tokens/s", "MFU", "loss", "goodput", "saved")
 

@@ -60,6 +60,8 @@ def files(tarball: pathlib.Path, may_lack: bool = False) -> dict[str, bytes | No
 
 
 def _git(*arguments: str, **environment: str) -> str:
+    if not (ROOT / "pyproject.toml").is_file():  # git might find a repository that this package only lies in
+        raise UserError(f"{ROOT}: is not a clone of tvq_pod; machines get a commit, so start launch.pod from a clone")
     try:
         done = subprocess.run(
             ["git", *arguments], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=True

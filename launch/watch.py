@@ -2,12 +2,13 @@
 when it failed; until it is done. All that it knows is in the record, the queue and the run's own status file, so it may
 be killed at any point and started again."""
 
-from launch.clock import ago
-from launch.gcloud import GcloudError
-from launch.machines import MISSING, WAITING, Machines, Queued, Said
-from launch.record import ASKED, DONE, PREPARED, STARTED, STOPPED, Gone
-from launch.show import progress
 from tvq_pod.errors import UserError
+
+from .clock import ago
+from .gcloud import GcloudError
+from .machines import MISSING, WAITING, Machines, Queued, Said
+from .record import ASKED, DONE, PREPARED, STARTED, STOPPED, Gone
+from .show import progress
 
 PREEMPTED = "75"  # exit code: saved, run me again
 BACK_OFF_SECONDS, LONGEST_BACK_OFF_SECONDS = 30.0, 900.0

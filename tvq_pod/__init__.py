@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # jax is imported by what needs it
     from tvq_pod.inference.loaded import LoadedModel
 
-__version__ = "0.1.0"  # pyproject.toml reads it from here
+__version__ = "0.2.0"  # pyproject.toml reads it from here
 
 
 def load(workdir: str | os.PathLike[str], step: int | None = None) -> "LoadedModel":

@@ -1,7 +1,9 @@
 """The command line: flags in, one mode called.
 
-    python -m tvq_pod.main --config=configs/stdlib.py --workdir=runs/stdlib [--config.model.d_model=256 ...]
+    tvq_pod --config=stdlib --workdir=runs/stdlib [--config.model.d_model=256 ...]
         [--mode=train|eval|lm_eval|sample|prepare|train_vocab|inspect|report|export|import|plan|bench]
+
+`python -m tvq_pod.main` is the same command. --config takes the path of a file, or the name of a bundled config.
 
 Exit code 0: done. 75: asked to end by a signal, and saved: run me again. 141: nobody reads the output any more. 1: an
 error; if the user can correct it, one line says how. 128 + N: ended at once by signal N, see preemption.py.
@@ -49,7 +51,10 @@ _STARTED_AT = time.time()
 LOST_PEER = ("Gloo", "heartbeat", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination service")
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file; the run's own config.json if it is not given.", lock_config=True
+    "config",
+    None,
+    "Config file, or the name of a bundled config, as stdlib; the run's own config.json if it is not given.",
+    lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, metrics, samples, config.json.")
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
@@ -275,12 +280,13 @@ def _settings() -> Settings:
 def _parse(argv: list[str]) -> list[str]:
     """absl has its own errors; config_flags raises many things for a wrong config file or override."""
     overrides = overrides_of(argv)
+    argv = with_config(argv)
     for name, value in overrides.items():
         check_name(name, value)
         if name in GROUPS:
             raise UserError(f"{name}={value}: is a group of settings; give one of them, as {name}.{GROUPS[name][0]}")
     try:
-        return flags.FLAGS(with_config(argv))
+        return flags.FLAGS(argv)
     except flags.IllegalFlagValueError as error:
         name = str(error).removeprefix("flag --").partition("=")[0]
         raise UserError(_wrong_type(name, overrides[name]) if name in overrides else f"flags: {error}") from error

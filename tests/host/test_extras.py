@@ -9,6 +9,7 @@ from packaging.requirements import Requirement
 
 from tests.command import ROOT
 from tvq_pod.errors import UserError
+from tvq_pod.host import extras
 from tvq_pod.host.extras import EXTRAS, is_installed, require
 
 OPTIONAL = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -40,3 +41,7 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(monkeypatch):
     with pytest.raises(UserError) as refused:
         require("pyarrow", "config.data.source=a.parquet: Parquet")
     assert str(refused.value) == "config.data.source=a.parquet: Parquet needs pip install -e '.[data]'"
+    monkeypatch.setattr(extras, "_IN_CLONE", False)
+    with pytest.raises(UserError) as refused:
+        require("pyarrow", "config.data.source=a.parquet: Parquet")
+    assert str(refused.value) == "config.data.source=a.parquet: Parquet needs pip install 'tvq_pod[data]'"

@@ -17,6 +17,7 @@ def test_a_config_that_the_machines_do_not_have_is_refused_before_anything_start
     calls, before = laptop.get("calls"), (laptop.folder / "records/run.json").read_text()
     for flags, message in {
         ("--config=configs/stdlb.py",): "--config=configs/stdlb.py: does not exist in tvq_pod-",
+        ("--config=stdlb",): "--config=stdlb: does not exist in tvq_pod-",
         ("--config", "nowhere/stdlib.py"): "did you mean configs/stdlib.py?",
         ("--config=configs/stdlib.py", "--config="): "--config=: does not exist in tvq_pod-",
         (f"--config={tmp_path}/mine.py",): f"--config={tmp_path}/mine.py: is not part of tvq_pod-",
@@ -37,7 +38,12 @@ def test_a_config_that_is_not_committed_is_refused_before_up_too(laptop, tmp_pat
 
 
 def test_a_config_is_the_same_however_its_path_is_written(laptop):
-    for config in ("./configs//stdlib.py", "configs/stdlib.py:and its argument", "configs/../configs/stdlib.py"):
+    for config in (
+        "./configs//stdlib.py",
+        "stdlib",
+        "configs/stdlib.py:and its argument",
+        "configs/../configs/stdlib.py",
+    ):
         laptop.must("run", "--name=run", "--dry_run", "--", f"--config={config}", "--workdir=gs://bucket/run")
 
 

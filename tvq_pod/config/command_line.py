@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+from tvq_pod.config.bundled import config_path
 from tvq_pod.config.run_config import FROM
 
 
@@ -19,15 +20,31 @@ def overrides_of(argv: list[str]) -> dict[str, str | None]:
 
 
 def with_config(argv: list[str]) -> list[str]:
-    """With the run's own config where none is given, or that of a model to import, so that it can be overridden as any
-    other."""
+    """With the path of a bundled config that is given by name (see bundled.py). Where none is given, with the run's own
+    config, or that of a model to import, so that it can be overridden as any other. Raises UserError."""
     is_import = given(argv, "mode") == "import"
     config, folder = given(argv, "config"), given(argv, "from" if is_import else "workdir")
-    if config is not None or folder is None:
+    if config is not None:
+        return _with_paths(argv)
+    if folder is None:
         return argv
     if is_import:
         folder = f"{FROM}{folder}"
     return [argv[0], f"--config={pathlib.Path(__file__).with_name('run_config.py')}:{folder}", *argv[1:]]
+
+
+def _with_paths(argv: list[str]) -> list[str]:
+    """With the path of a config's file wherever --config names one, as --config=NAME or --config NAME."""
+    found, is_value = list(argv), False
+    for place, argument in enumerate(argv):
+        flag, equals, value = argument.lstrip("-").partition("=")
+        if is_value:
+            found[place] = config_path(argument)
+        is_flag = argument.startswith("-") and flag == "config" and not is_value
+        if is_flag and equals:
+            found[place] = f"--config={config_path(value)}"
+        is_value = is_flag and not equals
+    return found
 
 
 def without(names: tuple[str, ...], argv: list[str]) -> list[str]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
-from tvq_pod.host.extras import is_installed
+from tvq_pod.host.extras import install, is_installed
 from tvq_pod.host.terminal import say
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def write_table(what: str, lines: Sequence[str], draw: Callable[["Axes"], None],
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
     if not is_installed("matplotlib"):
-        say(f"{what}: {folder / name}.tsv; a plot needs pip install -e '.[data]'")
+        say(f"{what}: {folder / name}.tsv; a plot needs {install('data')}")
         return
     from matplotlib.figure import Figure
 
