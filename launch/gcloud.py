@@ -130,6 +130,37 @@ class Gcloud:
         """Of a setting, as core/project; "" if it has none, and in a dry run. Raises GcloudError."""
         return (self._run(["gcloud", "config", "get-value", name, "--quiet"]) or "").strip()
 
+    def version(self) -> str:
+        """Of the Google Cloud SDK, as 528.0.0; "" in a dry run. Raises GcloudError."""
+        return self._json(["version"], {}).get("Google Cloud SDK", "")
+
+    def account(self) -> str:
+        """Returns the account that is active; "" if there is none, and in a dry run. Raises GcloudError."""
+        found = self._json(["auth", "list", "--filter=status:ACTIVE"], [])
+        return found[0].get("account", "") if found else ""
+
+    def project(self, project: str) -> dict | None:
+        """Returns the project, or None in a dry run. Raises GcloudError."""
+        return self._json(["projects", "describe", project], None)
+
+    def services(self) -> set[str]:
+        """Returns the APIs that are enabled in the project; none in a dry run. Raises GcloudError."""
+        found = self._json(["services", "list", "--enabled", *self._project], [])
+        return {service.get("config", {}).get("name", "") for service in found}
+
+    def offered(self, what: str) -> set[str]:
+        """Returns the names that the zone has: `what` is accelerator-types or versions. Raises GcloudError."""
+        found = self._json(["compute", "tpus", what, "list", *self._where], [])
+        return {entry.get("name", "").rpartition("/")[2] for entry in found}
+
+    def quotas(self) -> list[dict]:
+        """Returns the quotas of the TPU API (QuotaInfo of the Cloud Quotas API). Raises GcloudError."""
+        return self._json(["beta", "quotas", "info", "list", "--service=tpu.googleapis.com", *self._project], [])
+
+    def bucket(self, url: str) -> dict | None:
+        """Returns what gcloud knows of a bucket, or None in a dry run. Raises GcloudError."""
+        return self._json(["storage", "buckets", "describe", url, *self._project], None)
+
     def cat(self, url: str) -> str | None:
         """A text object, or None if there is none, and in a dry run. Raises GcloudError."""
         try:
@@ -140,6 +171,14 @@ class Gcloud:
             raise
 
     # ------------------------------------------------------------------ how
+
+    def _json(self, arguments: list[str], otherwise):
+        """What a command answers; `otherwise` in a dry run."""
+        text = self._run(["gcloud", *arguments, "--format=json"])
+        try:
+            return otherwise if text is None else json.loads(text)
+        except ValueError:
+            raise UserError(f"gcloud {' '.join(arguments[:3])}: its answer is not JSON; update gcloud") from None
 
     def _ask(self, arguments: list[str]):
         """A question: asked again if it failed in passing."""

@@ -1,5 +1,6 @@
 """From gcloud to a pod that trains until it is done.
 
+    python -m launch.pod doctor --zone=us-west4-a --accelerator=v5litepod-16 --spot --bucket=gs://BUCKET
     python -m launch.pod up --name=RUN --zone=us-west4-a --accelerator=v5litepod-16 --spot
     python -m launch.pod run --name=RUN -- --config=configs/enwik8.py --workdir=gs://BUCKET/RUN
     python -m launch.pod watch --name=RUN
@@ -25,10 +26,11 @@ from absl import app, flags
 from launch import arguments as training
 from launch import slices
 from launch.clock import ago
+from launch.doctor import FIX, examine
 from launch.gcloud import Gcloud, GcloudError
 from launch.machines import MISSING, Machines, settings_of
 from launch.record import ASKED, DONE, PREPARED, STARTED, STARTING, STOPPED, Gone, Record, Records
-from launch.request import asked_for, planned
+from launch.request import asked_for, looked_for, planned
 from launch.show import HEADS, goodput, progress, row
 from launch.source import pack
 from launch.watch import Watch
@@ -46,6 +48,7 @@ _LINES = flags.DEFINE_integer("lines", 50, "logs: how many of the last ones.", l
 _FOLLOW = flags.DEFINE_bool("follow", False, "logs: and what comes.")
 _YES = flags.DEFINE_bool("yes", False, "down: don't ask.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands and do none of them.")
+_BUCKET = flags.DEFINE_string("bucket", None, "doctor: as gs://BUCKET; the one of the run's workdir if not given.")
 _RECORDS = flags.DEFINE_string("records", "~/.tvq_pod", "Where this machine keeps what it knows of its runs.")
 
 
@@ -68,6 +71,36 @@ def _own(records: Records) -> Machines:
         _say(f"# {name} does not exist yet: `up` comes first")
         return _machines(planned(name, pack(records.folder / "sources", allow_dirty=True, write=False)), records)
     return _machines(records.get(name), records)
+
+
+# ---------------------------------------------------------------------- doctor
+
+
+def doctor(records: Records) -> None:
+    """Prints what would stop the other commands, and how to fix it; ends with 1 if something must be fixed."""
+    name = slices.check_name(_NAME.value) if _NAME.value else None
+    dry = _DRY_RUN.value
+
+    def connect() -> Gcloud:
+        return Gcloud(None, None, dry, say=_say)
+
+    def default(setting: str) -> str:
+        try:
+            return connect().default(setting)
+        except UserError:
+            return ""  # what is wrong with gcloud is found below
+
+    record = looked_for(name, records.load(name) if name else None, default)
+    workdir = _BUCKET.value or (record.workdir if record.workdir.startswith("gs://") else "")
+    bucket = "gs://" + workdir.removeprefix("gs://").partition("/")[0] if workdir else None
+    n_found = n_bad = 0
+    for found in examine(lambda: _gcloud(record), record, bucket):
+        n_found, n_bad = n_found + 1, n_bad + (found.state == FIX)
+        if not dry:
+            _say(f"{found.state:<6}{' '.join(found.text.split())}")
+    if n_bad and not dry:
+        _say(f"{n_bad} of {n_found} must be fixed")
+        sys.exit(1)
 
 
 # ---------------------------------------------------------------------- up
@@ -326,12 +359,12 @@ def _give_back(machines: Machines, state: str = "ACTIVE") -> None:
 # ----------------------------------------------------------------------
 
 
-COMMANDS = ("up", "run", "watch", "status", "logs", "ssh", "stop", "down")
+COMMANDS = ("doctor", "up", "run", "watch", "status", "logs", "ssh", "stop", "down")
 
 
 def main(argv: list[str]) -> None:
     """argv: the program, the command, and what is for the training or the shell."""
-    commands = dict(up=up, watch=watch, status=status, logs=logs, stop=stop, down=down)
+    commands = dict(doctor=doctor, up=up, watch=watch, status=status, logs=logs, stop=stop, down=down)
     with_arguments = dict(run=run, ssh=ssh)
     if len(argv) < 2 or argv[1] not in COMMANDS:
         raise UserError(f"{' '.join(argv[1:2]) or 'no command'}: must be one of {', '.join(COMMANDS)}")

@@ -78,6 +78,14 @@ def asked_for(name: str, there: Record | None, default: Callable[[str], str]) ->
     return there
 
 
+def looked_for(name: str | None, there: Record | None, default: Callable[[str], str]) -> Record:
+    """For `doctor`: as asked_for, but the type of the slice may be missing, which is "" then. Raises UserError."""
+    if there is not None or _ACCELERATOR.value:
+        return asked_for(name or "doctor", there, default)
+    project, zone = _checked("project") or default("core/project"), _checked("zone") or default("compute/zone")
+    return Record(name or "doctor", project or None, zone or None, "", _SLICES.value, spot=_SPOT.value)
+
+
 def planned(name: str, source: str) -> Record:
     """For a dry run before `up`: the record that `up` would make with these flags. What is in capitals is not known.
 
