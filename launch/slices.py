@@ -18,7 +18,7 @@ class Slice:
 
 def parse(accelerator: str) -> Slice:
     """Of gcloud's name, as v5litepod-16 (16 chips) or v5p-16 (16 cores, 8 chips). Raises UserError."""
-    kinds = {chip.accelerator: chip for chip in CHIPS.values() if chip.runtime_version}
+    kinds = {chip.accelerator: chip for chip in CHIPS.values()}
     kind, _, number = accelerator.rpartition("-")
     example = "as v5litepod-16, v5p-128 or v6e-256"
     if kind not in kinds:

@@ -24,6 +24,7 @@ runtime_version() {
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v5p-*) echo v2-alpha-tpuv5 ;;
     v6e-*) echo v2-alpha-tpuv6e ;;
+    tpu7x-*) echo v2-alpha-tpu7-ubuntu2404 ;;
     *) echo tpu-ubuntu2204-base ;;
   esac
 }

@@ -72,8 +72,9 @@ new_environment() {
   python=$(python_of_system)
   if [[ -n $python ]]; then
     "$python" -m venv "$1"
-  else # Ubuntu 22.04 has 3.10: uv brings a newer one
-    python3 -m pip install --quiet --user uv || return
+  else # Ubuntu 22.04 has 3.10, and 24.04 may lack venv: uv brings its own
+    # Ubuntu 24.04 lets pip install into a home only if told so; older pips ignore the variable.
+    PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv || return
     python3 -m uv venv --quiet --seed --python 3.11 "$1"
   fi
 }

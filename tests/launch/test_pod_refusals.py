@@ -78,7 +78,7 @@ def test_a_config_that_was_changed_since_up_is_said(laptop):
         (("--name=Run;rm", "--accelerator=v4-16"), "--name=Run;rm: must be 1 to 40 of a-z, 0-9 and -"),
         (("--name=run",), "--accelerator=: must be given"),
         (("--name=run", "--accelerator=h100-8"), "--accelerator=h100-8: must be one of v2, v3, v4, v5litepod"),
-        (("--name=run", "--accelerator=tpu7x-8"), "--accelerator=tpu7x-8: must be one of v2"),
+        (("--name=run", "--accelerator=tpu7x-9"), "--accelerator=tpu7x-9: behind tpu7x- must be a number of cores"),
         (("--name=run", "--accelerator=v5p-7"), "--accelerator=v5p-7: behind v5p- must be a number of cores"),
         (("--name=run", "--accelerator=v4-16", "--zone=a b"), "--zone=a b: must look like us-west4-a"),
         (("--name=run", "--accelerator=v4-16", "--spot", "--reserved"), "--spot --reserved: must be one of them"),

@@ -5,6 +5,7 @@ import shlex
 
 import pytest
 
+from launch import slices
 from launch.gcloud import Gcloud
 from launch.machines import Machines
 from launch.record import Records
@@ -130,3 +131,14 @@ def test_a_request_that_somebody_else_made_at_the_same_time_is_theirs(laptop, mo
     records.save(record)
     with pytest.raises(UserError, match="is taken by a queued resource"):
         Machines(record, records, Gcloud(record.project, record.zone)).ask()
+
+
+@pytest.mark.parametrize(("accelerator", "chips"), [("tpu7x-16", 8), ("v5litepod-16", 16), ("v5p-16", 8)])
+def test_every_kind_is_requested_with_what_its_machines_boot(laptop, accelerator, chips):
+    """tpu7x counts cores, two a chip, as v5p does."""
+    boots = {"tpu7x-16": "v2-alpha-tpu7-ubuntu2404", "v5litepod-16": "v2-alpha-tpuv5-lite", "v5p-16": "v2-alpha-tpuv5"}
+    flags = ("--name=run", "--zone=us-central1-c", f"--accelerator={accelerator}", "--allow_dirty", "--dry_run")
+    shown = laptop.must("up", *flags)
+    (create,) = [line for line in commands_of(shown) if " create " in line]
+    assert f" --accelerator-type={accelerator} --runtime-version={boots[accelerator]} " in create
+    assert slices.parse(accelerator).chips == chips

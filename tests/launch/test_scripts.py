@@ -211,16 +211,15 @@ def test_the_shell_script_s_flags_are_gcloud_s():
 def test_python_and_shell_boot_the_same_machines():
     text = (ROOT / "launch/tpu_vm.sh").read_text()
     for chip in CHIPS.values():
-        if chip.runtime_version:
-            assert chip.runtime_version in text, chip.name
-            assert slices.parse(f"{chip.accelerator}-8").chips == 8 // chip.per_name
+        assert chip.runtime_version in text, chip.name
+        assert slices.parse(f"{chip.accelerator}-8").chips == 8 // chip.per_name
 
 
-@pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e"])
+@pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e", "tpu7x"])
 @pytest.mark.parametrize("several_slices", [False, True])
 def test_libtpu_knows_the_flags(chip, several_slices):
     """It ends a process that gives it one that it does not know."""
-    topology = dict(v4="v4:2x2x1", v5e="v5e:2x2", v5p="v5p:2x2x1", v6e="v6e:2x2")[chip]
+    topology = dict(v4="v4:2x2x1", v5e="v5e:2x2", v5p="v5p:2x2x1", v6e="v6e:2x2", tpu7x="tpu7x:2x2x1")[chip]
     environment = os.environ | dict(
         TPU_SKIP_MDS_QUERY="1",
         TPU_WORKER_HOSTNAMES="localhost",
