@@ -260,9 +260,10 @@ class Machines:
                 raise UserError(f"--name={record.name}: {self.tarball}: {error.strerror}; `up` makes it") from None
             if record.run_id:
                 (stage / "run.sh").write_text(run_script(record))
-            environment = settings_of(record.env_file) if record.env_file else {}
-            with open(os.open(stage / "env", os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-                file.writelines(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
+            for name, env_file in (("env", record.env_file), ("install_env", record.install_env_file)):
+                environment = settings_of(env_file) if env_file else {}
+                with open(os.open(stage / name, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+                    file.writelines(f"export {key}={shlex.quote(value)}\n" for key, value in environment.items())
         self.gcloud.scp(record.name, ["--recurse", str(stage)], "")
 
     @property
@@ -311,14 +312,22 @@ def run_script(record: Record) -> str:
 def settings_of(env_file: str) -> dict[str, str]:
     """NAME=VALUE lines, and nothing of a shell's in them. Raises UserError."""
     try:
-        lines = pathlib.Path(env_file).read_text().splitlines()
+        lines = pathlib.Path(env_file).expanduser().read_text().splitlines()
     except OSError as error:
-        raise UserError(f"--env_file={env_file}: can't be read ({error.strerror})") from None
+        raise UserError(f"{env_file}: cannot be read ({error.strerror}); give a file of NAME=VALUE lines") from None
     settings = [line.partition("=") for line in lines if line.strip() and not line.lstrip().startswith("#")]
     for name, equals, _ in settings:
         if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise UserError(f"--env_file={env_file}: must have lines NAME=VALUE")
+            raise UserError(f"{env_file}: a line is not NAME=VALUE; give one setting per line, without export")
     return {name: value for name, _, value in settings}
+
+
+def checked_file(path: str | None) -> str:
+    """Returns the absolute path of a file of NAME=VALUE lines; "" for no file. Raises UserError if it is not one."""
+    if not path:
+        return ""
+    settings_of(path)
+    return str(pathlib.Path(path).expanduser().resolve())
 
 
 def _labels(found: dict) -> set[str]:

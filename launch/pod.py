@@ -28,7 +28,7 @@ from launch import slices
 from launch.clock import ago
 from launch.doctor import FIX, examine
 from launch.gcloud import Gcloud, GcloudError
-from launch.machines import MISSING, Machines, settings_of
+from launch.machines import MISSING, Machines, checked_file
 from launch.record import ASKED, DONE, PREPARED, STARTED, STARTING, STOPPED, Gone, Record, Records
 from launch.request import asked_for, looked_for, planned
 from launch.show import HEADS, goodput, progress, row
@@ -40,6 +40,9 @@ from tvq_pod.host.terminal import tell
 _NAME = flags.DEFINE_string("name", None, "The run's name, and that of its slice.")
 _DIRTY = flags.DEFINE_bool("allow_dirty", False, "up: install files that differ from the commit, under another name.")
 _ENV_FILE = flags.DEFINE_string("env_file", None, "run: a file of NAME=VALUE for the training, such as keys; mode 600.")
+_INSTALL_ENV = flags.DEFINE_string(
+    "install_env_file", None, "up: a file of NAME=VALUE for pip on the machines, as HTTPS_PROXY; mode 600."
+)
 _POLL = flags.DEFINE_float("poll_seconds", 30.0, "up, watch: how often to look.", lower_bound=0.0)
 _RESTARTS = flags.DEFINE_integer("max_restarts", 3, "watch: after failures with no newer checkpoint.", lower_bound=0)
 _DOWN = flags.DEFINE_bool("then_down", False, "watch: give the slice back when the run is done.")
@@ -114,6 +117,7 @@ def up(records: Records) -> None:
         if not value and not _DRY_RUN.value:
             raise UserError(f"--{flag}=: must be given; gcloud has no default either")
     machines = _machines(record, records)
+    installs_with = record.install_env_file if _INSTALL_ENV.value is None else checked_file(_INSTALL_ENV.value)
     source = pack(records.folder / "sources", _DIRTY.value, write=not _DRY_RUN.value)
     if records.load(record.name) is None and not _DRY_RUN.value:
         records.save(record)
@@ -121,7 +125,7 @@ def up(records: Records) -> None:
     trains = state not in (MISSING, "SUSPENDED", "FAILED") and record.phase in (STARTING, STARTED)
     if trains and not _DRY_RUN.value:
         raise UserError(f"--name={record.name}: has been started; to install another commit, `stop` first")
-    machines.note(source=source)
+    machines.note(source=source, install_env_file=installs_with)
     if state in ("SUSPENDED", "FAILED"):
         _say(f"{record.name}: {state}{f' ({why})' if why else ''}; deletes the request, and asks again")
         machines.gcloud.delete(record.name)
@@ -141,9 +145,7 @@ def run(records: Records, arguments: list[str]) -> None:
     record = machines.record
     workdir = training.workdir_of(arguments)
     training.check_files(machines, arguments)
-    environment = str(pathlib.Path(_ENV_FILE.value).expanduser().resolve()) if _ENV_FILE.value else ""
-    if environment:
-        settings_of(environment)
+    environment = checked_file(_ENV_FILE.value)
     if not machines.gcloud.dry_run:
         _check_idle(machines)
         training.check_elsewhere(machines, arguments, workdir)

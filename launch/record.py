@@ -40,6 +40,7 @@ class Record:
     spot: bool = False
     label: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))  # by which our slice is known
     source: str = ""  # the tarball's name, without its ending
+    install_env_file: str = ""  # what pip finds in its environment there
     # What runs there.
     run_id: str = ""  # new with every `run`
     arguments: list[str] = dataclasses.field(default_factory=list)  # of tvq_pod.main

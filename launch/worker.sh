@@ -93,6 +93,8 @@ install() {
         ;;
     esac
     rm -rf "$root/installed" "$root/versions" "$root/venv" "$root/source"
+    # shellcheck disable=SC1091 # launch.pod writes it: a proxy or an index for pip
+    [[ ! -s $root/install_env ]] || . "$root/install_env"
     step unpacking unpack "$root/$source.tar.gz" "$root/source"
     step "virtual environment" new_environment "$root/venv"
     step "pip install" "$root/venv/bin/python" -m pip install --quiet --disable-pip-version-check \

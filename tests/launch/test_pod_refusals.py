@@ -123,7 +123,7 @@ def test_an_env_file_that_is_none_is_refused_before_anything_changes(laptop, tmp
         (tmp_path / "env").write_text(text)
     before = (laptop.folder / "records/run.json").read_text()
     said = error_of(laptop, "run", f"--env_file={tmp_path / 'env'}", *RUN)
-    assert "can't be read" in said if text is None else "must have lines NAME=VALUE" in said
+    assert f"{tmp_path / 'env'}: {'cannot be read' if text is None else 'a line is not NAME=VALUE'}" in said
     assert (laptop.folder / "records/run.json").read_text() == before
 
 

@@ -108,6 +108,25 @@ def test_machines_that_fail_to_install_are_named_and_the_same_command_mends_it(l
     laptop.must("up", *UP)
 
 
+def test_pip_on_the_machines_finds_the_environment_of_the_install_and_the_training_does_not(laptop, tmp_path):
+    (tmp_path / "pip").write_text("PIP_INDEX_URL=https://me:a b@index/simple\nHTTPS_PROXY=http://proxy:1\n")
+    (tmp_path / "keys").write_text("SECRET=x\n")
+    assert "gone: cannot be read" in error_of(laptop, "up", *UP, f"--install_env_file={tmp_path / 'gone'}")
+    laptop.must("up", *UP, f"--install_env_file={tmp_path / 'pip'}")
+    index = dict(PIP_INDEX_URL="https://me:a b@index/simple", HTTPS_PROXY="http://proxy:1", SECRET=None)
+    assert laptop.get("pip") == index
+    assert "me:a b" not in json.dumps(laptop.get("log"))
+    machine = laptop.cloud.machine("run", 0) / "home/tvq_pod"
+    assert (machine / "install_env").stat().st_mode & 0o777 == 0o600
+    laptop.must("run", f"--env_file={tmp_path / 'keys'}", *RUN)
+    assert "HTTPS_PROXY" not in (machine / "env").read_text() + (machine / "run.sh").read_text()
+    laptop.must("stop", "--name=run")
+    laptop.set(pip={})
+    (machine / "installed").unlink()
+    laptop.must("up", *UP)  # it is remembered, as watch needs it for a new slice
+    assert laptop.get("pip") == index
+
+
 @pytest.mark.slow
 def test_ssh_that_drops_is_tried_again(laptop):
     laptop.set(ssh_failures=2)
