@@ -68,7 +68,7 @@ def test_skypilot_s_training_gets_its_arguments_and_signals(tmp_path):
     """Run by bash, as SkyPilot does, with a python that waits and says what it got."""
     python = tmp_path / "tvq_pod_venv/bin/python"
     python.parent.mkdir(parents=True)
-    write_program(python, 'printf "%s\\n" "$@" end; trap "echo saved; exit 75" TERM; while :; do sleep 0.05; done')
+    write_program(python, 'trap "echo saved; exit 75" TERM; printf "%s\\n" "$@" end; while :; do sleep 0.05; done')
     environment = os.environ | dict(HOME=str(tmp_path), WORKDIR="gs://bucket/a run", CONFIG="configs/c.py:x y")
     job = subprocess.Popen(["bash", "-c", SKYPILOT["run"]], env=environment, stdout=subprocess.PIPE, text=True)
     assert job.stdout
