@@ -6,9 +6,9 @@
     python -m launch.pod watch --name=RUN
     python -m launch.pod status | logs | ssh | stop | down
 
-Needs gcloud on the PATH and logged in, and of this project's packages only absl and filelock. Every command may
-be given again at any time: what is there already stays, and what would disturb a training is refused. --dry_run prints
-the commands, and does none of them.
+This needs gcloud on the PATH and logged in, and of this project's packages only absl and filelock. Every command may
+be repeated at any time: what exists stays, and what would disturb a training is refused. --dry_run prints the gcloud
+commands and runs none of them.
 """
 
 import pathlib
@@ -50,7 +50,7 @@ _WORKER = flags.DEFINE_integer("worker", 0, "logs, ssh: which machine, counted o
 _LINES = flags.DEFINE_integer("lines", 50, "logs: how many of the last ones.", lower_bound=1)
 _FOLLOW = flags.DEFINE_bool("follow", False, "logs: and what comes.")
 _YES = flags.DEFINE_bool("yes", False, "down: don't ask.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands and do none of them.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the gcloud commands and run none of them.")
 _BUCKET = flags.DEFINE_string("bucket", None, "doctor: as gs://BUCKET; the one of the run's workdir if not given.")
 _RECORDS = flags.DEFINE_string("records", "~/.tvq_pod", "Where this machine keeps what it knows of its runs.")
 
@@ -68,7 +68,7 @@ def _machines(record: Record, records: Records) -> Machines:
 
 
 def _own(records: Records) -> Machines:
-    """Of --name. A dry run may come before `up`: then it shows what would follow `up` with the same flags."""
+    """Returns the machines of --name. A dry run may come before `up`: it shows what would follow `up`."""
     name = slices.check_name(_NAME.value)
     if _DRY_RUN.value and records.load(name) is None:
         _say(f"# {name} does not exist yet: `up` comes first")
@@ -110,12 +110,12 @@ def doctor(records: Records) -> None:
 
 
 def up(records: Records) -> None:
-    """Asks for the slice, waits for it, and prepares its machines."""
+    """Requests the slice, waits for it, and prepares its machines."""
     name = slices.check_name(_NAME.value)
     record = asked_for(name, records.load(name), Gcloud(None, None, _DRY_RUN.value, say=_say).default)
     for flag, value in (("project", record.project), ("zone", record.zone)):
         if not value and not _DRY_RUN.value:
-            raise UserError(f"--{flag}=: must be given; gcloud has no default either")
+            raise UserError(f"--{flag}=: is missing, and gcloud has no default; give --{flag}")
     machines = _machines(record, records)
     installs_with = record.install_env_file if _INSTALL_ENV.value is None else checked_file(_INSTALL_ENV.value)
     source = pack(records.folder / "sources", _DIRTY.value, write=not _DRY_RUN.value)
@@ -124,10 +124,10 @@ def up(records: Records) -> None:
     state, why, _ = machines.queue()
     trains = state not in (MISSING, "SUSPENDED", "FAILED") and record.phase in (STARTING, STARTED)
     if trains and not _DRY_RUN.value:
-        raise UserError(f"--name={record.name}: has been started; to install another commit, `stop` first")
+        raise UserError(f"--name={record.name}: is training; to install another commit, `stop` it first")
     machines.note(source=source, install_env_file=installs_with)
     if state in ("SUSPENDED", "FAILED"):
-        _say(f"{record.name}: {state}{f' ({why})' if why else ''}; deletes the request, and asks again")
+        _say(f"{record.name}: {state}{f' ({why})' if why else ''}; deletes the request, and requests it again")
         machines.gcloud.delete(record.name)
     if state in (MISSING, "SUSPENDED", "FAILED"):
         machines.ask(again=True)
@@ -173,13 +173,13 @@ def _check_idle(machines: Machines) -> None:
     record = machines.record
     queued = machines.queue()
     if queued.state != "ACTIVE":
-        raise UserError(f"--name={record.name}: its slice is {queued.state}; `up` first")
+        raise UserError(f"--name={record.name}: its slice is {queued.state}; run `up` first")
     if record.phase == ASKED or not record.machines:
-        raise UserError(f"--name={record.name}: its machines are not prepared; `up` first")
+        raise UserError(f"--name={record.name}: its machines are not prepared; run `up` first")
     states = machines.states()
     running = [where for where, said in states.items() if said.word == "running"]
     if running:
-        raise UserError(f"--name={record.name}: trains already, on {len(running)} machine(s); `stop` first")
+        raise UserError(f"--name={record.name}: is already training on {len(running)} machine(s); `stop` it first")
     if len(states) < machines.expected:
         answered = f"only {len(states)} of {machines.expected} machine(s) answered"
         raise UserError(f"--name={record.name}: {answered}; try again")
@@ -189,11 +189,11 @@ def _check_idle(machines: Machines) -> None:
 
 
 def watch(records: Records) -> None:
-    """Until the run is done."""
+    """Keeps the training running until it is done."""
     machines = _own(records)
     name = machines.record.name
     if not machines.record.run_id and not machines.gcloud.dry_run:
-        raise UserError(f"--name={name}: there is nothing to watch; `run` first")
+        raise UserError(f"--name={name}: there is nothing to watch; start it with `run` first")
     if machines.gcloud.dry_run:
         if not machines.record.run_id:
             _say("# nothing runs yet: `run` comes first, and says what RUN_ID and gs://BUCKET/RUN are")
@@ -221,14 +221,14 @@ def watch(records: Records) -> None:
         _say(f"{name}: done")
         _give_back(machines)
     else:
-        _say(f"{name}: done. Its slice is still there, and costs: python -m launch.pod down --name={name}")
+        _say(f"{name}: done. Its slice still exists and costs money: python -m launch.pod down --name={name}")
 
 
 # ---------------------------------------------------------------------- status, logs, ssh
 
 
 def status(records: Records) -> None:
-    """A line for each run; with --name, also where its time went."""
+    """Prints a line for each run; with --name, also where its time went."""
     names = [slices.check_name(_NAME.value)] if _NAME.value else records.names()
     rows: list[tuple[str, ...]] = [HEADS]
     time_spent = ""
@@ -252,17 +252,17 @@ def status(records: Records) -> None:
 
 
 def _place(machines: Machines) -> tuple[str, str]:
-    """Of --worker: gcloud's numbers of its slice, and of the machine in it."""
+    """Returns gcloud's numbers of the slice of --worker, and of the machine in it."""
     worker = _WORKER.value
     for node, n_machines in enumerate(machines.record.machines or [1]):
         if worker < n_machines:
             return str(node), str(worker)
         worker -= n_machines
-    raise UserError(f"--worker={_WORKER.value}: must be 0 .. {machines.expected - 1}")
+    raise UserError(f"--worker={_WORKER.value}: does not exist; give 0 to {machines.expected - 1}")
 
 
 def logs(records: Records) -> None:
-    """The training's own lines: from the machine, or if that is gone, from the bucket."""
+    """Prints the training's own lines, from the machine, or from the bucket if the machine does not exist."""
     machines = _own(records)
     record, (node, worker) = machines.record, _place(machines)
     follow = " --follow" if _FOLLOW.value else ""
@@ -277,12 +277,12 @@ def logs(records: Records) -> None:
     path = f"{record.workdir}/logs/{name}-{worker}.attempt-{record.run_id}-{record.attempt}.log"
     text = machines.gcloud.cat(path) if path.startswith("gs://") else None
     if text is None:
-        raise UserError(f"--name={record.name}: its slice is gone, and there is no {path}")
+        raise UserError(f"--name={record.name}: its slice does not exist, and neither does {path}")
     _say("\n".join(text.splitlines()[-_LINES.value :]))
 
 
 def ssh(records: Records, arguments: list[str]) -> None:
-    """A shell on a machine, or one command."""
+    """Opens a shell on a machine, or runs one command."""
     machines = _own(records)
     command = machines.gcloud.ssh_command(machines.record.name, *_place(machines))
     command.remove("--quiet")
@@ -298,11 +298,11 @@ def ssh(records: Records, arguments: list[str]) -> None:
 
 
 def stop(records: Records) -> None:
-    """The training saves and ends; the slice stays, and watch does not start it again."""
+    """Lets the training save and end. The slice stays, and watch does not start the training again."""
     machines = _own(records)
     name = machines.record.name
     if not machines.record.run_id and not machines.gcloud.dry_run:
-        raise UserError(f"--name={name}: there is nothing to stop; `run` first")
+        raise UserError(f"--name={name}: there is nothing to stop; start it with `run` first")
     machines.note(phase=STOPPED)  # first: watch must not take what follows for a preemption
     state = machines.queue().state
     if machines.gcloud.dry_run:
@@ -316,7 +316,7 @@ def stop(records: Records) -> None:
     if len(ended) < machines.expected:
         answered = f"only {len(ended)} of {machines.expected} machine(s) said that it ended"
         raise UserError(f"--name={name}: {answered}; try again")
-    _say(f"{name}: ended; {progress(machines.status())}. Its slice is still there, and costs")
+    _say(f"{name}: ended; {progress(machines.status())}. Its slice still exists and costs money")
 
 
 def down(records: Records) -> None:
@@ -334,7 +334,7 @@ def down(records: Records) -> None:
         _say(f"it trains: {progress(seen)}; it is asked to save first.")
     if not (_YES.value or machines.gcloud.dry_run):
         if not sys.stdin.isatty():
-            raise UserError("--yes: must be given where nobody can be asked")
+            raise UserError("--yes=False: there is no terminal to ask on; give --yes")
         if input("delete? [y/N] ").strip().lower() not in ("y", "yes"):
             raise UserError("nothing was deleted")
     _give_back(machines, state)
@@ -369,7 +369,7 @@ def main(argv: list[str]) -> None:
     commands = dict(doctor=doctor, up=up, watch=watch, status=status, logs=logs, stop=stop, down=down)
     with_arguments = dict(run=run, ssh=ssh)
     if len(argv) < 2 or argv[1] not in COMMANDS:
-        raise UserError(f"{' '.join(argv[1:2]) or 'no command'}: must be one of {', '.join(COMMANDS)}")
+        raise UserError(f"{' '.join(argv[1:2]) or 'no command'}: is not a command; give one of {', '.join(COMMANDS)}")
     command, arguments, records = argv[1], argv[2:], Records(_RECORDS.value)
     if command in with_arguments:
         with_arguments[command](records, arguments)
@@ -380,7 +380,7 @@ def main(argv: list[str]) -> None:
 
 
 def start() -> None:
-    """What `python -m launch.pod` calls."""
+    """Runs the command line of `python -m launch.pod`."""
     try:
         app.run(main)
     except UserError as error:

@@ -22,7 +22,7 @@ metadata() {
     "http://${GCE_METADATA_HOST:-metadata.google.internal}/computeMetadata/v1/instance/attributes/$1"
 }
 
-# NODE/WORKER, asked once.
+# Prints NODE/WORKER; asks for it once.
 me() {
   local node worker
   if [[ -s $root/me ]]; then
@@ -39,7 +39,7 @@ me() {
 
 report() { echo "tvq_pod@$(me): $*"; }
 
-# Whatever fails, somebody hears of it.
+# Every failure is reported.
 trap 'report "failed ${BASH_COMMAND%% *}, line $LINENO ($(room) free)"; exit 1' ERR
 room() { df -h --output=avail "$root" | tail -n 1 | tr -d ' '; }
 
@@ -191,7 +191,7 @@ state() {
     report "exited $attempt $(cut -d ' ' -f 2 "$root/ended")"
   elif [[ $now == active || $now == *ing ]]; then
     report "running $attempt"
-  else # the machine was started anew
+  else # the machine was restarted
     report "gone $attempt"
   fi
 }

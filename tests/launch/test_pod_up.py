@@ -43,7 +43,7 @@ def test_a_dry_run_before_up_says_what_is_missing(laptop):
     laptop.must("status", "--dry_run", "--name=run")
     assert not laptop.get("log")
     assert not (laptop.folder / "records").exists()
-    assert "no such run" in error_of(laptop, "watch", "--name=run")
+    assert "does not exist in" in error_of(laptop, "watch", "--name=run")
 
 
 @pytest.mark.slow
@@ -76,7 +76,7 @@ def test_a_slice_that_is_there_already_is_used(laptop):
     laptop.must("up", *UP)
     laptop.must("up", "--name=run", "--poll_seconds=0.1", "--allow_dirty")
     assert laptop.get("queued")["run"]["asked_at"] == asked
-    assert "--accelerator: the run run was asked for with v4-16" in error_of(
+    assert "--accelerator: the run run was requested with v4-16" in error_of(
         laptop, "up", "--name=run", "--accelerator=v4-8", "--allow_dirty"
     )
 
@@ -86,7 +86,7 @@ def test_a_name_that_somebody_else_has_is_left_alone(laptop):
     laptop.must("up", *UP)
     theirs = laptop.folder / "records"
     theirs.rename(laptop.folder / "other")
-    assert "is taken by a queued resource that this machine did not ask for" in error_of(laptop, "up", *UP)
+    assert "is taken by a queued resource that this machine did not request" in error_of(laptop, "up", *UP)
     theirs.joinpath("run.json").write_text(
         (laptop.folder / "other/run.json").read_text().replace('"label": "', '"label": "0')
     )

@@ -187,7 +187,7 @@ def test_a_requeue_that_slurm_refuses_is_said(slurm):
     (slurm.folder / "full").touch()
     (slurm.folder / "code").write_text("75")
     assert slurm.end() == 75
-    assert "error: job 7 could not be requeued: submit it again" in slurm.err
+    assert "error: SLURM_JOB_ID=7: scontrol could not requeue it; submit it again" in slurm.err
 
 
 def test_slurm_sends_the_signal_when_the_script_expects_it():
@@ -273,7 +273,7 @@ def test_a_record_is_whole_or_the_one_before(tmp_path):
     assert records.get("a").accelerator == "v4-8"
     assert (records.path("a").stat().st_mode & 0o777, records.folder.stat().st_mode & 0o777) == (0o600, 0o700)
     records.path("a").write_text("")
-    with pytest.raises(UserError, match="can't be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         records.load("a")
 
 
