@@ -156,7 +156,7 @@ def runtime(gcloud: Gcloud, record: Record) -> Found:
     wanted = next(flag for flag in record.create_flags if flag.startswith("--runtime-version=")).partition("=")[2]
     if wanted in gcloud.offered("versions"):
         return Found(OK, f"runtime version: {wanted}")
-    where = f"gcloud compute tpus versions list --zone={record.zone}"
+    where = f"gcloud compute tpus tpu-vm versions list --zone={record.zone}"
     return Found(NOTE, f"--runtime_version={wanted}: {record.zone} does not list it; choose from {where}")
 
 

@@ -151,7 +151,7 @@ class Gcloud:
 
     def offered(self, what: str) -> set[str]:
         """Returns the names that the zone has: `what` is accelerator-types or versions. Raises GcloudError."""
-        found = self._json(["compute", "tpus", what, "list", *self._where], [])
+        found = self._json(["compute", "tpus", "tpu-vm", what, "list", *self._where], [])
         return {entry.get("name", "").rpartition("/")[2] for entry in found}
 
     def quotas(self) -> list[dict]:
