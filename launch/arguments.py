@@ -1,4 +1,4 @@
-"""The flags behind `run --`, which are the training's: what can be refused before anything starts is refused here."""
+"""The flags after `run --`, which are the training's. What can be refused before anything starts is refused here."""
 
 import difflib
 import pathlib
@@ -15,7 +15,7 @@ _SHARED = flags.DEFINE_bool("shared_workdir", False, "run: the workdir is a moun
 
 
 def _given(arguments: list[str], name: str) -> str | None:
-    """The value of a flag for the training, as --name=value or --name value; the last one counts, as absl has it."""
+    """Returns the value of a flag for the training, as --name=value or --name value; the last counts, as in absl."""
     found = None
     for place, argument in enumerate(arguments):
         flag, equals, value = argument.lstrip("-").partition("=")
@@ -25,10 +25,10 @@ def _given(arguments: list[str], name: str) -> str | None:
 
 
 def _file_flags(arguments: list[str]) -> dict[str, str]:
-    """The flags that name files which the machines must have, and their paths."""
+    """Returns the paths of the flags that name files which the machines must have."""
     given = {flag: _given(arguments, flag) for flag in ("config", "prompt_file")}
     if given["config"] and "://" not in given["config"]:
-        given["config"] = given["config"].partition(":")[0]  # what is behind it, the file's get_config takes
+        given["config"] = given["config"].partition(":")[0]  # the rest is an argument of the file's get_config
     return {flag: path for flag, path in given.items() if path is not None}
 
 
@@ -40,7 +40,7 @@ def check_files(machines: Machines, arguments: list[str]) -> None:
     """Raises UserError if a flag names a file that is not part of what is installed on the machines."""
     source = machines.record.source
     if not source:
-        raise UserError(f"--name={machines.record.name}: its machines are not prepared; `up` first")
+        raise UserError(f"--name={machines.record.name}: its machines are not prepared; run `up` first")
     for flag, path in _file_flags(arguments).items():
         if _on_mount(path):
             continue
@@ -72,23 +72,25 @@ def check_elsewhere(machines: Machines, arguments: list[str], workdir: str) -> N
         if _on_mount(path) and machines.lacks(path):
             raise UserError(f"--{flag}={path}: does not exist on the machines; give a file of the mount")
     if "config" not in named and machines.lacks(f"{workdir}/config.json"):
-        raise UserError(f"-- --config=: must be given; there is no {workdir}/config.json of an earlier run")
+        raise UserError(
+            f"-- --config=: is missing, and there is no {workdir}/config.json of an earlier run; give --config"
+        )
 
 
 def workdir_of(arguments: list[str]) -> str:
-    """The run's folder. Raises UserError if it is not given or goes with the machines, or if a flag is given that `run`
-    adds itself."""
+    """Returns the run's folder. Raises UserError if it is missing or goes with the machines, or if a flag is given that
+    `run` adds itself."""
     given = _given(arguments, "workdir")
     if not given:
-        raise UserError("-- --workdir=: must be given behind --, as --workdir=gs://BUCKET/RUN")
+        raise UserError("-- --workdir=: is missing; give --workdir=gs://BUCKET/RUN after --")
     workdir = given.rstrip("/")
     if not workdir.startswith("gs://") and not (_SHARED.value and workdir.startswith("/")):
         raise UserError(
-            f"--workdir={workdir}: is on the machines' own disks, which go with them; give gs://BUCKET/RUN, or the "
-            "absolute path of a mount that all share, with --shared_workdir"
+            f"--workdir={workdir}: is on the machines' own disks, which are deleted with them; give gs://BUCKET/RUN, "
+            "or the absolute path of a mount that all share, with --shared_workdir"
         )
     joining = ("multihost", "coordinator_address", "num_processes", "process_id")
     own = [a for a in arguments if a.lstrip("-").partition("=")[0] in joining]
     if own:
-        raise UserError(f"{own[0]}: must be left out; the machines find each other by Cloud TPU's metadata")
+        raise UserError(f"{own[0]}: is set by the machines, from Cloud TPU's metadata; leave it out")
     return workdir

@@ -1,13 +1,13 @@
-"""Time, as launch sees it: handed on, so that tests wait for an hour without waiting."""
+"""The time, passed as an argument so that a test of an hour takes no hour."""
 
 import time
 
 
 class Clock:
-    """The real one."""
+    """The real time."""
 
     def now(self) -> float:
-        """Seconds since 1970."""
+        """Returns the seconds since 1970."""
         return time.time()
 
     def sleep(self, seconds: float) -> None:
@@ -16,7 +16,7 @@ class Clock:
 
 
 def ago(seconds: float) -> str:
-    """A duration as people say it: 42 s, 12 min, 3.5 h."""
+    """Formats a duration: 42 s, 12 min, 3.5 h."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -19,7 +19,7 @@ from tvq_pod.errors import UserError
 
 ANSWER_SECONDS, WORK_SECONDS = 120.0, 1800.0  # that gcloud may take, for a question and for work
 ALIVE = ("-oServerAliveInterval=15", "-oServerAliveCountMax=4")  # a machine that is gone ends ssh within a minute
-TRIES = 3  # of a question that fails in passing; gcloud tries some times itself
+TRIES = 3  # of a question that fails temporarily; gcloud also retries by itself
 
 # By kind: how gcloud says it. The first that is found counts. (Behind what is denied or not found, it names the "active
 # account": that is not a sign of a login that is missing.)
@@ -46,8 +46,8 @@ _SIGNS = {
 
 
 class GcloudError(UserError):
-    """gcloud said no. kind: one of missing, login, exists, capacity, quota, denied, passing, other. output: what it
-    printed all the same."""
+    """gcloud failed. kind: one of missing, login, exists, capacity, quota, denied, passing, other. output: what it
+    printed before it failed."""
 
     def __init__(self, command: list[str], code: int, said: str):
         lines = [line.strip() for line in said.splitlines() if line.strip()]
@@ -69,7 +69,7 @@ _HELP = {
 
 
 class Gcloud:
-    """The commands, for one project and zone; with dry_run, printed, and not one of them done."""
+    """The commands, for one project and zone. In a dry run they are printed and not run."""
 
     def __init__(
         self,
@@ -90,30 +90,31 @@ class Gcloud:
     # ------------------------------------------------------------------ queued resources and their nodes
 
     def create(self, name: str, flags: list[str]) -> None:
-        """Asks for slices; returns when the request is in the queue. Raises GcloudError."""
+        """Requests slices; returns when the request is in the queue. Raises GcloudError."""
         self._do(["queued-resources", "create", name, *flags, *self._where, "--quiet"])
 
     def describe(self, name: str) -> dict | None:
-        """The queued resource, or None if there is none, and in a dry run. Raises GcloudError."""
+        """Returns the queued resource, or None if it does not exist, and in a dry run. Raises GcloudError."""
         return self._ask(["queued-resources", "describe", name, *self._where, "--format=json"])
 
     def node(self, name: str) -> dict | None:
-        """One TPU VM, all machines of one slice. Raises GcloudError."""
+        """Returns one TPU VM, which is all machines of one slice, or None as above. Raises GcloudError."""
         return self._ask(["tpu-vm", "describe", name, *self._where, "--format=json"])
 
     def delete(self, name: str, force: bool = False) -> None:
-        """force: with its nodes, when it is ACTIVE. Returns when it is gone. Raises GcloudError."""
+        """Deletes the queued resource; with force, also its nodes, when it is ACTIVE. Returns when it is gone. Raises
+        GcloudError."""
         self._do(["queued-resources", "delete", name, *self._where, "--quiet", *(["--force"] if force else [])])
 
     # ------------------------------------------------------------------ machines
 
     def ssh(self, name: str, command: str, node: str = "all", worker: str = "all") -> str:
-        """What the command printed, of all machines together. Raises GcloudError if it failed on any: what the others
-        said is in its `output`."""
+        """Returns what the command printed, on all machines together. Raises GcloudError if it failed on any: what the
+        others printed is in its `output`."""
         return self._do([*self.ssh_command(name, node, worker)[3:], f"--command={command}"])
 
     def ssh_command(self, name: str, node: str, worker: str) -> list[str]:
-        """To be handed the terminal, or --command."""
+        """Returns the command that opens a terminal, or to which --command is added."""
         to = [f"--node={node}", f"--worker={worker}", *self._where, *self._ssh_flags, "--quiet"]
         to += [f"--ssh-flag={flag}" for flag in ALIVE]
         return ["gcloud", "compute", "tpus", "queued-resources", "ssh", name, *to]
@@ -127,11 +128,42 @@ class Gcloud:
     # ------------------------------------------------------------------ gcloud's own settings, and buckets
 
     def default(self, name: str) -> str:
-        """Of a setting, as core/project; "" if it has none, and in a dry run. Raises GcloudError."""
+        """Returns a setting, as core/project; "" if it is not set, and in a dry run. Raises GcloudError."""
         return (self._run(["gcloud", "config", "get-value", name, "--quiet"]) or "").strip()
 
+    def version(self) -> str:
+        """Returns the version of the Google Cloud SDK, as 528.0.0; "" in a dry run. Raises GcloudError."""
+        return self._json(["version"], {}).get("Google Cloud SDK", "")
+
+    def account(self) -> str:
+        """Returns the account that is active; "" if there is none, and in a dry run. Raises GcloudError."""
+        found = self._json(["auth", "list", "--filter=status:ACTIVE"], [])
+        return found[0].get("account", "") if found else ""
+
+    def project(self, project: str) -> dict | None:
+        """Returns the project, or None in a dry run. Raises GcloudError."""
+        return self._json(["projects", "describe", project], None)
+
+    def services(self) -> set[str]:
+        """Returns the APIs that are enabled in the project; none in a dry run. Raises GcloudError."""
+        found = self._json(["services", "list", "--enabled", *self._project], [])
+        return {service.get("config", {}).get("name", "") for service in found}
+
+    def offered(self, what: str) -> set[str]:
+        """Returns the names that the zone has: `what` is accelerator-types or versions. Raises GcloudError."""
+        found = self._json(["compute", "tpus", "tpu-vm", what, "list", *self._where], [])
+        return {entry.get("name", "").rpartition("/")[2] for entry in found}
+
+    def quotas(self) -> list[dict]:
+        """Returns the quotas of the TPU API (QuotaInfo of the Cloud Quotas API). Raises GcloudError."""
+        return self._json(["beta", "quotas", "info", "list", "--service=tpu.googleapis.com", *self._project], [])
+
+    def bucket(self, url: str) -> dict | None:
+        """Returns what gcloud knows of a bucket, or None in a dry run. Raises GcloudError."""
+        return self._json(["storage", "buckets", "describe", url, *self._project], None)
+
     def cat(self, url: str) -> str | None:
-        """A text object, or None if there is none, and in a dry run. Raises GcloudError."""
+        """Returns a text object, or None if it does not exist, and in a dry run. Raises GcloudError."""
         try:
             return self._run(["gcloud", "storage", "cat", url, *self._project])
         except GcloudError as error:
@@ -141,8 +173,16 @@ class Gcloud:
 
     # ------------------------------------------------------------------ how
 
+    def _json(self, arguments: list[str], otherwise):
+        """Returns what a command answers; `otherwise` in a dry run."""
+        text = self._run(["gcloud", *arguments, "--format=json"])
+        try:
+            return otherwise if text is None else json.loads(text)
+        except ValueError:
+            raise UserError(f"gcloud {' '.join(arguments[:3])}: its answer is not JSON; update gcloud") from None
+
     def _ask(self, arguments: list[str]):
-        """A question: asked again if it failed in passing."""
+        """Asks a question, and asks again after a temporary failure."""
         for attempt in range(TRIES):
             try:
                 text = self._run(["gcloud", "compute", "tpus", *arguments])

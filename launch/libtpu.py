@@ -13,7 +13,7 @@ SEVERAL_SLICES = {
     "xla_tpu_data_parallel_opt_different_sized_ops": "true",
 }
 
-BY_CHIP = {"v2": {}, "v3": {}, "v4": {}, "v5e": {}, "v5p": {}, "v6e": {}}
+BY_CHIP = {"v2": {}, "v3": {}, "v4": {}, "v5e": {}, "v5p": {}, "v6e": {}, "tpu7x": {}}
 
 
 def flags(chip: str, several_slices: bool) -> list[str]:

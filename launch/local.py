@@ -1,4 +1,4 @@
-"""A multi-process job on one machine, with simulated devices: what a pod does, before one is rented.
+"""A multi-process job on one machine, with simulated devices: what a pod does, before you rent one.
 
     python -m launch.local --processes=2 --devices_per_process=4 -- --config=configs/stdlib.py --workdir=runs/two
 
@@ -27,7 +27,7 @@ _GRACE = flags.DEFINE_float("grace_seconds", 30.0, "How long the others may take
 
 
 def free_port() -> int:
-    """A port of this machine that nobody has now."""
+    """Returns a port of this machine that is free now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
@@ -53,7 +53,8 @@ def start(n_processes: int, devices_per_process: int, arguments: list[str], **se
 
 
 def wait(processes: list[subprocess.Popen], grace_seconds: float) -> int:
-    """Until all are done, or one has failed and the others were ended; the exit code of the first that failed, or 0."""
+    """Waits until all are done, or one has failed and the others were ended. Returns the exit code of the first that
+    failed, or 0."""
     ended = queue.SimpleQueue()
     for process in processes:
         in_background(lambda process=process: ended.put(process.wait()))

@@ -44,7 +44,7 @@ class Said(NamedTuple):
 
 
 class Machines:
-    """Of one run. Changes of the record are saved at once."""
+    """The machines of one run. Changes of the record are saved at once."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Machines:
 
     @property
     def expected(self) -> int:
-        """How many machines there are."""
+        """The number of machines."""
         return sum(self.record.machines)
 
     def note(self, again: bool = False, **changes) -> None:
@@ -76,13 +76,13 @@ class Machines:
     # ------------------------------------------------------------------ the slices
 
     def queue(self) -> Queued:
-        """The request as gcloud sees it. Raises UserError if it is somebody else's, and GcloudError."""
+        """Returns the request as gcloud sees it. Raises UserError if it is somebody else's, and GcloudError."""
         found = self.gcloud.describe(self.record.name)
         if found is None:
             return Queued(MISSING)
         if self.record.label not in _labels(found):
             raise UserError(
-                f"--name={self.record.name}: is taken by a queued resource that this machine did not ask for; give "
+                f"--name={self.record.name}: is taken by a queued resource that this machine did not request; give "
                 f"another name, or bring {self.records.path(self.record.name)} from the machine that did"
             )
         state = found.get("state", {})
@@ -109,7 +109,7 @@ class Machines:
             self.queue()  # refuses what is somebody else's
 
     def wait_until_active(self) -> None:
-        """With a line whenever something changes, and every ten minutes. Raises UserError if the request failed."""
+        """Waits, with a line at every change and every ten minutes. Raises UserError if the request failed."""
         said, said_at = None, 0.0
         while not self.gcloud.dry_run:
             try:
@@ -134,7 +134,7 @@ class Machines:
         self.granted()
 
     def granted(self) -> None:
-        """Notes that the slices are there, and how many machines they have. Raises GcloudError."""
+        """Notes that the slices exist, and how many machines they have. Raises GcloudError."""
         now, record = self.clock.now(), self.record
         machines = [len(node.get("networkEndpoints", [])) for node in self.nodes().values()]
         if not all(machines) and not self.gcloud.dry_run:
@@ -144,7 +144,7 @@ class Machines:
         self._tell(f"{record.name}: {what} is there, {self.expected} machine(s), after {ago(record.waited)}")
 
     def nodes(self) -> dict[str, dict]:
-        """What gcloud knows of each slice; {} of one that does not exist. Raises GcloudError."""
+        """Returns what gcloud knows of each slice; {} of one that does not exist. Raises GcloudError."""
         record = self.record
         names = [record.name] if record.slices == 1 else [f"{record.name}-{i}" for i in range(record.slices)]
         return {name: self.gcloud.node(name) or {} for name in names}
@@ -152,14 +152,14 @@ class Machines:
     # ------------------------------------------------------------------ the machines
 
     def prepare(self) -> None:
-        """All machines have the source and its packages. Raises UserError that names those that have not."""
+        """Installs the source and its packages on all machines. Raises UserError that names those that failed."""
         said = self._until_all("installed", f"bash {FOLDER}/worker.sh install {shlex.quote(self.record.source)}")
         self.note(phase=PREPARED)
         self._tell(f"{self.record.name}: {self.record.source} is installed on {self.expected} machine(s)")
         self._tell_versions({where: answer.rest.partition(": ")[2] for where, answer in said.items()})
 
     def start(self) -> None:
-        """The training runs on all machines: the next attempt, or, if that had begun to start, that one."""
+        """Starts the training on all machines: the next attempt, or the one that had begun to start."""
         record = self.record
         if record.phase != STARTING:
             self.note(phase=STARTING, attempt=record.attempt + 1)
@@ -175,7 +175,7 @@ class Machines:
         self._tell(f"{record.name}: started on {self.expected} machine(s), attempt {record.attempt}")
 
     def states(self, node: str = "all", worker: str = "all") -> dict[str, Said]:
-        """By machine, what became of the training. Those that can't be reached are left out."""
+        """Returns, by machine, what became of the training. Those that can't be reached are left out."""
         return self._on(f"bash {FOLDER}/worker.sh state", node, worker)[0]
 
     def stop(self) -> dict[str, Said]:
@@ -194,8 +194,8 @@ class Machines:
             self._tell(f"{self.record.name}: {some if len(on) < len(versions) else ''}{found}")
 
     def lacks(self, path: str) -> bool:
-        """Whether it is certain that a file does not exist, at gs:// or on a mount that all machines share. False if
-        nobody answers, and in a dry run."""
+        """Returns whether a file certainly does not exist, at gs:// or on a mount that all machines share. False
+        if nobody answers, and in a dry run."""
         try:
             if path.startswith("gs://"):
                 return self.gcloud.cat(path) is None and not self.gcloud.dry_run
@@ -261,20 +261,21 @@ class Machines:
                 raise UserError(f"--name={record.name}: {self.tarball}: {error.strerror}; `up` makes it") from None
             if record.run_id:
                 (stage / "run.sh").write_text(run_script(record))
-            environment = settings_of(record.env_file) if record.env_file else {}
-            with open(os.open(stage / "env", os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-                file.writelines(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
+            for name, env_file in (("env", record.env_file), ("install_env", record.install_env_file)):
+                environment = settings_of(env_file) if env_file else {}
+                with open(os.open(stage / name, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+                    file.writelines(f"export {key}={shlex.quote(value)}\n" for key, value in environment.items())
         self.gcloud.scp(record.name, ["--recurse", str(stage)], "")
 
     @property
     def tarball(self) -> pathlib.Path:
-        """The source, on this machine."""
+        """The path of the source on this machine."""
         return self.records.folder / "sources" / f"{self.record.source}.tar.gz"
 
     # ------------------------------------------------------------------ the run
 
     def status(self) -> dict | None:
-        """The run's own status file (tvq_pod/run/status.py), or None if it has none, or another run's."""
+        """Returns the run's own status file (tvq_pod/run/status.py), or None if it has none, or another run's."""
         record = self.record
         if not record.run_id:
             return None
@@ -286,7 +287,7 @@ class Machines:
                 text = self.gcloud.ssh(record.name, f"cat {shlex.quote(path)}", "0", "0")
         except GcloudError as error:  # the slice alone says enough to continue
             if path.startswith("gs://") and str(error) != self._said_of_status:
-                self.say(f"{record.name}: {path} can't be read ({error})")
+                self.say(f"{record.name}: {path} cannot be read ({error})")
             self._said_of_status, text = str(error), None
         try:
             status = json.loads(text or "null")
@@ -296,7 +297,7 @@ class Machines:
 
 
 def run_script(record: Record) -> str:
-    """What a machine's systemd unit runs. Its secrets, if there are any, are in a file beside it."""
+    """Returns what a machine's systemd unit runs. Its secrets, if there are any, are in a file beside it."""
     chip, several = slices.parse(record.accelerator).chip.name, record.slices > 1
     lines = [
         "#!/bin/bash",
@@ -310,16 +311,24 @@ def run_script(record: Record) -> str:
 
 
 def settings_of(env_file: str) -> dict[str, str]:
-    """NAME=VALUE lines, and nothing of a shell's in them. Raises UserError."""
+    """Returns the settings of a file of NAME=VALUE lines, and nothing of a shell's in them. Raises UserError."""
     try:
-        lines = pathlib.Path(env_file).read_text().splitlines()
+        lines = pathlib.Path(env_file).expanduser().read_text().splitlines()
     except OSError as error:
-        raise UserError(f"--env_file={env_file}: can't be read ({error.strerror})") from None
+        raise UserError(f"{env_file}: cannot be read ({error.strerror}); give a file of NAME=VALUE lines") from None
     settings = [line.partition("=") for line in lines if line.strip() and not line.lstrip().startswith("#")]
     for name, equals, _ in settings:
         if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise UserError(f"--env_file={env_file}: must have lines NAME=VALUE")
+            raise UserError(f"{env_file}: a line is not NAME=VALUE; give one setting per line, without export")
     return {name: value for name, _, value in settings}
+
+
+def checked_file(path: str | None) -> str:
+    """Returns the absolute path of a file of NAME=VALUE lines; "" for no file. Raises UserError if it is not one."""
+    if not path:
+        return ""
+    settings_of(path)
+    return str(pathlib.Path(path).expanduser().resolve())
 
 
 def _labels(found: dict) -> set[str]:

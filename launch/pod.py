@@ -1,13 +1,14 @@
 """From gcloud to a pod that trains until it is done.
 
+    python -m launch.pod doctor --zone=us-west4-a --accelerator=v5litepod-16 --spot --bucket=gs://BUCKET
     python -m launch.pod up --name=RUN --zone=us-west4-a --accelerator=v5litepod-16 --spot
     python -m launch.pod run --name=RUN -- --config=configs/enwik8.py --workdir=gs://BUCKET/RUN
     python -m launch.pod watch --name=RUN
     python -m launch.pod status | logs | ssh | stop | down
 
-Needs gcloud on the PATH and logged in, and of this project's packages only absl and filelock. Every command may
-be given again at any time: what is there already stays, and what would disturb a training is refused. --dry_run prints
-the commands, and does none of them.
+This needs gcloud on the PATH and logged in, and of this project's packages only absl and filelock. Every command may
+be repeated at any time: what exists stays, and what would disturb a training is refused. --dry_run prints the gcloud
+commands and runs none of them.
 """
 
 import pathlib
@@ -29,10 +30,11 @@ from tvq_pod.host.terminal import tell
 from . import arguments as training
 from . import slices
 from .clock import ago
+from .doctor import FIX, examine
 from .gcloud import Gcloud, GcloudError
-from .machines import MISSING, Machines, settings_of
+from .machines import MISSING, Machines, checked_file
 from .record import ASKED, DONE, PREPARED, STARTED, STARTING, STOPPED, Gone, Record, Records
-from .request import asked_for, planned
+from .request import asked_for, looked_for, planned
 from .show import HEADS, goodput, progress, row
 from .source import pack
 from .watch import Watch
@@ -40,6 +42,9 @@ from .watch import Watch
 _NAME = flags.DEFINE_string("name", None, "The run's name, and that of its slice.")
 _DIRTY = flags.DEFINE_bool("allow_dirty", False, "up: install files that differ from the commit, under another name.")
 _ENV_FILE = flags.DEFINE_string("env_file", None, "run: a file of NAME=VALUE for the training, such as keys; mode 600.")
+_INSTALL_ENV = flags.DEFINE_string(
+    "install_env_file", None, "up: a file of NAME=VALUE for pip on the machines, as HTTPS_PROXY; mode 600."
+)
 _POLL = flags.DEFINE_float("poll_seconds", 30.0, "up, watch: how often to look.", lower_bound=0.0)
 _RESTARTS = flags.DEFINE_integer("max_restarts", 3, "watch: after failures with no newer checkpoint.", lower_bound=0)
 _DOWN = flags.DEFINE_bool("then_down", False, "watch: give the slice back when the run is done.")
@@ -47,7 +52,8 @@ _WORKER = flags.DEFINE_integer("worker", 0, "logs, ssh: which machine, counted o
 _LINES = flags.DEFINE_integer("lines", 50, "logs: how many of the last ones.", lower_bound=1)
 _FOLLOW = flags.DEFINE_bool("follow", False, "logs: and what comes.")
 _YES = flags.DEFINE_bool("yes", False, "down: don't ask.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands and do none of them.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the gcloud commands and run none of them.")
+_BUCKET = flags.DEFINE_string("bucket", None, "doctor: as gs://BUCKET; the one of the run's workdir if not given.")
 _RECORDS = flags.DEFINE_string("records", "~/.tvq_pod", "Where this machine keeps what it knows of its runs.")
 
 
@@ -64,7 +70,7 @@ def _machines(record: Record, records: Records) -> Machines:
 
 
 def _own(records: Records) -> Machines:
-    """Of --name. A dry run may come before `up`: then it shows what would follow `up` with the same flags."""
+    """Returns the machines of --name. A dry run may come before `up`: it shows what would follow `up`."""
     name = slices.check_name(_NAME.value)
     if _DRY_RUN.value and records.load(name) is None:
         _say(f"# {name} does not exist yet: `up` comes first")
@@ -72,27 +78,58 @@ def _own(records: Records) -> Machines:
     return _machines(records.get(name), records)
 
 
+# ---------------------------------------------------------------------- doctor
+
+
+def doctor(records: Records) -> None:
+    """Prints what would stop the other commands, and how to fix it; ends with 1 if something must be fixed."""
+    name = slices.check_name(_NAME.value) if _NAME.value else None
+    dry = _DRY_RUN.value
+
+    def connect() -> Gcloud:
+        return Gcloud(None, None, dry, say=_say)
+
+    def default(setting: str) -> str:
+        try:
+            return connect().default(setting)
+        except UserError:
+            return ""  # what is wrong with gcloud is found below
+
+    record = looked_for(name, records.load(name) if name else None, default)
+    workdir = _BUCKET.value or (record.workdir if record.workdir.startswith("gs://") else "")
+    bucket = "gs://" + workdir.removeprefix("gs://").partition("/")[0] if workdir else None
+    n_found = n_bad = 0
+    for found in examine(lambda: _gcloud(record), record, bucket):
+        n_found, n_bad = n_found + 1, n_bad + (found.state == FIX)
+        if not dry:
+            _say(f"{found.state:<6}{' '.join(found.text.split())}")
+    if n_bad and not dry:
+        _say(f"{n_bad} of {n_found} must be fixed")
+        sys.exit(1)
+
+
 # ---------------------------------------------------------------------- up
 
 
 def up(records: Records) -> None:
-    """Asks for the slice, waits for it, and prepares its machines."""
+    """Requests the slice, waits for it, and prepares its machines."""
     name = slices.check_name(_NAME.value)
     record = asked_for(name, records.load(name), Gcloud(None, None, _DRY_RUN.value, say=_say).default)
     for flag, value in (("project", record.project), ("zone", record.zone)):
         if not value and not _DRY_RUN.value:
-            raise UserError(f"--{flag}=: must be given; gcloud has no default either")
+            raise UserError(f"--{flag}=: is missing, and gcloud has no default; give --{flag}")
     machines = _machines(record, records)
+    installs_with = record.install_env_file if _INSTALL_ENV.value is None else checked_file(_INSTALL_ENV.value)
     source = pack(records.folder / "sources", _DIRTY.value, write=not _DRY_RUN.value)
     if records.load(record.name) is None and not _DRY_RUN.value:
         records.save(record)
     state, why, _ = machines.queue()
     trains = state not in (MISSING, "SUSPENDED", "FAILED") and record.phase in (STARTING, STARTED)
     if trains and not _DRY_RUN.value:
-        raise UserError(f"--name={record.name}: has been started; to install another commit, `stop` first")
-    machines.note(source=source)
+        raise UserError(f"--name={record.name}: is training; to install another commit, `stop` it first")
+    machines.note(source=source, install_env_file=installs_with)
     if state in ("SUSPENDED", "FAILED"):
-        _say(f"{record.name}: {state}{f' ({why})' if why else ''}; deletes the request, and asks again")
+        _say(f"{record.name}: {state}{f' ({why})' if why else ''}; deletes the request, and requests it again")
         machines.gcloud.delete(record.name)
     if state in (MISSING, "SUSPENDED", "FAILED"):
         machines.ask(again=True)
@@ -110,9 +147,7 @@ def run(records: Records, arguments: list[str]) -> None:
     record = machines.record
     workdir = training.workdir_of(arguments)
     training.check_files(machines, arguments)
-    environment = str(pathlib.Path(_ENV_FILE.value).expanduser().resolve()) if _ENV_FILE.value else ""
-    if environment:
-        settings_of(environment)
+    environment = checked_file(_ENV_FILE.value)
     if not machines.gcloud.dry_run:
         _check_idle(machines)
         training.check_elsewhere(machines, arguments, workdir)
@@ -140,13 +175,13 @@ def _check_idle(machines: Machines) -> None:
     record = machines.record
     queued = machines.queue()
     if queued.state != "ACTIVE":
-        raise UserError(f"--name={record.name}: its slice is {queued.state}; `up` first")
+        raise UserError(f"--name={record.name}: its slice is {queued.state}; run `up` first")
     if record.phase == ASKED or not record.machines:
-        raise UserError(f"--name={record.name}: its machines are not prepared; `up` first")
+        raise UserError(f"--name={record.name}: its machines are not prepared; run `up` first")
     states = machines.states()
     running = [where for where, said in states.items() if said.word == "running"]
     if running:
-        raise UserError(f"--name={record.name}: trains already, on {len(running)} machine(s); `stop` first")
+        raise UserError(f"--name={record.name}: is already training on {len(running)} machine(s); `stop` it first")
     if len(states) < machines.expected:
         answered = f"only {len(states)} of {machines.expected} machine(s) answered"
         raise UserError(f"--name={record.name}: {answered}; try again")
@@ -156,11 +191,11 @@ def _check_idle(machines: Machines) -> None:
 
 
 def watch(records: Records) -> None:
-    """Until the run is done."""
+    """Keeps the training running until it is done."""
     machines = _own(records)
     name = machines.record.name
     if not machines.record.run_id and not machines.gcloud.dry_run:
-        raise UserError(f"--name={name}: there is nothing to watch; `run` first")
+        raise UserError(f"--name={name}: there is nothing to watch; start it with `run` first")
     if machines.gcloud.dry_run:
         if not machines.record.run_id:
             _say("# nothing runs yet: `run` comes first, and says what RUN_ID and gs://BUCKET/RUN are")
@@ -188,14 +223,14 @@ def watch(records: Records) -> None:
         _say(f"{name}: done")
         _give_back(machines)
     else:
-        _say(f"{name}: done. Its slice is still there, and costs: python -m launch.pod down --name={name}")
+        _say(f"{name}: done. Its slice still exists and costs money: python -m launch.pod down --name={name}")
 
 
 # ---------------------------------------------------------------------- status, logs, ssh
 
 
 def status(records: Records) -> None:
-    """A line for each run; with --name, also where its time went."""
+    """Prints a line for each run; with --name, also where its time went."""
     names = [slices.check_name(_NAME.value)] if _NAME.value else records.names()
     rows: list[tuple[str, ...]] = [HEADS]
     time_spent = ""
@@ -219,17 +254,17 @@ def status(records: Records) -> None:
 
 
 def _place(machines: Machines) -> tuple[str, str]:
-    """Of --worker: gcloud's numbers of its slice, and of the machine in it."""
+    """Returns gcloud's numbers of the slice of --worker, and of the machine in it."""
     worker = _WORKER.value
     for node, n_machines in enumerate(machines.record.machines or [1]):
         if worker < n_machines:
             return str(node), str(worker)
         worker -= n_machines
-    raise UserError(f"--worker={_WORKER.value}: must be 0 .. {machines.expected - 1}")
+    raise UserError(f"--worker={_WORKER.value}: does not exist; give 0 to {machines.expected - 1}")
 
 
 def logs(records: Records) -> None:
-    """The training's own lines: from the machine, or if that is gone, from the bucket."""
+    """Prints the training's own lines, from the machine, or from the bucket if the machine does not exist."""
     machines = _own(records)
     record, (node, worker) = machines.record, _place(machines)
     follow = " --follow" if _FOLLOW.value else ""
@@ -244,12 +279,12 @@ def logs(records: Records) -> None:
     path = f"{record.workdir}/logs/{name}-{worker}.attempt-{record.run_id}-{record.attempt}.log"
     text = machines.gcloud.cat(path) if path.startswith("gs://") else None
     if text is None:
-        raise UserError(f"--name={record.name}: its slice is gone, and there is no {path}")
+        raise UserError(f"--name={record.name}: its slice does not exist, and neither does {path}")
     _say("\n".join(text.splitlines()[-_LINES.value :]))
 
 
 def ssh(records: Records, arguments: list[str]) -> None:
-    """A shell on a machine, or one command."""
+    """Opens a shell on a machine, or runs one command."""
     machines = _own(records)
     command = machines.gcloud.ssh_command(machines.record.name, *_place(machines))
     command.remove("--quiet")
@@ -265,11 +300,11 @@ def ssh(records: Records, arguments: list[str]) -> None:
 
 
 def stop(records: Records) -> None:
-    """The training saves and ends; the slice stays, and watch does not start it again."""
+    """Lets the training save and end. The slice stays, and watch does not start the training again."""
     machines = _own(records)
     name = machines.record.name
     if not machines.record.run_id and not machines.gcloud.dry_run:
-        raise UserError(f"--name={name}: there is nothing to stop; `run` first")
+        raise UserError(f"--name={name}: there is nothing to stop; start it with `run` first")
     machines.note(phase=STOPPED)  # first: watch must not take what follows for a preemption
     state = machines.queue().state
     if machines.gcloud.dry_run:
@@ -283,7 +318,7 @@ def stop(records: Records) -> None:
     if len(ended) < machines.expected:
         answered = f"only {len(ended)} of {machines.expected} machine(s) said that it ended"
         raise UserError(f"--name={name}: {answered}; try again")
-    _say(f"{name}: ended; {progress(machines.status())}. Its slice is still there, and costs")
+    _say(f"{name}: ended; {progress(machines.status())}. Its slice still exists and costs money")
 
 
 def down(records: Records) -> None:
@@ -301,7 +336,7 @@ def down(records: Records) -> None:
         _say(f"it trains: {progress(seen)}; it is asked to save first.")
     if not (_YES.value or machines.gcloud.dry_run):
         if not sys.stdin.isatty():
-            raise UserError("--yes: must be given where nobody can be asked")
+            raise UserError("--yes=False: there is no terminal to ask on; give --yes")
         if input("delete? [y/N] ").strip().lower() not in ("y", "yes"):
             raise UserError("nothing was deleted")
     _give_back(machines, state)
@@ -328,15 +363,15 @@ def _give_back(machines: Machines, state: str = "ACTIVE") -> None:
 # ----------------------------------------------------------------------
 
 
-COMMANDS = ("up", "run", "watch", "status", "logs", "ssh", "stop", "down")
+COMMANDS = ("doctor", "up", "run", "watch", "status", "logs", "ssh", "stop", "down")
 
 
 def main(argv: list[str]) -> None:
     """argv: the program, the command, and what is for the training or the shell."""
-    commands = dict(up=up, watch=watch, status=status, logs=logs, stop=stop, down=down)
+    commands = dict(doctor=doctor, up=up, watch=watch, status=status, logs=logs, stop=stop, down=down)
     with_arguments = dict(run=run, ssh=ssh)
     if len(argv) < 2 or argv[1] not in COMMANDS:
-        raise UserError(f"{' '.join(argv[1:2]) or 'no command'}: must be one of {', '.join(COMMANDS)}")
+        raise UserError(f"{' '.join(argv[1:2]) or 'no command'}: is not a command; give one of {', '.join(COMMANDS)}")
     command, arguments, records = argv[1], argv[2:], Records(_RECORDS.value)
     if command in with_arguments:
         with_arguments[command](records, arguments)
@@ -347,7 +382,7 @@ def main(argv: list[str]) -> None:
 
 
 def start() -> None:
-    """What `python -m launch.pod` calls."""
+    """Runs the command line of `python -m launch.pod`."""
     try:
         app.run(main)
     except UserError as error:

@@ -27,7 +27,7 @@ class Gone(UserError):
 
 @dataclasses.dataclass
 class Record:
-    """All of it."""
+    """What is known of one run."""
 
     # What was asked for.
     name: str
@@ -40,6 +40,7 @@ class Record:
     spot: bool = False
     label: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))  # by which our slice is known
     source: str = ""  # the tarball's name, without its ending
+    install_env_file: str = ""  # what pip finds in its environment there
     # What runs there.
     run_id: str = ""  # new with every `run`
     arguments: list[str] = dataclasses.field(default_factory=list)  # of tvq_pod.main
@@ -58,39 +59,39 @@ class Record:
 
 
 class Records:
-    """A folder of them."""
+    """A folder of records."""
 
     def __init__(self, folder: str):
         self.folder = pathlib.Path(folder).expanduser()
 
     def path(self, name: str) -> pathlib.Path:
-        """Where a run's record is."""
+        """Returns the path of a run's record."""
         return self.folder / f"{name}.json"
 
     def names(self) -> list[str]:
-        """Of all runs."""
+        """Returns the names of all runs."""
         return sorted(path.stem for path in self.folder.glob("*.json"))
 
     def load(self, name: str) -> Record | None:
-        """None if there is none. Raises UserError if it can't be read."""
+        """Returns the record, or None if it does not exist. Raises UserError if it cannot be read."""
         path = self.path(name)
         try:
             return Record(**json.loads(path.read_text()))
         except FileNotFoundError:
             return None
         except (OSError, TypeError, ValueError) as error:
-            raise UserError(f"--name={name}: {path} can't be read ({error}); delete it to forget the run") from None
+            raise UserError(f"--name={name}: {path} cannot be read ({error}); delete it to forget the run") from None
 
     def get(self, name: str) -> Record:
-        """Raises UserError if there is none."""
+        """Returns the record. Raises UserError if it does not exist."""
         record = self.load(name)
         if record is None:
             known = ", ".join(self.names()) or "none"
-            raise UserError(f"--name={name}: no such run in {self.folder} (there: {known}); begin with up")
+            raise UserError(f"--name={name}: does not exist in {self.folder} (which has: {known}); run `up` first")
         return record
 
     def save(self, record: Record) -> None:
-        """The old one or the new, never a part. Only its owner may read it."""
+        """Writes the record: a reader finds the old one or the new one, never a part. Only its owner may read it."""
         with self._lock(record.name, "change"):
             self._write(record)
 

@@ -1,5 +1,5 @@
-"""What `up` is asked for, by its flags: the record of a run. A run that is there already may be asked for again, but
-not for something else."""
+"""What `up` should request, by its flags: the record of a run. A run that exists may be requested again, but not as
+something else."""
 
 from collections.abc import Callable
 
@@ -37,16 +37,16 @@ _CREATE_FLAGS = (
 
 
 def asked_for(name: str, there: Record | None, default: Callable[[str], str]) -> Record:
-    """The record of the flags; or the one that is `there`, if they don't ask for something else. Raises UserError.
+    """Returns the record of the flags; or the one that is `there`, if they request the same. Raises UserError.
 
     default: gcloud's own value of a setting, as core/project: project and zone stay what they are now.
     """
     accelerator = _ACCELERATOR.value or (there.accelerator if there else None)
     if not accelerator:
-        raise UserError("--accelerator=: must be given, as v5litepod-16, v5p-128 or v6e-256")
+        raise UserError("--accelerator=: is missing; give a type of slice, as v5litepod-16, v5p-128 or v6e-256")
     asked = slices.parse(accelerator)
     if _SPOT.value and _RESERVED.value:
-        raise UserError("--spot --reserved: must be one of them, or none")
+        raise UserError("--spot --reserved: exclude each other; give one of them, or neither")
     create = [f"--runtime-version={_checked('runtime_version', asked.chip.runtime_version)}"]
     for flag in _CREATE_FLAGS[1:]:
         value = flags.FLAGS[flag].value
@@ -73,10 +73,18 @@ def asked_for(name: str, there: Record | None, default: Callable[[str], str]) ->
         field = fields.get(flag)
         if field and getattr(there, field) != getattr(record, field):
             raise UserError(
-                f"--{flag}: the run {name} was asked for with {getattr(there, field)}; give another --name, or `down` "
+                f"--{flag}: the run {name} was requested with {getattr(there, field)}; give another --name, or `down` "
                 "first"
             )
     return there
+
+
+def looked_for(name: str | None, there: Record | None, default: Callable[[str], str]) -> Record:
+    """For `doctor`: as asked_for, but the type of the slice may be missing, which is "" then. Raises UserError."""
+    if there is not None or _ACCELERATOR.value:
+        return asked_for(name or "doctor", there, default)
+    project, zone = _checked("project") or default("core/project"), _checked("zone") or default("compute/zone")
+    return Record(name or "doctor", project or None, zone or None, "", _SLICES.value, spot=_SPOT.value)
 
 
 def planned(name: str, source: str) -> Record:

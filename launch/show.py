@@ -14,7 +14,7 @@ HEADS = ("run", "slice", "queue", "training", "step", "tokens/s", "MFU", "loss",
 
 
 def progress(status: dict | None) -> str:
-    """A run's status file, in a line."""
+    """Returns a run's status file in a line."""
     if not status:
         return "runs; no status yet"
     return (
@@ -25,14 +25,14 @@ def progress(status: dict | None) -> str:
 
 
 def goodput(status: dict | None) -> str:
-    """Where the run's time went, as a table; "" if it does not say, or the file is damaged."""
+    """Returns a table of where the run's time went; "" if the file does not say, or is damaged."""
     with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
         return table(_record(status or {}))
     return ""
 
 
 def row(machines: Machines, status: dict | None) -> tuple[str, ...]:
-    """A cell for each of HEADS. status: of the run."""
+    """Returns a cell for each of HEADS. status: the run's."""
     record = machines.record
     what = f"{record.slices}x{record.accelerator}" if record.slices > 1 else record.accelerator
     try:
@@ -60,7 +60,7 @@ def row(machines: Machines, status: dict | None) -> tuple[str, ...]:
 
 
 def _record(status: dict) -> dict:
-    """Of where the time went; empty if the file has none, or a damaged one."""
+    """Returns the part about where the time went; empty if it is missing or damaged."""
     found = status.get("goodput")
     return found if isinstance(found, dict) else {}
 

@@ -1,4 +1,5 @@
-"""What can be asked for: a slice, by gcloud's name of its type; and which names it takes: gcloud does not look."""
+"""Slices that can be requested, by gcloud's name of their type, and the names that gcloud takes, which it does not
+check."""
 
 import dataclasses
 import re
@@ -9,7 +10,7 @@ from tvq_pod.planning.chips import CHIPS, Chip
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """One slice, of so many chips. How many machines it has, only gcloud knows, once it is there."""
+    """One slice and its number of chips. Only gcloud knows how many machines it has, once it exists."""
 
     accelerator: str
     chip: Chip
@@ -17,30 +18,32 @@ class Slice:
 
 
 def parse(accelerator: str) -> Slice:
-    """Of gcloud's name, as v5litepod-16 (16 chips) or v5p-16 (16 cores, 8 chips). Raises UserError."""
-    kinds = {chip.accelerator: chip for chip in CHIPS.values() if chip.runtime_version}
+    """Parses gcloud's name of a type, as v5litepod-16 (16 chips) or v5p-16 (16 cores, 8 chips). Raises UserError."""
+    kinds = {chip.accelerator: chip for chip in CHIPS.values()}
     kind, _, number = accelerator.rpartition("-")
     example = "as v5litepod-16, v5p-128 or v6e-256"
     if kind not in kinds:
-        raise UserError(f"--accelerator={accelerator}: must be one of {', '.join(kinds)} with a number, {example}")
+        known = f"{', '.join(kinds)} with a number, {example}"
+        raise UserError(f"--accelerator={accelerator}: is not a type of TPU slice; give one of {known}")
     chip = kinds[kind]
     if not re.fullmatch(r"[1-9][0-9]{0,4}", number) or int(number) % chip.per_name:
         what = "cores, two a chip" if chip.per_name > 1 else "chips"
-        raise UserError(f"--accelerator={accelerator}: behind {kind}- must be a number of {what}, {example}")
+        raise UserError(f"--accelerator={accelerator}: {number!r} is not a number of {what}; give one, {example}")
     return Slice(accelerator, chip, int(number) // chip.per_name)
 
 
 def check_name(name: str | None) -> str:
-    """Raises UserError if it can't be a queued resource's and its nodes' name."""
+    """Returns the name. Raises UserError if a queued resource and its nodes cannot have it."""
     if not name:
-        raise UserError("--name=: must be given: the run's name, and that of its slice")
+        raise UserError("--name=: is missing; give a name for the run and its slice")
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
-        raise UserError(f"--name={name}: must be 1 to 40 of a-z, 0-9 and -, begin with a letter and not end with -")
+        rule = "1 to 40 of a-z, 0-9 and -, starting with a letter and not ending with -"
+        raise UserError(f"--name={name}: is not a valid name; give {rule}")
     return name
 
 
 def check_value(flag: str, value: str, pattern: str, example: str) -> str:
-    """Raises UserError unless all of it matches."""
+    """Returns the value. Raises UserError unless the pattern matches all of it."""
     if not re.fullmatch(pattern, value):
-        raise UserError(f"--{flag}={value}: must look like {example}")
+        raise UserError(f"--{flag}={value}: is not valid; give a value like {example}")
     return value

@@ -51,7 +51,7 @@ fi
 
 # srun's exit code is the largest of its tasks'. 75: all saved, run me again.
 if [[ $code == 75 ]]; then
-  echo "preempted and saved: goes back into the queue"
-  scontrol requeue "$SLURM_JOB_ID" || echo "error: job $SLURM_JOB_ID could not be requeued: submit it again" >&2
+  echo "preempted and saved: the job goes back into the queue"
+  scontrol requeue "$SLURM_JOB_ID" || echo "error: SLURM_JOB_ID=$SLURM_JOB_ID: scontrol could not requeue it; submit it again" >&2
 fi
 exit "$code"

@@ -69,5 +69,5 @@ def _git(*arguments: str, **environment: str) -> str:
     except FileNotFoundError:
         raise UserError("git: is not on the PATH; the machines get a tarball of this commit") from None
     except subprocess.CalledProcessError as error:
-        raise UserError(f"git {arguments[0]}: {error.stderr.strip()}; launch must be started from a clone") from None
+        raise UserError(f"git {arguments[0]}: {error.stderr.strip()}; start launch from a clone") from None
     return done.stdout.strip()

@@ -11,10 +11,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 if ! [[ ${NAME:-} =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]]; then
-  echo "error: NAME=${NAME:-}: must be 1 to 40 of a-z, 0-9 and -" >&2
+  echo "error: NAME=${NAME:-}: is not a valid name; give 1 to 40 of a-z, 0-9 and -" >&2
   exit 1
 fi
-: "${NAME:?must be set: the name of the slice and the run}" "${ZONE:?must be set, as us-west4-a}"
+: "${NAME:?is missing; give a name for the slice and the run}" "${ZONE:?is missing; give a zone, as us-west4-a}"
 where=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"})
 tpus=(gcloud compute tpus)
 all=(--node=all --worker=all "${where[@]}" --quiet)
@@ -24,6 +24,7 @@ runtime_version() {
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v5p-*) echo v2-alpha-tpuv5 ;;
     v6e-*) echo v2-alpha-tpuv6e ;;
+    tpu7x-*) echo v2-alpha-tpu7-ubuntu2404 ;;
     *) echo tpu-ubuntu2204-base ;;
   esac
 }
@@ -53,10 +54,10 @@ upload() {
 up() {
   local flags state
   if [[ -z ${ALLOW_DIRTY:-} && -n $(git status --porcelain --untracked-files=no) ]]; then
-    echo "error: files differ from the commit, which is what is installed: commit them, or set ALLOW_DIRTY=1" >&2
+    echo "error: ALLOW_DIRTY=: files differ from the commit, which is what is installed; commit them, or set ALLOW_DIRTY=1" >&2
     exit 1
   fi
-  : "${ACCELERATOR:?must be set, as v5litepod-16}"
+  : "${ACCELERATOR:?is missing; give a type of slice, as v5litepod-16}"
   read -r -a flags <<< "${CREATE_FLAGS:-}"
   state=$(queue_state)
   case $state in
@@ -83,7 +84,7 @@ run() {
   for argument in "$@"; do
     [[ $argument != --workdir=* ]] || workdir=${argument#--workdir=}
   done
-  [[ $workdir == gs://* ]] || { echo "error: --workdir=$workdir: must be gs://BUCKET/RUN" >&2 && exit 1; }
+  [[ $workdir == gs://* ]] || { echo "error: --workdir=$workdir: is not in a bucket; give gs://BUCKET/RUN" >&2 && exit 1; }
   script=$(mktemp)
   {
     echo '#!/bin/bash'
@@ -117,5 +118,5 @@ source=tvq_pod-$(git rev-parse --short=12 HEAD)
 command=${1:-}
 case $command in
   up | run | state | logs | stop | down) shift && "$command" "$@" ;;
-  *) echo "error: ${command:-no command}: must be one of up, run, state, logs, stop, down" >&2 && exit 1 ;;
+  *) echo "error: ${command:-no command}: is not a command; give one of up, run, state, logs, stop, down" >&2 && exit 1 ;;
 esac

@@ -1,6 +1,6 @@
-"""The babysitter of one run: starts it again when it was preempted, when its slice was taken back, and, a few times,
-when it failed; until it is done. All that it knows is in the record, the queue and the run's own status file, so it may
-be killed at any point and started again."""
+"""The supervisor of one run: starts it again when it was preempted, when its slice was taken back, and, a few times,
+when it failed, until it is done. Its state is in the record, the queue and the run's own status file, so it may be
+killed at any point and started again."""
 
 from tvq_pod.errors import UserError
 
@@ -21,17 +21,17 @@ class GivenUp(UserError):
 
 
 class Watch:
-    """Of one run's machines."""
+    """Watches one run's machines."""
 
     def __init__(self, machines: Machines, max_restarts: int):
-        """max_restarts: after failures without a newer checkpoint, and requests for a slice that fail."""
+        """max_restarts: after failures without a newer checkpoint, and after requests for a slice that fail."""
         self.machines, self.max_restarts = machines, max_restarts
         self._last_line, self._said_at = None, 0.0
         self._ending_since = None
 
     def run(self) -> None:
         """Returns when the run is done, or was stopped by hand. Raises GivenUp; UserError for what only a person can
-        mend, such as a login, if it is so from the beginning."""
+        fix, such as a login, if it is so from the beginning."""
         record, first = self.machines.record, True
         if record.failures > self.max_restarts:
             raise GivenUp(f"--name={record.name}: was given up after {record.failures} failures; `run` starts over")
@@ -49,7 +49,7 @@ class Watch:
             self.machines.clock.sleep(pause)
 
     def step(self) -> float:
-        """Looks once, and does what is to be done. Returns how many seconds there is nothing to do."""
+        """Looks once, and acts. Returns the seconds until the next look."""
         machines, status = self.machines, self._status()
         if status and status["state"] == "done":
             machines.note(phase=DONE)
@@ -68,7 +68,7 @@ class Watch:
         return self.machines.poll_seconds
 
     def _status(self) -> dict | None:
-        """What the run says of itself. A newer checkpoint is progress: failures and restarts count from there."""
+        """Returns the run's status. A newer checkpoint is progress: failures and restarts count from there."""
         status = self.machines.status()
         if status and (status.get("saved_step") or -1) > self.machines.record.saved_step:
             self.machines.note(saved_step=status["saved_step"], failures=0, restarts=0)
@@ -87,20 +87,20 @@ class Watch:
 
     def _ask(self) -> float:
         record = self.machines.record
-        self._say("asks for a slice")
+        self._say("requests a slice")
         try:
             self.machines.ask()
         except GcloudError as error:
             waiting_helps = error.kind in ("capacity", "quota", "passing", "login")
             return self._refused(str(error), None if waiting_helps else self.max_restarts)
-        self._say(f"asked for {record.slices} x {record.accelerator}")
+        self._say(f"requested {record.slices} x {record.accelerator}")
         return self.machines.poll_seconds
 
     def _give_back(self, queued: Queued) -> float:
         """Slices that were taken back, or could not be had. Without force: were they ACTIVE by now, they would stay."""
         record = self.machines.record
         why = queued.why or queued.state
-        self._say(f"{queued.state}: {queued.why or 'was taken back'}; deletes the request, and asks again")
+        self._say(f"{queued.state}: {queued.why or 'was taken back'}; deletes the request, and requests it again")
         self.machines.gcloud.delete(record.name)
         if record.phase != ASKED:
             self.machines.note(phase=ASKED)
@@ -112,9 +112,9 @@ class Watch:
         refusals = self.machines.record.refusals + 1
         self.machines.note(refusals=refusals)
         if limit is not None and refusals > limit:
-            raise GivenUp(f"--name={self.machines.record.name}: asked {refusals} times for a slice: {why}")
+            raise GivenUp(f"--name={self.machines.record.name}: requested a slice {refusals} times: {why}")
         pause = _back_off(refusals)
-        self._say(f"{why}; asks again in {ago(pause)}")
+        self._say(f"{why}; requests it again in {ago(pause)}")
         return pause
 
     # ------------------------------------------------------------------ the training
@@ -145,7 +145,7 @@ class Watch:
         if not lost:
             self._say(f"its first machine does not answer; gcloud has {states}")
             return machines.poll_seconds
-        self._say(f"{', '.join(lost)}; deletes what is left, and asks again")
+        self._say(f"{', '.join(lost)}; deletes what is left, and requests a slice again")
         machines.gcloud.delete(record.name, force=True)
         machines.note(phase=ASKED)
         return 0.0
@@ -208,7 +208,7 @@ class Watch:
             raise GivenUp(
                 f"--name={record.name}: {why}; failed {record.failures} times with no checkpoint after step "
                 f"{max(record.saved_step, 0)}; `python -m launch.pod logs --name={record.name}` says more, and `run` "
-                "begins to count again. Its slice is still there, and costs"
+                "starts counting again. Its slice still exists and costs money"
             )
         pause = _back_off(record.failures)
         self._say(f"{why}; failure {record.failures} without a newer checkpoint; tries again in {ago(pause)}")
@@ -217,14 +217,14 @@ class Watch:
     # ------------------------------------------------------------------ what is said
 
     def _say(self, line: str) -> None:
-        """Not the same again and again; but once an hour, that it lives."""
+        """Prints a line unless it repeats the last one; a repeated one once an hour."""
         now = self.machines.clock.now()
         if (line, now < self._said_at + 3600) != (self._last_line, True):
             self.machines.say(f"{self.machines.record.name}: {line}")
             self._last_line, self._said_at = line, now
 
     def _show(self) -> None:
-        """For a dry run: what would be done if the slice had been taken back."""
+        """Prints, for a dry run, what would be done if the slice had been taken back."""
         machines = self.machines
         machines.say("# if it is SUSPENDED or FAILED:")
         machines.gcloud.delete(machines.record.name)

@@ -22,7 +22,7 @@ metadata() {
     "http://${GCE_METADATA_HOST:-metadata.google.internal}/computeMetadata/v1/instance/attributes/$1"
 }
 
-# NODE/WORKER, asked once.
+# Prints NODE/WORKER; asks for it once.
 me() {
   local node worker
   if [[ -s $root/me ]]; then
@@ -39,7 +39,7 @@ me() {
 
 report() { echo "tvq_pod@$(me): $*"; }
 
-# Whatever fails, somebody hears of it.
+# Every failure is reported.
 trap 'report "failed ${BASH_COMMAND%% *}, line $LINENO ($(room) free)"; exit 1' ERR
 room() { df -h --output=avail "$root" | tail -n 1 | tr -d ' '; }
 
@@ -72,8 +72,9 @@ new_environment() {
   python=$(python_of_system)
   if [[ -n $python ]]; then
     "$python" -m venv "$1"
-  else # Ubuntu 22.04 has 3.10: uv brings a newer one
-    python3 -m pip install --quiet --user uv || return
+  else # Ubuntu 22.04 has 3.10, and 24.04 may lack venv: uv brings its own
+    # Ubuntu 24.04 lets pip install into a home only if told so; older pips ignore the variable.
+    PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv || return
     python3 -m uv venv --quiet --seed --python 3.11 "$1"
   fi
 }
@@ -92,6 +93,8 @@ install() {
         ;;
     esac
     rm -rf "$root/installed" "$root/versions" "$root/venv" "$root/source"
+    # shellcheck disable=SC1091 # launch.pod writes it: a proxy or an index for pip
+    [[ ! -s $root/install_env ]] || . "$root/install_env"
     step unpacking unpack "$root/$source.tar.gz" "$root/source"
     step "virtual environment" new_environment "$root/venv"
     step "pip install" "$root/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
@@ -188,7 +191,7 @@ state() {
     report "exited $attempt $(cut -d ' ' -f 2 "$root/ended")"
   elif [[ $now == active || $now == *ing ]]; then
     report "running $attempt"
-  else # the machine was started anew
+  else # the machine was restarted
     report "gone $attempt"
   fi
 }

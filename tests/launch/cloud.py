@@ -24,10 +24,12 @@ class Cloud:
 
     waits: seconds from the request to the slice; zone_full_until: time before which there are none; create_errors:
     [[STATUS, message], ...] for the next requests; fails: [code, message] of the next request that is accepted;
-    logged_in; ssh_failures: how many of the next ssh calls drop; broken: machines (NODE/WORKER) whose installation
-    fails; versions: the packages that a machine (NODE/WORKER) says it has; environment: of all machines; wait_at and
-    training: what the pretended training does (see there); kill_at: the number of the call whose caller is killed when
-    it is done, or, negative, before.
+    logged_in; expired: whether the login's token is; sdk: gcloud's version; project: its state; services: the APIs
+    that are enabled; lacks: names of types and versions that the zone does not offer; quotas: as the Cloud Quotas API
+    lists them, or a text with which that fails; buckets: by name, location and its type; ssh_failures: how many of
+    the next ssh calls drop; broken: machines (NODE/WORKER) whose installation fails; versions: the packages that a
+    machine (NODE/WORKER) says it has; environment: of all machines; wait_at and training: what the pretended training
+    does (see there); kill_at: the number of the call whose caller is killed when it is done, or, negative, before.
     """
 
     def __init__(self, folder):
@@ -43,6 +45,9 @@ class Cloud:
             state = json.loads(path.read_text()) if path.exists() else {}
             defaults = dict(queued={}, waits=0.0, zone_full_until=0.0, create_errors=[], fails=None, logged_in=True)
             defaults |= dict(lost_nodes=[], ssh_failures=0, broken=[], versions={}, environment={}, wait_at=0)
+            defaults |= dict(sdk="528.0.0", expired=False, project="ACTIVE", lacks=[], quotas=[])
+            defaults |= dict(services=["tpu.googleapis.com", "storage.googleapis.com"])
+            defaults |= dict(buckets={"bucket": ["US-CENTRAL2", "region"]})
             defaults |= dict(calls=0, kill_at=0, log=[])
             for name, value in defaults.items():
                 state.setdefault(name, value)

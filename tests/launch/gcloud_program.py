@@ -32,7 +32,13 @@ def gcloud(arguments: list[str]) -> None:
             state["calls"] += 1
             state["log"].append(arguments)
         doomed = {state["kill_at"]: "after", -state["kill_at"]: "before"}.get(state["calls"])
-        if not state["logged_in"]:
+        if state["expired"] and command not in LOCAL:
+            fail(
+                f"ERROR: (gcloud.{command.replace(' ', '.')}) There was a problem refreshing your current auth tokens: "
+                "Reauthentication failed. cannot prompt during non-interactive execution.\nPlease run:\n\n"
+                "  $ gcloud auth login\n\nto obtain new credentials.\n"
+            )
+        if not state["logged_in"] and command not in LOCAL:
             fail(
                 f"ERROR: (gcloud.{command.replace(' ', '.')}) You do not currently have an active account selected.\n"
                 "Please run:\n\n  $ gcloud auth login\n\nto obtain new credentials.\n"
@@ -255,7 +261,73 @@ def storage_cp(cloud, flags, places, error):
     path.write_bytes(data)
 
 
+def version(cloud, flags, places, error):
+    with cloud.open() as state:
+        print(json.dumps({"Google Cloud SDK": state["sdk"], "core": "2025.06.20"}, indent=2))
+
+
+def auth_list(cloud, flags, places, error):
+    with cloud.open() as state:
+        print(json.dumps([dict(account="me@x.org", status="ACTIVE")] if state["logged_in"] else []))
+
+
+def describe_project(cloud, flags, places, error):
+    with cloud.open() as state:
+        found = state["project"]
+    if places[0] != "my-project":
+        fail(
+            f"{error} User [me@x.org] does not have permission to access projects instance [{places[0]}] (or it may "
+            f"not exist): The caller does not have permission{TAIL}"
+        )
+    print(json.dumps(dict(projectId=places[0], projectNumber="1", lifecycleState=found)))
+
+
+def list_services(cloud, flags, places, error):
+    with cloud.open() as state:
+        found = [dict(config=dict(name=name), state="ENABLED") for name in state["services"]]
+    print(json.dumps(found))
+
+
+def offered(kind, names):
+    """A command that lists what a zone has, with full names, as the API does."""
+
+    def command(cloud, flags, places, error):
+        with cloud.open() as state:
+            here = [name for name in names if name not in state["lacks"]]
+        where = f"projects/my-project/locations/{flags['zone']}/{kind}"
+        print(json.dumps([dict(name=f"{where}/{name}", type=name) for name in here]))
+
+    return command
+
+
+def list_quotas(cloud, flags, places, error):
+    with cloud.open() as state:
+        found = state["quotas"]
+    if isinstance(found, str):
+        fail(f"{error} {found}")
+    print(json.dumps(found))
+
+
+def describe_bucket(cloud, flags, places, error):
+    with cloud.open() as state:
+        found = state["buckets"].get(places[0].removeprefix("gs://"))
+    if found is None:
+        fail(f"{error} {places[0]} not found: 404.")
+    location, kind, *regions = found
+    listed = dict(data_locations=regions) if regions else {}
+    print(json.dumps(dict(name=places[0].removeprefix("gs://"), location=location, location_type=kind) | listed))
+
+
+LOCAL = ("version", "auth list", "config get-value")  # they need no login
 COMMANDS = {
+    "version": version,
+    "auth list": auth_list,
+    "projects describe": describe_project,
+    "services list": list_services,
+    "compute tpus tpu-vm accelerator-types list": offered("acceleratorTypes", MACHINES),
+    "compute tpus tpu-vm versions list": offered("runtimeVersions", ["tpu-ubuntu2204-base", "v2-alpha-tpuv5-lite"]),
+    "beta quotas info list": list_quotas,
+    "storage buckets describe": describe_bucket,
     "compute tpus queued-resources create": create,
     "compute tpus queued-resources describe": describe,
     "compute tpus queued-resources delete": delete,

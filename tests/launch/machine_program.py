@@ -116,6 +116,7 @@ def python(arguments: list[str]) -> None:
         (folder / "python").symlink_to(pathlib.Path(os.environ["STANDIN"]) / "bin" / "python3")
     elif arguments[:3] == ["-m", "pip", "install"]:
         with Cloud(os.environ["STANDIN"]).open() as state:
+            state["pip"] = {name: os.environ.get(name) for name in ("PIP_INDEX_URL", "HTTPS_PROXY", "SECRET")}
             broken = os.environ["STANDIN_NAME"] in state["broken"]
         if broken:
             fail("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device")

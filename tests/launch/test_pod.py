@@ -43,7 +43,7 @@ def test_several_slices_are_one_job(laptop):
     assert where == ["run-0/0", "run-0/1", "run-1/0", "run-1/1"]
     assert all("--config.mesh.slices=2" in arguments for _, _, arguments in laptop.get("attempts"))
     assert "begins" in laptop.must("logs", "--name=run", "--worker=3")
-    assert "must be 0 .. 3" in error_of(laptop, "logs", "--name=run", "--worker=4")
+    assert "does not exist; give 0 to 3" in error_of(laptop, "logs", "--name=run", "--worker=4")
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_a_dry_run_prints_the_commands_and_does_nothing(laptop):
 def test_watch_can_be_planned_before_run(laptop):
     laptop.must("up", *UP)
     assert "worker.sh start RUN_ID-1 gs://BUCKET/RUN/logs" in laptop.must("watch", "--dry_run", *WATCH)
-    assert "nothing to watch; `run` first" in error_of(laptop, "watch", *WATCH)
+    assert "nothing to watch; start it with `run` first" in error_of(laptop, "watch", *WATCH)
 
 
 def test_the_program_may_be_started_by_its_path(laptop):
@@ -103,11 +103,11 @@ def test_the_program_may_be_started_by_its_path(laptop):
 def test_what_was_not_prepared_is_not_started_and_what_was_started_not_prepared(laptop):
     laptop.set(broken=["run/1"], wait_at=3)
     laptop.pod("up", *UP)
-    assert "its machines are not prepared; `up` first" in error_of(laptop, "run", *RUN)
+    assert "its machines are not prepared; run `up` first" in error_of(laptop, "run", *RUN)
     laptop.set(broken=[])
     laptop.must("up", *UP)
     laptop.must("run", *RUN)
-    assert "has been started; to install another commit, `stop` first" in error_of(laptop, "up", *UP)
+    assert "is training; to install another commit, `stop` it first" in error_of(laptop, "up", *UP)
     machine = laptop.cloud.machine("run", 0)
     said = on_machine(laptop, "bash tvq_pod/worker.sh install tvq_pod-other")
     assert "tvq_pod@run/0: failed a training runs with tvq_pod-" in said
@@ -132,13 +132,13 @@ def test_stop_saves_and_watch_lets_it_be(laptop):
     laptop.must("run", *RUN)
     while "training (" not in laptop.must("status"):  # the heading has the word, too
         pass
-    assert "trains already" in error_of(laptop, "run", *RUN)
+    assert "is already training" in error_of(laptop, "run", *RUN)
     laptop.must("stop", "--name=run")
     assert status_of(laptop)["state"] == "preempted"
     assert "was stopped by hand" in laptop.must("watch", *WATCH)
     laptop.set(wait_at=0)
     laptop.cloud.preempt("run", grace=0.0)
-    assert "its slice is SUSPENDED; `up` first" in error_of(laptop, "run", *RUN)
+    assert "its slice is SUSPENDED; run `up` first" in error_of(laptop, "run", *RUN)
     laptop.must("up", *UP)
     laptop.must("run", *RUN)
     laptop.must("watch", *WATCH)
@@ -169,10 +169,10 @@ def test_down_asks_and_saves_first(laptop):
     laptop.must("run", *RUN)
     while "training (" not in laptop.must("status"):  # the heading has the word, too
         pass
-    assert "--yes: must be given where nobody can be asked" in laptop.pod("down", "--name=run")[2]
+    assert "--yes=False: there is no terminal to ask on; give --yes" in laptop.pod("down", "--name=run")[2]
     assert "it is asked to save first" in laptop.must("down", "--name=run", "--yes")
     assert status_of(laptop)["state"] == "preempted"
-    assert "no such run" in error_of(laptop, "down", "--name=run")
+    assert "does not exist in" in error_of(laptop, "down", "--name=run")
 
 
 @pytest.mark.parametrize("status", [None, {}, *(dict(goodput=x) for x in (None, [1], "x", {}, dict(seconds=3)))])

@@ -80,14 +80,17 @@ def test_a_config_that_was_changed_since_up_is_said(laptop):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--accelerator=v4-16",), "--name=: must be given"),
-        (("--name=Run;rm", "--accelerator=v4-16"), "--name=Run;rm: must be 1 to 40 of a-z, 0-9 and -"),
-        (("--name=run",), "--accelerator=: must be given"),
-        (("--name=run", "--accelerator=h100-8"), "--accelerator=h100-8: must be one of v2, v3, v4, v5litepod"),
-        (("--name=run", "--accelerator=tpu7x-8"), "--accelerator=tpu7x-8: must be one of v2"),
-        (("--name=run", "--accelerator=v5p-7"), "--accelerator=v5p-7: behind v5p- must be a number of cores"),
-        (("--name=run", "--accelerator=v4-16", "--zone=a b"), "--zone=a b: must look like us-west4-a"),
-        (("--name=run", "--accelerator=v4-16", "--spot", "--reserved"), "--spot --reserved: must be one of them"),
+        (("--accelerator=v4-16",), "--name=: is missing"),
+        (("--name=Run;rm", "--accelerator=v4-16"), "--name=Run;rm: is not a valid name; give 1 to 40 of a-z"),
+        (("--name=run",), "--accelerator=: is missing"),
+        (
+            ("--name=run", "--accelerator=h100-8"),
+            "--accelerator=h100-8: is not a type of TPU slice; give one of v2, v3",
+        ),
+        (("--name=run", "--accelerator=tpu7x-9"), "--accelerator=tpu7x-9: '9' is not a number of cores"),
+        (("--name=run", "--accelerator=v5p-7"), "--accelerator=v5p-7: '7' is not a number of cores, two a chip"),
+        (("--name=run", "--accelerator=v4-16", "--zone=a b"), "--zone=a b: is not valid; give a value like us-west4-a"),
+        (("--name=run", "--accelerator=v4-16", "--spot", "--reserved"), "--spot --reserved: exclude each other"),
         (("--name=run", "--accelerator=v4-16", "extra"), "extra: up takes flags only"),
     ],
 )
@@ -99,11 +102,11 @@ def test_what_can_t_be_is_refused_before_gcloud_is_asked(laptop, flags, message)
 def test_a_workdir_that_goes_with_the_machines_is_refused(laptop):
     laptop.must("up", *UP)
     calls = laptop.get("calls")
-    assert "must be given behind --" in error_of(laptop, "run", "--name=run", "--", "--config=c.py")
+    assert "--workdir=: is missing; give" in error_of(laptop, "run", "--name=run", "--", "--config=c.py")
     for workdir in ("runs/x", "/data/x"):
         said = error_of(laptop, "run", "--name=run", "--", f"--workdir={workdir}")
         assert f"--workdir={workdir}: is on the machines' own disks" in said
-    assert "--multihost: must be left out" in error_of(laptop, "run", *RUN, "--multihost")
+    assert "--multihost: is set by the machines" in error_of(laptop, "run", *RUN, "--multihost")
     assert laptop.get("calls") == calls
 
 
@@ -129,7 +132,7 @@ def test_an_env_file_that_is_none_is_refused_before_anything_changes(laptop, tmp
         (tmp_path / "env").write_text(text)
     before = (laptop.folder / "records/run.json").read_text()
     said = error_of(laptop, "run", f"--env_file={tmp_path / 'env'}", *RUN)
-    assert "can't be read" in said if text is None else "must have lines NAME=VALUE" in said
+    assert f"{tmp_path / 'env'}: {'cannot be read' if text is None else 'a line is not NAME=VALUE'}" in said
     assert (laptop.folder / "records/run.json").read_text() == before
 
 

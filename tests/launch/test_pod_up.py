@@ -5,6 +5,7 @@ import shlex
 
 import pytest
 
+from launch import slices
 from launch.gcloud import Gcloud
 from launch.machines import Machines
 from launch.record import Records
@@ -42,7 +43,7 @@ def test_a_dry_run_before_up_says_what_is_missing(laptop):
     laptop.must("status", "--dry_run", "--name=run")
     assert not laptop.get("log")
     assert not (laptop.folder / "records").exists()
-    assert "no such run" in error_of(laptop, "watch", "--name=run")
+    assert "does not exist in" in error_of(laptop, "watch", "--name=run")
 
 
 @pytest.mark.slow
@@ -75,7 +76,7 @@ def test_a_slice_that_is_there_already_is_used(laptop):
     laptop.must("up", *UP)
     laptop.must("up", "--name=run", "--poll_seconds=0.1", "--allow_dirty")
     assert laptop.get("queued")["run"]["asked_at"] == asked
-    assert "--accelerator: the run run was asked for with v4-16" in error_of(
+    assert "--accelerator: the run run was requested with v4-16" in error_of(
         laptop, "up", "--name=run", "--accelerator=v4-8", "--allow_dirty"
     )
 
@@ -85,7 +86,7 @@ def test_a_name_that_somebody_else_has_is_left_alone(laptop):
     laptop.must("up", *UP)
     theirs = laptop.folder / "records"
     theirs.rename(laptop.folder / "other")
-    assert "is taken by a queued resource that this machine did not ask for" in error_of(laptop, "up", *UP)
+    assert "is taken by a queued resource that this machine did not request" in error_of(laptop, "up", *UP)
     theirs.joinpath("run.json").write_text(
         (laptop.folder / "other/run.json").read_text().replace('"label": "', '"label": "0')
     )
@@ -105,6 +106,25 @@ def test_machines_that_fail_to_install_are_named_and_the_same_command_mends_it(l
     assert "of disk free" in said
     laptop.set(broken=[])
     laptop.must("up", *UP)
+
+
+def test_pip_on_the_machines_finds_the_environment_of_the_install_and_the_training_does_not(laptop, tmp_path):
+    (tmp_path / "pip").write_text("PIP_INDEX_URL=https://me:a b@index/simple\nHTTPS_PROXY=http://proxy:1\n")
+    (tmp_path / "keys").write_text("SECRET=x\n")
+    assert "gone: cannot be read" in error_of(laptop, "up", *UP, f"--install_env_file={tmp_path / 'gone'}")
+    laptop.must("up", *UP, f"--install_env_file={tmp_path / 'pip'}")
+    index = dict(PIP_INDEX_URL="https://me:a b@index/simple", HTTPS_PROXY="http://proxy:1", SECRET=None)
+    assert laptop.get("pip") == index
+    assert "me:a b" not in json.dumps(laptop.get("log"))
+    machine = laptop.cloud.machine("run", 0) / "home/tvq_pod"
+    assert (machine / "install_env").stat().st_mode & 0o777 == 0o600
+    laptop.must("run", f"--env_file={tmp_path / 'keys'}", *RUN)
+    assert "HTTPS_PROXY" not in (machine / "env").read_text() + (machine / "run.sh").read_text()
+    laptop.must("stop", "--name=run")
+    laptop.set(pip={})
+    (machine / "installed").unlink()
+    laptop.must("up", *UP)  # it is remembered, as watch needs it for a new slice
+    assert laptop.get("pip") == index
 
 
 @pytest.mark.slow
@@ -130,3 +150,14 @@ def test_a_request_that_somebody_else_made_at_the_same_time_is_theirs(laptop, mo
     records.save(record)
     with pytest.raises(UserError, match="is taken by a queued resource"):
         Machines(record, records, Gcloud(record.project, record.zone)).ask()
+
+
+@pytest.mark.parametrize(("accelerator", "chips"), [("tpu7x-16", 8), ("v5litepod-16", 16), ("v5p-16", 8)])
+def test_every_kind_is_requested_with_what_its_machines_boot(laptop, accelerator, chips):
+    """tpu7x counts cores, two a chip, as v5p does."""
+    boots = {"tpu7x-16": "v2-alpha-tpu7-ubuntu2404", "v5litepod-16": "v2-alpha-tpuv5-lite", "v5p-16": "v2-alpha-tpuv5"}
+    flags = ("--name=run", "--zone=us-central1-c", f"--accelerator={accelerator}", "--allow_dirty", "--dry_run")
+    shown = laptop.must("up", *flags)
+    (create,) = [line for line in commands_of(shown) if " create " in line]
+    assert f" --accelerator-type={accelerator} --runtime-version={boots[accelerator]} " in create
+    assert slices.parse(accelerator).chips == chips

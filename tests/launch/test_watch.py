@@ -56,7 +56,7 @@ def test_a_slice_that_is_taken_back_is_asked_for_again_and_the_run_ends(started)
     started.set(wait_at=0)
     out, err = watch.communicate(timeout=100)
     assert watch.returncode == 0, out + err
-    assert "SUSPENDED: was taken back; deletes the request, and asks again" in out
+    assert "SUSPENDED: was taken back; deletes the request, and requests it again" in out
     assert status_of(started)["state"] == "done"
     assert started.get("queued")["run"]["asked_at"] > began
     assert all(names == ["run/0", "run/1"] for names in attempts(started).values())
@@ -177,7 +177,7 @@ def test_requests_that_are_refused_or_fail_are_made_again(started):
     machines, lines = in_this_process(started)
     Watch(machines, max_restarts=0).run()
     assert status_of(started)["state"] == "done"
-    pauses = [line.rpartition(" in ")[2] for line in lines if "asks again in" in line]
+    pauses = [line.rpartition(" in ")[2] for line in lines if "requests it again in" in line]
     assert pauses == ["30 s", "60 s", "2 min", "4 min", "8 min", "15 min", "15 min", "15 min"]
 
 
@@ -186,7 +186,7 @@ def test_a_request_that_can_never_be_granted_is_given_up(started):
     started.cloud.preempt("run", grace=0.0)
     started.set(create_errors=[["INVALID_ARGUMENT", "the accelerator was not found"]] * 9)
     machines, _ = in_this_process(started)
-    with pytest.raises(GivenUp, match=r"asked 3 times for a slice: .*the accelerator was not found"):
+    with pytest.raises(GivenUp, match=r"requested a slice 3 times: .*the accelerator was not found"):
         Watch(machines, max_restarts=2).run()
 
 
@@ -281,7 +281,7 @@ def test_a_slice_that_is_dead_though_its_request_is_active(started):
     machines, lines = in_this_process(started)
     watch = Watch(machines, max_restarts=0)
     assert watch.step() == 0.0
-    assert any("run is PREEMPTED; deletes what is left, and asks again" in line for line in lines)
+    assert any("run is PREEMPTED; deletes what is left, and requests a slice again" in line for line in lines)
     started.set(wait_at=0)
     watch.run()
     assert status_of(started)["state"] == "done"

@@ -26,7 +26,7 @@ class Chip:
     dimensions: int  # of a slice's shape
     flops_per_cycle: int  # bf16, of a device
     per_name: int  # what a slice's type counts, in "v5p-16", for each chip: its cores, or 1
-    runtime_version: str  # what its machines boot, as gcloud names it; empty if gcloud's TPU commands don't have them
+    runtime_version: str  # what its machines boot, as gcloud names it
 
     @property
     def is_megacore(self) -> bool:
@@ -48,7 +48,7 @@ CHIPS = {
         Chip("v5e", "v5litepod", 16 * GIB, 197e12, 0.819e12, 0.2e12, 1, 2, 2**17, 1, "v2-alpha-tpuv5-lite"),
         Chip("v5p", "v5p", 95 * GIB, 459e12, 2.765e12, 0.6e12, 1, 3, 2**18, 2, "v2-alpha-tpuv5"),
         Chip("v6e", "v6e", 32 * GIB, 918e12, 1.638e12, 0.4e12, 1, 2, 2**19, 1, "v2-alpha-tpuv6e"),
-        Chip("tpu7x", "tpu7x", 192 * GIB, 2307e12, 7.38e12, 0.6e12, 2, 3, 2**19, 2, ""),
+        Chip("tpu7x", "tpu7x", 192 * GIB, 2307e12, 7.38e12, 0.6e12, 2, 3, 2**19, 2, "v2-alpha-tpu7-ubuntu2404"),
     )
 }
 
