@@ -30,7 +30,7 @@ def get_config():
     config.model.d_model = 128
     config.model.d_k = 64
     config.model.d_v = 128
-    config.model.n_layer = 2
+    config.model.n_layer = 1
     config.model.n_code = 128
     config.model.block_len = 16
     config.model.mem_len = 16
@@ -43,12 +43,12 @@ def get_config():
 
     config.train.batch_size = 16
     config.train.update_len = 128  # eight blocks: gradients reach values in the cache
-    config.train.num_steps = 3500
+    config.train.num_steps = 2000
     config.train.log_every_steps = 50
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 100
 
     config.checkpoint.every_steps = 1000
-    config.eval.every_steps = 1750
+    config.eval.every_steps = 1000
     config.sample.length = 0
     return config
