@@ -279,7 +279,7 @@ def _settings() -> Settings:
 
 def _parse(argv: list[str]) -> list[str]:
     """absl has its own errors; config_flags raises many things for a wrong config file or override."""
-    overrides = overrides_of(argv)
+    overrides, has_config = overrides_of(argv), given(argv, "config") is not None
     argv = with_config(argv)
     for name, value in overrides.items():
         check_name(name, value)
@@ -295,7 +295,7 @@ def _parse(argv: list[str]) -> list[str]:
     except flags.Error as error:
         raise UserError(f"flags: {error}") from error
     except Exception as error:  # of the config file, which may do anything
-        raise UserError(_in_config_file(error, given(argv, "config"))) from error
+        raise UserError(_in_config_file(error, given(argv, "config") if has_config else None)) from error
 
 
 def _wrong_type(name: str, value: str | None) -> str:
