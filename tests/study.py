@@ -231,8 +231,11 @@ STUDIES = {
         settings={
             "train.update_len": 8192,
             "train.batch_size": 1,
+            "model.reduction": "serial",  # of 256 blocks; the program of the other one takes minutes to compile
+            "train.context_schedule": "",
             "train.log_every_steps": 10,
             "optimizer.schedule": "constant",
+            "eval.max_tokens": 65_536,
         },
         plot=loss_over_tokens_and_time,
     ),
