@@ -16,7 +16,11 @@ DISTANCES = {
     "farther": "16 to 64",
     "farthest": "64 to 256",
 }
-RUNS = {"train recall": "with the compressed cache", "train recall without the cache": "without it"}
+RUNS = {
+    "train recall": "with the compressed cache",
+    "train recall with quadratic attention": "quadratic attention",
+    "train recall without the cache": "without the cache",
+}
 GUESSING = 100 / 32
 
 
@@ -26,9 +30,9 @@ def main() -> None:
     given = parser.parse_args()
     entries = figures.load()
     _, axes = pyplot.subplots(figsize=(6.4, 2.8))
-    for name, label in RUNS.items():
+    for (name, label), width in zip(RUNS.items(), (6, 2, 2), strict=True):  # the first two lie on each other
         values = [entries[name]["values"][distance] for distance in DISTANCES]
-        axes.plot([*DISTANCES.values()], values, marker="o", label=label)
+        axes.plot([*DISTANCES.values()], values, marker="o", label=label, linewidth=width, markersize=width + 4)
     axes.axhline(GUESSING, color="gray", linestyle=":", label="guessing")
     axes.set(xlabel="distance to where the key was last seen", ylabel="recalled (%)", ylim=(0, 105))
     axes.legend(loc="center right")
