@@ -34,7 +34,7 @@ def test_each_setting_has_a_row_with_its_meaning(path):
 
 def test_rows_say_choices_bounds_and_defaults():
     assert rows("config.sample")[4][:3] == ["`top_p`", "float, above 0, at most 1", "`0.95`"]
-    assert rows("config.eval")[3][:3] == ["`cache`", "`on`, `off`", '`"on"`']
+    assert rows("config.eval")[4][:3] == ["`cache`", "`on`, `off`", '`"on"`']
     assert rows("config.metrics")[0][:3] == ["`tensorboard`", "`True`, `False`", "`True`"]
     assert rows("config")[0][:3] == ["`seed`", "int, at least 0, below 2 ** 31", "`0`"]
     assert rows("Old names") == [[f"`{old}`", f"`{new}`"] for old, new in RENAMED.items()]
