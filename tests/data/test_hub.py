@@ -1,9 +1,13 @@
 """Corpora that Hugging Face's `datasets` reads: local folders in its formats, and names, without a network."""
 
+import http.server
 import json
+import threading
 
 import datasets
 import huggingface_hub.constants
+import huggingface_hub.errors
+import huggingface_hub.utils
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -219,6 +223,29 @@ def test_a_hub_that_is_out_of_reach_for_a_while_is_asked_again(folder, monkeypat
     monkeypatch.setattr(retry, "RETRY_SECONDS", 0.0)
     with pytest.raises(UserError, match=rf"^config.data.source=hf:{folder}: can't be read after 0 seconds of trying"):
         texts(f"hf:{folder}")
+
+
+@pytest.mark.parametrize(("status", "may_pass"), [(429, True), (503, True), (401, False), (404, False)])
+def test_a_busy_hub_is_asked_again_and_one_that_refuses_is_not(folder, monkeypatch, status, may_pass):
+    """By errors that the library makes of a server's answers."""
+
+    class Answers(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with http.server.HTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        response = huggingface_hub.utils.get_session().get(f"http://127.0.0.1:{server.server_port}/api")
+    with pytest.raises(huggingface_hub.errors.HfHubHTTPError) as error:
+        huggingface_hub.utils.hf_raise_for_status(response)
+    assert hub._may_pass(error.value) is may_pass
 
 
 def test_without_the_library_the_extra_is_named(folder, monkeypatch):

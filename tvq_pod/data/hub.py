@@ -13,6 +13,7 @@ from tvq_pod.host.extras import require
 from tvq_pod.host.paths import HUB
 
 SAVED = ("dataset_dict.json", "state.json")  # of a folder that save_to_disk has written
+BUSY = (408, 425, 429, 500, 502, 503, 504)  # answers of HTTP after which the same request may succeed
 REMEDY = "give hf:NAME of a dataset, or hf:FOLDER"
 ROWS = 256  # of a batch
 
@@ -106,7 +107,9 @@ def _load(dataset: str, config: str) -> dict[str, Any]:
 def _may_pass(error: Exception) -> bool:
     from datasets.config import HF_HUB_OFFLINE
 
-    return isinstance(error, (ConnectionError, TimeoutError)) and not HF_HUB_OFFLINE
+    status = getattr(getattr(error, "response", None), "status_code", None)  # of an answer that is an error
+    is_network = isinstance(error, (ConnectionError, TimeoutError)) or status in BUSY
+    return is_network and not HF_HUB_OFFLINE
 
 
 @contextlib.contextmanager
