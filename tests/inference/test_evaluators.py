@@ -73,7 +73,7 @@ def test_values_are_counted_as_those_of_rows_are(recall_store, monkeypatch):  # 
     mesh = make_mesh(MeshSettings(), jax.devices()[:1])
     expected = Evaluator(SETTINGS, mesh, recall_store, "validation").evaluate({})
     settings = dataclasses.replace(SETTINGS, eval=EvalSettings(update_len=2000))
-    evaluator = QuadraticEvaluator(settings, mesh, recall_store, "validation")
+    evaluator = QuadraticEvaluator(settings, mesh, recall_store, "validation", per_document=False)
     evaluator.evaluate({})
     result = evaluator.evaluate({})  # the second counts nothing of the first
     np.testing.assert_array_equal(result.recall.n_values, expected.recall.n_values)

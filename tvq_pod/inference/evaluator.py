@@ -5,6 +5,7 @@ token is predicted from all that came before it in its document, however long. c
 compressed cache is worth: the same parameters, with attention that ends with the window.
 """
 
+import abc
 import dataclasses
 import math
 import time
@@ -24,7 +25,7 @@ from tvq_pod.data.store import TokenStore
 from tvq_pod.data.streams import PADDING, PackedDocuments
 from tvq_pod.host.terminal import say
 from tvq_pod.inference.by_position import BUCKET, Positions
-from tvq_pod.inference.recall import Recall, RecallCounter
+from tvq_pod.inference.recall import Recall, RecallCounter, RecallSums
 from tvq_pod.nn.axes import placed_by
 from tvq_pod.nn.model import Transformer
 from tvq_pod.nn.types import TransformerConfig
@@ -108,11 +109,21 @@ def eval_model(settings: Settings) -> TransformerConfig:
     return settings.model.replace(is_train=False, agg_cache=has_cache)
 
 
-class SplitEvaluator:
+class SplitEvaluator(abc.ABC):
     """Evaluates parameters on one split; compiled once, used as often as one likes. What all kinds have in common."""
 
-    def __init__(self, store: TokenStore | Mixture, split: str, plan: PackedDocuments, per_document: bool):
-        """plan: of the split's documents. per_document: whether losses are summed for each document, too."""
+    def __init__(
+        self,
+        store: TokenStore | Mixture,
+        split: str,
+        plan: PackedDocuments,
+        recall: RecallCounter | RecallSums | None,
+        per_document: bool,
+    ):
+        """plan: of the split's documents. recall: counts what is recalled, in a corpus that is about it. per_document:
+        whether losses are summed for each document, too."""
+        self._padding: float | None = None
+        self._recall = recall
         documents = store.split(split)
         self._plan, self._per_document, self._n_documents = plan, per_document, len(documents.doc_bytes)
         self._n_bytes = int(documents.doc_bytes[plan.documents].sum())
@@ -133,6 +144,8 @@ class SplitEvaluator:
         self._nats = np.zeros(len(self._n_tokens))
         self._by_document = np.full(self._n_documents, np.nan)
         self._by_document[self._plan.documents] = 0.0
+        if self._recall:
+            self._recall.clear()
         with waiting("a step of the evaluation") as deadline:
 
             def after_step() -> bool:
@@ -143,11 +156,12 @@ class SplitEvaluator:
                 return None
         return self._result(time.monotonic() - began)
 
+    @abc.abstractmethod
     def _counted(self, params: dict, told_to_stop: Callable[[], bool]) -> bool:
-        """Adds the losses of all documents to _nats, and to _by_document if _per_document; False if told to stop."""
-        raise NotImplementedError
+        """Adds the losses of all documents to _nats, and to _by_document if _per_document, and counts what _recall
+        wants; False if told to stop."""
 
-    def _result(self, seconds: float, padding: float | None = None, recall: Recall | None = None) -> Result:
+    def _result(self, seconds: float) -> Result:
         total, tokens = float(self._nats.sum()), self._plan.n_tokens
         return Result(
             loss=total / tokens,
@@ -155,11 +169,11 @@ class SplitEvaluator:
             word_perplexity=_exp(total / self._n_words) if self._n_words else None,
             tokens=tokens,
             documents=len(self._plan.documents),
-            padding=padding,
+            padding=self._padding,
             seconds=seconds,
             by_position=Positions(self._nats, self._n_tokens, self._n_bytes / tokens),
             by_document=self._by_document if self._per_document else None,
-            recall=recall,
+            recall=self._recall.result() if self._recall else None,
         )
 
 
@@ -186,26 +200,24 @@ class Evaluator(SplitEvaluator):
         else:
             most = max(settings.train.batch_size, n_row_shards(mesh))
             plan = PackedDocuments.on_most_rows(starts, most, n_row_shards(mesh), update_len, max_tokens)
-        super().__init__(store, split, plan, per_document)
+        recall = None
+        if store.recall_values:
+            recall = RecallCounter(documents, plan, update_len, settings.model.mem_len, store.recall_values)
+        super().__init__(store, split, plan, recall, per_document)
+        self._counter = recall
         self._padding = plan.padding(update_len)
         if self._padding > PADDING:
             say(
                 f"{split}: {self._padding:.0%} of the positions will be padding on {plan.n_rows} rows, since the "
                 f"longest document has {plan.longest:,} of {plan.n_tokens:,} tokens"
             )
-        self._recall = None
-        if store.recall_values:
-            window = settings.model.mem_len
-            self._recall = RecallCounter(documents, plan, update_len, window, store.recall_values)
-        self._eval_step = make_eval_step(settings, mesh, plan.n_rows, bool(self._recall))
+        self._eval_step = make_eval_step(settings, mesh, plan.n_rows, bool(recall))
         data = settings.data
         self._feed = Feed(documents, plan, mesh, plan.n_rows, update_len, data.num_threads, data.prefetch_batches)
 
     def _counted(self, params: dict, told_to_stop: Callable[[], bool]) -> bool:
         state = make_eval_state(self._settings, self._mesh, self._plan.n_rows)
         ahead, n_done = [], 0
-        if self._recall:
-            self._recall.clear()
         n_steps = math.ceil(self._plan.row_len / self._feed.update_len)
         for batch in self._feed.batches(0, n_steps):
             state, *found = self._eval_step(params, state, batch)
@@ -218,16 +230,13 @@ class Evaluator(SplitEvaluator):
         self._nats += self._by_bucket(n_done, *ahead.pop())
         return True
 
-    def _result(self, seconds: float, padding: float | None = None, recall: Recall | None = None) -> Result:
-        return super()._result(seconds, self._padding, self._recall.result() if self._recall else None)
-
     def _by_bucket(self, step: int, losses: jax.Array, hits: jax.Array | None = None) -> np.ndarray:
         """Waits for a step, and counts its hits. Returns float64 [n]: sums of losses by place in the document, BUCKET
         places in each."""
         update_len = self._update_len
         nats = jax.device_get(losses)
-        if self._recall and hits is not None:
-            self._recall.add(step, nats, jax.device_get(hits))
+        if self._counter and hits is not None:
+            self._counter.add(step, nats, jax.device_get(hits))
         if self._per_document:
             for row in range(self._plan.n_rows):
                 at = 0

@@ -11,8 +11,8 @@ from tvq_pod.data.store import TokenStore
 from tvq_pod.data.streams import PackedDocuments
 from tvq_pod.host.terminal import say
 from tvq_pod.inference.by_position import BUCKET
-from tvq_pod.inference.evaluator import Evaluator, Result, SplitEvaluator
-from tvq_pod.inference.recall import Recall, RecallSums
+from tvq_pod.inference.evaluator import Evaluator, SplitEvaluator
+from tvq_pod.inference.recall import RecallSums
 from tvq_pod.inference.scorer import Scorer
 from tvq_pod.parallel.mesh import check_divides
 
@@ -43,20 +43,16 @@ class QuadraticEvaluator(SplitEvaluator):
     with an update of its own, of config.eval.update_len tokens at most."""
 
     def __init__(
-        self,
-        settings: Settings,
-        mesh: jax.sharding.Mesh,
-        store: TokenStore | Mixture,
-        split: str,
-        per_document: bool = False,
+        self, settings: Settings, mesh: jax.sharding.Mesh, store: TokenStore | Mixture, split: str, per_document: bool
     ):
         """See `make_evaluator`."""
         check_divides("config.eval.batch_size", settings.eval.batch_size, mesh)
         documents = store.split(split)
-        super().__init__(store, split, PackedDocuments(documents.starts, 1, settings.eval.max_tokens), per_document)
+        plan = PackedDocuments(documents.starts, 1, settings.eval.max_tokens)
+        self._sums = RecallSums(settings.model.mem_len, store.recall_values) if store.recall_values else None
+        super().__init__(store, split, plan, self._sums, per_document)
         self._scorer = Scorer(settings, mesh, shows_progress=False)
         self._tokens, self._starts = documents.tokens, documents.starts
-        self._recall = RecallSums(settings.model.mem_len, store.recall_values) if store.recall_values else None
         limit = settings.eval.update_len
         if self._plan.longest > limit:
             say(
@@ -65,22 +61,17 @@ class QuadraticEvaluator(SplitEvaluator):
             )
 
     def _counted(self, params: dict, told_to_stop: Callable[[], bool]) -> bool:
-        if self._recall:
-            self._recall.clear()
         lengths, n_rows = np.diff(self._starts), self._scorer.most_rows
         order = self._plan.documents[np.argsort(-lengths[self._plan.documents], kind="stable")]
         for at in range(0, len(order), n_rows):
             group = order[at : at + n_rows]
             texts = [np.asarray(self._tokens[self._starts[n] : self._starts[n + 1]].read().result()) for n in group]
-            scores = self._scorer.score(params, texts, with_hits=bool(self._recall))
+            scores = self._scorer.score(params, texts, with_hits=bool(self._sums))
             for document, text, (nats, hits) in zip(group, texts, scores, strict=True):
                 self._by_document[document] = nats.sum(dtype=np.float64)
                 self._nats += np.bincount(np.arange(len(nats)) // BUCKET, nats, len(self._nats))
-                if self._recall:
-                    self._recall.add(self._recall.classes(text, np.zeros(len(text), np.int32)), nats, hits)
+                if self._sums:
+                    self._sums.add(self._sums.classes(text, np.zeros(len(text), np.int32)), nats, hits)
             if told_to_stop():
                 return False
         return True
-
-    def _result(self, seconds: float, padding: float | None = None, recall: Recall | None = None) -> Result:
-        return super()._result(seconds, recall=self._recall.result() if self._recall else None)
