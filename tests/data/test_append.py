@@ -1,5 +1,6 @@
 """Stores that are added to, and prepares that are killed: what was finished stays as it is, bit for bit."""
 
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -17,13 +18,17 @@ from tests.command import ROOT
 from tests.data.test_parts import assert_equal, contents, made, written
 from tests.data.texts import TEXTS, settings_for
 from tvq_pod.data import cut as cut_module
+from tvq_pod.data import open as open_module
 from tvq_pod.data import part as part_module
 from tvq_pod.data import part_workers as part_workers_module
 from tvq_pod.data.append import append
+from tvq_pod.data.corpora import documents_of
+from tvq_pod.data.cut import signature
 from tvq_pod.data.mixture import Mixture
 from tvq_pod.data.open import open_store
+from tvq_pod.data.sources import listing
 from tvq_pod.data.store import TokenStore
-from tvq_pod.data.vocab import N_SPECIAL
+from tvq_pod.data.vocab import N_SPECIAL, ByteVocab
 from tvq_pod.errors import UserError
 
 OLD = ROOT / "tests/data/old_store"  # of the first twelve TEXTS, made by the version before there were parts
@@ -200,6 +205,36 @@ def test_a_file_that_is_replaced_while_its_parts_wait_ends_the_prepare(tmp_path,
         made(source, tmp_path / "s", format="lines")
     assert len(written_parts) == 1
     assert not TokenStore.exists(tmp_path / "s")
+
+
+def test_a_file_that_changes_while_it_is_read_ends_the_prepare_of_one_part(tmp_path, monkeypatch):
+    source = written(tmp_path / "a.txt", "lines", TEXTS[:5])
+    monkeypatch.setattr(cut_module, "PART_BYTES", 2**27)
+
+    def replaced_after_the_first(*given):
+        for document in documents_of(*given):
+            yield document
+            source.write_text("".join(f"{text}!\n" for text in TEXTS[:5]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(open_module, "documents_of", replaced_after_the_first)
+        with pytest.raises(UserError, match=r"config.data.source=.*a.txt: has changed while it was read"):
+            made(source, tmp_path / "s", format="lines")
+    assert not TokenStore.exists(tmp_path / "s")
+    assert_equal(
+        contents(made(source, tmp_path / "s", format="lines")), contents(made(source, tmp_path / "t", format="lines"))
+    )
+
+
+@pytest.mark.parametrize("change", [dict(format="text"), dict(holdout="position")])
+def test_a_part_is_written_again_if_auto_means_something_else_now(tmp_path, change):
+    data = settings_for(written(tmp_path / "a.jsonl", "jsonl", TEXTS[:5])).data
+    found = listing(data)
+    task = part_module.PartTask.of(tmp_path / "part-00000", found.files, signature(found.files), found, data, 0)
+    part_module.write_part(task, ByteVocab(), lambda n: None)
+    assert task.is_done(ByteVocab())
+    changed = dataclasses.replace(task, listing=dataclasses.replace(task.listing, **change))
+    assert not changed.is_done(ByteVocab())
 
 
 # ------------------------------------------------- stores of before

@@ -84,6 +84,15 @@ def signature(files: Iterable[File]) -> str:
     return json.dumps(entries, separators=(",", ":"))
 
 
+def check_unchanged(listing: Listing, signed: str) -> None:
+    """Raises UserError if a file is no longer what it was when its listing had this signature."""
+    if signature(listing.files) != signed:
+        raise UserError(
+            f"config.data.source={listing.source}: has changed while it was read "
+            f"({listing.files[0].name} and what follows); start again"
+        )
+
+
 def _cut_file(format: str, file: File, size: int, part_bytes: int) -> Iterator[tuple[File, int]]:
     """The parts of a file, and how large each is."""
     n_parts = (size + part_bytes // 2) // part_bytes

@@ -1,6 +1,7 @@
 """The token store of a run: opened, made first if it is not there, or refused."""
 
 import os
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -9,7 +10,8 @@ from tvq_pod.config.settings import DataSettings, Settings
 from tvq_pod.data.build import make_store
 from tvq_pod.data.build_parts import make_parts
 from tvq_pod.data.corpora import documents, documents_of, files_of
-from tvq_pod.data.cut import cut, signature
+from tvq_pod.data.cut import check_unchanged, cut, signature
+from tvq_pod.data.document import Document
 from tvq_pod.data.mixture import Mixture
 from tvq_pod.data.papers import pg19_words
 from tvq_pod.data.place import check_free, only_one
@@ -101,7 +103,12 @@ def _make(path: epath.Path, vocab: Vocab, data: DataSettings) -> None:
     elif len(parts := cut(found)) > 1:
         make_parts(path, parts, found, vocab, data)
     else:
-        corpus, files = (lambda: documents_of(found, data)), signature(found.files)
+        files = signature(found.files)
+
+        def corpus() -> Iterator[Document]:
+            yield from documents_of(found, data)
+            check_unchanged(found, files)
+
         make_store(path, corpus, vocab, data, files, holdout=found.holdout)
 
 

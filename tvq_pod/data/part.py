@@ -9,7 +9,7 @@ from etils import epath
 from tvq_pod.config.settings import DataSettings
 from tvq_pod.data.checked import Checked, write_batch
 from tvq_pod.data.corpora import documents_of
-from tvq_pod.data.cut import signature
+from tvq_pod.data.cut import check_unchanged
 from tvq_pod.data.place import only_one
 from tvq_pod.data.sources import File, Listing
 from tvq_pod.data.store import FILES, TokenStore, made_with
@@ -37,13 +37,10 @@ class PartTask:
         mine = dataclasses.replace(listing, files=files, left_out={}, walks=[], note="")
         return PartTask(str(folder), mine, signature, data, n_bytes)
 
-    def check_unchanged(self) -> None:
-        """Raises UserError if a file is no longer what was cut."""
-        if signature(self.listing.files) != self.signature:
-            raise UserError(
-                f"config.data.source={self.listing.source}: has changed while it was read "
-                f"({self.listing.files[0].name} and what follows); start again"
-            )
+    @property
+    def made_with(self) -> dict:
+        """All that its documents depend on, besides the vocabulary: also what `auto` meant for all files."""
+        return made_with(self.data) | dict(format=self.listing.format, holdout=self.listing.holdout)
 
     def is_done(self, vocab: Vocab) -> bool:
         """Whether the part is there, of these files as they were cut. Of a Hugging Face dataset that is not known."""
@@ -55,7 +52,7 @@ class PartTask:
         except (UserError, OSError, ValueError):
             return False
         made = store.meta["vocab"], store.meta["made_with"], files
-        return made == (vocab.name, made_with(self.data), self.signature)
+        return made == (vocab.name, self.made_with, self.signature)
 
 
 def write_part(task: PartTask, vocab: Vocab, tell: Callable[[int], object]) -> None:
@@ -64,14 +61,14 @@ def write_part(task: PartTask, vocab: Vocab, tell: Callable[[int], object]) -> N
     with only_one(task.folder):  # a worker of before, whose main process was killed, may not have ended yet
         if task.is_done(vocab):
             return
-        task.check_unchanged()
+        check_unchanged(task.listing, task.signature)
         folder = epath.Path(task.folder)
         if folder.exists():  # of other files, or damaged
             folder.rmtree()
-        with StoreWriter(folder, vocab, made_with(task.data), is_part=True) as writer:
+        with StoreWriter(folder, vocab, task.made_with, is_part=True) as writer:
             checked = Checked(documents_of(task.listing, task.data), vocab, task.data, counts=False)
             for batch in checked:
                 tell(batch.n_bytes)
                 write_batch(batch, writer.splits, vocab)
-            task.check_unchanged()
+            check_unchanged(task.listing, task.signature)
             writer.finish(task.signature, own_splits=checked.own_splits, report=checked.report.to_json())
