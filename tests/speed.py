@@ -30,7 +30,7 @@ from tvq_pod.data.document import Document
 from tvq_pod.data.loader import Feed
 from tvq_pod.data.open import open_store
 from tvq_pod.data.store import TokenStore
-from tvq_pod.data.streams import PADDING, PackedDocuments, RowSource
+from tvq_pod.data.streams import PADDING, PackedDocuments, read_row
 from tvq_pod.data.train_vocab import train_sentencepiece
 from tvq_pod.data.vocab import SentencePieceVocab, load_vocab
 from tvq_pod.parallel.mesh import make_mesh
@@ -129,10 +129,13 @@ def random_rows(store: TokenStore, update_len: int, n_rows: int, seed: int) -> f
     split = store.split("train")
     plan = made_streams(split, 128)
     n_steps = int(split.starts[-1]) // 128 // update_len
-    source = RowSource(split.tokens, plan, range(128), update_len, 0, n_steps)
-    places = np.random.default_rng(seed).integers(len(source), size=n_rows)
-    source[0]  # the order of the epoch is drawn once
-    return n_rows / timed(lambda: [source[place] for place in places])
+    places = np.random.default_rng(seed).integers([n_steps, 128], size=[n_rows, 2]).tolist()
+
+    def read(step: int, row: int) -> None:
+        read_row(split.tokens, plan, row, step * update_len, (step + 1) * update_len)
+
+    read(0, 0)  # the order of the epoch is drawn once
+    return n_rows / timed(lambda: [read(*place) for place in places])
 
 
 def rows_from_disk(path: pathlib.Path, update_len: int, seed: int) -> float:

@@ -14,7 +14,7 @@ from tests.data.test_streams import corpora, corpus
 from tests.nn.test_model import TOTAL, run
 from tvq_pod.data.run_streams import streams_of
 from tvq_pod.data.schedule import LISTED, DataSchedule, Phase
-from tvq_pod.data.streams import RowSource, read_row
+from tvq_pod.data.streams import BatchSource, read_row
 
 
 @st.composite
@@ -73,10 +73,12 @@ def test_ids_count_documents_and_contexts_and_nothing_else_changes(lengths, runs
         schedule = schedule.with_contexts(first, as_text(stages))
         streams = streams_of(schedule, split, seed=0)
         sizes = range(batch_size), update_len, first, last
-        source = RowSource(split.tokens, streams, *sizes, update_of=schedule.now.update, cuts_of=schedule.now.cuts)
-        uncut = RowSource(split.tokens, streams, *sizes, update_of=schedule.now.update)
-        for index, (step, row) in enumerate(itertools.product(range(first, last), range(batch_size))):
-            found, plain = source[index], uncut[index]
+        source = BatchSource(split.tokens, streams, *sizes, update_of=schedule.now.update, cuts_of=schedule.now.cuts)
+        uncut = BatchSource(split.tokens, streams, *sizes, update_of=schedule.now.update)
+        for step, row in itertools.product(range(first, last), range(batch_size)):
+            found, plain = (
+                {name: array[row] for name, array in each[step - first].items()} for each in (source, uncut)
+            )
             np.testing.assert_array_equal(found["doc_ids"], plain["doc_ids"] + expected[step])
             for name in ("inputs", "targets", "loss_mask"):
                 np.testing.assert_array_equal(found[name], plain[name])
@@ -111,9 +113,9 @@ def test_a_token_after_a_cut_does_not_see_those_before_it():
     config, split, update_len = small_config(pe_abs=True, mem_len=3), corpus([3 * TOTAL]), 4
     phase = DataSchedule.begin(1, update_len).with_contexts(0, "0:4,2:8").now
     streams = made_streams(split, 1, 0)
-    source = RowSource(split.tokens, streams, [0], update_len, 0, TOTAL // update_len, cuts_of=phase.cuts)
+    source = BatchSource(split.tokens, streams, [0], update_len, 0, TOTAL // update_len, cuts_of=phase.cuts)
     updates = [source[step] for step in range(len(source))]
-    inputs, ids = (np.concatenate([update[name] for update in updates])[None] for name in ("inputs", "doc_ids"))
+    inputs, ids = (np.concatenate([update[name] for update in updates], axis=1) for name in ("inputs", "doc_ids"))
     inputs %= 11
     logits = run(config, inputs, ids, update_len)
     for begin, end in ((0, 4), (4, 8), (8, 16), (16, 24)):

@@ -14,7 +14,7 @@ from tvq_pod.data.groups import DocumentStarts
 from tvq_pod.data.loader import Feed
 from tvq_pod.data.schedule import GROUPED, LISTED, Phase
 from tvq_pod.data.store import Split
-from tvq_pod.data.streams import PackedDocuments, read_row
+from tvq_pod.data.streams import BatchSource, PackedDocuments, read_row
 from tvq_pod.data.vocab import END_OF_DOC, PAD
 from tvq_pod.errors import UserError
 from tvq_pod.parallel.mesh import make_mesh
@@ -192,3 +192,37 @@ def test_max_tokens_takes_whole_documents_until_there_are_enough():
     np.testing.assert_array_equal(
         PackedDocuments(starts, 2, max_tokens=11).documents, PackedDocuments(starts, 3, max_tokens=11).documents
     )
+
+
+def test_no_row_of_a_batch_waits_for_another():
+    """All reads of a batch have begun before one of them is waited for; on two ranges of an update, too."""
+    split, begun, waited = corpus([5, 9, 7, 12, 6]), [], []
+
+    class Range:
+        def __init__(self, places):
+            self.places = places
+
+        def read(self):
+            begun.append(self)
+            return self
+
+        def result(self):
+            waited.append(len(begun))
+            return split.tokens[self.places].read().result()
+
+    class Tokens:
+        def __getitem__(self, places):
+            return Range(places)
+
+    streams = made_streams(split, 3)
+    source = BatchSource(Tokens(), streams, [0, 2], 8, 0, 2, [range(2), range(4, 8)])
+    for step in range(2):
+        begun.clear()
+        waited.clear()
+        batch = source[step]
+        assert set(waited) == {len(begun)}
+        assert len(begun) >= 4
+        for place, row in enumerate((0, 2)):
+            whole = read_row(split.tokens, streams, row, 8 * step, 8 * step + 8)
+            for name, array in batch.items():
+                np.testing.assert_array_equal(array[place], np.r_[whole[name][:2], whole[name][4:8]])

@@ -178,15 +178,15 @@ def make_step(request, monkeypatch):
 @pytest.fixture
 def poison(monkeypatch):
     """Updates of the streams whose third row makes the loss NaN."""
-    updates, read_row = set(), streams.read_row
+    updates, request_row = set(), streams.request_row
 
     def poisoned(tokens, plan, row, begin, *rest):
-        arrays = read_row(tokens, plan, row, begin, *rest)
+        arrays = request_row(tokens, plan, row, begin, *rest)()
         if begin // UPDATE_LEN in updates and row == 2:
             arrays["loss_mask"] = np.full_like(arrays["loss_mask"], np.nan)
-        return arrays
+        return lambda: arrays
 
-    monkeypatch.setattr(streams, "read_row", poisoned)
+    monkeypatch.setattr(streams, "request_row", poisoned)
     return updates
 
 

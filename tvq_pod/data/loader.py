@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from tvq_pod.data.store import Split
-from tvq_pod.data.streams import Plan, RowSource
+from tvq_pod.data.streams import BatchSource, Plan
 from tvq_pod.parallel.sharding import batch_sharding
 
 
@@ -67,8 +67,8 @@ class Feed:
         tokens: ranges of the T that are read; None reads all.
         """
         steps = first_step, last_step, tokens, self.update_of, self.cuts_of
-        source = RowSource(self.split.tokens, self.plan, rows, self.update_len, *steps)
-        dataset = grain.MapDataset.source(source).batch(len(rows))
+        source = BatchSource(self.split.tokens, self.plan, rows, self.update_len, *steps)
+        dataset = grain.MapDataset.source(source)
         options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=self.ahead)
         with contextlib.closing(iter(dataset.to_iter_dataset(options))) as batches:  # also when the caller stops early
             yield from batches

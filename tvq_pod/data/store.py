@@ -62,6 +62,7 @@ CHUNK_BYTES = 64 * 1024
 SHARD_BYTES = 16 * 1024 * 1024
 ZSTD_LEVEL = 3
 CACHE_BYTES = 256 * 1024 * 1024
+BUCKET_REQUESTS = 256  # at the same time: a batch reads a few places of a bucket for each row
 ARRAYS = ("tokens", "starts", "doc_bytes")
 FILES = "files.json"  # which files a store or part was made of
 NAMES = "names"  # an array of bytes that no batch depends on: no part of the fingerprint
@@ -179,7 +180,9 @@ class TokenStore:
             ) from None
         if not known:
             raise UserError(f"config.data.store={path}: has format {self.meta['format']}; this version reads {FORMAT}")
-        self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+        self._context = tensorstore.Context(
+            {"cache_pool": {"total_bytes_limit": CACHE_BYTES}, "gcs_request_concurrency": {"limit": BUCKET_REQUESTS}}
+        )
         self._splits: dict[str, Split] = {}
 
     @staticmethod

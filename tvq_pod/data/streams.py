@@ -251,34 +251,48 @@ def read_row(tokens: Array, plan: Plan, row: int, begin: int, end: int, cuts: in
     cuts: contexts of the stream that ended before these tokens (see Phase). Each counts as the end of a document in
     doc_ids, and nowhere else. Raises UserError if the store is damaged there.
     """
-    length = end - begin
-    inputs = np.full(length, PAD, np.int32)
-    targets = np.full(length, PAD, np.int32)
-    doc_ids = np.zeros(length, np.int32)
-    loss_mask = np.zeros(length, np.float32)
+    return request_row(tokens, plan, row, begin, end, cuts)()
+
+
+def request_row(
+    tokens: Array, plan: Plan, row: int, begin: int, end: int, cuts: int = 0
+) -> Callable[[], dict[str, np.ndarray]]:
+    """Starts to read tokens of a row. Returns a function that waits for them and returns what `read_row` does."""
     segments = list(plan.segments(row, begin, end))
     # One token more at the front, where the document began earlier: it is the first input.
     reads = [tokens[s.start - (not s.begins) : s.start + s.length].read() for s in segments]
-    at = 0
-    for segment, read in zip(segments, reads, strict=True):
-        try:
-            values = read.result()
-        except ValueError as error:  # names the file
-            raise UserError(f"config.data.store: is damaged ({str(error)[:300]}); prepare it anew elsewhere") from None
-        stop = at + segment.length
-        targets[at:stop] = values[-segment.length :]
-        inputs[at:stop] = np.concatenate([[END_OF_DOC], values[:-1]]) if segment.begins else values[:-1]
-        doc_ids[at:stop] = segment.doc_id + cuts  # numpy refuses what int32 does not hold
-        loss_mask[at:stop] = 1.0
-        at = stop
-    if at < length:
-        # All padding of a row has one id, above every document's.
-        doc_ids[at:] = np.iinfo(np.int32).max
-    return dict(inputs=inputs, targets=targets, doc_ids=doc_ids, loss_mask=loss_mask)
+
+    def finish() -> dict[str, np.ndarray]:
+        length, at = end - begin, 0
+        inputs = np.full(length, PAD, np.int32)
+        targets = np.full(length, PAD, np.int32)
+        doc_ids = np.zeros(length, np.int32)
+        loss_mask = np.zeros(length, np.float32)
+        for segment, read in zip(segments, reads, strict=True):
+            try:
+                values = read.result()
+            except ValueError as error:  # names the file
+                raise UserError(
+                    f"config.data.store: is damaged ({str(error)[:300]}); prepare it anew elsewhere"
+                ) from None
+            stop = at + segment.length
+            targets[at:stop] = values[-segment.length :]
+            inputs[at:stop] = np.concatenate([[END_OF_DOC], values[:-1]]) if segment.begins else values[:-1]
+            doc_ids[at:stop] = segment.doc_id + cuts  # numpy refuses what int32 does not hold
+            loss_mask[at:stop] = 1.0
+            at = stop
+        if at < length:
+            # All padding of a row has one id, above every document's.
+            doc_ids[at:] = np.iinfo(np.int32).max
+        return dict(inputs=inputs, targets=targets, doc_ids=doc_ids, loss_mask=loss_mask)
+
+    return finish
 
 
-class RowSource:
-    """Rows as a random-access source for grain: item i is row i % len(rows) of step first_step + i // len(rows)."""
+class BatchSource:
+    """Batches as a random-access source for grain: item i is the batch of step first_step + i, arrays
+    [len(rows), tokens] of what `read_row` returns for each row. All rows of a batch are read at the same time, so a
+    batch from a bucket takes as long as its slowest read."""
 
     def __init__(
         self,
@@ -303,16 +317,20 @@ class RowSource:
         self._cuts_of = cuts_of or (lambda step: 0)
 
     def __len__(self) -> int:
-        return self._n_steps * len(self._rows)
+        return self._n_steps
 
-    def __getitem__(self, index: int) -> dict:
-        step, row = divmod(int(index), len(self._rows))
-        first = self._update_of(self._first_step + step) * self._update_len
-        cuts = self._cuts_of(self._first_step + step)
-        reads = [
-            read_row(self._tokens, self._plan, self._rows[row], first + part.start, first + part.stop, cuts)
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        step = self._first_step + int(index)
+        first, cuts = self._update_of(step) * self._update_len, self._cuts_of(step)
+        requested = [
+            [
+                request_row(self._tokens, self._plan, row, first + part.start, first + part.stop, cuts)
+                for row in self._rows
+            ]
             for part in self._parts
         ]
-        return (
-            reads[0] if len(reads) == 1 else {name: np.concatenate([read[name] for read in reads]) for name in reads[0]}
-        )
+        parts = [[finish() for finish in rows] for rows in requested]
+        return {
+            name: np.concatenate([np.stack([row[name] for row in rows]) for rows in parts], axis=1)
+            for name in parts[0][0]
+        }

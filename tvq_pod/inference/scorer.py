@@ -13,7 +13,7 @@ import tqdm
 
 from tvq_pod.config.settings import Settings
 from tvq_pod.data.loader import joined, local_part
-from tvq_pod.data.streams import PackedDocuments, RowSource
+from tvq_pod.data.streams import BatchSource, PackedDocuments
 from tvq_pod.inference.evaluator import make_eval_state, make_eval_step
 from tvq_pod.parallel.deadlines import waiting
 from tvq_pod.parallel.mesh import n_row_shards
@@ -115,17 +115,14 @@ class Scorer:
         sharding, shape = batch_sharding(self._mesh), (plan.n_rows, update_len)
         rows, parts = local_part(sharding, shape)
         n_steps = math.ceil(plan.row_len / update_len)
-        source = RowSource(tensorstore.array(tokens), plan, rows, update_len, 0, n_steps, parts)
+        source = BatchSource(tensorstore.array(tokens), plan, rows, update_len, 0, n_steps, parts)
         eval_step = self._eval_step(plan.n_rows, with_hits)
         state = make_eval_state(self._settings, self._mesh, plan.n_rows)
         ahead = []
         with waiting("a step of the evaluation") as deadline, progress(n_steps, "scoring", "step", self._shows) as bar:
             for step in range(n_steps):
-                read = [source[step * len(rows) + row] for row in range(len(rows))]
-                batch = {
-                    name: joined(sharding, shape, rows, parts, np.stack([arrays[name] for arrays in read]))
-                    for name in read[0]
-                }
+                read = source[step].items()
+                batch = {name: joined(sharding, shape, rows, parts, array) for name, array in read}
                 state, *found = eval_step(params, state, batch)
                 ahead.append(found)
                 while len(ahead) > (step + 1 < n_steps):  # the host runs ahead by one step, no more
