@@ -23,8 +23,8 @@ class Ranges(Protocol):
 @dataclasses.dataclass(frozen=True, eq=False)
 class DocumentStarts:
     """array: int64 [n_documents + 1], where each document begins in the split's tokens, and the end; on disk, or in
-    memory. documents: int64 [G + 1], the first document of each of G groups, and n_documents. tokens: int64 [G + 1],
-    where each group begins, and the end."""
+    memory; it may have more documents before and after. documents: int64 [G + 1], the place in it of the first document
+    of each of G groups, and of the end. tokens: int64 [G + 1], where each group begins, and the end."""
 
     array: Ranges | tensorstore.TensorStore
     documents: np.ndarray
@@ -44,17 +44,22 @@ class DocumentStarts:
     @property
     def n_documents(self) -> int:
         """How many documents there are."""
-        return int(self.documents[-1])
+        return int(self.documents[-1] - self.documents[0])
 
     @property
     def n_tokens(self) -> int:
         """Tokens of all documents, their end-of-documents included."""
-        return int(self.tokens[-1])
+        return int(self.tokens[-1] - self.tokens[0])
+
+    def between(self, first_document: int, n_documents: int) -> "DocumentStarts":
+        """Some of the documents, in the same array. Both ends must be those of groups."""
+        first, last = np.searchsorted(self.documents, [first_document, first_document + n_documents])
+        return DocumentStarts(self.array, self.documents[first : last + 1], self.tokens[first : last + 1])
 
     @functools.cached_property
     def whole(self) -> np.ndarray:
         """All starts, in memory: int64 [n_documents + 1]."""
-        return self._read(0, self.n_documents + 1)
+        return self._read(int(self.documents[0]), int(self.documents[-1]) + 1)
 
     def of_group(self, group: int) -> np.ndarray:
         """The starts of a group's n documents, and their end: int64 [n + 1]."""

@@ -9,14 +9,13 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator
+from typing import cast
 
-import numpy as np
 from etils import epath
 
 from tvq_pod.config.mixture_schedule import weights_of
 from tvq_pod.config.settings import OWN_SPLITS, generated
-from tvq_pod.data.groups import DocumentStarts
-from tvq_pod.data.parted import end_to_end
+from tvq_pod.data.parted import Array, end_to_end, joined
 from tvq_pod.data.store import SPLITS, Part, Split, Stage, TokenStore
 from tvq_pod.data.vocab import Vocab
 from tvq_pod.errors import UserError
@@ -133,12 +132,9 @@ class Mixture:
             if name == "train" or store.meta["splits"][name]["n_documents"]
         ] or [(self._stores[0], 1.0)]
         splits = [store.split(name) for store, _ in there]
-        starts, parts, n_tokens, n_documents = [], [], 0, 0
-        for split, (_, weight) in zip(splits, there, strict=True):
-            starts.append(split.starts[:-1] + n_tokens)
-            parts.append(Part(n_documents, len(split.doc_bytes), weight))
-            n_tokens += int(split.starts[-1])
-            n_documents += len(split.doc_bytes)
+        sizes = [split.documents.n_documents for split in splits]
+        firsts = itertools.accumulate(sizes[:-1], initial=0)
+        parts = [Part(first, n, weight) for first, n, (_, weight) in zip(firsts, sizes, there, strict=True)]
         stages = [
             Stage(change.first_step, tuple(map(_weighted, parts, change.weights)))
             for change in (self._changes if name == "train" else ())
@@ -146,8 +142,8 @@ class Mixture:
         return Split(
             stages=tuple(stages),
             tokens=end_to_end([split.tokens for split in splits]),
-            documents=DocumentStarts.of(np.concatenate([*starts, [n_tokens]])),
-            bytes_on_disk=np.concatenate([split.doc_bytes for split in splits]),
+            documents=joined([split.documents for split in splits]),
+            bytes_on_disk=end_to_end(cast(list[Array], [split.bytes_on_disk for split in splits])),
             parts=tuple(parts),
         )
 

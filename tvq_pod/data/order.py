@@ -1,7 +1,7 @@
 """The order in which training reads documents: for each epoch a line of tokens, as a pure function of (corpus, seed,
 epoch).
 
-There are two versions, and a run keeps the one that it began with (see schedule.py).
+There are three versions, and a run keeps the one that it began with (see schedule.py).
 
 Version 1, `ListedOrder`: a permutation of all documents, drawn from (seed, epoch). It is in memory, for all documents.
 
@@ -9,10 +9,13 @@ Version 2, `GroupedOrder`: the groups of documents (groups.py) in an order drawn
 of a group in an order drawn from (seed, epoch, group). What is in memory is the groups' order, and of the groups that
 rows are reading the documents'. A corpus of one group has the order of version 1.
 
-A mixture of stores has version 1. An epoch is as long as it takes to read all documents of that store once of which
-least is read, or ends after MIXED_DOCUMENTS; of every other store, documents go into it in proportion to the weights,
-some more than once. Each store's documents follow each other in permutations drawn from (seed, store, time), without
-end; an epoch takes those that come next, and shuffles them with the others'.
+Version 3 is version 2 but for mixtures of stores. Those of more than a million documents read stretches of one store
+after the other (stretches.py); smaller ones, and all in versions 1 and 2, have a permutation of all documents:
+
+An epoch of a mixture is as long as it takes to read all documents of that store once of which least is read, or ends
+after MIXED_DOCUMENTS; of every other store, documents go into it in proportion to the weights, some more than once.
+Each store's documents follow each other in permutations drawn from (seed, store, time), without end; an epoch takes
+those that come next, and shuffles them with the others'.
 """
 
 import bisect
@@ -55,6 +58,10 @@ class Line(Protocol):
         """The number, in the line, of the piece that holds each of some tokens: int64 [n] for int64 [n]."""
         ...
 
+    def numbers_between(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Bounds of those numbers, for which nothing is read: at least the first, less than the second."""
+        ...
+
 
 class Order(Protocol):
     """The line of each epoch. n_tokens: of an epoch, at least."""
@@ -77,6 +84,11 @@ class _Listed:
     def numbers(self, at: np.ndarray) -> np.ndarray:
         """See Line."""
         return np.searchsorted(self._bounds, at, side="right") - 1
+
+    def numbers_between(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See Line."""
+        numbers = self.numbers(at)
+        return numbers, numbers + 1
 
     def pieces(self, begin: int, end: int) -> Iterator[Piece]:
         """See Line."""
@@ -109,6 +121,11 @@ class PartsOf:
         first, before = self._known
         begins = np.array(self._parts, np.int64)[part, 0]
         return before[part] + self._line.numbers(begins + at - np.asarray(self._bounds)[part]) - first[part]
+
+    def numbers_between(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See Line; here they are known."""
+        numbers = self.numbers(at)
+        return numbers, numbers + 1
 
     def pieces(self, begin: int, end: int) -> Iterator[Piece]:
         """See Line."""
@@ -143,9 +160,10 @@ class ListedOrder:
 class GroupedOrder:
     """Version 2."""
 
-    def __init__(self, documents: DocumentStarts, seed: int):
+    def __init__(self, documents: DocumentStarts, seed: int, groups_kept: int = GROUPS_KEPT):
+        """groups_kept: how many groups' orders are kept in memory."""
         self._documents, self._seed = documents, seed
-        self._group = functools.lru_cache(maxsize=GROUPS_KEPT)(self._read_group)
+        self._group = functools.lru_cache(maxsize=groups_kept)(self._read_group)
         self.n_tokens = documents.n_tokens
 
     def epoch(self, epoch: int) -> Line:
@@ -184,6 +202,11 @@ class _Grouped:
 
         with concurrent.futures.ThreadPoolExecutor(min(THREADS, len(at))) as threads:
             return np.array(list(threads.map(number, range(len(at)))), np.int64)
+
+    def numbers_between(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See Line: those of the group."""
+        places = np.searchsorted(self._bounds, at, side="right") - 1
+        return self._numbers[places], self._numbers[places + 1]
 
     def pieces(self, begin: int, end: int) -> Iterator[Piece]:
         """See Line."""

@@ -16,11 +16,13 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from tvq_pod.data.order import GroupedOrder, ListedOrder, Order
-from tvq_pod.data.schedule import GROUPED, DataSchedule, Phase
+from tvq_pod.data.schedule import LISTED, STRETCHED, DataSchedule, Phase
 from tvq_pod.data.store import Part, Split
 from tvq_pod.data.streams import Segment, TrainStreams
+from tvq_pod.data.stretches import StretchedStreams
 
 EPOCHS_APART = 100  # the first epochs of streams whose order of documents must not be the same
+MOST_LISTED = 2**20  # documents of a mixture whose order is a list of all, in version 3
 MOST_CHANGES = 64  # of weights, whose streams have first epochs of their own; later ones begin like earlier ones
 
 
@@ -28,7 +30,7 @@ class StagedStreams:
     """The plan of training where weights change on the way: the tokens of each row are those of one plan after the
     other. See `Plan`."""
 
-    def __init__(self, stages: Sequence[tuple[int, TrainStreams]]):
+    def __init__(self, stages: Sequence[tuple[int, TrainStreams | StretchedStreams]]):
         """stages: for each plan the place in every row where it begins; the first begins at 0."""
         self._firsts = [first for first, _ in stages]
         self._streams = [streams for _, streams in stages]
@@ -47,7 +49,7 @@ class StagedStreams:
             for segment in segments if before else ():
                 yield dataclasses.replace(segment, doc_id=segment.doc_id + before)
 
-    def at(self, place: int) -> tuple[int, int, TrainStreams]:
+    def at(self, place: int) -> tuple[int, int, TrainStreams | StretchedStreams]:
         """The number of the plan of a place in every row, from 0, where it begins, and the plan."""
         index = bisect.bisect_right(self._firsts, place) - 1
         return index, self._firsts[index], self._streams[index]
@@ -68,12 +70,12 @@ def streams_of(schedule: DataSchedule, split: Split, seed: int) -> StagedStreams
     phases = schedule.phases[first:]
     n_drawn = sum(bool(phase.data) for phase in schedule.phases)  # times that the data was another
 
-    def begun(phase: Phase, parts: Sequence[Part], n_changes: int) -> TrainStreams:
+    def begun_in(phase: Phase, parts: Sequence[Part], n_changes: int) -> TrainStreams | StretchedStreams:
         epoch = EPOCHS_APART * (n_drawn * MOST_CHANGES + n_changes % MOST_CHANGES)
-        return TrainStreams(order_of(split, phase.order, seed, parts), phase.batch_size, epoch)
+        return begun(split, phase.order, seed, phase.batch_size, epoch, parts)
 
     held = [stage for stage in stages if stage.first_step <= phases[0].first_step]
-    streams = begun(phases[0], held[-1].parts if held else parts, len(held))
+    streams = begun_in(phases[0], held[-1].parts if held else parts, len(held))
     n_begun = len(held)
     for phase, following in itertools.zip_longest(phases, phases[1:]):
         # Counted in updates of the phase: what is skipped then holds for the data that it was skipped of. So a phase
@@ -82,7 +84,7 @@ def streams_of(schedule: DataSchedule, split: Split, seed: int) -> StagedStreams
         plan = StagedStreams(
             [(0, streams)]
             + [
-                ((stage.first_step - phase.first_step) * phase.update_len, begun(phase, stage.parts, n))
+                ((stage.first_step - phase.first_step) * phase.update_len, begun_in(phase, stage.parts, n))
                 for n, stage in changes
             ]
         )
@@ -95,9 +97,15 @@ def streams_of(schedule: DataSchedule, split: Split, seed: int) -> StagedStreams
     raise AssertionError("a schedule has a phase")
 
 
-def order_of(split: Split, version: int, seed: int, parts: Sequence[Part] = ()) -> Order:
-    """The order in which a split's documents are read. version: see schedule.py. parts: of a mixture, which has
-    version 1 only."""
-    if version == GROUPED and not parts:
-        return GroupedOrder(split.documents, seed)
-    return ListedOrder(split.starts, seed, parts)
+def begun(
+    split: Split, version: int, seed: int, batch_size: int, first_epoch: int = 0, parts: Sequence[Part] = ()
+) -> TrainStreams | StretchedStreams:
+    """Streams of a split that have read nothing. version: of the order of documents, see schedule.py. first_epoch:
+    another one draws another order. parts: of a mixture."""
+    if parts and version >= STRETCHED and split.documents.n_documents > MOST_LISTED:
+        return StretchedStreams(split.documents, parts, seed, batch_size, first_epoch)
+    if parts or version == LISTED:
+        order: Order = ListedOrder(split.starts, seed, parts)
+    else:
+        order = GroupedOrder(split.documents, seed)
+    return TrainStreams(order, batch_size, first_epoch)

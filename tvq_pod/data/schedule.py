@@ -10,9 +10,9 @@ import itertools
 
 from tvq_pod.config.context_schedule import Stage, stage_at, stages_of
 
-# Versions of the order of documents (see order.py). GROUPED leaves a mixture listed: to order mixtures in groups, too,
-# would take one more version, or runs that began with this one would change.
-LISTED, GROUPED = 1, 2
+# Versions of the order of documents (see order.py): GROUPED leaves a mixture listed, STRETCHED only a small one.
+LISTED, GROUPED, STRETCHED = 1, 2, 3
+NEWEST = STRETCHED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +78,11 @@ class DataSchedule:
     @staticmethod
     def begin(batch_size: int, update_len: int) -> "DataSchedule":
         """Of a new run."""
-        return DataSchedule((Phase(0, batch_size, update_len, order=GROUPED),))
+        return DataSchedule((Phase(0, batch_size, update_len, order=NEWEST),))
 
     @staticmethod
     def from_json(phases: list[dict]) -> "DataSchedule":
-        """What `to_json` gave. Older versions knew of no contexts, of no other data, and of one order."""
+        """What `to_json` gave. Older versions knew of no contexts, of no other data, and of fewer orders."""
         return DataSchedule(
             tuple(
                 Phase(
@@ -122,7 +122,7 @@ class DataSchedule:
     def changed(self, step: int, batch_size: int, update_len: int, data: str = "") -> "DataSchedule":
         """With other streams from `step` on, and contexts without a limit. data: fingerprint of what they read, if that
         is another."""
-        order = GROUPED if data else self.now.order
+        order = NEWEST if data else self.now.order
         return DataSchedule((*self.phases, Phase(step, batch_size, update_len, data=data, order=order)))
 
     def skipping(self, update: int, count: int) -> "DataSchedule":
