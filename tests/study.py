@@ -218,6 +218,7 @@ STUDIES = {
             "context_schedule=": {"train.context_schedule": ""},
         },
         columns={"bits per byte": "bits_per_byte", "nats per token": "loss"},
+        once=("all",),  # "with the cache" of the study `memory` has three seeds of it
     ),
     "compute": Study(  # steps that take each arm about as long
         config="ansible",
