@@ -168,7 +168,7 @@ def test_a_column_without_text_is_named_or_all_its_rows_are_left_out(tmp_path, c
     write_parquet(tmp_path / "a.parquet", ["good"])
     write_parquet(tmp_path / "b.parquet", [1, 2, 3])
     write_parquet(tmp_path / "c.parquet", ["x"], name="body")
-    with pytest.raises(UserError, match=r"config.data.text_field=text: .*b.parquet has int64 there, and no text"):
+    with pytest.raises(UserError, match=r"config.data.text_field=text: .*b.parquet has int64 there, and not text"):
         texts(tmp_path)
     make(tmp_path, tmp_path.parent, bad_rows="skip")
     said = capsys.readouterr().err

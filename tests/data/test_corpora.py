@@ -40,7 +40,7 @@ def test_a_glob_that_is_no_pattern_is_named(tmp_path, glob):
 
 def test_what_is_compressed_is_no_text(tmp_path):
     (tmp_path / "texts.zip").write_bytes(b"PK...")
-    with pytest.raises(UserError, match=r"config.data.format=auto: .*texts.zip is compressed, and no text"):
+    with pytest.raises(UserError, match=r"config.data.format=auto: .*texts.zip is compressed, and not text"):
         texts(source=str(tmp_path / "texts.zip"))
     with pytest.raises(UserError, match=r"is not there"):
         texts(source="x" * 5000)

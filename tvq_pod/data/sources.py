@@ -243,7 +243,7 @@ def _refuse_only_about(data: DataSettings, files: list[File]) -> None:
         is_saved = any(file.path.endswith(".arrow") for file in others)
         remedy = f"give hf:{data.source}" if is_saved else "give config.data.format=text if those are the corpus"
         raise UserError(
-            f"config.data.source={data.source}: has {len(others):,} files that are no text ({others[0].name}), and "
+            f"config.data.source={data.source}: has {len(others):,} files that are not text ({others[0].name}), and "
             f"besides them only files about a corpus; {remedy}"
         )
 
@@ -257,12 +257,12 @@ def _guessed_of_one(file: File) -> str:
     is_binary = kind is not None or file.kind == "binary"
     if kind == "compressed twice" or (is_binary and begins and plain.endswith(ARCHIVES)):
         raise UserError(
-            f"config.data.format=auto: {file.path} is compressed, and no text; unpack it, or give config.data.format "
+            f"config.data.format=auto: {file.path} is compressed, and not text; unpack it, or give config.data.format "
             "(enwik8 for enwik8.zip)"
         )
     if is_binary:
         raise UserError(
-            f"config.data.format=auto: {file.path} is {kind or f'a {os.path.splitext(plain)[1]} file'}, and no text; "
+            f"config.data.format=auto: {file.path} is {kind or f'a {os.path.splitext(plain)[1]} file'}, and not text; "
             "give text, or files of JSON lines, Parquet or ArrayRecord"
         )
     return dict(json="jsonl").get(file.kind, file.kind)
@@ -276,7 +276,7 @@ def _of_format(format: str, files: list[File], left_out: dict[str, Names]) -> It
         if file.kind == "hf":
             reason = ""
         elif format in ("text", "lines"):
-            reason = "that are no text, by their names" if file.kind == "binary" and not is_one else ""
+            reason = "that are not text, by their names" if file.kind == "binary" and not is_one else ""
         elif beside:
             reason = "about the corpus, by their names"
         elif file.is_given or dict(json="jsonl").get(file.kind, file.kind) == format:

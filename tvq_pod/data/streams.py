@@ -264,7 +264,9 @@ def read_row(tokens: Array, plan: Plan, row: int, begin: int, end: int, cuts: in
         try:
             values = read.result()
         except ValueError as error:  # names the file
-            raise UserError(f"config.data.store: is damaged ({str(error)[:300]}); prepare it anew elsewhere") from None
+            raise UserError(
+                f"config.data.store: is damaged ({str(error)[:300]}); prepare it again in another folder"
+            ) from None
         stop = at + segment.length
         targets[at:stop] = values[-segment.length :]
         inputs[at:stop] = np.concatenate([[END_OF_DOC], values[:-1]]) if segment.begins else values[:-1]
