@@ -166,7 +166,7 @@ def test_binary_files_are_left_out_of_a_folder_of_texts_whatever_their_names(tmp
     assert store.meta["splits"]["train"]["n_bytes"] == len(TEXT.encode())
     said = capsys.readouterr().err
     for number, kind in enumerate(NO_TEXT):
-        assert f"1 left out, {kind}, and not text: {number}.txt" in said
+        assert f"leaves out 1 ({kind}, and not text): {number}.txt" in said
 
 
 @pytest.mark.parametrize("kind", NO_TEXT)

@@ -115,7 +115,7 @@ def test_exclude_holds_for_what_a_glob_matches(corpus):
 
 @pytest.mark.parametrize("exclude", ["/etc/*", "a**/x", "../x"])
 def test_an_exclude_that_is_no_pattern_is_named(corpus, exclude):
-    with pytest.raises(UserError, match=r"^config.data.exclude=.*: is no pattern"):
+    with pytest.raises(UserError, match=r"^config.data.exclude=.*: is not a pattern"):
         names(corpus, exclude=exclude)
 
 

@@ -185,10 +185,10 @@ def _given(data: DataSettings, rules: Rules, left_out: dict[str, Names]) -> list
             if not found:
                 raise UserError(f"config.data.source={source}: no file or folder matches {part}; give another glob")
         else:
-            what = f"{part} does not exist (is not there)" if part != source else "is not there"
+            what = f"{part} does not exist" if part != source else "does not exist"
             raise UserError(f"config.data.source={source}: {what}{_wanted(data)}")
     if not places:
-        what = "is not there" if not left_out else f"all of it is left out by config.data.exclude={data.exclude}"
+        what = "does not exist" if not left_out else f"all of it is left out by config.data.exclude={data.exclude}"
         raise UserError(f"config.data.source={source}: {what}{_wanted(data)}")
     return places
 
@@ -200,10 +200,10 @@ def parts_of_source(source: str) -> list[str]:
 
 def _wanted(data: DataSettings) -> str:
     if data.format != "auto":
-        return f"; config.data.format={data.format} wants it"
+        return f"; config.data.format={data.format} needs it"
     return (
-        f"; must be {', '.join(map(repr, BUILT_IN))}, a text file, a folder, files of JSON lines, Parquet or "
-        "ArrayRecord, a glob, hf:NAME, or several of these with commas between them; gs:// is taken, too"
+        "; give a file, a folder or a glob, locally or as gs://BUCKET/PATH; hf:NAME; several of these with commas "
+        f"between them; or one of {', '.join(BUILT_IN)}"
     )
 
 

@@ -98,9 +98,7 @@ class Saver:
                 f"--workdir={self._checkpoints.path.parent}: asked to end, and step {step} could not be saved "
                 f"({self._checkpoints.error}); the checkpoints before it are complete"
             )
-        raise Preempted(
-            f"saved step {step}, since a signal asked the run to end; give the same command again to resume"
-        )
+        raise Preempted(f"saved step {step}; give the same command again to resume")
 
     def save_last(self, state: State, step: int, is_bad: bool) -> None:
         """Saves, until the checkpoint is on disk. is_bad: the step was not applied, so older steps stay.
