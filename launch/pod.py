@@ -56,7 +56,7 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the gcloud commands and ru
 _BUCKET = flags.DEFINE_string("bucket", None, "doctor: the bucket, gs://BUCKET; by default that of the run's workdir.")
 _RECORDS = flags.DEFINE_string("records", "~/.tvq_pod", "Folder of what this machine knows of its runs.")
 for _name in ("request", "arguments"):  # whose flags --help shows, too
-    flags.adopt_module_key_flags(sys.modules[f"launch.{_name}"])
+    flags.adopt_module_key_flags(sys.modules[f"{__package__}.{_name}"])
 
 
 def _say(line: str) -> None:

@@ -44,7 +44,7 @@ def test_a_run_says_which_attention_it_takes_and_refuses_what_cannot_be(mesh):
 @pytest.mark.parametrize(
     ("changes", "device", "line"),
     [
-        ({}, "TPU v5 lite", "takes pallas, whose kernels fit TPU v5 lite"),
+        ({}, "TPU v5 lite", "uses pallas, whose kernels fit TPU v5 lite"),
         (dict(mem_len=256), "TPU v5 lite", "uses xla, since config.model.mem_len=256 differs from config.model."),
         ({}, "TPU v4", "uses xla, since kernels are no faster on TPU v4"),
         ({}, "TPU v2", "uses xla, since there are no kernels for TPU v2"),
