@@ -14,8 +14,8 @@ from tvq_pod.host import extras
 from tvq_pod.host.extras import EXTRAS, is_installed, require
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OPTIONAL = {
-    canonicalize_name(extra): packages  # as they are spelled in the metadata of the package
+OPTIONAL: dict[str, list[str]] = {
+    str(canonicalize_name(extra)): packages  # as they are spelled in the metadata of the package
     for extra, packages in PROJECT["optional-dependencies"].items()
 }
 
