@@ -84,7 +84,7 @@ def test_how_a_process_ends(grace, can_save, does, signals, code, said, listens,
     if len(signals) == 2:
         if listens:
             lines.append(process.stderr.readline())
-            assert lines[0].endswith("saves and ends\n")
+            assert lines[0].endswith("saves a checkpoint and ends\n")
         else:
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(0.3)
