@@ -60,8 +60,8 @@ class TrainStreams:
         """rest: what is read before first_epoch begins (see `recut`)."""
         if order.n_tokens < batch_size:
             raise UserError(
-                f"config.train.batch_size={batch_size}: must be at most {order.n_tokens}, the number of tokens to train "
-                "on; give more text, or fewer rows"
+                f"config.train.batch_size={batch_size}: must be at most {order.n_tokens}, the number of tokens to "
+                "train on; give more text, or fewer rows"
             )
         self._order, self._batch_size, self._first_epoch, self._rest = order, batch_size, first_epoch, rest
         self._made_round = functools.lru_cache(maxsize=4)(self._make_round)
