@@ -11,7 +11,33 @@ from tvq_pod.errors import UserError
 from .machines import Machines
 from .source import ROOT, files
 
-_SHARED = flags.DEFINE_bool("shared_workdir", False, "run: the workdir is a mount that all machines share.")
+TRAINING = (
+    "config",
+    "workdir",
+    "mode",
+    "source",
+    "split",
+    "prompt",
+    "prompt_file",
+)  # flags that people forget the -- of
+
+_SHARED = flags.DEFINE_bool("shared_workdir", False, "run: the workdir is on a mount that all machines share.")
+
+
+def parsed(argv: list[str]) -> list[str]:
+    """What is left of the command line without the flags of launch.pod. Raises UserError for a flag that it lacks."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        name = error.flagname
+        if name in TRAINING or name.startswith("config."):
+            raise UserError(f"--{name}: is a flag of the training; give it after `run --name=RUN --`") from error
+        near = difflib.get_close_matches(name, flags.FLAGS, n=1)
+        raise UserError(
+            f"--{name}: is not a flag{f'; did you mean --{near[0]}?' if near else '; see --help'}"
+        ) from error
+    except flags.Error as error:
+        raise UserError(f"{str(error).removeprefix('flag ')}; see --help") from error
 
 
 def _given(arguments: list[str], name: str) -> str | None:

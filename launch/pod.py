@@ -6,9 +6,9 @@
     python -m launch.pod watch --name=RUN
     python -m launch.pod status | logs | ssh | stop | down
 
-This needs gcloud on the PATH and logged in, and of this project's packages only absl and filelock. Every command may
-be repeated at any time: what exists stays, and what would disturb a training is refused. --dry_run prints the gcloud
-commands and runs none of them.
+gcloud must be on the PATH and logged in; of Python packages, absl-py and filelock are enough. You can repeat every
+command at any time: what exists stays, and what would disturb a training is refused. --dry_run prints the gcloud
+commands and runs none of them. The help of each flag begins with the commands that it is for.
 """
 
 import pathlib
@@ -39,22 +39,24 @@ from .show import HEADS, goodput, progress, row
 from .source import pack
 from .watch import Watch
 
-_NAME = flags.DEFINE_string("name", None, "The run's name, and that of its slice.")
+_NAME = flags.DEFINE_string("name", None, "The name of the run and of its slice.")
 _DIRTY = flags.DEFINE_bool("allow_dirty", False, "up: install files that differ from the commit, under another name.")
-_ENV_FILE = flags.DEFINE_string("env_file", None, "run: a file of NAME=VALUE for the training, such as keys; mode 600.")
-_INSTALL_ENV = flags.DEFINE_string(
-    "install_env_file", None, "up: a file of NAME=VALUE for pip on the machines, as HTTPS_PROXY; mode 600."
+_ENV_FILE = flags.DEFINE_string("env_file", None, "run: a file of NAME=VALUE lines for the training, such as keys.")
+_INSTALL_ENV = flags.DEFINE_string("install_env_file", None, "up: a file of NAME=VALUE lines for pip on machines.")
+_POLL = flags.DEFINE_float("poll_seconds", 30.0, "up, watch: seconds between two looks at the slice.", lower_bound=0.0)
+_RESTARTS = flags.DEFINE_integer(
+    "max_restarts", 3, "watch: give up after this many failures with no newer checkpoint.", lower_bound=0
 )
-_POLL = flags.DEFINE_float("poll_seconds", 30.0, "up, watch: how often to look.", lower_bound=0.0)
-_RESTARTS = flags.DEFINE_integer("max_restarts", 3, "watch: after failures with no newer checkpoint.", lower_bound=0)
 _DOWN = flags.DEFINE_bool("then_down", False, "watch: give the slice back when the run is done.")
-_WORKER = flags.DEFINE_integer("worker", 0, "logs, ssh: which machine, counted over all slices.", lower_bound=0)
-_LINES = flags.DEFINE_integer("lines", 50, "logs: how many of the last ones.", lower_bound=1)
-_FOLLOW = flags.DEFINE_bool("follow", False, "logs: and what comes.")
-_YES = flags.DEFINE_bool("yes", False, "down: don't ask.")
+_WORKER = flags.DEFINE_integer("worker", 0, "logs, ssh: which machine, counted from 0.", lower_bound=0)
+_LINES = flags.DEFINE_integer("lines", 50, "logs: how many of the last lines.", lower_bound=1)
+_FOLLOW = flags.DEFINE_bool("follow", False, "logs: continue with new lines as they are written.")
+_YES = flags.DEFINE_bool("yes", False, "down: delete without asking.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the gcloud commands and run none of them.")
-_BUCKET = flags.DEFINE_string("bucket", None, "doctor: as gs://BUCKET; the one of the run's workdir if not given.")
-_RECORDS = flags.DEFINE_string("records", "~/.tvq_pod", "Where this machine keeps what it knows of its runs.")
+_BUCKET = flags.DEFINE_string("bucket", None, "doctor: the bucket, gs://BUCKET; by default that of the run's workdir.")
+_RECORDS = flags.DEFINE_string("records", "~/.tvq_pod", "Folder of what this machine knows of its runs.")
+for _name in ("request", "arguments"):  # whose flags --help shows, too
+    flags.adopt_module_key_flags(sys.modules[f"{__package__}.{_name}"])
 
 
 def _say(line: str) -> None:
@@ -246,6 +248,9 @@ def status(records: Records) -> None:
             rows.append((name, str(error), *[""] * (len(HEADS) - 2)))
     if _DRY_RUN.value:
         return
+    if not names:
+        _say(f"no runs in {_RECORDS.value}: `up` adds one")
+        return
     widths = [max(len(cells[i]) for cells in rows) for i in range(len(rows[0]))]
     for cells in rows:
         _say("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
@@ -328,7 +333,7 @@ def down(records: Records) -> None:
     state = machines.queue().state
     seen = machines.status() if state != MISSING else None
     what = f"{record.slices} slice(s) {record.accelerator}, {machines.expected} machine(s) and their disks"
-    _say(f"deletes {what}, and what this machine knows of {record.name}. {record.workdir or 'No workdir'} stays.")
+    _say(f"deletes {what}, and what this machine knows of {record.name}. {record.workdir or 'The workdir'} stays.")
     waited = f", the last one after {ago(record.waited)}" if record.waited else ""
     kind = "spot capacity, which may not be there" if record.spot else "capacity"
     _say(f"to get it back: up and run again, {kind}{waited}.")
@@ -360,9 +365,6 @@ def _give_back(machines: Machines, state: str = "ACTIVE") -> None:
     _say(f"{record.name}: deleted")
 
 
-# ----------------------------------------------------------------------
-
-
 COMMANDS = ("doctor", "up", "run", "watch", "status", "logs", "ssh", "stop", "down")
 
 
@@ -371,7 +373,8 @@ def main(argv: list[str]) -> None:
     commands = dict(doctor=doctor, up=up, watch=watch, status=status, logs=logs, stop=stop, down=down)
     with_arguments = dict(run=run, ssh=ssh)
     if len(argv) < 2 or argv[1] not in COMMANDS:
-        raise UserError(f"{' '.join(argv[1:2]) or 'no command'}: is not a command; give one of {', '.join(COMMANDS)}")
+        what = f"{argv[1]}: is not a command" if argv[1:] else "the command is missing"
+        raise UserError(f"{what}; give one of {', '.join(COMMANDS)}")
     command, arguments, records = argv[1], argv[2:], Records(_RECORDS.value)
     if command in with_arguments:
         with_arguments[command](records, arguments)
@@ -384,7 +387,7 @@ def main(argv: list[str]) -> None:
 def start() -> None:
     """Runs the command line of `python -m launch.pod`."""
     try:
-        app.run(main)
+        app.run(main, flags_parser=training.parsed)
     except UserError as error:
         tell("error: " + " ".join(str(error).split()))
         sys.exit(1)

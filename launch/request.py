@@ -10,19 +10,31 @@ from tvq_pod.errors import UserError
 from . import slices
 from .record import Record
 
-_PROJECT = flags.DEFINE_string("project", None, "up: Google Cloud project; gcloud's default if not given.")
-_ZONE = flags.DEFINE_string("zone", None, "up: as us-west4-a; gcloud's default if not given.")
-_ACCELERATOR = flags.DEFINE_string("accelerator", None, "up: the slice's type, as v5litepod-256 or v5p-128.")
-_SLICES = flags.DEFINE_integer("slices", 1, "up: how many of them, for one job.", lower_bound=1)
-_SPOT = flags.DEFINE_bool("spot", False, "up: cheaper, and may be taken back at any time.")
-_RESERVED = flags.DEFINE_bool("reserved", False, "up: from the project's reservation.")
-_RUNTIME = flags.DEFINE_string("runtime_version", None, "up: what the machines boot; the chip's own if not given.")
+_PROJECT = flags.DEFINE_string("project", None, "up, doctor: the Google Cloud project; by default gcloud's own.")
+_ZONE = flags.DEFINE_string("zone", None, "up, doctor: the zone, such as us-west4-a; by default gcloud's own.")
+_ACCELERATOR = flags.DEFINE_string(
+    "accelerator", None, "up, doctor: the type of the slice, such as v5litepod-256 or v5p-128."
+)
+_SLICES = flags.DEFINE_integer("slices", 1, "up, doctor: how many slices one job gets.", lower_bound=1)
+_SPOT = flags.DEFINE_bool(
+    "spot", False, "up, doctor: request spot capacity, which costs less and may be taken back at any time."
+)
+_RESERVED = flags.DEFINE_bool("reserved", False, "up, doctor: take the slice from the project's reservation.")
+_RUNTIME = flags.DEFINE_string(
+    "runtime_version", None, "up, doctor: the software that the machines boot; by default that of the chip."
+)
 _NETWORK = flags.DEFINE_string("network", None, "up: the machines' network.")
 _SUBNETWORK = flags.DEFINE_string("subnetwork", None, "up: the machines' subnetwork.")
-_ACCOUNT = flags.DEFINE_string("service_account", None, "up: as whom the machines reach the bucket.")
-_INTERNAL = flags.DEFINE_bool("internal_ips", False, "up: no external addresses; wants --tunnel_through_iap, mostly.")
-_IAP = flags.DEFINE_bool("tunnel_through_iap", False, "up: ssh goes through Identity-Aware Proxy.")
-_UNTIL = flags.DEFINE_string("valid_until_duration", None, "up: give up waiting for the slice after this, as 6h.")
+_ACCOUNT = flags.DEFINE_string(
+    "service_account", None, "up: the service account with which the machines reach the bucket."
+)
+_INTERNAL = flags.DEFINE_bool(
+    "internal_ips", False, "up: machines without external addresses; most need --tunnel_through_iap."
+)
+_IAP = flags.DEFINE_bool("tunnel_through_iap", False, "up: use Identity-Aware Proxy for ssh.")
+_UNTIL = flags.DEFINE_string(
+    "valid_until_duration", None, "up: give up waiting for the slice after this time, such as 6h."
+)
 
 _CREATE_FLAGS = (
     "runtime_version",

@@ -7,6 +7,7 @@ import shlex
 import tomllib
 
 import pytest
+from packaging.utils import canonicalize_name
 
 from tests import docs_commands
 from tests.command import ROOT, finish, start
@@ -38,7 +39,7 @@ def test_the_program_takes_every_command_line():
     [
         ("--config.model.d_modle=3", "is not a setting"),
         ("--config.model.dtype=int8", "must be one of"),
-        ("--stepp=3", "Unknown command line flag"),
+        ("--stepp=3", "is not a flag"),
         ("--mode=eval --topology=v5e:2x2", "is for --mode=plan"),
         ("--config.train.update_len=100", "must divide"),
     ],
@@ -64,12 +65,15 @@ def test_an_error_in_the_docs_is_what_the_program_says(block):
 
 
 def test_other_commands_exist():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {
+        canonicalize_name(extra) for extra in project["optional-dependencies"]
+    }  # old versions of pip know no other
     for page, command in COMMANDS:
         words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=.*", word)]
         if words[0] == "pip":
-            for names in re.findall(r"\.\[([\w,]+)\]", command):
-                assert set(names.split(",")) <= set(extras), f"{page}: {command}"
+            for names in re.findall(r"\.\[([\w,-]+)\]", command):
+                assert set(names.split(",")) <= extras, f"{page}: {command}"
         elif words[:2] == ["python", "-m"]:
             spec = importlib.util.find_spec(words[2])
             assert spec, f"{page}: {command}"

@@ -104,8 +104,8 @@ def test_the_model_s_settings_need_no_jax():
         (["--noconfig.model.etie"], "config.model.etie: is not a setting; did you mean config.model.e_tie?"),
         (["--config.train.num_steps.x=4"], "config.train.num_steps.x=4: is not a setting; did you mean config"),
         (["--config.optimizer=adam"], "config.optimizer=adam: is a group of settings; give one of them"),
-        (["--config.train.num_steps=1.5"], "config.train.num_steps=1.5: must be int"),
-        (["--config.model.e_tie=maybe"], "config.model.e_tie=maybe: must be bool"),
+        (["--config.train.num_steps=1.5"], "config.train.num_steps=1.5: must be an integer"),
+        (["--config.model.e_tie=maybe"], "config.model.e_tie=maybe: must be True or False"),
         (["--workdir=s3://bucket/run"], "--workdir=s3://bucket/run: s3:// is not supported; give a local path, or gs://"),
         (["--workdir=file:///runs/a"], "--workdir=file:///runs/a: must be given without file://; give /runs/a"),
         (["--config.data.store=s3://bucket/s"], "config.data.store=s3://bucket/s: s3:// is not supported"),
@@ -133,7 +133,7 @@ def test_what_is_wrong_on_the_command_line_is_one_line(flags, line, tmp_path):
 def test_a_config_file_s_mistake_is_told_with_its_line(tmp_path):
     for index, (text, message) in enumerate([
         ("config.optim.learning_rate = 4", "config.optim: is not a setting; did you mean config.optimizer? "),
-        ("config.train.num_steps = 2.5", "config.train.num_steps=2.5: must be int "),
+        ("config.train.num_steps = 2.5", "config.train.num_steps=2.5: must be an integer "),
         ("config.model.d_model = 1 / 0", "--config={path}: ZeroDivisionError: division by zero "),
     ]):  # fmt: skip
         path = tmp_path / f"mine_{index}.py"  # of one name, Python might take the first one's bytecode for all

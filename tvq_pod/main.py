@@ -22,9 +22,9 @@ from ml_collections import config_flags
 
 from tvq_pod.config.command_line import given, overrides_of, with_config, without
 from tvq_pod.config.init_from import check_init_from
-from tvq_pod.config.mode_flags import check_flags
+from tvq_pod.config.mode_flags import check_flags, illegal_value, unknown_flag
 from tvq_pod.config.names import GROUPS, check_name
-from tvq_pod.config.resolve import default_config, resolve
+from tvq_pod.config.resolve import default_config, kind_name, resolve
 from tvq_pod.config.settings import Settings
 from tvq_pod.config.suites import check_suites
 from tvq_pod.errors import Preempted, UserError
@@ -53,45 +53,63 @@ LOST_PEER = ("Gloo", "heartbeat", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordinat
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "Config file, or the name of a bundled config, as stdlib; the run's own config.json if it is not given.",
+    "Config file, or the name of a bundled config, such as stdlib; by default the run's own config.json.",
     lock_config=True,
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, metrics, samples, config.json.")
-_MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
-_SOURCE = flags.DEFINE_string("source", None, "The corpus: short for --config.data.source.")
-_APPEND = flags.DEFINE_bool("append", False, "prepare: add the source's new files to the store that is there.")
-_SPLIT = flags.DEFINE_enum("split", "validation", ("validation", "test"), "eval: which documents.")
-_PER_DOCUMENT = flags.DEFINE_string("per_document", None, "eval: a file to write, with the loss of each document.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run's folder: checkpoints, metrics, samples, config.json. Every mode needs it."
+)
+_MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; docs/using.md describes the modes.")
+_SOURCE = flags.DEFINE_string(
+    "source", None, "The corpus: files, a folder, or a name such as stdlib. Short for --config.data.source."
+)
+_APPEND = flags.DEFINE_bool("append", False, "prepare: add the source's new files to the store that exists.")
+_SPLIT = flags.DEFINE_enum("split", "validation", ("validation", "test"), "eval: which held-out documents.")
+_PER_DOCUMENT = flags.DEFINE_string("per_document", None, "eval: a file to write the loss of each document to.")
 _SUITE = flags.DEFINE_list(
-    "suite", [], "eval: long documents in place of a split's, some of recall, passkey, needle and pair."
+    "suite", [], "eval: suites of long documents to evaluate instead of a split: recall, passkey, needle, pair."
 )
 _STEP = flags.DEFINE_integer(
     "step",
     None,
-    "train, eval, lm_eval, sample, inspect, export: which checkpoint; None: the newest. train sets newer ones aside.",
+    "train, eval, lm_eval, sample, inspect, export: which checkpoint, if not the newest. train sets newer ones aside.",
     lower_bound=0,
 )
-_PROMPT = flags.DEFINE_multi_string("prompt", [], "sample: text to continue; may be given several times.")
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "sample: text to continue. May be repeated.")
 _PROMPT_FILE = flags.DEFINE_string(
-    "prompt_file", None, "sample: a file whose text is one more prompt; or FILE.jsonl, with one a line."
+    "prompt_file", None, "sample: a file whose text is a prompt; or FILE.jsonl, with one prompt in each line."
 )
-_OUTPUT = flags.DEFINE_string("output", None, "sample: a new file for JSON lines, one a sample; stdout if not given.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "sample: a new file that gets a JSON line for each sample; by default stdout."
+)
 _TASKS = flags.DEFINE_list("tasks", [], "lm_eval: names or YAML files of lm-evaluation-harness' tasks.")
-_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "lm_eval: examples before each question.", lower_bound=0)
-_LIMIT = flags.DEFINE_integer("limit", None, "lm_eval: documents of each task, at most.", lower_bound=1)
-_MAX_LENGTH = flags.DEFINE_integer("max_length", None, "lm_eval: tokens of context; all if not given.", lower_bound=1)
-_TOPOLOGY = flags.DEFINE_string("topology", None, "plan: the slice, as v5e:4x4; or cpu:8 for simulated devices.")
-_SLICES = flags.DEFINE_integer("slices", 1, "plan: how many of them.", lower_bound=1)
-_TOKENS = flags.DEFINE_float("tokens", None, "plan: a budget, to give in days.", lower_bound=0.0)
-_SWEEP = flags.DEFINE_string("sweep", None, 'plan: a grid of overrides, as "config.train.update_len=2048,8192;...".')
-_AGAINST = flags.DEFINE_enum("against", None, ("vq", "full"), "bench: another attention, measured in turns.")
-_LENGTHS = flags.DEFINE_list("lengths", [], "bench: update lengths, as 1024,2048; the config's if not given.")
+_FEWSHOT = flags.DEFINE_integer(
+    "num_fewshot", None, "lm_eval: examples before each question; by default as many as the task says.", lower_bound=0
+)
+_LIMIT = flags.DEFINE_integer("limit", None, "lm_eval: at most this many documents of each task.", lower_bound=1)
+_MAX_LENGTH = flags.DEFINE_integer(
+    "max_length", None, "lm_eval: at most this many tokens of context; by default all.", lower_bound=1
+)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "plan: the slice, such as v5e:4x4; or cpu:8 for simulated devices.")
+_SLICES = flags.DEFINE_integer("slices", 1, "plan: how many slices of that topology.", lower_bound=1)
+_TOKENS = flags.DEFINE_float("tokens", None, "plan: also print how many days this many tokens take.", lower_bound=0.0)
+_SWEEP = flags.DEFINE_string(
+    "sweep", None, 'plan: a grid of overrides, such as "config.train.update_len=2048,8192;...".'
+)
+_AGAINST = flags.DEFINE_enum(
+    "against", None, ("vq", "full"), "bench: another attention to measure, alternating with the config's own."
+)
+_LENGTHS = flags.DEFINE_list("lengths", [], "bench: update lengths, such as 1024,2048; by default the config's.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0, for a job of several processes."
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the job has.", lower_bound=1)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes the job has, with --coordinator_address.", lower_bound=1
+)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process's index, from 0.", lower_bound=0)
-_MULTIHOST = flags.DEFINE_bool("multihost", False, "Cloud TPU, Slurm or Open MPI say which processes the job has.")
+_MULTIHOST = flags.DEFINE_bool(
+    "multihost", False, "Find the other processes of the job through Cloud TPU, Slurm or Open MPI."
+)
 _PEER_TIMEOUT = flags.DEFINE_integer(
     "peer_timeout_seconds",
     100,
@@ -102,7 +120,10 @@ _JOIN_TIMEOUT = flags.DEFINE_integer(
     "join_timeout_seconds", 300, "How long the job's processes wait for each other to start.", lower_bound=5
 )
 _WAIT_TIMEOUT = flags.DEFINE_integer(
-    "wait_timeout_seconds", 1800, "How long they may wait for each other later, but for training steps.", lower_bound=1
+    "wait_timeout_seconds",
+    1800,
+    "How long processes may wait for each other after that, outside of training steps.",
+    lower_bound=1,
 )
 _PROFILER_PORT = flags.DEFINE_integer(
     "profiler_port",
@@ -111,11 +132,13 @@ _PROFILER_PORT = flags.DEFINE_integer(
     lower_bound=1,
     upper_bound=65535,
 )
-_TO = flags.DEFINE_string("to", None, "export: the folder to make.")
+_TO = flags.DEFINE_string("to", None, "export: the folder to write.")
 _DTYPE = flags.DEFINE_enum(
-    "dtype", None, ("float32", "bfloat16"), "export: type of the weights; config.model.param_dtype if not given."
+    "dtype", None, ("float32", "bfloat16"), "export: type of the weights; by default config.model.param_dtype."
 )
-_FROM = flags.DEFINE_string("from", None, "import: the folder of an exported model, to make the run in --workdir of.")
+_FROM = flags.DEFINE_string(
+    "from", None, "import: the folder of an exported model, from which the run in --workdir is made."
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "bench: turns after the warm-up.", lower_bound=1)
 
 
@@ -124,9 +147,9 @@ def main(argv: list[str], preemption: Preemption) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.FATAL)  # orbax writes a page per save, and ten if it fails: that is raised anyway
     if len(argv) > 1:
-        raise UserError(f"{argv[1]}: is not a flag; flags are --name=value")
+        raise UserError(f"{argv[1]}: is not a flag; give flags as --name=value")
     if not _WORKDIR.value:
-        raise UserError("--workdir=: must be given: the run's folder")
+        raise UserError("--workdir=: is missing; give the run's folder, such as --workdir=runs/first")
     check_path("--workdir", _WORKDIR.value)
     workdir, mode = epath.Path(_WORKDIR.value), _MODE.value
     check_flags(mode, [name for name in flags.FLAGS if flags.FLAGS[name].present])
@@ -134,7 +157,7 @@ def main(argv: list[str], preemption: Preemption) -> None:
         check_suites(_SUITE.value)
     for name, flag, needed_by in (("to", _TO, "export"), ("from", _FROM, "import")):
         if mode == needed_by and not flag.value:
-            what = "the folder to make" if name == "to" else "a folder that --mode=export has made"
+            what = "the folder to write" if name == "to" else "a folder that --mode=export wrote"
             raise UserError(f"--{name}=: must be given for --mode={mode}: {what}")
     settings = _settings()
     _check_paths(settings, mode, _WORKDIR.value)
@@ -289,7 +312,11 @@ def _parse(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except flags.IllegalFlagValueError as error:
         name = str(error).removeprefix("flag --").partition("=")[0]
-        raise UserError(_wrong_type(name, overrides[name]) if name in overrides else f"flags: {error}") from error
+        said = _wrong_type(name, overrides[name]) if name in overrides else illegal_value(str(error))
+        raise UserError(said) from error
+    except flags.UnrecognizedFlagError as error:
+        known = [flag.name for flag in flags.FLAGS.get_flags_for_module(__name__)]
+        raise UserError(unknown_flag(error.flagname, known)) from error
     except terminal.OutputError:  # of --help
         raise
     except flags.Error as error:
@@ -299,7 +326,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _wrong_type(name: str, value: str | None) -> str:
-    kind = type(default_config()[name.removeprefix("config.")]).__name__
+    kind = kind_name(type(default_config()[name.removeprefix("config.")]))
     return f"{name}={'' if value is None else value}: must be {kind}"
 
 

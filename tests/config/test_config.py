@@ -140,8 +140,8 @@ def test_an_unknown_or_missing_name_is_an_error():
         resolve(ml_collections.ConfigDict(tree))
     del tree["model"]["d_modell"]
     for name, value, message in (
-        ("d_model", "16", r"config.model.d_model='16': must be int"),
-        ("e_tie", 1, r"config.model.e_tie=1: must be bool"),
+        ("d_model", "16", r"config.model.d_model='16': must be an integer"),
+        ("e_tie", 1, r"config.model.e_tie=1: must be True or False"),
     ):
         with pytest.raises(UserError, match=message):
             resolve(ml_collections.ConfigDict(tree | dict(model=tree["model"] | {name: value})))
@@ -221,7 +221,7 @@ def test_groups_are_told_apart_by_their_names():
         (lambda c: c.model.d_modle + 1, "config.model.d_modle: is not a setting; did you mean config.model.d_model?"),
         (lambda c: c.update({"modle": {"d_model": 3}}), "config.modle: is not a setting; did you mean config.model?"),
         (lambda c: c.update({"model": {"d_modle": 3}}), "config.model.d_modle: is not a setting; did you mean config"),
-        (lambda c: setattr(c.train, "num_steps", 2.5), "config.train.num_steps=2.5: must be int"),
+        (lambda c: setattr(c.train, "num_steps", 2.5), "config.train.num_steps=2.5: must be an integer"),
         (lambda c: setattr(c, "train", 3), "config.train=3: must be a group of settings"),
     ],
 )  # fmt: skip
@@ -239,7 +239,7 @@ def test_a_config_file_that_sets_what_is_not_there_is_told_the_full_name(change,
         ({"optim": {"learning_rate": 4}}, "config.optim: is not a setting; did you mean config.optimizer? (in "),
         ({"model": {"d_modle": 4}}, "config.model.d_modle: is not a setting; did you mean config.model.d_model? (in "),
         ({"train": 4}, "config.train=4: must be a group of settings (in "),
-        ({"train": {"num_steps": "many"}}, "config.train.num_steps='many': must be int (in "),
+        ({"train": {"num_steps": "many"}}, "config.train.num_steps='many': must be an integer (in "),
     ],
 )
 def test_a_runs_own_config_is_looked_at_as_a_whole(tmp_path, change, message):

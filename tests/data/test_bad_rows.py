@@ -80,7 +80,7 @@ def test_a_row_without_text_is_an_error_or_is_left_out_and_counted(tmp_path, cap
     assert not (tmp_path / "store").exists()
     store = make(path, tmp_path, bad_rows="skip")
     assert store.meta["splits"]["train"]["n_documents"] == 2
-    assert f"1 left out, {why}: docs{suffix}:2" in capsys.readouterr().err
+    assert f"leaves out 1 ({why}): docs{suffix}:2" in capsys.readouterr().err
     assert texts(path, bad_rows="skip") == ["good", "also"]
 
 
@@ -97,7 +97,7 @@ def test_rows_that_are_not_utf8_are_bad_for_a_vocabulary_of_text_in_every_format
         make(path, tmp_path, TextOnlyVocab(), invalid_utf8="skip")
     store = make(path, tmp_path, TextOnlyVocab(), bad_rows="skip")
     assert store.meta["splits"]["train"]["n_documents"] == 1
-    assert f"1 left out, not UTF-8: {path.name}:2" in capsys.readouterr().err
+    assert f"leaves out 1 (not UTF-8): {path.name}:2" in capsys.readouterr().err
     as_bytes = make_store(tmp_path / "b", lambda: documents(data), ByteVocab(), data := DataSettings(source=str(path)))
     assert sum(entry["n_bytes"] for entry in as_bytes.meta["splits"].values()) == 8  # a byte model takes any
 
@@ -106,8 +106,8 @@ def test_many_bad_rows_are_counted_by_reason_with_the_first_three_places(tmp_pat
     rows = [b'{"text": null}'] * 5 + [b"{"] * 2 + [b'{"text": "good"}']
     make(write_jsonl(tmp_path / "docs.jsonl", rows), tmp_path, bad_rows="skip")
     said = capsys.readouterr().err
-    assert "5 left out, null in place of text: docs.jsonl:1, docs.jsonl:2, docs.jsonl:3, ...\n" in said
-    assert "2 left out, not JSON: docs.jsonl:6, docs.jsonl:7\n" in said
+    assert "leaves out 5 (null in place of text): docs.jsonl:1, docs.jsonl:2, docs.jsonl:3, ...\n" in said
+    assert "leaves out 2 (not JSON): docs.jsonl:6, docs.jsonl:7\n" in said
 
 
 def test_a_corpus_of_which_every_row_is_bad_is_refused(tmp_path):
@@ -168,12 +168,12 @@ def test_a_column_without_text_is_named_or_all_its_rows_are_left_out(tmp_path, c
     write_parquet(tmp_path / "a.parquet", ["good"])
     write_parquet(tmp_path / "b.parquet", [1, 2, 3])
     write_parquet(tmp_path / "c.parquet", ["x"], name="body")
-    with pytest.raises(UserError, match=r"config.data.text_field=text: .*b.parquet has int64 there, and no text"):
+    with pytest.raises(UserError, match=r"config.data.text_field=text: .*b.parquet has int64 there, and not text"):
         texts(tmp_path)
     make(tmp_path, tmp_path.parent, bad_rows="skip")
     said = capsys.readouterr().err
-    assert "3 left out, another type than text: b.parquet:1, b.parquet:2, b.parquet:3\n" in said
-    assert "1 left out, without the field text: c.parquet:1\n" in said
+    assert "leaves out 3 (another type than text): b.parquet:1, b.parquet:2, b.parquet:3\n" in said
+    assert "leaves out 1 (without the field text): c.parquet:1\n" in said
 
 
 def test_a_column_that_is_there_twice_is_named(tmp_path):

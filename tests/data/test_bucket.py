@@ -149,9 +149,9 @@ def test_objects_folders_and_globs_stand_in_lists_with_local_paths(put, tmp_path
     assert texts(f"{where}/y[1].txt") == ["odd"]
     assert texts(f"{where}/x/1.txt,{where}/x,{where}/*.txt") == ["1", "2", "4", "y", "odd"]
     for source, message in (
-        (f"{where}/nowhere", "is not there"), (f"{where}/z*.txt", r"no file or folder matches gs://.*z\*.txt"),
-        (f"{where}/y.txt,{where}/z", "z does not exist"), ("gs://nobucket/x", "is not there"),
-        ("gs://nobucket", "is not there"),
+        (f"{where}/nowhere", "does not exist"), (f"{where}/z*.txt", r"no file or folder matches gs://.*z\*.txt"),
+        (f"{where}/y.txt,{where}/z", "z does not exist"), ("gs://nobucket/x", "does not exist"),
+        ("gs://nobucket", "does not exist"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=rf"config.data.source=gs://.*{message}"):
             texts(source)
@@ -423,4 +423,4 @@ def test_the_program_prepares_from_a_bucket_and_refuses_one_that_is_not_there(pu
     assert "reads 30 files as text" in err
     code, out, err = finish(start(*flags, "--source=gs://nobucket/x", "--config.data.store=other"))
     assert (code, out, err.count("\n")) == (1, "", 1)
-    assert "config.data.source=gs://nobucket/x: is not there" in err
+    assert "config.data.source=gs://nobucket/x: does not exist" in err

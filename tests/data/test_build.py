@@ -121,7 +121,7 @@ def test_a_prepare_that_is_killed_goes_on_where_it_was(corpus, tmp_path, monkeyp
     last = preparing(corpus, path, name)
     _, err = last.communicate()
     assert last.returncode == 0, err
-    assert int(err.split("goes on after ")[1].split()[0]) >= 41
+    assert int(err.split("continues after ")[1].split()[0]) >= 41
     assert_same(TokenStore(path), undisturbed(tmp_path, monkeypatch, corpus, vocab if name != "bytes" else None))
     assert not list(tmp_path.glob("s.*"))
     assert not (path / "progress.json").exists()
@@ -155,7 +155,7 @@ def test_a_draft_that_is_damaged_is_made_anew(corpus, tmp_path, monkeypatch, dam
     process = preparing(corpus, path)
     _, err = process.communicate()
     assert process.returncode == 0, err
-    assert "begins anew" in err
+    assert "starts over" in err
     assert_same(TokenStore(path), undisturbed(tmp_path, monkeypatch, corpus, None))
 
 

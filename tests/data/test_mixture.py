@@ -142,7 +142,7 @@ def test_a_mixture_has_the_tokens_a_byte_that_are_read(tmp_path):
 
 @pytest.mark.parametrize("text", ["{}/big", "{}/big=0", "{}/big=-1", "{}/big=x", "=1", "{}/big=1,,", "{}/big=inf"])
 def test_what_is_no_mixture_is_named(folder, text):
-    with pytest.raises(UserError, match=r"config.data.mixture=.*is no STORE=WEIGHT with a weight of 1e-6"):
+    with pytest.raises(UserError, match=r"config.data.mixture=.*is not STORE=WEIGHT with a weight of 1e-6"):
         Mixture.open(text.format(folder))
 
 

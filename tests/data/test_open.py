@@ -28,7 +28,7 @@ def test_a_vocabulary_is_trained_where_there_is_none_and_kept_beside_the_store(c
     names = ["store.vocab.model", "store.vocab.model.json"]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
     train_vocab(settings, epath.Path(tmp_path / "run"))
-    assert "store.vocab.model is there already" in capsys.readouterr().err
+    assert "store.vocab.model exists already" in capsys.readouterr().err
     store = open_store(settings, epath.Path(tmp_path / "run"))
     assert store.vocab().name == SentencePieceVocab(tmp_path / "run/store.vocab.model").name
     at_once = open_store(settings, epath.Path(tmp_path / "other"))
@@ -71,8 +71,8 @@ def test_documents_that_are_not_utf8(tmp_path, invalid_utf8, block_bytes, capsys
     # a byte model takes the bytes as they are, and says so
     assert texts_in(store_of(tmp_path / "bytes", texts, invalid_utf8=invalid_utf8)) == texts[:2]
     said = capsys.readouterr().err
-    assert "1 documents are not UTF-8, a byte model takes their bytes as they are: 1" in said
-    assert "1 empty documents left out: 2" in said
+    assert "keeps the bytes of 1 document that is not UTF-8: 1" in said
+    assert "leaves out 1 empty document: 2" in said
     if invalid_utf8 == "error":
         with pytest.raises(UserError, match=r"config.data.invalid_utf8=error: 1 is not UTF-8 at byte 3"):
             store_of(tmp_path / "text", texts, TextOnlyVocab(), invalid_utf8=invalid_utf8)

@@ -92,7 +92,9 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
     store_of(tmp_path / "s", [b"into an empty folder"])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match=r"config.data.store=.*mine: holds something that is no whole token store"):
+    with pytest.raises(
+        UserError, match=r"config.data.store=.*mine: holds something that is not a complete token store"
+    ):
         store_of(tmp_path / "mine", [b"text"])
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
 

@@ -84,7 +84,7 @@ def test_what_was_read_and_what_was_not_is_said_by_kind(corpus):
     os.mkfifo(corpus / "pipe")
     text = said(corpus, glob="**/*")
     assert "reads 7 files as text: 5 .txt (a.txt, b/c.txt, f.txt, ...); 1 .md (b/d/e.md); 1 without a suffix" in text
-    assert "leaves out 2 that are no text, by their names: b/pic.PNG, lib.zip" in text
+    assert "leaves out 2 that are not text, by their names: b/pic.PNG, lib.zip" in text
     assert "leaves out 1 neither a file nor a folder: pipe" in text
     text = said(corpus, glob="*", exclude="lib.*")
     assert "leaves out 4 that config.data.glob does not match: b/c.txt, b/pic.PNG, b/d/e.md, ..." in text
@@ -115,7 +115,7 @@ def test_exclude_holds_for_what_a_glob_matches(corpus):
 
 @pytest.mark.parametrize("exclude", ["/etc/*", "a**/x", "../x"])
 def test_an_exclude_that_is_no_pattern_is_named(corpus, exclude):
-    with pytest.raises(UserError, match=r"^config.data.exclude=.*: is no pattern"):
+    with pytest.raises(UserError, match=r"^config.data.exclude=.*: is not a pattern"):
         names(corpus, exclude=exclude)
 
 
@@ -198,7 +198,7 @@ def test_stores_and_runs_in_the_corpus_are_left_out(corpus):
     write(corpus, "run/config.json", "run/checkpoints/10/x", "run/samples/1.txt")
     assert names(corpus) == ["a.txt", "b/c.txt", "b/d/e.md"]
     assert "leaves out 2 stores or runs of this program: mine/store, run" in said(corpus)
-    with pytest.raises(UserError, match=r"mine/store: is a store or a run of this program, and no text"):
+    with pytest.raises(UserError, match=r"mine/store: is a store or a run of this program, and not text"):
         names(corpus / "mine/store")
 
 

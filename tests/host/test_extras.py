@@ -6,13 +6,18 @@ import tomllib
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.command import ROOT
 from tvq_pod.errors import UserError
 from tvq_pod.host import extras
 from tvq_pod.host.extras import EXTRAS, is_installed, require
 
-OPTIONAL = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OPTIONAL: dict[str, list[str]] = {
+    str(canonicalize_name(extra)): packages  # as they are spelled in the metadata of the package
+    for extra, packages in PROJECT["optional-dependencies"].items()
+}
 
 
 def brought_by(extra: str) -> set[str]:

@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+import re
 import tarfile
 
 import pytest
@@ -163,3 +164,39 @@ def archived(path: pathlib.Path, name: str) -> bytes | None:
     with tarfile.open(path) as tar:
         found = [member for member in tar.getmembers() if member.name.endswith(f"/{name}")]
         return tar.extractfile(found[0]).read() if found else None
+
+
+def test_help_has_the_flags_of_every_command(laptop):
+    """Those of up are defined in another file."""
+    code, out, err = laptop.pod("--help")
+    assert (code, err) == (1, "")
+    defined = re.findall(
+        r'DEFINE_\w+\(\s*"(\w+)"',
+        "".join(path.read_text() for path in (ROOT / "launch").glob("*.py") if path.stem != "local"),
+    )
+    assert len(defined) > 20
+    shown = set(re.findall(r"^  --(?:\[no\])?(\w+):", out, re.MULTILINE))
+    assert set(defined) <= shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["run", "--config=configs/stdlib.py"],
+            "--config: is a flag of the training; give it after `run --name=RUN --`",
+        ),
+        (["run", "--config.model.d_model=8"], "--config.model.d_model: is a flag of the training; give it after"),
+        (["up", "--nmae=first"], "--nmae: is not a flag; did you mean --name?"),
+        (["up", "--slices=0"], "--slices=0: 0 is not a positive integer; see --help"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(laptop, arguments, line):
+    code, out, err = laptop.pod(*arguments)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: {line}")
+    assert err.count("\n") == 1
+
+
+def test_the_status_of_no_runs_says_so(laptop):
+    assert laptop.must("status").startswith(f"no runs in {laptop.folder / 'records'}: ")

@@ -191,7 +191,7 @@ def test_each_mistake_is_one_line_and_changes_nothing(out, tmp_path, config_file
     cases = {
         (config, fresh, "--mode=export", f"--to={tmp_path / 'out'}"): f"{fresh}: has no checkpoint; train there first",
         (fresh, "--mode=export", f"--to={tmp_path / 'out'}"): f"{fresh}: has no config.json",
-        (run_of_out, "--mode=export"): "--to=: must be given for --mode=export: the folder to make",
+        (run_of_out, "--mode=export"): "--to=: must be given for --mode=export: the folder to write",
         (run_of_out, "--mode=export", f"--to={tmp_path / 'taken'}"): f"--to={tmp_path / 'taken'}: exists already",
         (run_of_out, "--mode=export", f"--to={tmp_path / 'link'}"): f"--to={tmp_path / 'link'}: exists already",
         (run_of_out, "--mode=export", f"--to={tmp_path / 'taken/file'}"): f"--to={tmp_path / 'taken/file'}: can't be",

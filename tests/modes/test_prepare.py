@@ -16,7 +16,7 @@ def test_prepare_makes_a_store_that_training_uses(tmp_path, config_file):
     assert (tmp_path / "store/store.json").exists()
     assert not (tmp_path / "run").exists()
     _, err = run(*flags, "--mode=prepare")
-    assert "is there already" in err
+    assert "exists already" in err
     training = start(*flags)
     lines = said_until(training, "store ")
     assert training.wait() == 75, lines
@@ -40,6 +40,16 @@ def test_append_adds_new_files_of_the_source(tmp_path, config_file):
     assert "in 2 parts" in err
     _, err = run(*flags, "--append")
     assert "nothing is added" in err
+
+
+def test_a_store_without_a_validation_document_is_told_before_anything_is_trained(tmp_path, config_file):
+    (tmp_path / "texts").mkdir()
+    for n in range(20):
+        (tmp_path / f"texts/{n}.txt").write_text(f"text {n} " * 9)
+    flags = [f"--config={config_file}", f"--source={tmp_path / 'texts'}", "--mode=prepare"]
+    for share, is_told in ((1e-9, True), (0.5, False)):
+        _, err = run(*flags, f"--workdir={tmp_path}/{share}", f"--config.data.validation_share={share}")
+        assert ("no document fell into the validation split" in err) is is_told
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def on_chip(monkeypatch):
 
 
 def test_a_run_says_which_attention_it_takes_and_refuses_what_cannot_be(mesh):
-    assert attention_line(small_config(), mesh) == "config.model.attention=auto takes xla, since cpu is not a TPU"
+    assert attention_line(small_config(), mesh) == "config.model.attention=auto uses xla, since cpu is not a TPU"
     assert attention_line(small_config(attention="plain"), mesh) == "config.model.attention=plain"
     kernels = small_config(attention="pallas")
     check_attention(kernels, mesh)
@@ -44,10 +44,10 @@ def test_a_run_says_which_attention_it_takes_and_refuses_what_cannot_be(mesh):
 @pytest.mark.parametrize(
     ("changes", "device", "line"),
     [
-        ({}, "TPU v5 lite", "takes pallas, whose kernels fit TPU v5 lite"),
-        (dict(mem_len=256), "TPU v5 lite", "takes xla, since config.model.mem_len=256 differs from config.model."),
-        ({}, "TPU v4", "takes xla, since kernels are no faster on TPU v4"),
-        ({}, "TPU v2", "takes xla, since there are no kernels for TPU v2"),
+        ({}, "TPU v5 lite", "uses pallas, whose kernels fit TPU v5 lite"),
+        (dict(mem_len=256), "TPU v5 lite", "uses xla, since config.model.mem_len=256 differs from config.model."),
+        ({}, "TPU v4", "uses xla, since kernels are no faster on TPU v4"),
+        ({}, "TPU v2", "uses xla, since there are no kernels for TPU v2"),
     ],
     ids=str,
 )

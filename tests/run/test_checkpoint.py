@@ -167,7 +167,7 @@ def test_the_newest_steps_are_kept(tmp_path, mesh):
         checkpoints.wait()
     assert checkpoints.steps() == [3, 4]
     assert checkpoints.pick(None) == 4
-    with pytest.raises(UserError, match=r"--step=1: there are 3, 4"):
+    with pytest.raises(UserError, match=r"--step=1: has no such checkpoint; give one of 3, 4"):
         checkpoints.pick(1)
     checkpoints.close()
 

@@ -63,9 +63,9 @@ def start():
 @pytest.mark.parametrize(
     ("grace", "can_save", "does", "signals", "code", "said"),
     [
-        (60, "can_save", "saves", [TERM], 75, "SIGTERM: the run saves and ends"),
-        (60, "can_save", "saves", [INT], 75, "SIGINT: the run saves and ends"),
-        (60, "can_save", "saves", [HUP], 75, "SIGHUP: the run saves and ends"),
+        (60, "can_save", "saves", [TERM], 75, "SIGTERM: the run saves a checkpoint and ends"),
+        (60, "can_save", "saves", [INT], 75, "SIGINT: the run saves a checkpoint and ends"),
+        (60, "can_save", "saves", [HUP], 75, "SIGHUP: the run saves a checkpoint and ends"),
         (60, "nothing", "hangs", [TERM], 75, "SIGTERM: the process ends; there is nothing to save"),
         (60, "nothing", "hangs", [HUP], 75, "SIGHUP: the process ends; there is nothing to save"),
         (60, "nothing", "hangs", [INT], 130, "SIGINT: the process ends; there is nothing to save"),
@@ -84,7 +84,7 @@ def test_how_a_process_ends(grace, can_save, does, signals, code, said, listens,
     if len(signals) == 2:
         if listens:
             lines.append(process.stderr.readline())
-            assert lines[0].endswith("saves and ends\n")
+            assert lines[0].endswith("saves a checkpoint and ends\n")
         else:
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(0.3)
@@ -119,5 +119,5 @@ def test_what_a_process_was_started_to_ignore_stays_ignored(prefix, ignored, sta
     process.send_signal(TERM)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 75
-    assert err.endswith("SIGTERM: the run saves and ends\n")
+    assert err.endswith("SIGTERM: the run saves a checkpoint and ends\n")
     assert ignored.name not in err

@@ -70,7 +70,7 @@ def test_a_run_that_goes_on_with_other_streams_says_so_and_reads_on(tmp_path, tr
     again = start(*flags, "--config.train.num_steps=55", "--config.train.on_batch_change=refuse")
     lines = said_until(again, "resumes from step 50")
     assert again.wait() == 75, lines
-    assert not any("anew" in line for line in lines)
+    assert not any("streams start over" in line for line in lines)
 
 
 def test_signals_save_and_end_one_process_too_and_the_next_start_goes_on(tmp_path, config_file):
@@ -94,7 +94,7 @@ def test_signals_save_and_end_one_process_too_and_the_next_start_goes_on(tmp_pat
             told = True
         if line.startswith("SIGUSR1: the run saves now"):
             asked_at = step
-        if line.startswith("SIGINT: the run saves and ends"):
+        if line.startswith("SIGINT: the run saves a checkpoint and ends"):
             interrupted_at = step
         if line.startswith("saved step"):
             saved = int(line.split()[2])

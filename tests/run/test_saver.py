@@ -117,7 +117,7 @@ def test_all_processes_save_at_the_same_steps(happens, every):
 
 def test_who_is_asked_to_end_saves_and_keeps_older_steps():
     saver, checkpoints, _ = made()
-    with pytest.raises(Preempted, match="saved step 7 and ends"):
+    with pytest.raises(Preempted, match="saved step 7; give"):
         saver.save_and_leave("state", 7)
     assert checkpoints.saved == [("state", 7, True)]
     checkpoints.is_full = True

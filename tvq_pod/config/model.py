@@ -36,8 +36,8 @@ class TransformerConfig:
     mem_len: PositiveInt = 128
     """M: keys that are kept exact before they go to the cache."""
     window_bias: NonNegativeFloat = 0.0
-    """Added to the scores of keys up to M back; 0: as in the paper. All keys are alike to a new model, so in a long
-    document it hardly sees what is near, and learns to see it late; with 8, it does so soon."""
+    """Added to the scores of keys up to M back; 0: as in the paper. To a new model all keys are alike, so in a long
+    document it hardly sees what is near, and learns late to use it. With 8 it learns that soon."""
     temperature: Literal["fixed", "learned"] = "fixed"
     """learned: queries are scaled by a learned factor for each head, 1 at first. A query and a key have a product of at
     most sqrt(d_k) otherwise, and one key among more than e ** sqrt(d_k) others can't have most of the weight."""
@@ -89,14 +89,14 @@ class TransformerConfig:
     e_norm: bool = True
     """RMSNorm before the output embeddings."""
     e_scale: NonNegativeFloat = 1.0
-    """Factor on the logits. Tied embeddings, of variance 1, want about d_model ** -0.5 or less."""
+    """Factor on the logits. Tied embeddings, of variance 1, need about d_model ** -0.5 or less."""
     c_beta: NonNegativeFloat = 1e-4
     """Weight of the commit loss."""
     c_gamma: Fraction = 0.99
     """Decay of the codebook's moving average, per update."""
     c_revive: Fraction = 0.0
-    """After each update, codes whose moving average is below this share of their head's mean move to where codes stand
-    for too much, and divide their keys; 0: never. 0.1 keeps nearly all codes in use."""
+    """After each update, a code whose moving average is below this share of its head's mean moves next to a code that
+    stands for too many keys, and they divide its keys; 0: never. 0.1 keeps nearly all codes in use."""
     is_train: bool = False
     """Dropout is on. The mode decides, so it is not in config files."""
 

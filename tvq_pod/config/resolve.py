@@ -50,7 +50,7 @@ class Config(ml_collections.ConfigDict):
         try:
             super().__setitem__(key, value)
         except TypeError:
-            kind = _kind_name(type(self[key]))
+            kind = kind_name(type(self[key]))
             raise UserError(f"{self._path()}.{key}={value!r}: must be {kind}") from None
 
     def _unknown(self, key) -> UnknownSettingError:
@@ -108,12 +108,12 @@ def build(cls: type[Group], tree: dict, path: str) -> Group:
         value, kind = tree[name], type(field.default)
         if dataclasses.is_dataclass(kind):
             if type(value) is not dict:
-                raise UserError(f"{here}={value!r}: must be {_kind_name(dict)}")
+                raise UserError(f"{here}={value!r}: must be {kind_name(dict)}")
             value = build(kind, value, here)
         elif kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            raise UserError(f"{here}={value!r}: must be {_kind_name(kind)}")
+            raise UserError(f"{here}={value!r}: must be {kind_name(kind)}")
         values[name] = value
     return cls(**values)
 
@@ -128,5 +128,8 @@ def _check_values(group: "DataclassInstance", path: str) -> None:
             raise UserError(f"{path}.{name}={value}: must be {problem}")
 
 
-def _kind_name(kind: type) -> str:
-    return "a group of settings" if issubclass(kind, dict | ml_collections.ConfigDict) else kind.__name__
+def kind_name(kind: type) -> str:
+    """The type of a setting, in words."""
+    if issubclass(kind, dict | ml_collections.ConfigDict):
+        return "a group of settings"
+    return {int: "an integer", float: "a number", bool: "True or False", str: "text"}.get(kind, kind.__name__)

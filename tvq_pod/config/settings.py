@@ -16,8 +16,8 @@ class DataSettings:
     """The corpus, its vocabulary and the token store that is made of it."""
 
     source: str = ""
-    """The corpus: `stdlib`, `novels`, `ansible`, `recall`, `passkey`, a path, which may be in a bucket, or `hf:NAME`;
-    or several paths and globs, separated by commas. See docs/data.md."""
+    """The corpus: `stdlib`, `novels`, `ansible`, `recall` or `passkey`; a path, which may be in a bucket; `hf:NAME`; or
+    several paths and globs, separated by commas. See [data.md](data.md)."""
     format: Literal[
         "auto",
         "stdlib",
@@ -35,15 +35,15 @@ class DataSettings:
         "pg19",
         "imagenet64",
     ] = "auto"
-    """What the source is."""
+    """What the source is. auto: recognized by the names of the files. See [data.md](data.md)."""
     text_field: str = "text"
     """The field (jsonl, arrayrecord) or column (parquet) that has the text; `meta.text` is the field `text` of the
     field `meta`. Empty: a record of an ArrayRecord file is the text, also if it is JSON."""
     glob: str = "**/*"
     """Which files of a folder are read."""
     exclude: str = ""
-    """Which files and folders of a folder, or of what a glob matches, are left out: globs, separated by commas. One
-    without a slash, as `*.log`, is compared with names at any depth."""
+    """Files and folders to leave out, of a folder or of what a glob matches: globs, separated by commas. One without a
+    slash, such as `*.log`, is compared with names at any depth."""
     hidden: bool = False
     """Read files and folders whose names begin with a dot, too."""
     vocab: str = "bytes"
@@ -103,15 +103,17 @@ class TrainSettings:
     """The batch, and how long training lasts."""
 
     batch_size: PositiveInt = 8
-    """B: streams, over all hosts."""
+    """B: rows of a batch, over all hosts. Each row is a stream, which reads documents one after the other."""
     update_len: PositiveInt = 512
     """T: tokens of each stream that one step consumes."""
     microbatches: PositiveInt = 1
     """Parts of the batch's rows that are computed one after the other, to save memory; their gradients are added."""
     on_batch_change: Literal["refuse", "restart_streams"] = "refuse"
-    """What happens if a run resumes with another batch_size or update_len."""
+    """What happens if a run resumes with another batch_size or update_len. refuse: an error. restart_streams: new
+    streams with empty states read the rest of the epoch. See [durability.md](durability.md)."""
     on_data_change: Literal["refuse", "restart_streams"] = "refuse"
-    """What happens if a run resumes with another store, mixture, or weights of a mixture."""
+    """What happens if a run resumes with another store, mixture, or weights of a mixture. refuse: an error.
+    restart_streams: new streams with empty states read the other data. See [durability.md](durability.md)."""
     context_schedule: str = ""
     """Most tokens of a stream that attention sees, by step: `STEP:LENGTH,STEP:LENGTH`, where length 0 is no limit, as
     in `0:1024,500:4096,1000:0`. Empty: no limit. See docs/data.md."""
@@ -346,8 +348,8 @@ class Settings:
     init_optimizer: bool = False
     """Take the state of the other run's optimizer as well. The learning-rate schedule starts over in any case."""
     init_layers: NonNegativeInt = 0
-    """Take only the first of the other run's layers, so many; other layers of this model are drawn from the seed. 0:
-    take all layers, of which both models must have the same number."""
+    """Take only this many of the other run's layers, the first ones; other layers of this model are drawn from the
+    seed. 0: take all layers, and both models must have the same number."""
     model: TransformerConfig = TransformerConfig()
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()

@@ -70,8 +70,8 @@ def append(settings: Settings, workdir: epath.Path) -> TokenStore:
     store = TokenStore(path)
     (was, _), now = about["before"][-1], store.fingerprint
     say(
-        f"added {len(names)} parts: the fingerprint is {now[:16]} now, and was {was[:16]}; runs that began before go "
-        "on with the parts that there were, unless config.train.on_data_change=restart_streams"
+        f"added {len(names)} parts: the fingerprint is {now[:16]} now, and was {was[:16]}; runs that began before "
+        "continue with the parts that they began with, unless config.train.on_data_change=restart_streams"
     )
     return store
 

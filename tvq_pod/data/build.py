@@ -37,11 +37,11 @@ def make_store(
     with StoreWriter(path, vocab, settings) as writer:
         checked = Checked(corpus(), vocab, data)
         if not checked.pass_over(writer.n_taken, writer.crc_taken):
-            say(f"config.data.source={data.source}: is not what it was when {path} was begun: begins anew")
+            say(f"config.data.source={data.source}: is not what it was when {path} was begun: starts over")
             writer.begin_anew()
             checked = Checked(corpus(), vocab, data)
         elif writer.n_taken:
-            say(f"  goes on after {writer.n_taken:,} documents")
+            say(f"  continues after {writer.n_taken:,} documents")
         with progress_bar() as bar:
             if vocab.takes_any_bytes:
                 for batch in checked:

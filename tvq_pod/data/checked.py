@@ -65,14 +65,18 @@ class Report:
     def say(self, vocab: Vocab, data: DataSettings) -> None:
         """For people."""
         for why, names in self.left_out.items():
-            say(f"  {names.count:,} left out, {why}: {names}")
+            say(f"  leaves out {names.count:,} ({why}): {names}")
         if self.empty.count:
-            say(f"  {self.empty.count} empty documents left out: {self.empty}")
+            say(f"  leaves out {_documents(self.empty.count, 'empty ')}: {self.empty}")
         if self.odd.count:
-            done = {"replace": "their odd bytes became U+FFFD", "skip": "they were left out"}
-            done = done.get(data.invalid_utf8, "")
-            done = "a byte model takes their bytes as they are" if vocab.takes_any_bytes else done
-            say(f"  {self.odd.count} documents are not UTF-8, {done}: {self.odd}")
+            done = {"replace": "replaces other bytes by U+FFFD in", "skip": "leaves out"}.get(data.invalid_utf8, "")
+            done = "keeps the bytes of" if vocab.takes_any_bytes else done
+            n = self.odd.count
+            say(f"  {done} {_documents(n)} that {'is' if n == 1 else 'are'} not UTF-8: {self.odd}")
+
+
+def _documents(n: int, kind: str = "") -> str:
+    return f"{n:,} {kind}document{'s' * (n != 1)}"
 
 
 class Checked:

@@ -125,7 +125,7 @@ def opened_lines(path: Place, what: str) -> Iterator[io.BufferedReader]:
     """As `opened`, of a file that has lines. what: of what, in words. Raises UserError if it is a binary file."""
     with opened(path) as file:
         if kind := binary_kind(file.peek(SNIFFED)[:SNIFFED]):
-            raise UserError(f"config.data.source={path}: is {kind}, and no {what}; leave it out")
+            raise UserError(f"config.data.source={path}: is {kind}, and not {what}; leave it out")
         check_has_lines(path, file.peek(SNIFFED)[:SNIFFED])
         yield file
 

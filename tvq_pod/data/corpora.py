@@ -31,15 +31,13 @@ def documents(data: DataSettings) -> Documents:
     if built_in in GENERATED:
         return dict(recall=recall.recall, passkey=recall.passkey)[built_in](data)
     path = pathlib.Path(data.source)
+    if data.format in PAPERS and (not data.source or not os.path.exists(path)):
+        raise UserError(f"config.data.source={data.source}: does not exist; config.data.format={data.format} needs it")
     if data.format in ("folder", "pg19") and not path.is_dir():
         raise UserError(f"config.data.source={data.source}: must be a folder, as config.data.format={data.format} says")
     if data.format == "enwik8" and not path.is_file():
         raise UserError(f"config.data.source={data.source}: must be a file, as config.data.format=enwik8 says")
     if data.format in PAPERS:
-        if not data.source or not os.path.exists(path):
-            raise UserError(
-                f"config.data.source={data.source}: is not there; config.data.format={data.format} wants it"
-            )
         return getattr(papers, data.format)(path)
     return documents_of(listing(data), data)
 

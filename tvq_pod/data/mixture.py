@@ -74,8 +74,8 @@ class Mixture:
                 number = 0.0
             if not equals or not path or not 1e-6 <= number <= 1e6:
                 raise UserError(
-                    f"config.data.mixture={text}: {part.strip() or 'nothing'} is no STORE=WEIGHT with a weight of 1e-6 "
-                    "to 1e6"
+                    f"config.data.mixture={text}: {part.strip() or 'nothing'} is not STORE=WEIGHT with a weight of "
+                    "1e-6 to 1e6"
                 )
             stores.append(TokenStore(epath.Path(path)))
             weights.append(number)

@@ -120,7 +120,10 @@ def open_on_all(settings: Settings, workdir: epath.Path) -> TokenStore | Mixture
 
 def describe(store: TokenStore | Mixture) -> None:
     """Says what is in a store."""
-    say(f"store {store.path}: vocabulary {store.vocab_name} of {store.n_vocab}, fingerprint {store.fingerprint[:16]}")
+    say(
+        f"store {store.path}: vocabulary {store.vocab_name} ({store.n_vocab:,} ids), "
+        f"fingerprint {store.fingerprint[:16]}"
+    )
     for split in SPLITS:
         entry = store.meta["splits"][split]
         say(

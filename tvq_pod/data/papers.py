@@ -147,7 +147,7 @@ def _damage_named(path: pathlib.Path):
     try:
         yield
     except (OSError, ValueError, *BAD_ZIP) as error:
-        raise UserError(f"config.data.source: {path} is damaged, or no file of ImageNet64 ({error})") from None
+        raise UserError(f"config.data.source: {path} is damaged, or not a file of ImageNet64 ({error})") from None
 
 
 class _Images:

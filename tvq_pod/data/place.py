@@ -77,5 +77,6 @@ def check_free(path: epath.PathLike) -> None:
         return
     if not path.is_dir() or any(entry.name != "lost+found" for entry in path.iterdir()):
         raise UserError(
-            f"config.data.store={path}: holds something that is no whole token store; remove it, or give another folder"
+            f"config.data.store={path}: holds something that is not a complete token store; remove it, or "
+            "give another folder"
         )

@@ -36,7 +36,7 @@ class _BadRow(Exception):
 def _bad(bad: _BadRow, name: str, file: File, data: DataSettings) -> Document:
     """A document that is left out. Raises UserError if bad rows are an error."""
     if data.bad_rows == "error":
-        remedy = "give the field that has it" if "text_field" in bad.setting else "mend it"
+        remedy = "give the field that has it" if "text_field" in bad.setting else "fix it"
         raise UserError(f"{bad.setting}: {bad.problem}; {remedy}, {SKIP}")
     return Document(name, b"", file.split, problem=bad.why)
 
@@ -165,7 +165,7 @@ def _without_text(schema, field: str, path: str) -> _BadRow | None:
         return _BadRow(f"without the field {field}", of_field, f"{path} has {what}")
     kind = found.type.value_type if pyarrow.types.is_dictionary(found.type) else found.type
     if not _is_text(kind):
-        return _BadRow("another type than text", of_field, f"{path} has {found.type} there, and no text")
+        return _BadRow("another type than text", of_field, f"{path} has {found.type} there, and not text")
     return None
 
 

@@ -185,10 +185,10 @@ def _given(data: DataSettings, rules: Rules, left_out: dict[str, Names]) -> list
             if not found:
                 raise UserError(f"config.data.source={source}: no file or folder matches {part}; give another glob")
         else:
-            what = f"{part} does not exist (is not there)" if part != source else "is not there"
+            what = f"{part} does not exist" if part != source else "does not exist"
             raise UserError(f"config.data.source={source}: {what}{_wanted(data)}")
     if not places:
-        what = "is not there" if not left_out else f"all of it is left out by config.data.exclude={data.exclude}"
+        what = "does not exist" if not left_out else f"all of it is left out by config.data.exclude={data.exclude}"
         raise UserError(f"config.data.source={source}: {what}{_wanted(data)}")
     return places
 
@@ -200,10 +200,10 @@ def parts_of_source(source: str) -> list[str]:
 
 def _wanted(data: DataSettings) -> str:
     if data.format != "auto":
-        return f"; config.data.format={data.format} wants it"
+        return f"; config.data.format={data.format} needs it"
     return (
-        f"; must be {', '.join(map(repr, BUILT_IN))}, a text file, a folder, files of JSON lines, Parquet or "
-        "ArrayRecord, a glob, hf:NAME, or several of these with commas between them; gs:// is taken, too"
+        "; give a file, a folder or a glob, locally or as gs://BUCKET/PATH; hf:NAME; several of these with commas "
+        f"between them; or one of {', '.join(BUILT_IN)}"
     )
 
 
@@ -243,7 +243,7 @@ def _refuse_only_about(data: DataSettings, files: list[File]) -> None:
         is_saved = any(file.path.endswith(".arrow") for file in others)
         remedy = f"give hf:{data.source}" if is_saved else "give config.data.format=text if those are the corpus"
         raise UserError(
-            f"config.data.source={data.source}: has {len(others):,} files that are no text ({others[0].name}), and "
+            f"config.data.source={data.source}: has {len(others):,} files that are not text ({others[0].name}), and "
             f"besides them only files about a corpus; {remedy}"
         )
 
@@ -257,12 +257,12 @@ def _guessed_of_one(file: File) -> str:
     is_binary = kind is not None or file.kind == "binary"
     if kind == "compressed twice" or (is_binary and begins and plain.endswith(ARCHIVES)):
         raise UserError(
-            f"config.data.format=auto: {file.path} is compressed, and no text; unpack it, or give config.data.format "
+            f"config.data.format=auto: {file.path} is compressed, and not text; unpack it, or give config.data.format "
             "(enwik8 for enwik8.zip)"
         )
     if is_binary:
         raise UserError(
-            f"config.data.format=auto: {file.path} is {kind or f'a {os.path.splitext(plain)[1]} file'}, and no text; "
+            f"config.data.format=auto: {file.path} is {kind or f'a {os.path.splitext(plain)[1]} file'}, and not text; "
             "give text, or files of JSON lines, Parquet or ArrayRecord"
         )
     return dict(json="jsonl").get(file.kind, file.kind)
@@ -276,7 +276,7 @@ def _of_format(format: str, files: list[File], left_out: dict[str, Names]) -> It
         if file.kind == "hf":
             reason = ""
         elif format in ("text", "lines"):
-            reason = "that are no text, by their names" if file.kind == "binary" and not is_one else ""
+            reason = "that are not text, by their names" if file.kind == "binary" and not is_one else ""
         elif beside:
             reason = "about the corpus, by their names"
         elif file.is_given or dict(json="jsonl").get(file.kind, file.kind) == format:

@@ -176,7 +176,8 @@ class TokenStore:
             raise UserError(f"config.data.store={path}: is not a token store ({error.strerror}: store.json)") from None
         except (ValueError, KeyError, TypeError):
             raise UserError(
-                f"config.data.store={path}: {self.path / 'store.json'} is damaged; prepare the store anew elsewhere"
+                f"config.data.store={path}: {self.path / 'store.json'} is damaged; prepare the store again "
+                "in another folder"
             ) from None
         if not known:
             raise UserError(f"config.data.store={path}: has format {self.meta['format']}; this version reads {FORMAT}")
@@ -215,7 +216,8 @@ class TokenStore:
                         "give another store, or a corpus with training documents"
                     )
                 raise UserError(
-                    f"--split={name}: no document of {self.path} fell into it; take a larger corpus or share"
+                    f"--split={name}: no document of {self.path} fell into it; give a larger corpus, or "
+                    f"raise config.data.{name}_share"
                 )
             with self._damage():
                 entries = [part for part in self.parts if part.splits[name]["n_documents"]]
@@ -274,7 +276,7 @@ class TokenStore:
             yield
         except (OSError, ValueError) as error:
             raise UserError(
-                f"config.data.store={self.path}: is damaged ({str(error)[:300]}); prepare it anew elsewhere"
+                f"config.data.store={self.path}: is damaged ({str(error)[:300]}); prepare it again in another folder"
             ) from None
 
     @functools.cached_property

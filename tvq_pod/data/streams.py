@@ -60,8 +60,8 @@ class TrainStreams:
         """rest: what is read before first_epoch begins (see `recut`)."""
         if order.n_tokens < batch_size:
             raise UserError(
-                f"config.train.batch_size={batch_size}: the corpus has only {order.n_tokens} tokens; must be at most "
-                "that"
+                f"config.train.batch_size={batch_size}: must be at most {order.n_tokens}, the number of tokens to "
+                "train on; give more text, or fewer rows"
             )
         self._order, self._batch_size, self._first_epoch, self._rest = order, batch_size, first_epoch, rest
         self._made_round = functools.lru_cache(maxsize=4)(self._make_round)
@@ -273,7 +273,7 @@ def request_row(
                 values = read.result()
             except ValueError as error:  # names the file
                 raise UserError(
-                    f"config.data.store: is damaged ({str(error)[:300]}); prepare it anew elsewhere"
+                    f"config.data.store: is damaged ({str(error)[:300]}); prepare it again in another folder"
                 ) from None
             stop = at + segment.length
             targets[at:stop] = values[-segment.length :]

@@ -19,7 +19,7 @@ def texts(listing: Listing, data: DataSettings) -> Documents:
     for file in read_ahead(listing.files):
         text = content(file.at)
         if kind := binary_kind(bytes(text[:SNIFFED])):
-            yield Document(file.name, b"", file.split, problem=f"{kind}, and no text")
+            yield Document(file.name, b"", file.split, problem=f"{kind}, and not text")
         elif listing.holdout != "position":
             yield Document(file.name, text, file.split)
         else:
@@ -90,7 +90,7 @@ def usable(document: Document, any_bytes: bool, data: DataSettings) -> tuple[byt
         what, others = ("row", "skip") if document.is_row else ("file", "replace or skip")
         raise UserError(
             f"config.data.{name}=error: {document.name} is not UTF-8 at byte {place}, and this "
-            f"vocabulary needs text; mend the {what}, or give {others}"
+            f"vocabulary needs text; fix the {what}, or give {others}"
         )
     if value == "skip":
         return None, True

@@ -35,7 +35,9 @@ def train_sentencepiece(texts: Iterable[bytes | memoryview], vocab_size: int) ->
     """
     model, lines = io.BytesIO(), sample(_lines(texts), SAMPLE_BYTES)
     if not lines:
-        raise UserError(f"config.data.vocab_size={vocab_size}: there is no text to train a vocabulary on")
+        raise UserError(
+            f"config.data.vocab_size={vocab_size}: there is no text to train a vocabulary on; give other text"
+        )
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),

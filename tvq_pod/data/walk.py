@@ -70,7 +70,7 @@ def _pattern(setting: str, glob: str) -> re.Pattern:
         return re.compile(glob_translate(glob))
     except (ValueError, re.error) as error:
         takes = "; '**/*' takes all files" if setting == "glob" else ", as **/*.log or drafts/*"
-        raise UserError(f"config.data.{setting}={glob}: is no pattern ({error}){takes}") from None
+        raise UserError(f"config.data.{setting}={glob}: is not a pattern ({error}){takes}") from None
 
 
 @dataclasses.dataclass
@@ -212,7 +212,7 @@ def _left_out_kind(entry: os.DirEntry) -> str | None:
 
 def _refused(folder: str) -> UserError:
     return UserError(
-        f"config.data.source={folder}: is a store or a run of this program, and no text; a store is given as "
+        f"config.data.source={folder}: is a store or a run of this program, and not text; a store is given as "
         "config.data.store"
     )
 

@@ -128,7 +128,7 @@ class StoreWriter:
         except (ValueError, KeyError) as error:
             if not written:
                 raise
-            say(f"WARNING: {self._draft} is damaged ({str(error)[:200]}): begins anew")
+            say(f"WARNING: {self._draft} is damaged ({str(error)[:200]}): starts over")
             self._open(None)
         if self._draft == self._path and not written:  # so that a folder with a beginning in it is known as ours
             self._commit(0, 0)
@@ -155,13 +155,13 @@ class StoreWriter:
             written = json.loads(self._progress.read_text())
             if written.pop("crc32c") == crc32c_of(written) and written["identity"] == self._identity:
                 return written
-            say(f"{self._draft} was begun with other settings, or is damaged: begins anew")
+            say(f"{self._draft} was begun with other settings, or is damaged: starts over")
         except FileNotFoundError:
             pass
         except OSError as error:  # it may be there, and be of use, another time
             raise UserError(f"config.data.store: {self._progress} can't be read ({error.strerror or error})") from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            say(f"WARNING: {self._progress} is damaged: begins anew")
+            say(f"WARNING: {self._progress} is damaged: starts over")
         return None
 
     def may_commit(self, n_taken: int, crc_taken: int) -> None:

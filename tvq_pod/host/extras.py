@@ -5,14 +5,15 @@ import pathlib
 
 from tvq_pod.errors import UserError
 
-# The extra of pyproject.toml that brings each optional package, by the name that Python imports.
+# The extra of pyproject.toml that brings each optional package, by the name that Python imports. Extras are spelled
+# with hyphens, as in a package's metadata: pip before 23.3 finds them under no other spelling.
 EXTRAS = {
     "PIL": "data",
     "array_record": "data",
     "datasets": "hf",
     "gcsfs": "gcs",
     "libtpu": "tpu",
-    "lm_eval": "lm_eval",
+    "lm_eval": "lm-eval",
     "matplotlib": "bench",
     "pyarrow": "data",
     "tokenizers": "data",

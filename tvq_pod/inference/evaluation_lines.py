@@ -48,5 +48,6 @@ def report(result: Result, step: int, split: str) -> None:
     words = f"perplexity of words {result.word_perplexity:.2f}, " if result.word_perplexity else ""
     say(
         f"step {step}: {split} loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte, {words}"
-        f"over {result.tokens:,} tokens of {result.documents:,} documents ({result.seconds:.1f} s)"
+        f"over {result.tokens:,} tokens of {result.documents:,} document{'s' * (result.documents != 1)} "
+        f"({result.seconds:.1f} s)"
     )

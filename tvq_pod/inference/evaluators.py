@@ -33,7 +33,10 @@ def validation_evaluator(
     if not (settings.eval.every_steps or settings.eval.at_end):
         return None
     if not store.meta["splits"]["validation"]["n_documents"]:
-        say("no document fell into the validation split: nothing will be evaluated; see config.data.validation_share")
+        say(
+            "no document fell into the validation split, so nothing will be evaluated; "
+            "raise config.data.validation_share, or give more documents"
+        )
         return None
     return make_evaluator(settings, mesh, store, "validation")
 

@@ -24,8 +24,20 @@ def prepare(settings: Settings, workdir: epath.Path, appends: bool = False) -> N
         on_process_zero(lambda: describe(append(settings, workdir)))
         return
     if TokenStore.exists(path):
-        say(f"{path} is there already")
-    on_process_zero(lambda: describe(open_store(settings, workdir)))
+        say(f"{path} exists already")
+    on_process_zero(lambda: _make(settings, workdir))
+
+
+def _make(settings: Settings, workdir: epath.Path) -> None:
+    store = open_store(settings, workdir)
+    describe(store)
+    splits = store.meta["splits"]
+    if splits["train"]["n_documents"] and not splits["validation"]["n_documents"]:
+        share = settings.data.validation_share
+        say(
+            f"WARNING: config.data.validation_share={share:g}: no document fell into the validation split, so training "
+            "would evaluate nothing; give more documents, or a larger share and another config.data.store"
+        )
 
 
 def train_vocab(settings: Settings, workdir: epath.Path) -> None:
@@ -34,7 +46,7 @@ def train_vocab(settings: Settings, workdir: epath.Path) -> None:
         raise UserError(f"config.data.vocab={settings.data.vocab}: must be {TRAINED} for --mode=train_vocab")
     path = trained_path(settings, workdir)
     if path.exists():
-        say(f"{path} is there already")
+        say(f"{path} exists already")
     else:
         check_source(settings, workdir)
     with only_one(store_path(settings, workdir)):

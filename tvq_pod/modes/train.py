@@ -160,7 +160,7 @@ class _Session:
         if newest is None and self.warm:
             self.saver.save(state, 0)  # from here on the run does not need the other one
         if first_step >= num_steps:
-            say(f"nothing to train: step {first_step} of config.train.num_steps={num_steps} is there")
+            say(f"nothing to train: step {first_step} of config.train.num_steps={num_steps} has been reached")
         elif self._evaluates_at(first_step) and not decided_by_process_zero(first_step in self.evaluated):
             self._evaluate(state, first_step)  # what was broken off when the session before was asked to end
         while first_step < num_steps:
@@ -233,7 +233,7 @@ class _Session:
             if warning := ignored(self.settings, self.checkpoints, step):
                 say(f"WARNING: {warning}")
         elif logged := lines_of(self.workdir, "train"):
-            say(f"WARNING: metrics.jsonl has step {max(logged)}, and there is no checkpoint: starts over")
+            say(f"WARNING: metrics.jsonl has step {max(logged)}, and there is no checkpoint: the run starts over")
         describe(self.store)
         self._streams(self.rollback.schedule_at(step))
         return step

@@ -38,7 +38,7 @@ def with_tried_attention(settings: Settings, mesh: jax.sharding.Mesh) -> Setting
         tell(f"process {jax.process_index()}: {line} ({problem})")
     if all_agree(problem is None):
         return settings
-    say(f"{line}, at least for one process: all take xla")
+    say(f"{line}, at least for one process: all use xla")
     return dataclasses.replace(settings, model=settings.model.replace(attention="xla"))
 
 
@@ -63,8 +63,8 @@ def attention_line(config: TransformerConfig, mesh: jax.sharding.Mesh) -> str:
         return f"config.model.attention={chosen(config, mesh)}"
     device_kind, n_model = _of_mesh(mesh)
     if reason := why_auto_takes_xla(config, device_kind, n_model):
-        return f"config.model.attention=auto takes xla, since {reason}"
-    return f"config.model.attention=auto takes pallas, whose kernels fit {device_kind}"
+        return f"config.model.attention=auto uses xla, since {reason}"
+    return f"config.model.attention=auto uses pallas, whose kernels fit {device_kind}"
 
 
 def _of_mesh(mesh: jax.sharding.Mesh) -> tuple[str, int]:

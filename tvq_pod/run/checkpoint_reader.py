@@ -104,13 +104,13 @@ class CheckpointReader:
             raise UserError(f"{self._here}: has no checkpoint; train there first")
         named = f"--step={step}" if self._is_workdir else self._here
         if step is not None and step not in steps:
-            raise UserError(f"{named}: there are {', '.join(map(str, steps))}")
+            raise UserError(f"{named}: has no such checkpoint; give one of {', '.join(map(str, steps))}")
         with self._reading(f"verifying the checkpoints in {self.path}"):
             for candidate in reversed(steps) if step is None else [step]:
                 if self._is_good(candidate):
                     return candidate
         which = "every checkpoint" if step is None else f"--step={step}" if self._is_workdir else f"step {step}"
-        raise UserError(f"{self._here}: {which} is damaged; there are {', '.join(map(str, steps))}")
+        raise UserError(f"{self._here}: {which} is damaged; the checkpoints are {', '.join(map(str, steps))}")
 
     def _is_good(self, step: int) -> bool:
         """Whether the step's files are what its manifest says; each process looks at its share of them.

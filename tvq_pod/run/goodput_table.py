@@ -31,7 +31,7 @@ KINDS = {  # in words, for the table
     START: "start",
     PROFILE: "profile",
     END: "end",
-    WAITING: "waiting for a slice, or to be started",
+    WAITING: "waiting to be started",
 }
 
 

@@ -79,7 +79,7 @@ class Preemption:
             code = 128 + number if number == signal.SIGINT else PREEMPTED
             _end(f"{number.name}: the process ends; there is nothing to save", code)
         if self.requested:
-            why = "the process ends without saving; the newest checkpoint is as it was"
+            why = "the process ends without saving; the run can resume from its newest checkpoint, if it has one"
             _end(f"{number.name}, a second signal: {why}", 128 + number)
         self.signal_name = number.name
         self._stop.set()
@@ -87,7 +87,7 @@ class Preemption:
         timer = threading.Timer(self.grace_seconds, self._too_long, [number.name])
         timer.daemon = True
         timer.start()
-        tell(f"{number.name}: the run saves and ends")
+        tell(f"{number.name}: the run saves a checkpoint and ends")
 
     def _too_long(self, name: str) -> None:
         _end(

@@ -98,7 +98,7 @@ class Saver:
                 f"--workdir={self._checkpoints.path.parent}: asked to end, and step {step} could not be saved "
                 f"({self._checkpoints.error}); the checkpoints before it are complete"
             )
-        raise Preempted(f"saved step {step} and ends, as a signal asked; start it again to resume")
+        raise Preempted(f"saved step {step}; give the same command again to resume")
 
     def save_last(self, state: State, step: int, is_bad: bool) -> None:
         """Saves, until the checkpoint is on disk. is_bad: the step was not applied, so older steps stay.
@@ -115,7 +115,7 @@ class Saver:
                     f"--workdir={self._checkpoints.path.parent}: the last checkpoint can't be written ({why}); those "
                     "before it are complete; make room and start again"
                 )
-            say(f"WARNING: the last checkpoint could not be written ({why}): tries again in {RETRY_SECONDS:g} s")
+            say(f"WARNING: the last checkpoint could not be written ({why}): trying again in {RETRY_SECONDS:g} s")
             with self._goodput.on(SAVES):
                 time.sleep(RETRY_SECONDS)
 

@@ -42,7 +42,7 @@ def asked_step(workdir: epath.Path, step: int | None) -> int | None:
     if asked not in steps:
         aside = [name for name in folders.aside() if name.startswith(f"{asked}.undone")]
         hint = f"; to bring one back that was set aside, rename {' or '.join(aside)} to {asked}" if aside else ""
-        raise UserError(f"--step={asked}: there are {', '.join(map(str, steps))}{hint}")
+        raise UserError(f"--step={asked}: has no such checkpoint; give one of {', '.join(map(str, steps))}{hint}")
     return asked
 
 
