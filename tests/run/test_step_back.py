@@ -140,7 +140,7 @@ def test_a_launch_that_repeats_its_command_goes_back_once(workdir, corpus, monke
     capsys.readouterr()
     trained(settings_of(corpus), workdir, step=6)
     said = capsys.readouterr().err
-    assert "--step=6: this launch has gone back there before; resumes from its newest checkpoint" in said
+    assert "--step=6: this launch has already gone back to it; resuming from the newest checkpoint" in said
     assert "resumes from step 9" in said
     assert len(history(workdir)) == 3  # the step back, and num_steps twice
     monkeypatch.setenv("TVQ_POD_RUN_ID", "launch-2")
@@ -169,8 +169,8 @@ def test_a_step_that_is_missing_damaged_or_of_another_run_changes_nothing(workdi
     before = contents(workdir)
     other = dataclasses.replace(settings_of(corpus), seed=5)
     for settings, step, line in (
-        (settings_of(corpus), 7, r"^--step=7: there are 3, 6, 9, 12$"),
-        (settings_of(corpus), 3, r"--step=3 is damaged; there are 3, 6, 9, 12$"),
+        (settings_of(corpus), 7, r"^--step=7: no such checkpoint; give one of 3, 6, 9, 12$"),
+        (settings_of(corpus), 3, r"--step=3 is damaged; the steps are 3, 6, 9, 12$"),
         (other, 6, r"^config.seed=5: the checkpoint .*/6 was made with 0"),
     ):
         with pytest.raises(UserError, match=line):
@@ -182,5 +182,5 @@ def test_a_step_that_is_missing_damaged_or_of_another_run_changes_nothing(workdi
     for name in ("9.undone", "9.undone-2"):
         shutil.copytree(workdir / "checkpoints/9", workdir / "checkpoints" / name)
     shutil.rmtree(workdir / "checkpoints/9")
-    with pytest.raises(UserError, match=r"^--step=9: there are 3, 6, 12; .*, rename 9.undone or 9.undone-2 to 9$"):
+    with pytest.raises(UserError, match=r"^--step=9: .* give one of 3, 6, 12; .* 9.undone or 9.undone-2 to 9$"):
         trained(settings_of(corpus), workdir, 9)

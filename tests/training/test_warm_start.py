@@ -259,17 +259,17 @@ def test_a_run_that_is_missing_damaged_or_this_one_is_refused(source, tmp_path):
         return refused(with_fields(THEIRS, init_from=str(init_from)), tmp_path)
 
     assert line(tmp_path / "no") == f"config.init_from={tmp_path}/no: has no checkpoint; train there first"
-    assert line(f"{source}@30") == f"config.init_from={source}@30: there are 20, 40"
+    assert line(f"{source}@30") == f"config.init_from={source}@30: no such checkpoint; give one of 20, 40"
     for own in (f"{tmp_path}/ours", f"{tmp_path}/theirs/../ours/", f"{tmp_path}/ours@20"):
         assert line(own).startswith(f"config.init_from={own}: is this run's own folder (--workdir={tmp_path}/ours)")
     damage(source, 40)
     before = contents(source)
-    assert line(f"{source}@40") == f"config.init_from={source}@40: step 40 is damaged; there are 20, 40"
+    assert line(f"{source}@40") == f"config.init_from={source}@40: step 40 is damaged; the steps are 20, 40"
     warm = WarmStart(with_fields(THEIRS, init_from=str(source)), epath.Path(tmp_path / "ours"))
     assert warm.ancestry[0]["step"] == 20  # the newest good one
     warm.close()
     damage(source, 20)
-    assert line(source) == f"config.init_from={source}: every checkpoint is damaged; there are 20, 40"
+    assert line(source) == f"config.init_from={source}: every checkpoint is damaged; the steps are 20, 40"
     assert names(source) == ["20", "40"]
     assert len(contents(source)) == len(before)
 
