@@ -134,7 +134,7 @@ def main(argv: list[str], preemption: Preemption) -> None:
         check_suites(_SUITE.value)
     for name, flag, needed_by in (("to", _TO, "export"), ("from", _FROM, "import")):
         if mode == needed_by and not flag.value:
-            what = "the folder to make" if name == "to" else "a folder that --mode=export has made"
+            what = "the folder to make" if name == "to" else "a folder that --mode=export made"
             raise UserError(f"--{name}=: must be given for --mode={mode}: {what}")
     settings = _settings()
     _check_paths(settings, mode, _WORKDIR.value)

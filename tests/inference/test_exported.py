@@ -132,7 +132,7 @@ def test_tensors_that_do_not_fit_are_named(changes, message, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "has no model.safetensors; give a folder that --mode=export has made"),
+        (None, "has no model.safetensors; give a folder that --mode=export made"),
         (b"", "model.safetensors is damaged ("),
         (b"cut", "model.safetensors is damaged ("),
         (b"\xff" * 200, "model.safetensors is damaged ("),

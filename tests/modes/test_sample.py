@@ -123,7 +123,7 @@ def test_mistakes_on_the_command_line_are_one_line(workdir):
         "--config.sample.min_p=-0.1": "config.sample.min_p=-0.1: must be at least 0 and below 1",
         "--config.sample.repetition_penalty=-1": "config.sample.repetition_penalty=-1.0: must be above 0",
         "--config.sample.max_rows=0": "config.sample.max_rows=0: must be at least 1",
-        r"--config.sample.stop=a\b": r"config.sample.stop=a\b: \b is not an escape; those are \n, \t, \\, \,",
+        r"--config.sample.stop=a\b": r"config.sample.stop=a\b: \b is not an escape; the escapes are \n, \t, \\, \,",
         "--output=s3://b/x": "--output=s3://b/x: s3:// is not supported",
     }.items():
         code, out, err = finish(start(f"--workdir={workdir}", "--mode=sample", flag))

@@ -153,7 +153,7 @@ def read_exported(folder: epath.Path) -> Exported:
         about = json.loads(metadata.get(METADATA, "{}"))
         origin = Origin(about.get("step", 0), about.get("fingerprint", ""))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{here}: has no {WEIGHTS}; give a folder that --mode=export has made") from None
+        raise UserError(f"{here}: has no {WEIGHTS}; give a folder that --mode=export made") from None
     except OSError as error:
         raise UserError(f"{here}: {WEIGHTS} can't be read ({error.strerror or error})") from None
     except (safetensors.SafetensorError, ValueError, AttributeError) as error:
