@@ -153,10 +153,10 @@ def test_a_vocabulary_that_is_missing_or_another_one_is_told(tmp_path):
     folder = export_to(tmp_path / "out", small_config(n_vocab=400), trained(tmp_path))
     content = (folder / "vocab.model").read_bytes()
     (folder / "vocab.model").unlink()
-    with pytest.raises(UserError, match=r"no vocab\.model or .*, and the vocabulary of the model is sentencepiece:"):
+    with pytest.raises(UserError, match=r"no vocab\.model or .*, but the model's vocabulary is sentencepiece:"):
         read_exported(folder)
     (folder / "vocab.model").write_bytes(content + b"\x18\x00")
-    with pytest.raises(UserError, match=r"vocab\.model is sentencepiece:.*, and the vocabulary of the model is sent"):
+    with pytest.raises(UserError, match=r"vocab\.model is sentencepiece:.*, but the model's vocabulary is sent"):
         read_exported(folder)
 
 

@@ -159,7 +159,7 @@ def test_a_run_is_evaluated_by_distance(tmp_path, config_file, source):
     result = json.loads(out)
     assert result["accuracy_1_to_4"] == after["accuracy_1_to_4"] == during["accuracy_1_to_4"]
     assert result["documents"] == 4
-    assert "windows since its key" in err
+    assert "windows since the key" in err
     assert "16 to 64" in err
     tsv = (workdir / "eval/step_2_validation_recall.tsv").read_text().splitlines()
     assert len(tsv) == 7

@@ -96,7 +96,7 @@ def test_a_stop_string_ends_a_sample_as_text_and_as_json(workdir, capsys):
         ({}, dict(output="{folder}"), "--output={folder}: exists already, and is not replaced; give a new file"),
         ({}, dict(output="{folder}/none/x"), "--output={folder}/none/x: the folder {folder}/none does not exist"),
         ({}, dict(prompt_file="{folder}/none"), "--prompt_file={folder}/none: can't be read"),
-        ({}, dict(prompt_file="{folder}/bad.jsonl"), "--prompt_file={folder}/bad.jsonl: line 2 has no prompt that is"),
+        ({}, dict(prompt_file="{folder}/bad.jsonl"), "--prompt_file={folder}/bad.jsonl: line 2 has no text prompt"),
     ],
 )
 def test_what_can_not_be_sampled_is_refused_before_a_checkpoint_is_read(how, flags, message, tmp_path, monkeypatch):
