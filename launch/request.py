@@ -1,5 +1,5 @@
-"""What `up` should request, by its flags: the record of a run. A run that exists may be requested again, but not as
-something else."""
+"""The request that the flags of `up` describe, as the record of a run. An existing run may be requested again, but not
+with other values."""
 
 from collections.abc import Callable
 
@@ -10,19 +10,19 @@ from tvq_pod.errors import UserError
 from . import slices
 from .record import Record
 
-_PROJECT = flags.DEFINE_string("project", None, "up: Google Cloud project; gcloud's default if not given.")
-_ZONE = flags.DEFINE_string("zone", None, "up: as us-west4-a; gcloud's default if not given.")
-_ACCELERATOR = flags.DEFINE_string("accelerator", None, "up: the slice's type, as v5litepod-256 or v5p-128.")
-_SLICES = flags.DEFINE_integer("slices", 1, "up: how many of them, for one job.", lower_bound=1)
-_SPOT = flags.DEFINE_bool("spot", False, "up: cheaper, and may be taken back at any time.")
-_RESERVED = flags.DEFINE_bool("reserved", False, "up: from the project's reservation.")
-_RUNTIME = flags.DEFINE_string("runtime_version", None, "up: what the machines boot; the chip's own if not given.")
+_PROJECT = flags.DEFINE_string("project", None, "up: Google Cloud project; by default gcloud's.")
+_ZONE = flags.DEFINE_string("zone", None, "up: the zone, such as us-west4-a; by default gcloud's.")
+_ACCELERATOR = flags.DEFINE_string("accelerator", None, "up: the slice's type, such as v5litepod-256 or v5p-128.")
+_SLICES = flags.DEFINE_integer("slices", 1, "up: the number of slices, for one job.", lower_bound=1)
+_SPOT = flags.DEFINE_bool("spot", False, "up: use spot capacity, which is cheaper and may be taken back at any time.")
+_RESERVED = flags.DEFINE_bool("reserved", False, "up: use the project's reservation.")
+_RUNTIME = flags.DEFINE_string("runtime_version", None, "up: what the machines boot; by default the chip's own.")
 _NETWORK = flags.DEFINE_string("network", None, "up: the machines' network.")
 _SUBNETWORK = flags.DEFINE_string("subnetwork", None, "up: the machines' subnetwork.")
-_ACCOUNT = flags.DEFINE_string("service_account", None, "up: as whom the machines reach the bucket.")
-_INTERNAL = flags.DEFINE_bool("internal_ips", False, "up: no external addresses; wants --tunnel_through_iap, mostly.")
+_ACCOUNT = flags.DEFINE_string("service_account", None, "up: the account that the machines use for the bucket.")
+_INTERNAL = flags.DEFINE_bool("internal_ips", False, "up: no external addresses; usually needs --tunnel_through_iap.")
 _IAP = flags.DEFINE_bool("tunnel_through_iap", False, "up: ssh goes through Identity-Aware Proxy.")
-_UNTIL = flags.DEFINE_string("valid_until_duration", None, "up: give up waiting for the slice after this, as 6h.")
+_UNTIL = flags.DEFINE_string("valid_until_duration", None, "up: how long to wait for the slice, such as 6h.")
 
 _CREATE_FLAGS = (
     "runtime_version",
@@ -37,13 +37,14 @@ _CREATE_FLAGS = (
 
 
 def asked_for(name: str, there: Record | None, default: Callable[[str], str]) -> Record:
-    """Returns the record of the flags; or the one that is `there`, if they request the same. Raises UserError.
+    """Returns the record for the flags; or the existing one, `there`, if the flags request the same. Raises UserError.
 
-    default: gcloud's own value of a setting, as core/project: project and zone stay what they are now.
+    default: returns gcloud's own value of a setting, such as core/project: project and zone are fixed to their current
+    values.
     """
     accelerator = _ACCELERATOR.value or (there.accelerator if there else None)
     if not accelerator:
-        raise UserError("--accelerator=: is missing; give a type of slice, as v5litepod-16, v5p-128 or v6e-256")
+        raise UserError("--accelerator=: is missing; give a type of slice, such as v5litepod-16, v5p-128 or v6e-256")
     asked = slices.parse(accelerator)
     if _SPOT.value and _RESERVED.value:
         raise UserError("--spot --reserved: exclude each other; give one of them, or neither")
@@ -80,7 +81,7 @@ def asked_for(name: str, there: Record | None, default: Callable[[str], str]) ->
 
 
 def looked_for(name: str | None, there: Record | None, default: Callable[[str], str]) -> Record:
-    """For `doctor`: as asked_for, but the type of the slice may be missing, which is "" then. Raises UserError."""
+    """Like asked_for, for `doctor`: the type of the slice may be missing, and is then "". Raises UserError."""
     if there is not None or _ACCELERATOR.value:
         return asked_for(name or "doctor", there, default)
     project, zone = _checked("project") or default("core/project"), _checked("zone") or default("compute/zone")
@@ -88,9 +89,10 @@ def looked_for(name: str | None, there: Record | None, default: Callable[[str], 
 
 
 def planned(name: str, source: str) -> Record:
-    """For a dry run before `up`: the record that `up` would make with these flags. What is in capitals is not known.
+    """Returns the record that `up` would make with these flags, for a dry run before `up`. Values in capitals are
+    unknown.
 
-    source: what `up` would install.
+    source: the name of the source that `up` would install.
     """
     if _ACCELERATOR.value is not None:
         record = asked_for(name, None, lambda setting: "")

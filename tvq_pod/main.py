@@ -1,4 +1,4 @@
-"""The command line: flags in, one mode called.
+"""The command line: parses the flags and calls one mode.
 
     tvq_pod --config=stdlib --workdir=runs/stdlib [--config.model.d_model=256 ...]
         [--mode=train|eval|lm_eval|sample|prepare|train_vocab|inspect|report|export|import|plan|bench]
@@ -6,7 +6,7 @@
 `python -m tvq_pod.main` is the same command. --config takes the path of a file, or the name of a bundled config.
 
 Exit code 0: done. 75: asked to end by a signal, and saved: run me again. 141: nobody reads the output any more. 1: an
-error; if the user can correct it, one line says how. 128 + N: ended at once by signal N, see preemption.py.
+error; if the user can fix it, one line says how. 128 + N: ended at once by signal N, see preemption.py.
 """
 
 import functools
@@ -47,51 +47,51 @@ NAMED_VOCABS = ("bytes", "sentencepiece")
 
 _STARTED_AT = time.time()
 
-# What jax says when a process of the job is gone.
+# Parts of jax's errors when a process of the job is gone.
 LOST_PEER = ("Gloo", "heartbeat", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination service")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "Config file, or the name of a bundled config, as stdlib; the run's own config.json if it is not given.",
+    "Config file, or the name of a bundled config, such as stdlib; by default the run's own config.json.",
     lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, metrics, samples, config.json.")
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 _SOURCE = flags.DEFINE_string("source", None, "The corpus: short for --config.data.source.")
-_APPEND = flags.DEFINE_bool("append", False, "prepare: add the source's new files to the store that is there.")
+_APPEND = flags.DEFINE_bool("append", False, "prepare: add the source's new files to the existing store.")
 _SPLIT = flags.DEFINE_enum("split", "validation", ("validation", "test"), "eval: which documents.")
 _PER_DOCUMENT = flags.DEFINE_string("per_document", None, "eval: a file to write, with the loss of each document.")
 _SUITE = flags.DEFINE_list(
-    "suite", [], "eval: long documents in place of a split's, some of recall, passkey, needle and pair."
+    "suite", [], "eval: generated long documents instead of a split: some of recall, passkey, needle and pair."
 )
 _STEP = flags.DEFINE_integer(
     "step",
     None,
-    "train, eval, lm_eval, sample, inspect, export: which checkpoint; None: the newest. train sets newer ones aside.",
+    "train, eval, lm_eval, sample, inspect, export: the checkpoint; default: the newest. train sets newer ones aside.",
     lower_bound=0,
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "sample: text to continue; may be given several times.")
 _PROMPT_FILE = flags.DEFINE_string(
-    "prompt_file", None, "sample: a file whose text is one more prompt; or FILE.jsonl, with one a line."
+    "prompt_file", None, "sample: a file whose text is one more prompt; or FILE.jsonl, with a prompt per line."
 )
-_OUTPUT = flags.DEFINE_string("output", None, "sample: a new file for JSON lines, one a sample; stdout if not given.")
-_TASKS = flags.DEFINE_list("tasks", [], "lm_eval: names or YAML files of lm-evaluation-harness' tasks.")
+_OUTPUT = flags.DEFINE_string("output", None, "sample: a new file for JSON lines, one per sample; by default stdout.")
+_TASKS = flags.DEFINE_list("tasks", [], "lm_eval: names or YAML files of lm-evaluation-harness tasks.")
 _FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "lm_eval: examples before each question.", lower_bound=0)
-_LIMIT = flags.DEFINE_integer("limit", None, "lm_eval: documents of each task, at most.", lower_bound=1)
-_MAX_LENGTH = flags.DEFINE_integer("max_length", None, "lm_eval: tokens of context; all if not given.", lower_bound=1)
-_TOPOLOGY = flags.DEFINE_string("topology", None, "plan: the slice, as v5e:4x4; or cpu:8 for simulated devices.")
-_SLICES = flags.DEFINE_integer("slices", 1, "plan: how many of them.", lower_bound=1)
-_TOKENS = flags.DEFINE_float("tokens", None, "plan: a budget, to give in days.", lower_bound=0.0)
-_SWEEP = flags.DEFINE_string("sweep", None, 'plan: a grid of overrides, as "config.train.update_len=2048,8192;...".')
-_AGAINST = flags.DEFINE_enum("against", None, ("vq", "full"), "bench: another attention, measured in turns.")
-_LENGTHS = flags.DEFINE_list("lengths", [], "bench: update lengths, as 1024,2048; the config's if not given.")
+_LIMIT = flags.DEFINE_integer("limit", None, "lm_eval: the most documents of each task.", lower_bound=1)
+_MAX_LENGTH = flags.DEFINE_integer("max_length", None, "lm_eval: tokens of context; by default all.", lower_bound=1)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "plan: the slice, such as v5e:4x4; or cpu:8 for simulated devices.")
+_SLICES = flags.DEFINE_integer("slices", 1, "plan: the number of slices.", lower_bound=1)
+_TOKENS = flags.DEFINE_float("tokens", None, "plan: a budget of tokens, to convert into days.", lower_bound=0.0)
+_SWEEP = flags.DEFINE_string("sweep", None, 'plan: a grid of overrides, like "config.train.update_len=2048,8192;...".')
+_AGAINST = flags.DEFINE_enum("against", None, ("vq", "full"), "bench: another attention type, measured in turns.")
+_LENGTHS = flags.DEFINE_list("lengths", [], "bench: update lengths, such as 1024,2048; by default the config's.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0, for a job of several processes."
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the job has.", lower_bound=1)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "The number of processes of the job.", lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "This process's index, from 0.", lower_bound=0)
-_MULTIHOST = flags.DEFINE_bool("multihost", False, "Cloud TPU, Slurm or Open MPI say which processes the job has.")
+_MULTIHOST = flags.DEFINE_bool("multihost", False, "The job's processes are those of Cloud TPU, Slurm or Open MPI.")
 _PEER_TIMEOUT = flags.DEFINE_integer(
     "peer_timeout_seconds",
     100,
@@ -113,16 +113,16 @@ _PROFILER_PORT = flags.DEFINE_integer(
 )
 _TO = flags.DEFINE_string("to", None, "export: the folder to make.")
 _DTYPE = flags.DEFINE_enum(
-    "dtype", None, ("float32", "bfloat16"), "export: type of the weights; config.model.param_dtype if not given."
+    "dtype", None, ("float32", "bfloat16"), "export: type of the weights; by default config.model.param_dtype."
 )
-_FROM = flags.DEFINE_string("from", None, "import: the folder of an exported model, to make the run in --workdir of.")
+_FROM = flags.DEFINE_string("from", None, "import: the folder of an exported model, for the run in --workdir.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "bench: turns after the warm-up.", lower_bound=1)
 
 
 def main(argv: list[str], preemption: Preemption) -> None:
-    """Calls the mode. Raises UserError for what the user can correct."""
+    """Calls the mode. Raises UserError for errors that the user can fix."""
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.FATAL)  # orbax writes a page per save, and ten if it fails: that is raised anyway
+        logging.set_verbosity(logging.FATAL)  # orbax logs a page per save, and ten if it fails, which it raises anyway
     if len(argv) > 1:
         raise UserError(f"{argv[1]}: is not a flag; flags are --name=value")
     if not _WORKDIR.value:
@@ -140,7 +140,7 @@ def main(argv: list[str], preemption: Preemption) -> None:
     _check_paths(settings, mode, _WORKDIR.value)
     preemption.grace_seconds = settings.checkpoint.grace_seconds
 
-    # Modes are imported here: a wrong flag should not wait for jax.
+    # Modes are imported here: the error for a wrong flag should not wait for jax.
     if mode in TOGETHER:
         from tvq_pod.parallel import processes
 
@@ -153,7 +153,7 @@ def main(argv: list[str], preemption: Preemption) -> None:
 
             start_server(_PROFILER_PORT.value)
     elif _is_one_of_many() or _NUM_PROCESSES.value or _PROCESS_ID.value is not None:
-        raise UserError(f"--mode={mode}: is for one process; leave --multihost, --coordinator_address and others out")
+        raise UserError(f"--mode={mode}: is for one process; leave out --multihost, --coordinator_address and others")
     if mode == "train":
         from tvq_pod.modes.train import train
 
@@ -219,7 +219,7 @@ def main(argv: list[str], preemption: Preemption) -> None:
 
 
 def _check_paths(settings: Settings, mode: str, workdir: str) -> None:
-    """Raises UserError if a path can't be used, or a bucket not reached."""
+    """Raises UserError if a path can't be used, or a bucket can't be reached."""
     data = settings.data
     remote = [("--workdir", workdir), ("--to", _TO.value), ("--from", _FROM.value), ("config.data.store", data.store)]
     remote += [("--per_document", _PER_DOCUMENT.value), ("--output", _OUTPUT.value)]
@@ -230,7 +230,7 @@ def _check_paths(settings: Settings, mode: str, workdir: str) -> None:
         remote.append(("config.compile_cache", settings.compile_cache))
     if _PROMPT_FILE.value:
         check_path("--prompt_file", _PROMPT_FILE.value, local_only=True)
-    check_source_paths("config.data.source", data.source)  # a run whose store is there does not need it to be reached
+    check_source_paths("config.data.source", data.source)  # it need not be reachable if the run's store exists
     for name, path in remote:
         if path:
             check_path(name, path)
@@ -239,7 +239,7 @@ def _check_paths(settings: Settings, mode: str, workdir: str) -> None:
         check_folder("--to", _TO.value)
     if mode in ("train", "import"):
         check_saving("--workdir", workdir)
-        if settings.init_from:  # whether it is there is asked only by a start that needs it
+        if settings.init_from:  # only a start that needs it checks whether it exists
             check_init_from(settings.init_from, workdir)
     buckets = {path.split("/")[2]: (name, path) for name, path in reversed(remote) if is_bucket(path)}
     for name, path in reversed(buckets.values()):
@@ -247,20 +247,20 @@ def _check_paths(settings: Settings, mode: str, workdir: str) -> None:
 
 
 def _cache_compiled(folder: str, workdir: epath.Path) -> None:
-    """Compiled programs are kept for the next start, unless jax was told already where, or the run's folder is one that
-    can't be written (of which jax would warn for each program)."""
+    """Keeps compiled programs for the next start, unless jax already has a folder for them, or the run's folder can't
+    be written to (jax would warn of that for each program)."""
     import jax
 
     if folder == "auto":
         folder = str(workdir / "compile_cache") if is_bucket(workdir) or may_write(workdir) else ""
     name = "jax_compilation_cache_dir"
-    if folder and not getattr(jax.config, name):  # jax's own types leave its settings out
+    if folder and not getattr(jax.config, name):  # jax's own types lack its settings
         jax.config.update(name, folder)
 
 
 def _lengths() -> list[int]:
     if not all(length.isdigit() and int(length) for length in _LENGTHS.value):
-        raise UserError(f"--lengths={','.join(_LENGTHS.value)}: must be numbers of tokens, as 1024,2048")
+        raise UserError(f"--lengths={','.join(_LENGTHS.value)}: must be numbers of tokens, such as 1024,2048")
     return [int(length) for length in _LENGTHS.value]
 
 
@@ -273,28 +273,28 @@ def _settings() -> Settings:
         if _SOURCE.value is not None:
             _CONFIG.value.data.source = _SOURCE.value
         return resolve(_CONFIG.value)
-    except OSError as error:  # config_flags keeps it until the config is used
+    except OSError as error:  # config_flags delays it until the config is used
         raise UserError(f"--config={name}: can't be read; must be the path of a config file") from error
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """absl has its own errors; config_flags raises many things for a wrong config file or override."""
+    """Parses the flags. absl has its own errors; config_flags raises many kinds for a wrong config file or override."""
     overrides, has_config = overrides_of(argv), given(argv, "config") is not None
     argv = with_config(argv)
     for name, value in overrides.items():
         check_name(name, value)
         if name in GROUPS:
-            raise UserError(f"{name}={value}: is a group of settings; give one of them, as {name}.{GROUPS[name][0]}")
+            raise UserError(f"{name}={value}: is a group of settings; give one of them, like {name}.{GROUPS[name][0]}")
     try:
         return flags.FLAGS(argv)
     except flags.IllegalFlagValueError as error:
         name = str(error).removeprefix("flag --").partition("=")[0]
         raise UserError(_wrong_type(name, overrides[name]) if name in overrides else f"flags: {error}") from error
-    except terminal.OutputError:  # of --help
+    except terminal.OutputError:  # from --help
         raise
     except flags.Error as error:
         raise UserError(f"flags: {error}") from error
-    except Exception as error:  # of the config file, which may do anything
+    except Exception as error:  # from the config file, which may do anything
         raise UserError(_in_config_file(error, given(argv, "config") if has_config else None)) from error
 
 
@@ -304,7 +304,7 @@ def _wrong_type(name: str, value: str | None) -> str:
 
 
 def _in_config_file(error: Exception, config: str | None) -> str:
-    """What is wrong with a config file: our own words, if it is a setting's name or value, and the line."""
+    """The error message for a config file: our own if a setting's name or value is wrong, with the line."""
     path = (config or "").partition(":")[0]
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     where = f" ({path}, line {lines[-1]})" if lines else ""
@@ -317,10 +317,10 @@ def _in_config_file(error: Exception, config: str | None) -> str:
 
 
 def run() -> None:
-    """What `python -m tvq_pod.main` and the command `tvq_pod` call."""
+    """Runs the command line: `python -m tvq_pod.main` and the command `tvq_pod` call this."""
     preemption = Preemption()  # at once: a signal that asks to save must never end a process that is starting
     terminal.prepare()
-    # Tracing makes many objects that stay: looking through them as often as Python does is a sixth of a start.
+    # Tracing makes many objects that stay: collecting garbage as often as Python does takes a sixth of a start.
     gc.set_threshold(20_000)
     try:
         try:
@@ -355,11 +355,11 @@ def _is_one_of_many() -> bool:
 
 
 def _exit_alone(code: int) -> None:
-    """Ends the process; one of many ends at once, where python's own way would wait for the others."""
+    """Ends the process; one of many ends at once, since Python's normal exit would wait for the others."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, terminal.OutputError):  # python would end with another code than ours
+        except (OSError, terminal.OutputError):  # Python would exit with a different code
             os._exit(code)
     if _is_one_of_many():
         os._exit(code)
