@@ -107,7 +107,7 @@ install() {
   report "installed $source${versions:+: $versions}"
 }
 
-# KillMode: only the training itself gets SIGTERM, and saves. The unit is not enabled: launch.pod decides after a reboot.
+# KillMode: only the training itself gets SIGTERM, and saves. It is not enabled: after a reboot, launch.pod decides.
 write_units() {
   cat > "$root/$unit" << EOF
 [Unit]
