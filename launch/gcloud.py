@@ -63,7 +63,7 @@ class GcloudError(UserError):
 
 _HELP = {
     "login": " (gcloud auth login)",
-    "quota": " (the project's quota: ask for more at console.cloud.google.com/iam-admin/quotas, or for a smaller slice)",
+    "quota": " (the project's quota: ask for more at console.cloud.google.com/iam-admin/quotas, or take fewer chips)",
     "denied": " (gcloud services enable tpu.googleapis.com, and the role roles/tpu.admin)",
 }
 

@@ -55,8 +55,8 @@ class Exported(NamedTuple):
 
 
 def tensor_names(params: dict) -> dict[str, tuple[tuple[str, ...], int | None]]:
-    """For each tensor of a folder, in order, its path in the parameters' tree, and its layer's index; None for a
-    parameter outside of the layers.
+    """Returns, for each tensor of a folder, in order, its path in the parameters' tree, and its layer's index; None for
+    a parameter outside of the layers.
 
     params: those of `Transformer`, arrays or ShapeDtypeStructs. A name is the path with dots, and the layer's index
     after `layers`: layers.0.unit0.w_q.kernel.

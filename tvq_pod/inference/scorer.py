@@ -37,8 +37,8 @@ class Scorer:
     def score(
         self, params: dict, documents: Sequence[np.ndarray], *, with_hits: bool
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each document, integers [n], the loss of each token given all before it, in nats, float32 [n], and
-        whether the token was the likeliest, bool [n]; all False unless with_hits.
+        """Returns, for each document, integers [n], the loss of each token given all tokens before it, in nats, float32
+        [n], and whether the token was the likeliest, bool [n]; all False unless with_hits.
 
         Quadratic attention keeps only its window from one update to the next. So its documents are read in one update
         each, as many side by side as there are rows; those longer than config.eval.update_len, unless it is 0, in

@@ -39,7 +39,7 @@ def continuations(
     prompts: list[bytes],
     devices: list,
 ) -> Iterator[Iterator[str]]:
-    """For each prompt, yields an iterator over pieces of text: the prompt and its continuation. All are sampled side by
+    """Yields an iterator over pieces of text for each prompt: the prompt and its continuation. All are sampled side by
     side on `devices`, so they must be read in order. Raises UserError if a prompt is not text but must be, for a
     SentencePiece model; and if the vocabulary can't encode a stop string."""
     tokens = [encoded(prompt, vocab) for prompt in prompts]

@@ -154,8 +154,8 @@ class VQAttention(nn.Module):
         }
 
     def _shifted_keys(self, raw: dict, doc_ids: jax.Array, state: dict) -> tuple[jax.Array, dict]:
-        """With key_shift: keys [R, B, H, L, K], before normalization, and the part of the next state that they need.
-        The query heads of a key head are averaged."""
+        """Computes the keys with key_shift, [R, B, H, L, K], before normalization, and the part of the next state that
+        they need. The query heads of a key head are averaged."""
         of_key_head = jnp.mean(grouped(raw["q"], self.config), axis=3)
         of_before, last = states.shifted(of_key_head, doc_ids, state)
         factor = self.shift.astype(of_before.dtype)[None, None, :, None]

@@ -198,7 +198,7 @@ class Checkpoints(CheckpointReader):
 
     @property
     def error(self) -> str:
-        """Why the last save could not be written; "" if it was written or is being written."""
+        """The reason why the last save could not be written; "" if it was written or is being written."""
         error = None if self._saved is None or self.busy else self._saved.exception()
         return "" if error is None else " ".join(str(error).split())[-200:] or repr(error)
 

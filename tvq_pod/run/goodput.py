@@ -1,5 +1,5 @@
-"""Where the time of a run goes, restarts included. Goodput is the share of the wall time since the first start that was
-spent training steps that count.
+"""Counts where the time of a run goes, restarts included. Goodput is the share of the wall time since the first start
+that was spent training steps that count.
 
 At any time a session of the run is in exactly one of the kinds of goodput_table.py, and their seconds add up to the
 wall time.

@@ -1,5 +1,5 @@
-"""Where a run resumes and what it reads from there: at a start and after bad steps, it continues from its newest good
-checkpoint.
+"""Decides where a run resumes and what it reads from there: at a start and after bad steps, it continues from its
+newest good checkpoint.
 
 The data of bad steps is skipped: the data schedule, which says what each step reads, leaves it out.
 """

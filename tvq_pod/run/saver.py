@@ -1,5 +1,5 @@
-"""When a run saves: at a fixed interval of steps, at the end, and when a signal asks. A save that fails is tried again
-later.
+"""Decides when a run saves: at a fixed interval of steps, at the end, and when a signal asks. A save that fails is
+tried again later.
 
 All processes save at the same steps. All of them must know when a save failed on one, so they vote on that before every
 step, and the votes are counted on the devices (see `Votes`); `StopTogether` makes them agree on requests by signals.

@@ -1,4 +1,4 @@
-"""After a signal to one process, all processes save, or save and stop, at the same place.
+"""Makes all processes save, or save and stop, at the same place after a signal to one of them.
 
 They agree through jax's coordination service, not on the devices: votes that are counted on the devices are known only
 once the steps in their queue are done.
@@ -42,7 +42,8 @@ class StopTogether:
             threading.Thread(target=self._ask, daemon=True).start()
 
     def now(self) -> str | None:
-        """What to do at this place, the same on all processes: STOP, which is to save and end, SAVE, or None."""
+        """Returns what to do at this place, the same on all processes: STOP, which is to save and end, SAVE, or
+        None."""
         if not self._client:
             return STOP if self._preemption.requested else SAVE if self._preemption.take_save() else None
         with self._lock:
