@@ -54,7 +54,7 @@ class OnChip(Placement):
         (dict(mem_len=1024), "TPU v5 lite", "config.model.mem_len=1024 differs from config.model.block_len=512"),
         (dict(d_k=64), "TPU v5 lite", None),
         (dict(block_len=192, mem_len=192), "TPU v5 lite", "config.model.block_len=192 is not a multiple of 128"),
-        (dict(d_v=32 * 1031), "TPU v5", "no multiple of 64"),
+        (dict(d_v=32 * 1031), "TPU v5", "not a multiple of 64"),
         (dict(d_v=64 * 1031), "TPU v5", "MiB of VMEM"),  # no parts of whole lanes
         ({}, "NVIDIA H100 80GB HBM3", "no kernels for NVIDIA H100"),
         (dict(d_v=1000), "cpu", None),
