@@ -126,7 +126,7 @@ def test_the_table_and_files_say_what_was_found(tmp_path):
     counts = np.array([400, 200, 100, 0, 40, 3])
     found = recall_module.Recall(counts, counts // 2, counts * 0.25, 16, 1 / 32)
     head, *lines, last = found.table()
-    assert head.split() == ["windows", "since", "its", "key", "values", "loss", "accuracy"]
+    assert head.split() == ["windows", "since", "the", "key", "values", "loss", "accuracy"]
     assert [line.split()[-3:] for line in lines] == [
         [str(n), "0.2500", f"{n // 2 / n:.2%}"] for n in counts.tolist() if n
     ]

@@ -260,7 +260,7 @@ class NoText(ByteVocab):
 def test_a_vocabulary_that_can_not_ask_is_one_line():
     settings, more_keys = with_eval(SMALL), dataclasses.replace(SETTINGS.data, recall_keys=62)
     for vocab, kind, message in [
-        (NoDigits(), "passkey", "--suite: the vocabulary no digits can't encode '"),
+        (NoDigits(), "passkey", "--suite: the vocabulary no digits can't encode the answer '"),
         (NoText(), "needle", "--suite: the vocabulary no text can't make a document of 512 tokens of 'Some magic"),
         (NoDigits(), "recall", "--suite=recall: the vocabulary no digits can't encode '0'"),
         (NoCase(), "recall", "--suite=recall: the vocabulary no case can't distinguish 'A' from 'a'"),

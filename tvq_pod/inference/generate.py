@@ -98,8 +98,7 @@ class Model:
         return x @ (tensors["embedding"].T if config["e_tie"] else tensors["w_out"]) * config["e_scale"]
 
     def attention(self, w: dict, h, kept: dict):
-        """The output of a unit with weights `w`, which is added to the residual stream, [D], from its normalized input
-        h [D]."""
+        """The term that a unit with weights `w` adds to the residual stream, [D], from its normalized input h [D]."""
         config, codes = self.config, w["quantizer.codebook"]  # [H, S, K]
         q, k = w["w_q.kernel"] @ h, w["w_k.kernel"] @ h  # [Q or H, K]
         k = k + w.get("shift", 0.0) * kept["before"]

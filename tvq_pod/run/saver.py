@@ -100,7 +100,7 @@ class Saver:
                 f"--workdir={self._checkpoints.path.parent}: asked to end, and step {step} could not be saved "
                 f"({self._checkpoints.error}); the checkpoints before it are complete"
             )
-        raise Preempted(f"saved step {step}, and ends because a signal asked for it; start the run again to resume")
+        raise Preempted(f"saved step {step} and ends, because a signal asked for it; start the run again to resume")
 
     def save_last(self, state: State, step: int, is_bad: bool) -> None:
         """Saves, and retries until the checkpoint is on disk. is_bad: the step was not applied, so older steps are
