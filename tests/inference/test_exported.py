@@ -115,7 +115,7 @@ def with_tensors(folder, changes):
         ({"extra": np.zeros(3, np.float32)}, "has extra, which the model of config.json does not have; "),
         ({"layers.2.unit0.u": np.zeros([2, 6], np.float32)}, "has layers.2.unit0.u, which "),
         ({"w_out": np.zeros([8, 9], np.float32)}, "w_out has the shape (8, 9), but (8, 259) by config.json"),
-        ({"layers.1.unit0.v": np.zeros([6, 2], np.float32)}, "layers.1.unit0.v has the shape (6, 2), and (2, 6) by"),
+        ({"layers.1.unit0.v": np.zeros([6, 2], np.float32)}, "layers.1.unit0.v has the shape (6, 2), but (2, 6) by"),
         ({"w_out": np.zeros([8, 259], np.float16)}, "w_out has the type F16; must be F32 or BF16"),
         ({"w_out": np.full([8, 259], np.inf, np.float32)}, "w_out has numbers that are not finite; export the model"),
     ],

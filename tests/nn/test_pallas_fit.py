@@ -78,7 +78,7 @@ def test_whether_a_config_fits_is_known_before_anything_is_compiled(changes, dev
     [
         ({}, 2, None),  # the columns of one head's values
         ({}, 5, "config.mesh.model=5 does not divide config.model.n_head=1, nor config.model.d_v=1536"),
-        ({}, 16, "config.model.d_v=1536 leaves 96 columns to a device"),
+        ({}, 16, "config.model.d_v=1536 leaves 96 columns per device"),
         (dict(head_type="mha", n_head=4), 2, None),
         (dict(head_type="mha", n_head=4), 3, None),  # 1536 = 3 * 512
         (dict(head_type="mqa", n_head=4), 2, None),
