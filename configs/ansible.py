@@ -1,4 +1,4 @@
-"""Text in which memory pays: modules of Ansible, which pip downloads. A module names its options in its documentation,
+"""Text in which memory helps: modules of Ansible, which pip downloads. A module names its options in its documentation,
 again in its examples, and again in its code, thousands of tokens apart; the window is much shorter.
 
     python -m tvq_pod.main --config=configs/ansible.py --workdir=runs/ansible
@@ -8,7 +8,7 @@ The same without the cache:
 
     python -m tvq_pod.main --config=configs/ansible.py --workdir=runs/no_cache --config.model.agg_cache=False
 
-What came out of three seeds of each is in docs/memory.md.
+docs/memory.md has the results of three seeds of each.
 """
 
 from tvq_pod.config import default_config

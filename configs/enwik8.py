@@ -2,8 +2,8 @@
 
     python -m tvq_pod.main --config=configs/enwik8.py --workdir=runs/enwik8 --source=enwik8.zip
 
-enwik8.zip: from mattmahoney.net/dc/textdata, or the file in it; 90 / 5 / 5 million bytes. To see what it costs before a
-slice is rented:
+enwik8.zip: from mattmahoney.net/dc/textdata, or the file in it; 90 / 5 / 5 million bytes. To see the cost before you
+rent a slice:
 
     python -m tvq_pod.main --mode=plan --config=configs/enwik8.py --topology=v5e:4x4 --workdir=runs/enwik8
 

@@ -4,7 +4,7 @@
 
 FOLDER: has the npz files of 64 x 64 images, from image-net.org: train_data_batch_1 to 10 and val_data. The first
 1,200,000 images are for training, the other 81,167 for validation, and the official validation images for test. Samples
-are PNG files. Needs pip install -e '.[data]'. To see what it costs before a slice is rented:
+are PNG files. Needs pip install -e '.[data]'. To see the cost before you rent a slice:
 
     python -m tvq_pod.main --mode=plan --config=configs/imagenet64.py --topology=v5p:4x4x4 --workdir=runs/imagenet64
 
@@ -36,7 +36,7 @@ def get_config():
     config.train.num_steps = 500_000
     config.train.log_every_steps = 100
     config.optimizer.name = "adafactor"
-    config.optimizer.learning_rate = 0.01  # of each matrix's own scale: see docs/optimizer.md
+    config.optimizer.learning_rate = 0.01  # relative to each matrix's own scale: see docs/optimizer.md
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 10_000
     config.optimizer.clip_norm = 0.0  # Adafactor clips each update by its own size

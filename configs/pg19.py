@@ -2,9 +2,9 @@
 
     python -m tvq_pod.main --config=configs/pg19.py --workdir=runs/pg19 --source=FOLDER
 
-FOLDER: the release, from github.com/google-deepmind/pg19: train, validation, test and metadata.csv. 32,000 pieces of
-SentencePiece BPE are trained on its training books first. Evaluation reports the perplexity of words as well. To see
-what it costs before a slice is rented:
+FOLDER: the release, from github.com/google-deepmind/pg19: train, validation, test and metadata.csv. A SentencePiece BPE
+vocabulary of 32,000 pieces is first trained on its training books. Evaluation also reports word perplexity. To see the
+cost before you rent a slice:
 
     python -m tvq_pod.main --mode=plan --config=configs/pg19.py --topology=v5p:4x4x4 --workdir=runs/pg19
 
@@ -40,7 +40,7 @@ def get_config():
     config.train.num_steps = 500_000
     config.train.log_every_steps = 100
     config.optimizer.name = "adafactor"
-    config.optimizer.learning_rate = 0.01  # of each matrix's own scale: see docs/optimizer.md
+    config.optimizer.learning_rate = 0.01  # relative to each matrix's own scale: see docs/optimizer.md
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_steps = 10_000
     config.optimizer.clip_norm = 0.0  # Adafactor clips each update by its own size

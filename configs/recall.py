@@ -1,6 +1,6 @@
-"""Multi-query associative recall, a task in which memory is all there is (Zoology, arXiv 2312.04927). A document is a
-sequence of pairs of a key and a value, and is generated: there is nothing to download. The value of a key can be
-predicted exactly where the key was seen before in its document, which is as long as 256 windows of attention.
+"""Multi-query associative recall, a task that needs only memory (Zoology, arXiv 2312.04927). A document is a generated
+sequence of key-value pairs, so there is nothing to download. The value of a key can be predicted exactly if the key was
+seen before in its document, which is as long as 256 windows of attention.
 
     python -m tvq_pod.main --config=configs/recall.py --workdir=runs/recall
     python -m tvq_pod.main --mode=eval --workdir=runs/recall
@@ -15,7 +15,7 @@ quadratic attention, and with a few pairs hidden in words:
     python -m tvq_pod.main --config=configs/recall.py --workdir=runs/passkey \\
         --source=passkey --config.data.recall_pairs=4 --config.data.recall_documents=2000
 
-What the recipe needs, and what each part is worth, is in docs/recall.md.
+docs/recall.md says what the recipe needs, and how much each part contributes.
 """
 
 from tvq_pod.config import default_config
@@ -25,7 +25,7 @@ def get_config():
     config = default_config()
     config.data.source = "recall"
     config.data.recall_smaller = 8
-    config.data.recall_documents = 100_000  # of nine lengths, 72 bytes on average
+    config.data.recall_documents = 100_000  # nine lengths, 72 bytes on average
 
     config.model.d_model = 128
     config.model.d_k = 64

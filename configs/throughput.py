@@ -1,10 +1,10 @@
-"""The gated layer at the size that throughput is measured with: two layers (four gated units) of enwik8's.
+"""The gated layer at the size for throughput measurements: two layers (four gated units) of the enwik8 model.
 
     python -m tvq_pod.main --mode=plan --config=configs/throughput.py --topology=v5e:2x2 --workdir=runs/throughput
 
 It says 6.54 ms a step, 2,504,000 tokens/s, and temporaries of 0.31 GiB a chip.
 
-Set config.model.n_layer (and config.model.unroll), config.train.batch_size and config.train.update_len by override.
+Override config.model.n_layer (and config.model.unroll), config.train.batch_size and config.train.update_len.
 """
 
 from tvq_pod.config import default_config

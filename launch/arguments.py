@@ -1,4 +1,5 @@
-"""The flags after `run --`, which are the training's. What can be refused before anything starts is refused here."""
+"""The flags after `run --`, which are for the training. Errors that can be found before anything starts are found
+here."""
 
 import difflib
 import pathlib
@@ -51,7 +52,7 @@ def _given(arguments: list[str], name: str) -> str | None:
 
 
 def _file_flags(arguments: list[str]) -> dict[str, str]:
-    """Returns the paths of the flags that name files which the machines must have."""
+    """Returns the paths in flags that name files which the machines must have."""
     given = {flag: _given(arguments, flag) for flag in ("config", "prompt_file")}
     if given["config"] and "://" not in given["config"]:
         given["config"] = given["config"].partition(":")[0]  # the rest is an argument of the file's get_config
@@ -76,14 +77,12 @@ def check_files(machines: Machines, arguments: list[str]) -> None:
         inside = posixpath.normpath(path)
         if inside in known:
             if (ROOT / inside).exists() and known[inside] not in (None, (ROOT / inside).read_bytes()):
-                machines.say(
-                    f"WARNING: --{flag}={path}: differs here from {source}, which is installed; `up` installs it again"
-                )
+                machines.say(f"WARNING: --{flag}={path}: differs from the installed {source}; `up` installs it again")
             continue
         here = pathlib.Path(path).resolve()
         if here.is_relative_to(ROOT) and (name := here.relative_to(ROOT).as_posix()) in known:
             raise UserError(f"--{flag}={path}: is a path of this machine; give --{flag}={name}")
-        what = f"is not part of {source}, which is installed on the machines; commit it, and `up` again"
+        what = f"is not part of {source}, which is installed on the machines; commit it, and run `up` again"
         if not here.is_file():
             near = difflib.get_close_matches(inside, known, n=1)
             remedy = f"did you mean {near[0]}?" if near else "give the path of one of its files"
@@ -104,8 +103,8 @@ def check_elsewhere(machines: Machines, arguments: list[str], workdir: str) -> N
 
 
 def workdir_of(arguments: list[str]) -> str:
-    """Returns the run's folder. Raises UserError if it is missing or goes with the machines, or if a flag is given that
-    `run` adds itself."""
+    """Returns the run's folder. Raises UserError if it is missing or would be deleted with the machines, or if a flag
+    is given that `run` adds itself."""
     given = _given(arguments, "workdir")
     if not given:
         raise UserError("-- --workdir=: is missing; give --workdir=gs://BUCKET/RUN after --")

@@ -1,4 +1,4 @@
-"""The time, passed as an argument so that a test of an hour takes no hour."""
+"""The clock, passed as an argument so that a test over an hour does not take an hour."""
 
 import time
 

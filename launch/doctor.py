@@ -1,6 +1,6 @@
-"""What would stop `up` and `run`, found before a slice is requested: each problem with its fix, in one line.
+"""Finds what would stop `up` and `run` before a slice is requested: one line for each problem with its fix.
 
-Every check asks once and changes nothing. Only what is certainly wrong must be fixed; what gcloud can't tell is a note.
+Every check asks once and changes nothing. Only certain problems must be fixed; what gcloud can't tell is a note.
 """
 
 import pathlib
@@ -20,12 +20,12 @@ OK, FIX, NOTE = "ok", "FIX", "note"
 OLDEST, TESTED = (468, 0, 0), (528, 0, 0)
 SERVICES = ("tpu.googleapis.com", "storage.googleapis.com")
 QUOTAS_PAGE = "console.cloud.google.com/iam-admin/quotas"
-# By kind of slice, its name in the ids of the TPU API's quotas. Ids of spot slices also have "Preemptible". The TPU
-# documentation does not list them: these are from error messages of the API. v2 and v3 have several, and that of tpu7x
-# is not known.
+# The name of each kind of slice in the ids of the TPU API's quotas. Ids of spot slices also have "Preemptible". The TPU
+# documentation does not list them: these are from error messages of the API. v2 and v3 have several, and the one of
+# tpu7x is not known.
 FAMILIES = {"v4": "V4sPod", "v5litepod": "V5sLitepod", "v5p": "V5P", "v6e": "V6E"}
 SERVING = ("v5litepod-1", "v5litepod-4", "v5litepod-8")  # they count as slices for inference
-DUAL_REGIONS = {  # the predefined ones; others list their regions themselves
+DUAL_REGIONS = {  # the predefined ones; others list their own regions
     "ASIA1": ("asia-northeast1", "asia-northeast2"),
     "EUR4": ("europe-north1", "europe-west4"),
     "EUR5": ("europe-west1", "europe-west2"),
@@ -38,17 +38,18 @@ SSH_KEY = "~/.ssh/google_compute_engine"  # the key that gcloud uses
 
 
 class Found(NamedTuple):
-    """What a check found. state: OK, FIX or NOTE."""
+    """The result of a check. state: OK, FIX or NOTE."""
 
     state: str
     text: str
 
 
 def examine(connect: Callable[[], Gcloud], record: Record, bucket: str | None) -> Iterator[Found]:
-    """Yields what the checks find, in the order in which it should be fixed.
+    """Yields the results of the checks, in the order in which they should be fixed.
 
     connect: raises UserError if gcloud is not installed. record: what would be requested; its accelerator may be "".
-    bucket: gs://BUCKET, or None if it is not known. In a dry run the commands are printed, and what is found is void.
+    bucket: gs://BUCKET, or None if it is not known. In a dry run the commands are printed, and the results are
+    meaningless.
     """
     yield ssh_agent()
     try:
@@ -71,7 +72,7 @@ def examine(connect: Callable[[], Gcloud], record: Record, bucket: str | None) -
 
 
 def _asked(check: Callable[[], Found], otherwise: str) -> Found:
-    """otherwise: the state if gcloud fails, unless it fails for a login that has expired or for the network."""
+    """Runs a check. otherwise: the state if gcloud fails, unless because of an expired login or the network."""
     try:
         return check()
     except GcloudError as error:
@@ -85,7 +86,7 @@ def _asked(check: Callable[[], Found], otherwise: str) -> Found:
 
 
 def gcloud_version(gcloud: Gcloud) -> Found:
-    """Whether gcloud has the commands that launch calls."""
+    """Checks that gcloud has the commands that launch calls."""
     version = gcloud.version()
     numbers = tuple(int(number) for number in re.findall(r"\d+", version))[:3]
     if not numbers:
@@ -103,13 +104,13 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 
 def login(gcloud: Gcloud) -> Found:
-    """Whether an account is active. Whether its credentials are still valid, the next check shows."""
+    """Checks that an account is active. The next check shows whether its credentials are still valid."""
     account = gcloud.account()
     return Found(OK, f"login: {account}") if account else Found(FIX, "login: no account is active; gcloud auth login")
 
 
 def project(gcloud: Gcloud, name: str | None) -> Found:
-    """Whether the project exists and the account may see it."""
+    """Checks that the project exists and the account may see it."""
     if not name:
         return Found(FIX, "--project=: gcloud has no default project; gcloud config set project PROJECT")
     try:
@@ -125,7 +126,7 @@ def project(gcloud: Gcloud, name: str | None) -> Found:
 
 
 def services(gcloud: Gcloud, project: str | None) -> Found:
-    """Whether the APIs that launch needs are enabled."""
+    """Checks that the APIs that launch needs are enabled."""
     enabled = gcloud.services()
     missing = [name for name in SERVICES if name not in enabled]
     if missing:
@@ -138,7 +139,7 @@ def services(gcloud: Gcloud, project: str | None) -> Found:
 
 
 def accelerator(gcloud: Gcloud, record: Record) -> Found:
-    """Whether the zone has slices of this type."""
+    """Checks that the zone has slices of this type."""
     if not record.zone:
         return Found(FIX, "--zone=: gcloud has no default zone; give --zone=us-west4-a, or the zone of your quota")
     if not record.accelerator:
@@ -153,7 +154,7 @@ def accelerator(gcloud: Gcloud, record: Record) -> Found:
 
 
 def runtime(gcloud: Gcloud, record: Record) -> Found:
-    """Whether the zone lists what the machines would boot."""
+    """Checks that the zone lists the runtime version that the machines would boot."""
     wanted = next(flag for flag in record.create_flags if flag.startswith("--runtime-version=")).partition("=")[2]
     if wanted in gcloud.offered("versions"):
         return Found(OK, f"runtime version: {wanted}")
@@ -162,7 +163,7 @@ def runtime(gcloud: Gcloud, record: Record) -> Found:
 
 
 def quota(gcloud: Gcloud, record: Record) -> Found:
-    """Whether the project may have so many chips or cores, whether or not some are in use."""
+    """Checks that the project's quota allows this many chips or cores, whether or not some are in use."""
     kind, _, number = record.accelerator.rpartition("-")
     needed, chips = int(number) * record.slices, slices.parse(record.accelerator).chips * record.slices
     if "--reserved" in record.create_flags:
@@ -198,8 +199,8 @@ def _what(record: Record) -> str:
 
 
 def _limit(info: dict, dimension: str, place: str) -> float | None:
-    """Of a QuotaInfo, in a zone or region. An entry without a value is 0, and -1 is no limit. An entry without the
-    dimension is the default for the locations that it lists; None if no entry is for the place."""
+    """The limit of a QuotaInfo in a zone or region. An entry without a value is 0, and -1 is no limit. An entry without
+    the dimension is the default for the locations that it lists; None if no entry is for the place."""
     default = None
     for entry in info.get("dimensionsInfos", []):
         value = float(entry.get("details", {}).get("value") or 0)
@@ -216,7 +217,7 @@ def _limit(info: dict, dimension: str, place: str) -> float | None:
 
 
 def storage(gcloud: Gcloud, zone: str | None, bucket: str | None) -> Found:
-    """Whether the bucket exists and lies where the slice is."""
+    """Checks that the bucket exists and is in the slice's region."""
     if not bucket:
         return Found(NOTE, "--bucket=: not given, so its region is not checked")
     region = (zone or "").rpartition("-")[0]
@@ -244,8 +245,8 @@ def storage(gcloud: Gcloud, zone: str | None, bucket: str | None) -> Found:
 
 
 def ssh_agent() -> Found:
-    """Whether ssh to several machines at once will work: gcloud refuses a key that the agent lacks, and one with a
-    passphrase makes it wait forever."""
+    """Checks that ssh to several machines at once will work: gcloud refuses a key that the agent lacks, and waits
+    forever for a key with a passphrase."""
     key = pathlib.Path(SSH_KEY).expanduser()
     try:
         listed = _run("ssh-add", "-l")

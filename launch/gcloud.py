@@ -1,8 +1,8 @@
-"""gcloud, called as a program: what it is asked for, and what its errors mean. Only this file starts it.
+"""Calls gcloud as a program: its commands, and the meaning of its errors. Only this file starts it.
 
 Flags are those of the GA commands `gcloud compute tpus queued-resources` and `gcloud compute tpus tpu-vm`; the tests
-hold a table of them. Values are arguments of a process and never pass through a local shell; what runs on a worker
-does, and is quoted by whoever calls.
+hold a table of them. Values are arguments of a process and never pass through a local shell; commands for a worker do
+pass through a shell there, and the caller quotes them.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ from collections.abc import Callable
 
 from tvq_pod.errors import UserError
 
-ANSWER_SECONDS, WORK_SECONDS = 120.0, 1800.0  # that gcloud may take, for a question and for work
-ALIVE = ("-oServerAliveInterval=15", "-oServerAliveCountMax=4")  # a machine that is gone ends ssh within a minute
-TRIES = 3  # of a question that fails temporarily; gcloud also retries by itself
+ANSWER_SECONDS, WORK_SECONDS = 120.0, 1800.0  # time limits for gcloud, for a question and for work
+ALIVE = ("-oServerAliveInterval=15", "-oServerAliveCountMax=4")  # ssh to a machine that is gone ends within a minute
+TRIES = 3  # for a question that fails temporarily; gcloud also retries by itself
 
-# By kind: how gcloud says it. The first that is found counts. (Behind what is denied or not found, it names the "active
-# account": that is not a sign of a login that is missing.)
+# Parts of gcloud's messages, by kind of error. The first match counts. (After "denied" or "not found" it names the
+# "active account", which is not a sign of a missing login.)
 _SIGNS = {
     "missing": ("NOT_FOUND", "matched no objects", "not found: 404"),
     "login": ("not currently have an active account", "UNAUTHENTICATED", "gcloud auth login", "Reauthentication"),
@@ -52,7 +52,7 @@ class GcloudError(UserError):
     def __init__(self, command: list[str], code: int, said: str):
         lines = [line.strip() for line in said.splitlines() if line.strip()]
         begin = next((i for i, line in enumerate(lines) if line.startswith("ERROR:")), max(len(lines) - 1, 0))
-        message = re.search(r'"message": "((?:[^"\\\\]|\\\\.)*)"', said)  # of an operation that failed
+        message = re.search(r'"message": "((?:[^"\\\\]|\\\\.)*)"', said)  # from a failed operation
         self.output = ""
         self.kind = next((kind for kind, signs in _SIGNS.items() if any(sign in said for sign in signs)), "other")
         n_lines = 1 if self.kind == "login" else 3
@@ -63,13 +63,13 @@ class GcloudError(UserError):
 
 _HELP = {
     "login": " (gcloud auth login)",
-    "quota": " (the project's quota: ask for more at console.cloud.google.com/iam-admin/quotas, or for less here)",
+    "quota": " (the project's quota: ask for more at console.cloud.google.com/iam-admin/quotas, or take fewer chips)",
     "denied": " (gcloud services enable tpu.googleapis.com, and the role roles/tpu.admin)",
 }
 
 
 class Gcloud:
-    """The commands, for one project and zone. In a dry run they are printed and not run."""
+    """gcloud's commands, for one project and zone. In a dry run they are printed and not run."""
 
     def __init__(
         self,
@@ -79,11 +79,12 @@ class Gcloud:
         ssh_flags: tuple[str, ...] = (),
         say: Callable[[str], None] = print,
     ):
-        """project: gcloud's own default if None. ssh_flags: for every ssh and scp, as --tunnel-through-iap."""
+        """project: gcloud's own default if None. ssh_flags: flags for every ssh and scp, such as
+        --tunnel-through-iap."""
         self._where = [f"--{name}={value}" for name, value in (("project", project), ("zone", zone)) if value]
         self._project = self._where[: 1 if project else 0]
         self.dry_run, self._ssh_flags, self._say = dry_run, list(ssh_flags), say
-        self.warning = ""  # of the last command: of several machines, gcloud may miss some and return 0
+        self.warning = ""  # of the last command: gcloud may miss some of several machines and still return 0
         if not dry_run and not shutil.which("gcloud"):
             raise UserError("gcloud: is not on the PATH; install it from cloud.google.com/sdk, then gcloud auth login")
 
@@ -94,7 +95,7 @@ class Gcloud:
         self._do(["queued-resources", "create", name, *flags, *self._where, "--quiet"])
 
     def describe(self, name: str) -> dict | None:
-        """Returns the queued resource, or None if it does not exist, and in a dry run. Raises GcloudError."""
+        """Returns the queued resource, or None if it does not exist or in a dry run. Raises GcloudError."""
         return self._ask(["queued-resources", "describe", name, *self._where, "--format=json"])
 
     def node(self, name: str) -> dict | None:
@@ -102,19 +103,19 @@ class Gcloud:
         return self._ask(["tpu-vm", "describe", name, *self._where, "--format=json"])
 
     def delete(self, name: str, force: bool = False) -> None:
-        """Deletes the queued resource; with force, also its nodes, when it is ACTIVE. Returns when it is gone. Raises
+        """Deletes the queued resource; with force, also the nodes of an ACTIVE one. Returns when it is gone. Raises
         GcloudError."""
         self._do(["queued-resources", "delete", name, *self._where, "--quiet", *(["--force"] if force else [])])
 
     # ------------------------------------------------------------------ machines
 
     def ssh(self, name: str, command: str, node: str = "all", worker: str = "all") -> str:
-        """Returns what the command printed, on all machines together. Raises GcloudError if it failed on any: what the
-        others printed is in its `output`."""
+        """Returns the command's output on all machines. Raises GcloudError if it failed on any: the output of the
+        others is in its `output`."""
         return self._do([*self.ssh_command(name, node, worker)[3:], f"--command={command}"])
 
     def ssh_command(self, name: str, node: str, worker: str) -> list[str]:
-        """Returns the command that opens a terminal, or to which --command is added."""
+        """Returns the command that opens a terminal; with --command added, it runs one command."""
         to = [f"--node={node}", f"--worker={worker}", *self._where, *self._ssh_flags, "--quiet"]
         to += [f"--ssh-flag={flag}" for flag in ALIVE]
         return ["gcloud", "compute", "tpus", "queued-resources", "ssh", name, *to]
@@ -128,15 +129,15 @@ class Gcloud:
     # ------------------------------------------------------------------ gcloud's own settings, and buckets
 
     def default(self, name: str) -> str:
-        """Returns a setting, as core/project; "" if it is not set, and in a dry run. Raises GcloudError."""
+        """Returns a setting, such as core/project; "" if it is not set or in a dry run. Raises GcloudError."""
         return (self._run(["gcloud", "config", "get-value", name, "--quiet"]) or "").strip()
 
     def version(self) -> str:
-        """Returns the version of the Google Cloud SDK, as 528.0.0; "" in a dry run. Raises GcloudError."""
+        """Returns the version of the Google Cloud SDK, such as 528.0.0; "" in a dry run. Raises GcloudError."""
         return self._json(["version"], {}).get("Google Cloud SDK", "")
 
     def account(self) -> str:
-        """Returns the account that is active; "" if there is none, and in a dry run. Raises GcloudError."""
+        """Returns the active account; "" if there is none or in a dry run. Raises GcloudError."""
         found = self._json(["auth", "list", "--filter=status:ACTIVE"], [])
         return found[0].get("account", "") if found else ""
 
@@ -145,12 +146,12 @@ class Gcloud:
         return self._json(["projects", "describe", project], None)
 
     def services(self) -> set[str]:
-        """Returns the APIs that are enabled in the project; none in a dry run. Raises GcloudError."""
+        """Returns the APIs enabled in the project; none in a dry run. Raises GcloudError."""
         found = self._json(["services", "list", "--enabled", *self._project], [])
         return {service.get("config", {}).get("name", "") for service in found}
 
     def offered(self, what: str) -> set[str]:
-        """Returns the names that the zone has: `what` is accelerator-types or versions. Raises GcloudError."""
+        """Returns the names that the zone offers. what: accelerator-types or versions. Raises GcloudError."""
         found = self._json(["compute", "tpus", "tpu-vm", what, "list", *self._where], [])
         return {entry.get("name", "").rpartition("/")[2] for entry in found}
 
@@ -159,11 +160,11 @@ class Gcloud:
         return self._json(["beta", "quotas", "info", "list", "--service=tpu.googleapis.com", *self._project], [])
 
     def bucket(self, url: str) -> dict | None:
-        """Returns what gcloud knows of a bucket, or None in a dry run. Raises GcloudError."""
+        """Returns gcloud's description of a bucket, or None in a dry run. Raises GcloudError."""
         return self._json(["storage", "buckets", "describe", url, *self._project], None)
 
     def cat(self, url: str) -> str | None:
-        """Returns a text object, or None if it does not exist, and in a dry run. Raises GcloudError."""
+        """Returns a text object, or None if it does not exist or in a dry run. Raises GcloudError."""
         try:
             return self._run(["gcloud", "storage", "cat", url, *self._project])
         except GcloudError as error:
@@ -171,10 +172,10 @@ class Gcloud:
                 return None
             raise
 
-    # ------------------------------------------------------------------ how
+    # ------------------------------------------------------------------ running gcloud
 
     def _json(self, arguments: list[str], otherwise):
-        """Returns what a command answers; `otherwise` in a dry run."""
+        """Returns a command's answer; `otherwise` in a dry run."""
         text = self._run(["gcloud", *arguments, "--format=json"])
         try:
             return otherwise if text is None else json.loads(text)
@@ -182,7 +183,7 @@ class Gcloud:
             raise UserError(f"gcloud {' '.join(arguments[:3])}: its answer is not JSON; update gcloud") from None
 
     def _ask(self, arguments: list[str]):
-        """Asks a question, and asks again after a temporary failure."""
+        """Runs a command that only asks, and retries after a temporary failure."""
         for attempt in range(TRIES):
             try:
                 text = self._run(["gcloud", "compute", "tpus", *arguments])
@@ -213,7 +214,7 @@ class Gcloud:
         )
         try:
             out, said = process.communicate(timeout=seconds)
-        except BaseException as error:  # ssh, which it started, would hold the pipes
+        except BaseException as error:  # ssh, which gcloud started, would hold the pipes
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()

@@ -1,5 +1,5 @@
-"""One run's slices and their machines: asked for, prepared, started, stopped and given back. Every step may be done
-again, by two at once, or by another process after this one was killed."""
+"""One run's slices and their machines: requests, prepares, starts, stops and releases them. Every step may be repeated,
+run twice at once, or run by another process after this one was killed."""
 
 import json
 import os
@@ -21,15 +21,15 @@ from .source import ROOT
 MISSING = "MISSING"  # a queued resource that does not exist; all other states are gcloud's
 WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
 LABEL = "tvq_pod"
-PASSING_CODES = (4, 8, 10, 13, 14)  # of a request that failed (google.rpc.Code): no capacity, or gcloud's own trouble
-TRIES = 3  # to prepare or start all machines
-FOLDER = "tvq_pod"  # on a machine, in the user's home
+PASSING_CODES = (4, 8, 10, 13, 14)  # of a failed request (google.rpc.Code): no capacity, or gcloud's own problems
+TRIES = 3  # attempts to prepare or start all machines
+FOLDER = "tvq_pod"  # in the user's home on a machine
 
 _SAID = re.compile(r"^tvq_pod@(\S+): (\w+) ?(.*)$", re.MULTILINE)
 
 
 class Queued(NamedTuple):
-    """A request for slices: its state, and of one that failed why, and whether asking again may help."""
+    """A request for slices: its state and, if it failed, the reason, and whether another request may succeed."""
 
     state: str
     why: str = ""
@@ -37,14 +37,14 @@ class Queued(NamedTuple):
 
 
 class Said(NamedTuple):
-    """What a machine answered: installed, running, exited, gone, none or failed, and what belongs to it."""
+    """A machine's answer: installed, running, exited, gone, none or failed, with details."""
 
     word: str
     rest: str
 
 
 class Machines:
-    """The machines of one run. Changes of the record are saved at once."""
+    """The machines of one run. Changes of the record are saved immediately."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Machines:
         clock: Clock | None = None,
         say: Callable[[str], None] = print,
     ):
-        """poll_seconds: how often to look, where something must be waited for."""
+        """poll_seconds: how often to check while waiting."""
         self.record, self.records, self.gcloud, self.say = record, records, gcloud, say
         self.poll_seconds, self.clock = poll_seconds, clock or Clock()
         self._said_of_status = ""
@@ -70,20 +70,20 @@ class Machines:
         if not self.gcloud.dry_run:
             self.records.change(self.record, changes, again)
             return
-        for name, value in changes.items():  # so that what is printed next is what would be done next
+        for name, value in changes.items():  # so that the next output shows what would be done next
             setattr(self.record, name, value)
 
     # ------------------------------------------------------------------ the slices
 
     def queue(self) -> Queued:
-        """Returns the request as gcloud sees it. Raises UserError if it is somebody else's, and GcloudError."""
+        """Returns gcloud's state of the request. Raises UserError if it belongs to somebody else, and GcloudError."""
         found = self.gcloud.describe(self.record.name)
         if found is None:
             return Queued(MISSING)
         if self.record.label not in _labels(found):
             raise UserError(
                 f"--name={self.record.name}: is taken by a queued resource that this machine did not request; give "
-                f"another name, or bring {self.records.path(self.record.name)} from the machine that did"
+                f"another name, or copy {self.records.path(self.record.name)} from the machine that did"
             )
         state = found.get("state", {})
         error = state.get("failedData", {}).get("error", {})
@@ -91,7 +91,7 @@ class Machines:
         return Queued(state.get("state", "STATE_UNSPECIFIED"), " ".join(error.get("message", "").split()), may_help)
 
     def ask(self, again: bool = False) -> None:
-        """Puts the request in the queue; for a run that was stopped, or is done, only `again`. Raises GcloudError."""
+        """Queues the request; for a run that was stopped or is done, only if `again`. Raises GcloudError."""
         record = self.record
         nodes = [f"--node-id={record.name}"]
         if record.slices > 1:
@@ -106,10 +106,11 @@ class Machines:
         except GcloudError as error:
             if error.kind != "exists":
                 raise
-            self.queue()  # refuses what is somebody else's
+            self.queue()  # refuses a request of somebody else
 
     def wait_until_active(self) -> None:
-        """Waits, with a line at every change and every ten minutes. Raises UserError if the request failed."""
+        """Waits for the slices, with a line at every change and every ten minutes. Raises UserError if the request
+        failed."""
         said, said_at = None, 0.0
         while not self.gcloud.dry_run:
             try:
@@ -134,17 +135,17 @@ class Machines:
         self.granted()
 
     def granted(self) -> None:
-        """Notes that the slices exist, and how many machines they have. Raises GcloudError."""
+        """Records that the slices exist, and how many machines they have. Raises GcloudError."""
         now, record = self.clock.now(), self.record
         machines = [len(node.get("networkEndpoints", [])) for node in self.nodes().values()]
         if not all(machines) and not self.gcloud.dry_run:
             raise UserError(f"--name={record.name}: not all slices have their machines yet; try again")
         self.note(machines=machines, waited=now - record.asked_at, refusals=0)
         what = f"{record.slices} x {record.accelerator}" if record.slices > 1 else record.accelerator
-        self._tell(f"{record.name}: {what} is there, {self.expected} machine(s), after {ago(record.waited)}")
+        self._tell(f"{record.name}: {what} is ready, {self.expected} machine(s), after {ago(record.waited)}")
 
     def nodes(self) -> dict[str, dict]:
-        """Returns what gcloud knows of each slice; {} of one that does not exist. Raises GcloudError."""
+        """Returns gcloud's description of each slice; {} for one that does not exist. Raises GcloudError."""
         record = self.record
         names = [record.name] if record.slices == 1 else [f"{record.name}-{i}" for i in range(record.slices)]
         return {name: self.gcloud.node(name) or {} for name in names}
@@ -152,14 +153,15 @@ class Machines:
     # ------------------------------------------------------------------ the machines
 
     def prepare(self) -> None:
-        """Installs the source and its packages on all machines. Raises UserError that names those that failed."""
+        """Installs the source and its packages on all machines. Raises UserError with the names of machines that
+        failed."""
         said = self._until_all("installed", f"bash {FOLDER}/worker.sh install {shlex.quote(self.record.source)}")
         self.note(phase=PREPARED)
         self._tell(f"{self.record.name}: {self.record.source} is installed on {self.expected} machine(s)")
         self._tell_versions({where: answer.rest.partition(": ")[2] for where, answer in said.items()})
 
     def start(self) -> None:
-        """Starts the training on all machines: the next attempt, or the one that had begun to start."""
+        """Starts the training on all machines: the next attempt, or the one whose start was interrupted."""
         record = self.record
         if record.phase != STARTING:
             self.note(phase=STARTING, attempt=record.attempt + 1)
@@ -175,11 +177,11 @@ class Machines:
         self._tell(f"{record.name}: started on {self.expected} machine(s), attempt {record.attempt}")
 
     def states(self, node: str = "all", worker: str = "all") -> dict[str, Said]:
-        """Returns, by machine, what became of the training. Those that can't be reached are left out."""
+        """Returns the state of the training on each machine. Machines that can't be reached are left out."""
         return self._on(f"bash {FOLDER}/worker.sh state", node, worker)[0]
 
     def stop(self) -> dict[str, Said]:
-        """Asks the training to save and end, on all machines, and waits for it."""
+        """Asks the training on all machines to save and end, and waits for it."""
         return self._on(f"bash {FOLDER}/worker.sh stop")[0]
 
     def _tell(self, line: str) -> None:
@@ -187,15 +189,15 @@ class Machines:
             self.say(line)
 
     def _tell_versions(self, versions: dict[str, str]) -> None:
-        """By machine, the versions of Python and of the packages that matter."""
+        """Prints the versions of Python and of the packages that matter, and a warning if machines differ."""
         for found in sorted(set(versions.values())):
             on = sorted(where for where, its in versions.items() if its == found)
             some = f"WARNING: machines differ: {len(on)} of them ({', '.join(on[:3])}) have "
             self._tell(f"{self.record.name}: {some if len(on) < len(versions) else ''}{found}")
 
     def lacks(self, path: str) -> bool:
-        """Returns whether a file certainly does not exist, at gs:// or on a mount that all machines share. False
-        if nobody answers, and in a dry run."""
+        """Returns whether a file certainly does not exist, at gs:// or on a mount that all machines share. False if no
+        machine answers, and in a dry run."""
         try:
             if path.startswith("gs://"):
                 return self.gcloud.cat(path) is None and not self.gcloud.dry_run
@@ -205,7 +207,7 @@ class Machines:
         return "tvq_pod lacks it" in said
 
     def forget(self) -> None:
-        """Deletes all that this machine keeps for the run, and the tarball if no other run has it."""
+        """Deletes everything that this machine keeps for the run, and the tarball if no other run uses it."""
         self.records.forget(self.record.name)
         others = [self.records.load(name) for name in self.records.names()]
         if all(other.source != self.record.source for other in others if other):
@@ -234,7 +236,7 @@ class Machines:
                 str(error) if error else f"{lost} machine(s) did not answer {self.gcloud.warning}"
             )
             if attempt < TRIES - 1:
-                self.say(f"{self.record.name}: {why}; tries again")
+                self.say(f"{self.record.name}: {why}; trying again")
                 self.clock.sleep(min(self.poll_seconds, 10.0))
         n_bad = len(bad) + max(lost, 0)
         raise UserError(f"--name={self.record.name}: {n_bad} of {self.expected} machine(s) failed: {why}")
@@ -248,7 +250,8 @@ class Machines:
         return {where: Said(word, rest) for where, word, rest in _SAID.findall(output)}, error
 
     def _upload(self) -> None:
-        """A folder with all that a machine needs; what it runs is in a file, so no shell ever reads its arguments."""
+        """Uploads a folder with everything that a machine needs; the command is in a file, so no shell reads its
+        arguments."""
         record = self.record
         stage = self._upload_folder / FOLDER
         if not self.gcloud.dry_run:
@@ -275,7 +278,7 @@ class Machines:
     # ------------------------------------------------------------------ the run
 
     def status(self) -> dict | None:
-        """Returns the run's own status file (tvq_pod/run/status.py), or None if it has none, or another run's."""
+        """Returns the run's own status file (tvq_pod/run/status.py), or None if it has none, or that of another run."""
         record = self.record
         if not record.run_id:
             return None
@@ -285,7 +288,7 @@ class Machines:
                 text = self.gcloud.cat(path)
             else:
                 text = self.gcloud.ssh(record.name, f"cat {shlex.quote(path)}", "0", "0")
-        except GcloudError as error:  # the slice alone says enough to continue
+        except GcloudError as error:  # the slice's state is enough to continue
             if path.startswith("gs://") and str(error) != self._said_of_status:
                 self.say(f"{record.name}: {path} cannot be read ({error})")
             self._said_of_status, text = str(error), None
@@ -297,7 +300,7 @@ class Machines:
 
 
 def run_script(record: Record) -> str:
-    """Returns what a machine's systemd unit runs. Its secrets, if there are any, are in a file beside it."""
+    """Returns the script that a machine's systemd unit runs. Its secrets, if any, are in a file beside it."""
     chip, several = slices.parse(record.accelerator).chip.name, record.slices > 1
     lines = [
         "#!/bin/bash",
@@ -311,7 +314,7 @@ def run_script(record: Record) -> str:
 
 
 def settings_of(env_file: str) -> dict[str, str]:
-    """Returns the settings of a file of NAME=VALUE lines, and nothing of a shell's in them. Raises UserError."""
+    """Returns the settings in a file of NAME=VALUE lines, without any shell syntax. Raises UserError."""
     try:
         lines = pathlib.Path(env_file).expanduser().read_text().splitlines()
     except OSError as error:

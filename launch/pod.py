@@ -1,4 +1,4 @@
-"""From gcloud to a pod that trains until it is done.
+"""Takes a run from gcloud to a pod that trains until it is done.
 
     python -m launch.pod doctor --zone=us-west4-a --accelerator=v5litepod-16 --spot --bucket=gs://BUCKET
     python -m launch.pod up --name=RUN --zone=us-west4-a --accelerator=v5litepod-16 --spot
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 
-if not __package__:  # python launch/pod.py: modules are found from the project's folder, not from launch
+if not __package__:  # python launch/pod.py: modules are imported from the project's folder, not from launch
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
     __package__ = "launch"
 
@@ -84,7 +84,7 @@ def _own(records: Records) -> Machines:
 
 
 def doctor(records: Records) -> None:
-    """Prints what would stop the other commands, and how to fix it; ends with 1 if something must be fixed."""
+    """Prints what would stop the other commands, and how to fix it; exits with 1 if something must be fixed."""
     name = slices.check_name(_NAME.value) if _NAME.value else None
     dry = _DRY_RUN.value
 
@@ -95,7 +95,7 @@ def doctor(records: Records) -> None:
         try:
             return connect().default(setting)
         except UserError:
-            return ""  # what is wrong with gcloud is found below
+            return ""  # the checks below report gcloud's problems
 
     record = looked_for(name, records.load(name) if name else None, default)
     workdir = _BUCKET.value or (record.workdir if record.workdir.startswith("gs://") else "")
@@ -131,7 +131,7 @@ def up(records: Records) -> None:
         raise UserError(f"--name={record.name}: is training; to install another commit, `stop` it first")
     machines.note(source=source, install_env_file=installs_with)
     if state in ("SUSPENDED", "FAILED"):
-        _say(f"{record.name}: {state}{f' ({why})' if why else ''}; deletes the request, and requests it again")
+        _say(f"{record.name}: {state}{f' ({why})' if why else ''}; deleting the request, and requesting it again")
         machines.gcloud.delete(record.name)
     if state in (MISSING, "SUSPENDED", "FAILED"):
         machines.ask(again=True)
@@ -173,7 +173,7 @@ def run(records: Records, arguments: list[str]) -> None:
 
 
 def _check_idle(machines: Machines) -> None:
-    """Raises UserError unless all machines are prepared, and all say that nothing runs there."""
+    """Raises UserError unless all machines are prepared, and all report that nothing is running."""
     record = machines.record
     queued = machines.queue()
     if queued.state != "ACTIVE":
@@ -200,7 +200,7 @@ def watch(records: Records) -> None:
         raise UserError(f"--name={name}: there is nothing to watch; start it with `run` first")
     if machines.gcloud.dry_run:
         if not machines.record.run_id:
-            _say("# nothing runs yet: `run` comes first, and says what RUN_ID and gs://BUCKET/RUN are")
+            _say("# nothing is running yet: `run` comes first, and sets RUN_ID and gs://BUCKET/RUN")
             machines.note(run_id="RUN_ID", workdir="gs://BUCKET/RUN")
         Watch(machines, _RESTARTS.value).run()
         return
@@ -215,7 +215,7 @@ def watch(records: Records) -> None:
                     return
                 break
         if not said:
-            _say(f"{name}: another process of this machine watches it; this one waits, and takes over if that one ends")
+            _say(f"{name}: another process of this machine watches it; waiting, to take over if that one ends")
         said = True
         time.sleep(min(_POLL.value, 5.0) or 0.1)
     record = machines.record
@@ -259,7 +259,7 @@ def status(records: Records) -> None:
 
 
 def _place(machines: Machines) -> tuple[str, str]:
-    """Returns gcloud's numbers of the slice of --worker, and of the machine in it."""
+    """Returns gcloud's numbers for the slice of --worker, and for the machine in it."""
     worker = _WORKER.value
     for node, n_machines in enumerate(machines.record.machines or [1]):
         if worker < n_machines:
@@ -305,29 +305,29 @@ def ssh(records: Records, arguments: list[str]) -> None:
 
 
 def stop(records: Records) -> None:
-    """Lets the training save and end. The slice stays, and watch does not start the training again."""
+    """Lets the training save and end. The slice is kept, and watch does not start the training again."""
     machines = _own(records)
     name = machines.record.name
     if not machines.record.run_id and not machines.gcloud.dry_run:
         raise UserError(f"--name={name}: there is nothing to stop; start it with `run` first")
-    machines.note(phase=STOPPED)  # first: watch must not take what follows for a preemption
+    machines.note(phase=STOPPED)  # first, so that watch does not mistake what follows for a preemption
     state = machines.queue().state
     if machines.gcloud.dry_run:
         machines.stop()
         return
     if state != "ACTIVE":
-        _say(f"{name}: does not run, its slice is {state}; watch will not start it")
+        _say(f"{name}: is not running, its slice is {state}; watch will not start it")
         return
     said = machines.stop()
     ended = [answer for answer in said.values() if answer.word in ("exited", "gone", "none")]
     if len(ended) < machines.expected:
-        answered = f"only {len(ended)} of {machines.expected} machine(s) said that it ended"
+        answered = f"only {len(ended)} of {machines.expected} machine(s) reported that it ended"
         raise UserError(f"--name={name}: {answered}; try again")
     _say(f"{name}: ended; {progress(machines.status())}. Its slice still exists and costs money")
 
 
 def down(records: Records) -> None:
-    """Deletes the slice, and what this machine knows of the run."""
+    """Deletes the slice, and this machine's record of the run."""
     machines = _own(records)
     record = machines.record
     state = machines.queue().state
@@ -335,10 +335,10 @@ def down(records: Records) -> None:
     what = f"{record.slices} slice(s) {record.accelerator}, {machines.expected} machine(s) and their disks"
     _say(f"deletes {what}, and what this machine knows of {record.name}. {record.workdir or 'The workdir'} stays.")
     waited = f", the last one after {ago(record.waited)}" if record.waited else ""
-    kind = "spot capacity, which may not be there" if record.spot else "capacity"
+    kind = "spot capacity, which may not be available" if record.spot else "capacity"
     _say(f"to get it back: up and run again, {kind}{waited}.")
     if seen and seen["state"] == "training":
-        _say(f"it trains: {progress(seen)}; it is asked to save first.")
+        _say(f"it is training: {progress(seen)}; it is asked to save first.")
     if not (_YES.value or machines.gcloud.dry_run):
         if not sys.stdin.isatty():
             raise UserError("--yes=False: there is no terminal to ask on; give --yes")
@@ -369,7 +369,7 @@ COMMANDS = ("doctor", "up", "run", "watch", "status", "logs", "ssh", "stop", "do
 
 
 def main(argv: list[str]) -> None:
-    """argv: the program, the command, and what is for the training or the shell."""
+    """Runs a command. argv: the program, the command, and arguments for the training or the shell."""
     commands = dict(doctor=doctor, up=up, watch=watch, status=status, logs=logs, stop=stop, down=down)
     with_arguments = dict(run=run, ssh=ssh)
     if len(argv) < 2 or argv[1] not in COMMANDS:
@@ -379,7 +379,7 @@ def main(argv: list[str]) -> None:
     if command in with_arguments:
         with_arguments[command](records, arguments)
     elif arguments:
-        raise UserError(f"{arguments[0]}: {command} takes flags only, as --name=value")
+        raise UserError(f"{arguments[0]}: {command} takes only flags, as --name=value")
     else:
         commands[command](records)
 

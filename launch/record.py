@@ -1,7 +1,7 @@
-"""What launch knows of a run between two commands: one JSON file a run, on the machine where they are typed.
+"""The record of a run between two commands: one JSON file per run, on the machine where the commands are typed.
 
-It says what was asked for, so that a slice that was taken back can be asked for again, and how far the work has come,
-so that a command that was killed at any point resumes where it was.
+It has the request, so that a slice that was taken back can be requested again, and the progress, so that a command that
+was killed at any point resumes where it was.
 """
 
 import contextlib
@@ -16,46 +16,46 @@ import filelock
 from tvq_pod.errors import UserError
 from tvq_pod.host.files import write_whole
 
-# How far the work has come: what a later one needs is there.
+# The phases of the work, in order: each includes the earlier ones.
 ASKED, PREPARED, STARTING, STARTED = "asked", "prepared", "starting", "started"
 STOPPED, DONE = "stopped", "done"
 
 
 class Gone(UserError):
-    """The run was deleted meanwhile, by `down`."""
+    """The run was deleted in the meantime, by `down`."""
 
 
 @dataclasses.dataclass
 class Record:
-    """What is known of one run."""
+    """The record of one run."""
 
-    # What was asked for.
+    # The request.
     name: str
     project: str | None
     zone: str | None
     accelerator: str
     slices: int = 1
-    create_flags: list[str] = dataclasses.field(default_factory=list)  # of gcloud, besides name, place and type
+    create_flags: list[str] = dataclasses.field(default_factory=list)  # for gcloud, besides name, place and type
     ssh_flags: list[str] = dataclasses.field(default_factory=list)
     spot: bool = False
-    label: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))  # by which our slice is known
+    label: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))  # identifies our slice
     source: str = ""  # the tarball's name, without its ending
-    install_env_file: str = ""  # what pip finds in its environment there
-    # What runs there.
+    install_env_file: str = ""  # variables for pip on the machines
+    # The training.
     run_id: str = ""  # new with every `run`
-    arguments: list[str] = dataclasses.field(default_factory=list)  # of tvq_pod.main
+    arguments: list[str] = dataclasses.field(default_factory=list)  # for tvq_pod.main
     workdir: str = ""
     env_file: str = ""
-    # How far it has come.
+    # The progress.
     phase: str = ASKED
-    machines: list[int] = dataclasses.field(default_factory=list)  # of each slice, once it is there
-    attempt: int = 0  # how often the training was started, on all workers together
-    restarts: int = 0  # after a preemption, since a checkpoint was newer than any before
-    failures: int = 0  # of the training, since a checkpoint was newer than any before
-    saved_step: int = -1  # the newest one known
-    refusals: int = 0  # of the request for a slice, since the last that was granted
+    machines: list[int] = dataclasses.field(default_factory=list)  # the number in each slice, once it exists
+    attempt: int = 0  # how often the training was started on all workers
+    restarts: int = 0  # after preemptions, since the last newer checkpoint
+    failures: int = 0  # of the training, since the last newer checkpoint
+    saved_step: int = -1  # the newest known one
+    refusals: int = 0  # of requests for a slice, since the last granted one
     asked_at: float = 0.0  # seconds since 1970
-    waited: float = 0.0  # seconds from asking to having, the last time
+    waited: float = 0.0  # seconds from the last request to the slice
 
 
 class Records:
@@ -96,17 +96,17 @@ class Records:
             self._write(record)
 
     def _write(self, record: Record) -> None:
-        """For whoever has the lock."""
+        """Writes the record. The caller must hold the lock."""
         write_whole(self.path(record.name), json.dumps(dataclasses.asdict(record), indent=1), mode=0o600)
 
     def change(self, record: Record, changes: dict, again: bool = False) -> None:
-        """Changes some fields of what is on disk, which another command may have changed since, and brings `record` up
-        to date: whoever wants another phase must look at what it is then. It stays as it is, unless `again`, if the run
-        was stopped or is done, or another attempt was begun than `record` knows. Raises Gone."""
+        """Changes some fields of the record on disk, which another command may have changed, and updates `record` from
+        it, so that the caller can check the actual phase. Unless `again`, nothing changes if the run was stopped or is
+        done, or if an attempt has begun that `record` does not know. Raises Gone."""
         with self._lock(record.name, "change"):
             now = self.load(record.name)
             if now is None:
-                raise Gone(f"--name={record.name}: was deleted meanwhile")
+                raise Gone(f"--name={record.name}: was deleted in the meantime")
             others = (now.run_id, now.attempt) != (record.run_id, record.attempt)
             if (now.phase in (STOPPED, DONE) or others) and not again:
                 changes = {name: value for name, value in changes.items() if name not in ("phase", "attempt")}
@@ -115,7 +115,7 @@ class Records:
             self._write(record)
 
     def forget(self, name: str) -> None:
-        """Deletes it, and what belongs to it; whoever is about to change it finds it gone."""
+        """Deletes the record and its other files; another command that is about to change it finds it gone."""
         with self._lock(name, "change"):
             self.path(name).unlink(missing_ok=True)
             for path in self.folder.iterdir():
@@ -124,7 +124,7 @@ class Records:
 
     @contextlib.contextmanager
     def held(self, name: str) -> Iterator[bool]:
-        """Whether this process alone watches the run, for as long as it lasts; the kernel lets go when it dies."""
+        """Yields whether this process is the only one that watches the run; the kernel releases the lock if it dies."""
         with contextlib.ExitStack() as locked:
             try:
                 locked.enter_context(self._lock(name, "watch").acquire(blocking=False))
@@ -134,7 +134,7 @@ class Records:
             yield alone
 
     def _lock(self, name: str, what: str) -> filelock.BaseFileLock:
-        """A lock between processes of this machine, to be entered. The kernel's own or an error: the package's
-        replacement for file systems without one would outlive a process that is killed."""
+        """A lock between processes of this machine, as a context manager. It is the kernel's or an error: the package's
+        replacement for file systems without locks would outlive a killed process."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return filelock.FileLock(self.folder / f".{name}.{what}", fallback_to_soft=False)

@@ -1,5 +1,5 @@
-"""What `up` should request, by its flags: the record of a run. A run that exists may be requested again, but not as
-something else."""
+"""The request that the flags of `up` describe, as the record of a run. An existing run may be requested again, but not
+with other values."""
 
 from collections.abc import Callable
 
@@ -49,13 +49,14 @@ _CREATE_FLAGS = (
 
 
 def asked_for(name: str, there: Record | None, default: Callable[[str], str]) -> Record:
-    """Returns the record of the flags; or the one that is `there`, if they request the same. Raises UserError.
+    """Returns the record for the flags; or the existing one, `there`, if the flags request the same. Raises UserError.
 
-    default: gcloud's own value of a setting, as core/project: project and zone stay what they are now.
+    default: returns gcloud's own value of a setting, such as core/project: project and zone are fixed to their current
+    values.
     """
     accelerator = _ACCELERATOR.value or (there.accelerator if there else None)
     if not accelerator:
-        raise UserError("--accelerator=: is missing; give a type of slice, as v5litepod-16, v5p-128 or v6e-256")
+        raise UserError("--accelerator=: is missing; give a type of slice, such as v5litepod-16, v5p-128 or v6e-256")
     asked = slices.parse(accelerator)
     if _SPOT.value and _RESERVED.value:
         raise UserError("--spot --reserved: exclude each other; give one of them, or neither")
@@ -92,7 +93,7 @@ def asked_for(name: str, there: Record | None, default: Callable[[str], str]) ->
 
 
 def looked_for(name: str | None, there: Record | None, default: Callable[[str], str]) -> Record:
-    """For `doctor`: as asked_for, but the type of the slice may be missing, which is "" then. Raises UserError."""
+    """Like asked_for, for `doctor`: the type of the slice may be missing, and is then "". Raises UserError."""
     if there is not None or _ACCELERATOR.value:
         return asked_for(name or "doctor", there, default)
     project, zone = _checked("project") or default("core/project"), _checked("zone") or default("compute/zone")
@@ -100,9 +101,10 @@ def looked_for(name: str | None, there: Record | None, default: Callable[[str], 
 
 
 def planned(name: str, source: str) -> Record:
-    """For a dry run before `up`: the record that `up` would make with these flags. What is in capitals is not known.
+    """Returns the record that `up` would make with these flags, for a dry run before `up`. Values in capitals are
+    unknown.
 
-    source: what `up` would install.
+    source: the name of the source that `up` would install.
     """
     if _ACCELERATOR.value is not None:
         record = asked_for(name, None, lambda setting: "")

@@ -1,4 +1,5 @@
-"""A run as people see it: its status file (tvq_pod/run/status.py) in a line, and a row of the table of all runs."""
+"""Formats a run for the terminal: its status file (tvq_pod/run/status.py) in a line, and a row of the table of all
+runs."""
 
 import contextlib
 import time
@@ -14,9 +15,9 @@ HEADS = ("run", "slice", "queue", "training", "step", "tokens/s", "MFU", "loss",
 
 
 def progress(status: dict | None) -> str:
-    """Returns a run's status file in a line."""
+    """Formats a run's status file in one line."""
     if not status:
-        return "runs; no status yet"
+        return "running; no status yet"
     return (
         f"{status['state']}, step {status.get('step', 0)}/{status.get('num_steps', '?')}, "
         f"loss {_number(status, 'loss', '.4f')}, {_number(status, 'tokens_per_second', ',.0f')} tokens/s, "
@@ -25,7 +26,7 @@ def progress(status: dict | None) -> str:
 
 
 def goodput(status: dict | None) -> str:
-    """Returns a table of where the run's time went; "" if the file does not say, or is damaged."""
+    """Returns a table of where the run's time went; "" if the file does not have it, or is damaged."""
     with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
         return table(_record(status or {}))
     return ""

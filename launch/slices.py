@@ -1,5 +1,5 @@
-"""Slices that can be requested, by gcloud's name of their type, and the names that gcloud takes, which it does not
-check."""
+"""Slices that can be requested, by gcloud's name of their type, and checks of names, which gcloud itself does not
+make."""
 
 import dataclasses
 import re
@@ -18,16 +18,17 @@ class Slice:
 
 
 def parse(accelerator: str) -> Slice:
-    """Parses gcloud's name of a type, as v5litepod-16 (16 chips) or v5p-16 (16 cores, 8 chips). Raises UserError."""
+    """Parses gcloud's name of a type, such as v5litepod-16 (16 chips) or v5p-16 (16 cores, 8 chips). Raises
+    UserError."""
     kinds = {chip.accelerator: chip for chip in CHIPS.values()}
     kind, _, number = accelerator.rpartition("-")
-    example = "as v5litepod-16, v5p-128 or v6e-256"
+    example = "such as v5litepod-16, v5p-128 or v6e-256"
     if kind not in kinds:
         known = f"{', '.join(kinds)} with a number, {example}"
         raise UserError(f"--accelerator={accelerator}: is not a type of TPU slice; give one of {known}")
     chip = kinds[kind]
     if not re.fullmatch(r"[1-9][0-9]{0,4}", number) or int(number) % chip.per_name:
-        what = "cores, two a chip" if chip.per_name > 1 else "chips"
+        what = "cores, two per chip" if chip.per_name > 1 else "chips"
         raise UserError(f"--accelerator={accelerator}: {number!r} is not a number of {what}; give one, {example}")
     return Slice(accelerator, chip, int(number) // chip.per_name)
 

@@ -1,4 +1,4 @@
-"""What is installed on the machines: a tarball of one commit, or of one tree that is named by its hash."""
+"""The source for the machines: a tarball of one commit, or of one tree, which is named by its hash."""
 
 import os
 import pathlib
@@ -13,9 +13,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def pack(folder: pathlib.Path, allow_dirty: bool, write: bool = True) -> str:
-    """Writes FOLDER/NAME.tar.gz, and returns NAME: tvq_pod-COMMIT, or with changes that are not committed
-    tvq_pod-COMMIT-dirty-TREE, the hash of all tracked files as they are. Files that git does not track are never in
-    it, so no secret that lies about is. Raises UserError with such changes, unless allow_dirty."""
+    """Writes FOLDER/NAME.tar.gz, and returns NAME: tvq_pod-COMMIT, or with uncommitted changes
+    tvq_pod-COMMIT-dirty-TREE, where TREE is the hash of all tracked files. Files that git does not track are never
+    included, so no stray secrets are. Raises UserError for uncommitted changes, unless allow_dirty."""
     commit = _git("rev-parse", "--short=12", "HEAD")
     name, tree = f"tvq_pod-{commit}", "HEAD"
     changed = _git("status", "--porcelain", "--untracked-files=no").splitlines()
@@ -25,7 +25,7 @@ def pack(folder: pathlib.Path, allow_dirty: bool, write: bool = True) -> str:
                 f"--allow_dirty=False: {len(changed)} file(s) differ from commit {commit} (the first: "
                 f"{changed[0].split()[-1]}); commit them, or give --allow_dirty"
             )
-        with tempfile.TemporaryDirectory() as scratch:  # an index of its own: nothing of the user's is touched
+        with tempfile.TemporaryDirectory() as scratch:  # a separate index: the user's is not touched
             index = dict(GIT_INDEX_FILE=os.path.join(scratch, "index"))
             _git("read-tree", "HEAD", **index)
             _git("add", "--update", ".", **index)
@@ -42,10 +42,9 @@ def pack(folder: pathlib.Path, allow_dirty: bool, write: bool = True) -> str:
 
 
 def files(tarball: pathlib.Path, may_lack: bool = False) -> dict[str, bytes | None]:
-    """The files of a tarball that `pack` wrote, by their paths in the project, with their content. Raises UserError.
+    """Returns the content of the files in a tarball of `pack`, by their paths in the project. Raises UserError.
 
-    may_lack: a tarball that does not exist is not an error; the answer is the files of HEAD, and None for their
-    content.
+    may_lack: a missing tarball is not an error; the result then has the files of HEAD, with None for their content.
     """
     try:
         with tarfile.open(tarball) as tar:
@@ -60,7 +59,7 @@ def files(tarball: pathlib.Path, may_lack: bool = False) -> dict[str, bytes | No
 
 
 def _git(*arguments: str, **environment: str) -> str:
-    if not (ROOT / "pyproject.toml").is_file():  # git might find a repository that this package only lies in
+    if not (ROOT / "pyproject.toml").is_file():  # git might find an unrelated repository around this package
         raise UserError(f"{ROOT}: is not a clone of tvq_pod; machines get a commit, so start launch.pod from a clone")
     try:
         done = subprocess.run(

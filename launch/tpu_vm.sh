@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# launch.pod's steps as plain gcloud lines, for those who want to see each of them, or to change one.
+# The steps of launch.pod as plain gcloud commands, if you want to see each of them, or to change one.
 #
 #     NAME=run ZONE=us-west4-a ACCELERATOR=v5litepod-16 bash launch/tpu_vm.sh up
 #     NAME=run ZONE=us-west4-a bash launch/tpu_vm.sh run --config=configs/enwik8.py --workdir=gs://BUCKET/run
 #     NAME=run ZONE=us-west4-a bash launch/tpu_vm.sh state | logs | stop | down
 #
-# Each may be given again. It restarts nothing by itself: after a preemption, down, up and run; launch.pod watch does
-# that. Further variables: RUNTIME_VERSION (of the chip's generation if not set), CREATE_FLAGS (--spot, say), PROJECT.
+# Each may be repeated. This script restarts nothing by itself, as launch.pod watch does: after a preemption, call down,
+# up and run. More variables: RUNTIME_VERSION (default: by the chip's generation), CREATE_FLAGS (like --spot), PROJECT.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,7 +14,7 @@ if ! [[ ${NAME:-} =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]]; then
   echo "error: NAME=${NAME:-}: is not a valid name; give 1 to 40 of a-z, 0-9 and -" >&2
   exit 1
 fi
-: "${NAME:?is missing; give a name for the slice and the run}" "${ZONE:?is missing; give a zone, as us-west4-a}"
+: "${NAME:?is missing; give a name for the slice and the run}" "${ZONE:?is missing; give a zone, such as us-west4-a}"
 where=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"})
 tpus=(gcloud compute tpus)
 all=(--node=all --worker=all "${where[@]}" --quiet)
@@ -54,10 +54,10 @@ upload() {
 up() {
   local flags state
   if [[ -z ${ALLOW_DIRTY:-} && -n $(git status --porcelain --untracked-files=no) ]]; then
-    echo "error: ALLOW_DIRTY=: files differ from the commit, which is what is installed; commit them, or set ALLOW_DIRTY=1" >&2
+    echo "error: ALLOW_DIRTY=: files differ from the commit that would be installed; commit them, or set ALLOW_DIRTY=1" >&2
     exit 1
   fi
-  : "${ACCELERATOR:?is missing; give a type of slice, as v5litepod-16}"
+  : "${ACCELERATOR:?is missing; give a type of slice, such as v5litepod-16}"
   read -r -a flags <<< "${CREATE_FLAGS:-}"
   state=$(queue_state)
   case $state in

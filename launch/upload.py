@@ -1,4 +1,4 @@
-"""Copies a file of this machine into a bucket or a folder: python -m launch.upload FILE TO."""
+"""Copies a local file to a bucket or a folder: python -m launch.upload FILE TO."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""The supervisor of one run: starts it again when it was preempted, when its slice was taken back, and, a few times,
-when it failed, until it is done. Its state is in the record, the queue and the run's own status file, so it may be
-killed at any point and started again."""
+"""The supervisor of one run: starts it again when it was preempted, when its slice was taken back, and a few times when
+it failed, until it is done. The supervisor's state is in the record, the queue and the run's own status file, so it may
+be killed at any point and started again."""
 
 from tvq_pod.errors import UserError
 
@@ -12,8 +12,8 @@ from .show import progress
 
 PREEMPTED = "75"  # exit code: saved, run me again
 BACK_OFF_SECONDS, LONGEST_BACK_OFF_SECONDS = 30.0, 900.0
-LOST = ("PREEMPTED", "TERMINATED", "gone")  # of a slice whose request is ACTIVE all the same
-END_SECONDS = 240.0  # in which all processes of a job end, once one has
+LOST = ("PREEMPTED", "TERMINATED", "gone")  # states of a slice whose request is still ACTIVE
+END_SECONDS = 240.0  # time in which all processes of a job end after one has
 
 
 class GivenUp(UserError):
@@ -24,24 +24,24 @@ class Watch:
     """Watches one run's machines."""
 
     def __init__(self, machines: Machines, max_restarts: int):
-        """max_restarts: after failures without a newer checkpoint, and after requests for a slice that fail."""
+        """max_restarts: the limit for failures without a newer checkpoint, and for failed requests for a slice."""
         self.machines, self.max_restarts = machines, max_restarts
         self._last_line, self._said_at = None, 0.0
         self._ending_since = None
 
     def run(self) -> None:
-        """Returns when the run is done, or was stopped by hand. Raises GivenUp; UserError for what only a person can
-        fix, such as a login, if it is so from the beginning."""
+        """Returns when the run is done, or was stopped by hand. Raises GivenUp; and UserError for problems that only a
+        person can fix, such as a missing login, if they exist from the beginning."""
         record, first = self.machines.record, True
         if record.failures > self.max_restarts:
-            raise GivenUp(f"--name={record.name}: was given up after {record.failures} failures; `run` starts over")
+            raise GivenUp(f"--name={record.name}: gave up after {record.failures} failures; `run` starts over")
         while not self._finished():
             try:
                 pause = self.step()
             except GcloudError as error:
                 if first and error.kind in ("login", "denied"):
                     raise
-                self._say(f"{error}; tries again")
+                self._say(f"{error}; trying again")
                 pause = self.machines.poll_seconds
             first = False
             if self.machines.gcloud.dry_run:
@@ -49,7 +49,7 @@ class Watch:
             self.machines.clock.sleep(pause)
 
     def step(self) -> float:
-        """Looks once, and acts. Returns the seconds until the next look."""
+        """Checks once, and acts. Returns the seconds until the next check."""
         machines, status = self.machines, self._status()
         if status and status["state"] == "done":
             machines.note(phase=DONE)
@@ -64,7 +64,7 @@ class Watch:
             return self._ask()
         if queued.state in ("SUSPENDED", "FAILED"):
             return self._give_back(queued)
-        self._say(queued.state + ("" if queued.state in WAITING else ": waits for it to be gone"))
+        self._say(queued.state + ("" if queued.state in WAITING else ": waiting until it is gone"))
         return self.machines.poll_seconds
 
     def _status(self) -> dict | None:
@@ -77,9 +77,9 @@ class Watch:
     def _finished(self) -> bool:
         if self.machines.gcloud.dry_run:
             return False
-        fresh = self.machines.records.load(self.machines.record.name)  # `stop`, `run` and `down` write it too
+        fresh = self.machines.records.load(self.machines.record.name)  # `stop`, `run` and `down` also write it
         if fresh is None:
-            raise Gone(f"--name={self.machines.record.name}: was deleted meanwhile")
+            raise Gone(f"--name={self.machines.record.name}: was deleted in the meantime")
         self.machines.record = fresh
         return fresh.phase in (DONE, STOPPED)
 
@@ -87,7 +87,7 @@ class Watch:
 
     def _ask(self) -> float:
         record = self.machines.record
-        self._say("requests a slice")
+        self._say("requesting a slice")
         try:
             self.machines.ask()
         except GcloudError as error:
@@ -97,10 +97,11 @@ class Watch:
         return self.machines.poll_seconds
 
     def _give_back(self, queued: Queued) -> float:
-        """Slices that were taken back, or could not be had. Without force: were they ACTIVE by now, they would stay."""
+        """Deletes the request for slices that were taken back or not available. Without force, so that slices that
+        became ACTIVE are kept."""
         record = self.machines.record
         why = queued.why or queued.state
-        self._say(f"{queued.state}: {queued.why or 'was taken back'}; deletes the request, and requests it again")
+        self._say(f"{queued.state}: {queued.why or 'was taken back'}; deleting the request, and requesting it again")
         self.machines.gcloud.delete(record.name)
         if record.phase != ASKED:
             self.machines.note(phase=ASKED)
@@ -108,13 +109,13 @@ class Watch:
         return self._refused(why, None if queued.may_help else self.max_restarts)
 
     def _refused(self, why: str, limit: int | None) -> float:
-        """limit: None where waiting is what helps."""
+        """Handles a refused request. limit: None if waiting helps."""
         refusals = self.machines.record.refusals + 1
         self.machines.note(refusals=refusals)
         if limit is not None and refusals > limit:
             raise GivenUp(f"--name={self.machines.record.name}: requested a slice {refusals} times: {why}")
         pause = _back_off(refusals)
-        self._say(f"{why}; requests it again in {ago(pause)}")
+        self._say(f"{why}; requesting it again in {ago(pause)}")
         return pause
 
     # ------------------------------------------------------------------ the training
@@ -123,7 +124,7 @@ class Watch:
         machines, record = self.machines, self.machines.record
         if record.phase != STARTED:
             return self._start()
-        # All of a job end when one does, so one machine is asked. The others, when it does not run.
+        # If one process of a job ends, all do, so one machine is asked. The others are asked if it is not running.
         said = next(iter(machines.states("0", "0").values()), None)
         if said is None:
             return self._unreachable()
@@ -132,20 +133,21 @@ class Watch:
             self._ending_since = None
             self._say(progress(status))
             return self.machines.poll_seconds
-        if said.word == "none" or said.rest.split()[:1] != [attempt]:  # it is another machine
+        if said.word == "none" or said.rest.split()[:1] != [attempt]:  # it is a different machine
             machines.note(phase=ASKED)
             return self._start()
         return self._ended()
 
     def _unreachable(self) -> float:
-        """ACTIVE, and its first machine does not answer: it may be gone without the request knowing."""
+        """Handles an ACTIVE slice whose first machine does not answer: it may be gone although the request is
+        ACTIVE."""
         machines, record = self.machines, self.machines.record
         states = {name: node.get("state", "gone") for name, node in machines.nodes().items()}
         lost = [f"{name} is {state}" for name, state in states.items() if state in LOST]
         if not lost:
             self._say(f"its first machine does not answer; gcloud has {states}")
             return machines.poll_seconds
-        self._say(f"{', '.join(lost)}; deletes what is left, and requests a slice again")
+        self._say(f"{', '.join(lost)}; deleting what is left, and requesting a slice again")
         machines.gcloud.delete(record.name, force=True)
         machines.note(phase=ASKED)
         return 0.0
@@ -156,7 +158,7 @@ class Watch:
         if any(state in LOST for state in states.values()):
             return self._unreachable()
         if any(state != "READY" for state in states.values()):
-            self._say(f"ACTIVE, and not ready: {states}")
+            self._say(f"ACTIVE, but not ready: {states}")
             return machines.poll_seconds
         try:
             if record.phase == ASKED:
@@ -166,7 +168,7 @@ class Watch:
         except (GcloudError, Gone):
             raise
         except UserError as error:
-            if machines.queue().state != "ACTIVE":  # taken back meanwhile
+            if machines.queue().state != "ACTIVE":  # taken back in the meantime
                 return 0.0
             return self._failed(str(error), then=ASKED if record.phase == ASKED else PREPARED)
         return self.machines.poll_seconds
@@ -191,16 +193,16 @@ class Watch:
             return 0.0
         if PREEMPTED in codes.values() or any(said.word == "gone" for said in states.values()):
             machines.note(phase=PREPARED, restarts=machines.record.restarts + 1)
-            again = machines.record.restarts - 1  # without a newer checkpoint in between
+            again = machines.record.restarts - 1  # without a newer checkpoint since
             pause = _back_off(again) if again else min(10.0, machines.poll_seconds)
-            self._say(f"was preempted; starts again in {ago(pause)}")
+            self._say(f"was preempted; starting again in {ago(pause)}")
             return pause
         where, code = next(((w, c) for w, c in codes.items() if c != "0"), ("a machine", "unknown"))
         why = f"{where} ended with {code}" + (f": {status['error']}" if status and status.get("error") else "")
         return self._failed(why, then=PREPARED)
 
     def _failed(self, why: str, then: str) -> float:
-        """then: the phase from which to try again."""
+        """Counts a failure. then: the phase from which to try again."""
         machines, record = self.machines, self.machines.record
         machines.note(failures=record.failures + 1, phase=then)
         record = machines.record
@@ -211,20 +213,20 @@ class Watch:
                 "starts counting again. Its slice still exists and costs money"
             )
         pause = _back_off(record.failures)
-        self._say(f"{why}; failure {record.failures} without a newer checkpoint; tries again in {ago(pause)}")
+        self._say(f"{why}; failure {record.failures} without a newer checkpoint; trying again in {ago(pause)}")
         return pause
 
-    # ------------------------------------------------------------------ what is said
+    # ------------------------------------------------------------------ messages
 
     def _say(self, line: str) -> None:
-        """Prints a line unless it repeats the last one; a repeated one once an hour."""
+        """Prints a line unless it repeats the last one; a repeated line is printed once an hour."""
         now = self.machines.clock.now()
         if (line, now < self._said_at + 3600) != (self._last_line, True):
             self.machines.say(f"{self.machines.record.name}: {line}")
             self._last_line, self._said_at = line, now
 
     def _show(self) -> None:
-        """Prints, for a dry run, what would be done if the slice had been taken back."""
+        """Prints, for a dry run, what would happen if the slice had been taken back."""
         machines = self.machines
         machines.say("# if it is SUSPENDED or FAILED:")
         machines.gcloud.delete(machines.record.name)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# What runs on every machine of a slice. launch.pod copies it there, with the source and the command to run, and calls
+# The script for every machine of a slice. launch.pod copies it there, with the source and the command to run, and calls
 #
-#     bash worker.sh install SOURCE      a virtual environment with the source's packages, in the versions that the
-#                                        source's launch/constraints.txt names
-#     bash worker.sh start ATTEMPT LOGS  the command, as a systemd unit that outlives ssh; its log goes to LOGS too
+#     bash worker.sh install SOURCE      makes a virtual environment with the source's packages, in the versions that
+#                                        the source's launch/constraints.txt names
+#     bash worker.sh start ATTEMPT LOGS  starts the command as a systemd unit that outlives ssh; copies its log to LOGS
 #     bash worker.sh stop                asks it to save and end, and waits
-#     bash worker.sh state               what became of it
+#     bash worker.sh state               prints its state
 #
-# Each may be called again, and by two at once. The last line on stdout says how it went, for launch.pod and for people:
+# Each may be called again, and twice at once. The last line on stdout is the result, for launch.pod and for people:
 #     tvq_pod@NODE/WORKER: installed SOURCE: VERSIONS | running ATTEMPT | exited ATTEMPT CODE | gone ATTEMPT | none | failed WHY
 set -Eeuo pipefail
 
@@ -16,13 +16,13 @@ unit=tvq_pod.service
 logs_unit=tvq_pod_logs.service
 mkdir -p "$root"
 
-# The metadata server of the machine; the variable is that of Google's own libraries.
+# Asks the machine's metadata server; Google's own libraries use the same variable.
 metadata() {
   curl -sf --max-time 20 --retry 3 -H 'Metadata-Flavor: Google' \
     "http://${GCE_METADATA_HOST:-metadata.google.internal}/computeMetadata/v1/instance/attributes/$1"
 }
 
-# Prints NODE/WORKER; asks for it once.
+# Prints NODE/WORKER, which is looked up once.
 me() {
   local node worker
   if [[ -s $root/me ]]; then
@@ -43,7 +43,7 @@ report() { echo "tvq_pod@$(me): $*"; }
 trap 'report "failed ${BASH_COMMAND%% *}, line $LINENO ($(room) free)"; exit 1' ERR
 room() { df -h --output=avail "$root" | tail -n 1 | tr -d ' '; }
 
-# step NAME COMMAND: what it says goes to a file; if it fails, its last line is the reason.
+# step NAME COMMAND: writes the output to a file; if the command fails, its last line is the reason.
 step() {
   local why name=$1
   shift
@@ -54,7 +54,7 @@ step() {
   fi
 }
 
-# Python 3.11 first: that is what the versions in launch/constraints.txt are tested with.
+# Python 3.11 first: the versions in launch/constraints.txt are tested with it.
 python_of_system() {
   local candidate
   for candidate in python3.11 python3.12 python3.13 python3; do
@@ -72,8 +72,8 @@ new_environment() {
   python=$(python_of_system)
   if [[ -n $python ]]; then
     "$python" -m venv "$1"
-  else # Ubuntu 22.04 has 3.10, and 24.04 may lack venv: uv brings its own
-    # Ubuntu 24.04 lets pip install into a home only if told so; older pips ignore the variable.
+  else # Ubuntu 22.04 has 3.10, and 24.04 may lack venv: uv installs its own
+    # Ubuntu 24.04 lets pip install into a home only with this variable; older pips ignore it.
     PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv || return
     python3 -m uv venv --quiet --seed --python 3.11 "$1"
   fi
@@ -88,7 +88,7 @@ install() {
   if [[ $(cat "$root/installed" 2> /dev/null) != "$source" ]]; then
     case $(unit_state) in
       active | *ing)
-        report "failed a training runs with $(cat "$root/installed"): stop it first"
+        report "failed a training is running with $(cat "$root/installed"): stop it first"
         exit 1
         ;;
     esac
@@ -112,12 +112,12 @@ write_units() {
   cat > "$root/$unit" << EOF
 [Unit]
 Description=tvq_pod training
-# Stopped in turn when the machine goes down: so the last lines are copied too.
+# Units stop in reverse order when the machine shuts down, so the last lines are copied, too.
 After=network-online.target $logs_unit
 
 [Service]
 User=$(id -un)
-# jax asks for it: starting and ending is faster on v5e and newer.
+# jax recommends this: it makes starting and ending faster on v5e and newer.
 ExecStartPre=-+/bin/sh -c "echo always > /sys/kernel/mm/transparent_hugepage/enabled"
 ExecStart=/bin/bash $root/run.sh
 ExecStopPost=/bin/bash $root/worker.sh ended $1
@@ -160,7 +160,7 @@ start() {
         step "systemctl link" sudo systemctl link "$root/$unit" "$root/$logs_unit"
         step "systemctl daemon-reload" sudo systemctl daemon-reload
         sudo systemctl reset-failed $unit 2> /dev/null || true
-        sudo rm -f /tmp/libtpu_lockfile # of a process that was killed: nothing runs here now
+        sudo rm -f /tmp/libtpu_lockfile # left by a killed process: nothing is running here now
         date +%s > "$root/began"
         echo "$logs" > "$root/logs"
         echo "$attempt" > "$root/attempt.writing"
@@ -184,7 +184,7 @@ ended() {
 state() {
   local attempt now
   attempt=$(cat "$root/attempt" 2> /dev/null) || attempt=
-  now=$(unit_state) # first: a unit that is no longer active has said how it ended
+  now=$(unit_state) # first: a unit that is no longer active has recorded how it ended
   if [[ -z $attempt ]]; then
     report none
   elif has_ended "$attempt"; then
@@ -206,11 +206,11 @@ copy_log() {
   to=$(cat "$root/logs")/$(me | tr / -).attempt-$(cat "$root/attempt").log
   # shellcheck disable=SC2024 # the file is the user's own
   sudo journalctl --quiet --no-pager --output=cat --unit=$unit --since="@$(cat "$root/began")" > "$root/log"
-  # By the training's own packages: gcloud, where it is a snap, does not start while the machine goes down.
+  # Uses the training's own packages: gcloud as a snap does not start while the machine is shutting down.
   (cd "$root/source" && "$root/venv/bin/python" -m launch.upload "$root/log" "$to")
 }
 
-# Once a minute, and once more when the training has ended, or the machine goes down.
+# Copies once a minute, and once more when the training has ended or the machine shuts down.
 ship() {
   local began
   trap 'copy_log; exit 0' TERM

@@ -218,7 +218,7 @@ def trained(arm: str, seed: int, folder: pathlib.Path) -> float:
 
 def table(found: dict[str, list[float]]) -> list[str]:
     """A Markdown table of the runs of each arm, which have the same seeds in the same order."""
-    lines = ["| turned back | bits per byte | difference |", "| --- | --- | --- |"]
+    lines = ["| undone | bits per byte | difference |", "| --- | --- | --- |"]
     base = found.get(BASE)
     for arm, bits in found.items():
         apart = "" if base is None or arm == BASE else _mean([x - y for x, y in zip(bits, base, strict=True)], "+")

@@ -3,7 +3,7 @@
 import os
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # jax is imported by what needs it
+if TYPE_CHECKING:  # jax is imported only by code that needs it
     from tvq_pod.inference.loaded import LoadedModel
 
 __version__ = "0.2.0"  # pyproject.toml reads it from here
@@ -12,9 +12,9 @@ __version__ = "0.2.0"  # pyproject.toml reads it from here
 def load(workdir: str | os.PathLike[str], step: int | None = None) -> "LoadedModel":
     """Loads a checkpoint of the run in `workdir`, a local folder or gs://, onto this process's devices.
 
-    step: which one; None for the newest. Returns its model, parameters and vocabulary, with methods that score and
-    generate text. Raises tvq_pod.errors.UserError if there is no such checkpoint, or it is damaged. docs/export.md has
-    an example.
+    step: the checkpoint's step; None: the newest. Returns its model, parameters and vocabulary, with methods that score
+    and generate text. Raises tvq_pod.errors.UserError if there is no such checkpoint, or it is damaged. docs/export.md
+    has an example.
     """
     from tvq_pod.inference.loaded import load_run
 

@@ -1,4 +1,4 @@
-"""The command line: flags in, one mode called.
+"""The command line: parses the flags and calls one mode.
 
     tvq_pod --config=stdlib --workdir=runs/stdlib [--config.model.d_model=256 ...]
         [--mode=train|eval|lm_eval|sample|prepare|train_vocab|inspect|report|export|import|plan|bench]
@@ -6,7 +6,7 @@
 `python -m tvq_pod.main` is the same command. --config takes the path of a file, or the name of a bundled config.
 
 Exit code 0: done. 75: asked to end by a signal, and saved: run me again. 141: nobody reads the output any more. 1: an
-error; if the user can correct it, one line says how. 128 + N: ended at once by signal N, see preemption.py.
+error; if the user can fix it, one line says how. 128 + N: ended at once by signal N, see preemption.py.
 """
 
 import functools
@@ -47,7 +47,7 @@ NAMED_VOCABS = ("bytes", "sentencepiece")
 
 _STARTED_AT = time.time()
 
-# What jax says when a process of the job is gone.
+# Parts of jax's errors when a process of the job is gone.
 LOST_PEER = ("Gloo", "heartbeat", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination service")
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -143,9 +143,9 @@ _ROUNDS = flags.DEFINE_integer("rounds", 5, "bench: turns after the warm-up.", l
 
 
 def main(argv: list[str], preemption: Preemption) -> None:
-    """Calls the mode. Raises UserError for what the user can correct."""
+    """Calls the mode. Raises UserError for errors that the user can fix."""
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.FATAL)  # orbax writes a page per save, and ten if it fails: that is raised anyway
+        logging.set_verbosity(logging.FATAL)  # orbax logs a page per save, and ten if it fails, which it raises anyway
     if len(argv) > 1:
         raise UserError(f"{argv[1]}: is not a flag; give flags as --name=value")
     if not _WORKDIR.value:
@@ -163,7 +163,7 @@ def main(argv: list[str], preemption: Preemption) -> None:
     _check_paths(settings, mode, _WORKDIR.value)
     preemption.grace_seconds = settings.checkpoint.grace_seconds
 
-    # Modes are imported here: a wrong flag should not wait for jax.
+    # Modes are imported here: the error for a wrong flag should not wait for jax.
     if mode in TOGETHER:
         from tvq_pod.parallel import processes
 
@@ -176,7 +176,7 @@ def main(argv: list[str], preemption: Preemption) -> None:
 
             start_server(_PROFILER_PORT.value)
     elif _is_one_of_many() or _NUM_PROCESSES.value or _PROCESS_ID.value is not None:
-        raise UserError(f"--mode={mode}: is for one process; leave --multihost, --coordinator_address and others out")
+        raise UserError(f"--mode={mode}: is for one process; leave out --multihost, --coordinator_address and others")
     if mode == "train":
         from tvq_pod.modes.train import train
 
@@ -242,7 +242,7 @@ def main(argv: list[str], preemption: Preemption) -> None:
 
 
 def _check_paths(settings: Settings, mode: str, workdir: str) -> None:
-    """Raises UserError if a path can't be used, or a bucket not reached."""
+    """Raises UserError if a path can't be used, or a bucket can't be reached."""
     data = settings.data
     remote = [("--workdir", workdir), ("--to", _TO.value), ("--from", _FROM.value), ("config.data.store", data.store)]
     remote += [("--per_document", _PER_DOCUMENT.value), ("--output", _OUTPUT.value)]
@@ -253,7 +253,7 @@ def _check_paths(settings: Settings, mode: str, workdir: str) -> None:
         remote.append(("config.compile_cache", settings.compile_cache))
     if _PROMPT_FILE.value:
         check_path("--prompt_file", _PROMPT_FILE.value, local_only=True)
-    check_source_paths("config.data.source", data.source)  # a run whose store is there does not need it to be reached
+    check_source_paths("config.data.source", data.source)  # it need not be reachable if the run's store exists
     for name, path in remote:
         if path:
             check_path(name, path)
@@ -262,7 +262,7 @@ def _check_paths(settings: Settings, mode: str, workdir: str) -> None:
         check_folder("--to", _TO.value)
     if mode in ("train", "import"):
         check_saving("--workdir", workdir)
-        if settings.init_from:  # whether it is there is asked only by a start that needs it
+        if settings.init_from:  # only a start that needs it checks whether it exists
             check_init_from(settings.init_from, workdir)
     buckets = {path.split("/")[2]: (name, path) for name, path in reversed(remote) if is_bucket(path)}
     for name, path in reversed(buckets.values()):
@@ -270,20 +270,20 @@ def _check_paths(settings: Settings, mode: str, workdir: str) -> None:
 
 
 def _cache_compiled(folder: str, workdir: epath.Path) -> None:
-    """Compiled programs are kept for the next start, unless jax was told already where, or the run's folder is one that
-    can't be written (of which jax would warn for each program)."""
+    """Keeps compiled programs for the next start, unless jax already has a folder for them, or the run's folder can't
+    be written to (jax would warn of that for each program)."""
     import jax
 
     if folder == "auto":
         folder = str(workdir / "compile_cache") if is_bucket(workdir) or may_write(workdir) else ""
     name = "jax_compilation_cache_dir"
-    if folder and not getattr(jax.config, name):  # jax's own types leave its settings out
+    if folder and not getattr(jax.config, name):  # jax's own types lack its settings
         jax.config.update(name, folder)
 
 
 def _lengths() -> list[int]:
     if not all(length.isdigit() and int(length) for length in _LENGTHS.value):
-        raise UserError(f"--lengths={','.join(_LENGTHS.value)}: must be numbers of tokens, as 1024,2048")
+        raise UserError(f"--lengths={','.join(_LENGTHS.value)}: must be numbers of tokens, such as 1024,2048")
     return [int(length) for length in _LENGTHS.value]
 
 
@@ -296,18 +296,18 @@ def _settings() -> Settings:
         if _SOURCE.value is not None:
             _CONFIG.value.data.source = _SOURCE.value
         return resolve(_CONFIG.value)
-    except OSError as error:  # config_flags keeps it until the config is used
+    except OSError as error:  # config_flags delays it until the config is used
         raise UserError(f"--config={name}: can't be read; must be the path of a config file") from error
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """absl has its own errors; config_flags raises many things for a wrong config file or override."""
+    """Parses the flags. absl has its own errors; config_flags raises many kinds for a wrong config file or override."""
     overrides, has_config = overrides_of(argv), given(argv, "config") is not None
     argv = with_config(argv)
     for name, value in overrides.items():
         check_name(name, value)
         if name in GROUPS:
-            raise UserError(f"{name}={value}: is a group of settings; give one of them, as {name}.{GROUPS[name][0]}")
+            raise UserError(f"{name}={value}: is a group of settings; give one of them, like {name}.{GROUPS[name][0]}")
     try:
         return flags.FLAGS(argv)
     except flags.IllegalFlagValueError as error:
@@ -321,7 +321,7 @@ def _parse(argv: list[str]) -> list[str]:
         raise
     except flags.Error as error:
         raise UserError(f"flags: {error}") from error
-    except Exception as error:  # of the config file, which may do anything
+    except Exception as error:  # from the config file, which may do anything
         raise UserError(_in_config_file(error, given(argv, "config") if has_config else None)) from error
 
 
@@ -331,7 +331,7 @@ def _wrong_type(name: str, value: str | None) -> str:
 
 
 def _in_config_file(error: Exception, config: str | None) -> str:
-    """What is wrong with a config file: our own words, if it is a setting's name or value, and the line."""
+    """The error message for a config file: our own if a setting's name or value is wrong, with the line."""
     path = (config or "").partition(":")[0]
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
     where = f" ({path}, line {lines[-1]})" if lines else ""
@@ -344,10 +344,10 @@ def _in_config_file(error: Exception, config: str | None) -> str:
 
 
 def run() -> None:
-    """What `python -m tvq_pod.main` and the command `tvq_pod` call."""
+    """Runs the command line: `python -m tvq_pod.main` and the command `tvq_pod` call this."""
     preemption = Preemption()  # at once: a signal that asks to save must never end a process that is starting
     terminal.prepare()
-    # Tracing makes many objects that stay: looking through them as often as Python does is a sixth of a start.
+    # Tracing makes many objects that stay: collecting garbage as often as Python does takes a sixth of a start.
     gc.set_threshold(20_000)
     try:
         try:
@@ -382,11 +382,11 @@ def _is_one_of_many() -> bool:
 
 
 def _exit_alone(code: int) -> None:
-    """Ends the process; one of many ends at once, where python's own way would wait for the others."""
+    """Ends the process; one of many ends at once, since Python's normal exit would wait for the others."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, terminal.OutputError):  # python would end with another code than ours
+        except (OSError, terminal.OutputError):  # Python would exit with a different code
             os._exit(code)
     if _is_one_of_many():
         os._exit(code)

@@ -87,7 +87,7 @@ def test_every_config_file_sets_everything_and_is_valid(path):
         ("mesh.data", 0, "config.mesh.data=0: must be a number of devices, or -1 for all"),
         ("data.test_share", 0.99, "config.data.validation_share=0.02: with config.data.test_share=0.99 nothing"),
         ("sample.top_p", 0.0, "config.sample.top_p=0.0: must be above 0 and at most 1"),
-        ("sample.stop", "a\\,", "config.sample.stop=a\\,: has an empty stop string; leave out the \\, beside it"),
+        ("sample.stop", "a\\,", "config.sample.stop=a\\,: has an empty stop string; leave out the \\, next to it"),
         ("train.context_schedule", "1024", "config.train.context_schedule=1024: '1024' is not STEP:LENGTH"),
         ("data.format", "csv", "config.data.format=csv: must be one of"),
     ],

@@ -114,8 +114,8 @@ def with_tensors(folder, changes):
         ({"w_out": None, "layers.1.unit0.u": None}, "lacks layers.1.unit0.u and 1 more; "),
         ({"extra": np.zeros(3, np.float32)}, "has extra, which the model of config.json does not have; "),
         ({"layers.2.unit0.u": np.zeros([2, 6], np.float32)}, "has layers.2.unit0.u, which "),
-        ({"w_out": np.zeros([8, 9], np.float32)}, "w_out has the shape (8, 9), and (8, 259) by config.json"),
-        ({"layers.1.unit0.v": np.zeros([6, 2], np.float32)}, "layers.1.unit0.v has the shape (6, 2), and (2, 6) by"),
+        ({"w_out": np.zeros([8, 9], np.float32)}, "w_out has the shape (8, 9), but (8, 259) by config.json"),
+        ({"layers.1.unit0.v": np.zeros([6, 2], np.float32)}, "layers.1.unit0.v has the shape (6, 2), but (2, 6) by"),
         ({"w_out": np.zeros([8, 259], np.float16)}, "w_out has the type F16; must be F32 or BF16"),
         ({"w_out": np.full([8, 259], np.inf, np.float32)}, "w_out has numbers that are not finite; export the model"),
     ],
@@ -132,7 +132,7 @@ def test_tensors_that_do_not_fit_are_named(changes, message, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "has no model.safetensors; give a folder that --mode=export has made"),
+        (None, "has no model.safetensors; give a folder that --mode=export made"),
         (b"", "model.safetensors is damaged ("),
         (b"cut", "model.safetensors is damaged ("),
         (b"\xff" * 200, "model.safetensors is damaged ("),
@@ -153,10 +153,10 @@ def test_a_vocabulary_that_is_missing_or_another_one_is_told(tmp_path):
     folder = export_to(tmp_path / "out", small_config(n_vocab=400), trained(tmp_path))
     content = (folder / "vocab.model").read_bytes()
     (folder / "vocab.model").unlink()
-    with pytest.raises(UserError, match=r"no vocab\.model or .*, and the vocabulary of the model is sentencepiece:"):
+    with pytest.raises(UserError, match=r"no vocab\.model or .*, but the model's vocabulary is sentencepiece:"):
         read_exported(folder)
     (folder / "vocab.model").write_bytes(content + b"\x18\x00")
-    with pytest.raises(UserError, match=r"vocab\.model is sentencepiece:.*, and the vocabulary of the model is sent"):
+    with pytest.raises(UserError, match=r"vocab\.model is sentencepiece:.*, but the model's vocabulary is sent"):
         read_exported(folder)
 
 

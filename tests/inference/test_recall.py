@@ -126,7 +126,7 @@ def test_the_table_and_files_say_what_was_found(tmp_path):
     counts = np.array([400, 200, 100, 0, 40, 3])
     found = recall_module.Recall(counts, counts // 2, counts * 0.25, 16, 1 / 32)
     head, *lines, last = found.table()
-    assert head.split() == ["windows", "since", "its", "key", "values", "loss", "accuracy"]
+    assert head.split() == ["windows", "since", "the", "key", "values", "loss", "accuracy"]
     assert [line.split()[-3:] for line in lines] == [
         [str(n), "0.2500", f"{n // 2 / n:.2%}"] for n in counts.tolist() if n
     ]
@@ -159,7 +159,7 @@ def test_a_run_is_evaluated_by_distance(tmp_path, config_file, source):
     result = json.loads(out)
     assert result["accuracy_1_to_4"] == after["accuracy_1_to_4"] == during["accuracy_1_to_4"]
     assert result["documents"] == 4
-    assert "windows since its key" in err
+    assert "windows since the key" in err
     assert "16 to 64" in err
     tsv = (workdir / "eval/step_2_validation_recall.tsv").read_text().splitlines()
     assert len(tsv) == 7

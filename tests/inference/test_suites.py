@@ -260,10 +260,10 @@ class NoText(ByteVocab):
 def test_a_vocabulary_that_can_not_ask_is_one_line():
     settings, more_keys = with_eval(SMALL), dataclasses.replace(SETTINGS.data, recall_keys=62)
     for vocab, kind, message in [
-        (NoDigits(), "passkey", "--suite: the vocabulary no digits can't encode '"),
+        (NoDigits(), "passkey", "--suite: the vocabulary no digits can't encode the answer '"),
         (NoText(), "needle", "--suite: the vocabulary no text can't make a document of 512 tokens of 'Some magic"),
         (NoDigits(), "recall", "--suite=recall: the vocabulary no digits can't encode '0'"),
-        (NoCase(), "recall", "--suite=recall: the vocabulary no case can't tell 'A' from 'a'"),
+        (NoCase(), "recall", "--suite=recall: the vocabulary no case can't distinguish 'A' from 'a'"),
     ]:
         measure = measure_recall if kind == "recall" else functools.partial(measure_retrieval, kind)
         with pytest.raises(UserError) as refused:
@@ -287,7 +287,7 @@ def test_what_is_no_suite_or_has_no_room_is_one_line():
     for changes, message in [
         (
             dict(recall_pairs=400, recall_keys=400),
-            "config.eval.suite_longest=1024: has room for 341 pairs, and no more",
+            "config.eval.suite_longest=1024: has room for 341 pairs, which is no more",
         ),
         (dict(recall_pairs=40), "config.data.recall_pairs=40: a document can't have more different keys than there"),
     ]:

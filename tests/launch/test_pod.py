@@ -110,7 +110,7 @@ def test_what_was_not_prepared_is_not_started_and_what_was_started_not_prepared(
     assert "is training; to install another commit, `stop` it first" in error_of(laptop, "up", *UP)
     machine = laptop.cloud.machine("run", 0)
     said = on_machine(laptop, "bash tvq_pod/worker.sh install tvq_pod-other")
-    assert "tvq_pod@run/0: failed a training runs with tvq_pod-" in said
+    assert "tvq_pod@run/0: failed a training is running with tvq_pod-" in said
     assert (machine / "home/tvq_pod/venv/bin/python").exists()
 
 

@@ -75,7 +75,7 @@ def test_a_config_that_was_changed_since_up_is_said(laptop):
         member = tarfile.TarInfo(f"{path.name.removesuffix('.tar.gz')}/configs/stdlib.py")
         tar.addfile(member, io.BytesIO())
     said = laptop.must("run", "--dry_run", *RUN)
-    assert "WARNING: --config=configs/stdlib.py: differs here from tvq_pod-" in said
+    assert "WARNING: --config=configs/stdlib.py: differs from the installed tvq_pod-" in said
 
 
 @pytest.mark.parametrize(
@@ -89,10 +89,10 @@ def test_a_config_that_was_changed_since_up_is_said(laptop):
             "--accelerator=h100-8: is not a type of TPU slice; give one of v2, v3",
         ),
         (("--name=run", "--accelerator=tpu7x-9"), "--accelerator=tpu7x-9: '9' is not a number of cores"),
-        (("--name=run", "--accelerator=v5p-7"), "--accelerator=v5p-7: '7' is not a number of cores, two a chip"),
+        (("--name=run", "--accelerator=v5p-7"), "--accelerator=v5p-7: '7' is not a number of cores, two per chip"),
         (("--name=run", "--accelerator=v4-16", "--zone=a b"), "--zone=a b: is not valid; give a value like us-west4-a"),
         (("--name=run", "--accelerator=v4-16", "--spot", "--reserved"), "--spot --reserved: exclude each other"),
-        (("--name=run", "--accelerator=v4-16", "extra"), "extra: up takes flags only"),
+        (("--name=run", "--accelerator=v4-16", "extra"), "extra: up takes only flags"),
     ],
 )
 def test_what_can_t_be_is_refused_before_gcloud_is_asked(laptop, flags, message):

@@ -131,7 +131,7 @@ def test_pip_on_the_machines_finds_the_environment_of_the_install_and_the_traini
 def test_ssh_that_drops_is_tried_again(laptop):
     laptop.set(ssh_failures=2)
     said = laptop.must("up", *UP)
-    assert said.count("tries again") >= 1
+    assert said.count("trying again") >= 1
     laptop.set(ssh_failures=9)
     # A machine that does not answer may be training.
     assert "only 0 of 2 machine(s) answered; try again" in error_of(laptop, "run", *RUN)

@@ -56,7 +56,7 @@ def test_a_slice_that_is_taken_back_is_asked_for_again_and_the_run_ends(started)
     started.set(wait_at=0)
     out, err = watch.communicate(timeout=100)
     assert watch.returncode == 0, out + err
-    assert "SUSPENDED: was taken back; deletes the request, and requests it again" in out
+    assert "SUSPENDED: was taken back; deleting the request, and requesting it again" in out
     assert status_of(started)["state"] == "done"
     assert started.get("queued")["run"]["asked_at"] > began
     assert all(names == ["run/0", "run/1"] for names in attempts(started).values())
@@ -72,7 +72,7 @@ def test_exit_75_is_no_failure(laptop):
     laptop.must("run", *RUN)
     machines, lines = in_this_process(laptop)  # it waits half a minute, by its clock
     Watch(machines, max_restarts=0).run()
-    assert sum("was preempted; starts again" in line for line in lines) >= 1
+    assert sum("was preempted; starting again" in line for line in lines) >= 1
     assert sorted(attempts(laptop)) == [1, 2, 3]
 
 
@@ -86,7 +86,7 @@ def test_failures_without_a_newer_checkpoint_are_few(laptop):
     with pytest.raises(GivenUp, match="ended with 1; failed 4 times with no checkpoint after step 5"):
         Watch(machines, max_restarts=3).run()
     assert sorted(attempts(laptop)) == [1, 2, 3, 4]
-    assert [line.rpartition(" in ")[2] for line in lines if "tries again" in line] == ["30 s", "60 s", "2 min"]
+    assert [line.rpartition(" in ")[2] for line in lines if "trying again" in line] == ["30 s", "60 s", "2 min"]
 
 
 @pytest.mark.slow
@@ -177,7 +177,7 @@ def test_requests_that_are_refused_or_fail_are_made_again(started):
     machines, lines = in_this_process(started)
     Watch(machines, max_restarts=0).run()
     assert status_of(started)["state"] == "done"
-    pauses = [line.rpartition(" in ")[2] for line in lines if "requests it again in" in line]
+    pauses = [line.rpartition(" in ")[2] for line in lines if "requesting it again in" in line]
     assert pauses == ["30 s", "60 s", "2 min", "4 min", "8 min", "15 min", "15 min", "15 min"]
 
 
@@ -253,7 +253,7 @@ def waiting_for_a_slice(started):
 
 def test_stop_before_there_is_a_slice(started):
     watch = waiting_for_a_slice(started)
-    assert "does not run, its slice is WAITING_FOR_RESOURCES; watch will not start it" in started.must(
+    assert "is not running, its slice is WAITING_FOR_RESOURCES; watch will not start it" in started.must(
         "stop", "--name=run"
     )
     out, err = watch.communicate(timeout=60)
@@ -281,7 +281,7 @@ def test_a_slice_that_is_dead_though_its_request_is_active(started):
     machines, lines = in_this_process(started)
     watch = Watch(machines, max_restarts=0)
     assert watch.step() == 0.0
-    assert any("run is PREEMPTED; deletes what is left, and requests a slice again" in line for line in lines)
+    assert any("run is PREEMPTED; deleting what is left, and requesting a slice again" in line for line in lines)
     started.set(wait_at=0)
     watch.run()
     assert status_of(started)["state"] == "done"
@@ -299,7 +299,7 @@ def test_a_machine_that_was_started_anew_trains_again(started):
             time.sleep(0.02)
         (folder / "home/tvq_pod/ended").unlink(missing_ok=True)
     started.set(wait_at=0)
-    assert "was preempted; starts again" in started.must("watch", *WATCH)
+    assert "was preempted; starting again" in started.must("watch", *WATCH)
     assert sorted(attempts(started)) == [1, 2]
 
 
@@ -311,7 +311,7 @@ def test_what_was_given_up_stays_so_until_run(laptop):
     assert laptop.pod("watch", "--max_restarts=0", *WATCH)[0] == 1
     code, _, err = laptop.pod("watch", "--max_restarts=0", *WATCH)
     assert code == 1
-    assert "was given up after 1 failures; `run` starts over" in err
+    assert "gave up after 1 failures; `run` starts over" in err
     assert sorted(attempts(laptop)) == [1]
 
 

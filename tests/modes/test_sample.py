@@ -96,7 +96,7 @@ def test_a_stop_string_ends_a_sample_as_text_and_as_json(workdir, capsys):
         ({}, dict(output="{folder}"), "--output={folder}: exists already, and is not replaced; give a new file"),
         ({}, dict(output="{folder}/none/x"), "--output={folder}/none/x: the folder {folder}/none does not exist"),
         ({}, dict(prompt_file="{folder}/none"), "--prompt_file={folder}/none: can't be read"),
-        ({}, dict(prompt_file="{folder}/bad.jsonl"), "--prompt_file={folder}/bad.jsonl: line 2 has no prompt that is"),
+        ({}, dict(prompt_file="{folder}/bad.jsonl"), "--prompt_file={folder}/bad.jsonl: line 2 has no text prompt"),
     ],
 )
 def test_what_can_not_be_sampled_is_refused_before_a_checkpoint_is_read(how, flags, message, tmp_path, monkeypatch):
@@ -123,7 +123,7 @@ def test_mistakes_on_the_command_line_are_one_line(workdir):
         "--config.sample.min_p=-0.1": "config.sample.min_p=-0.1: must be at least 0 and below 1",
         "--config.sample.repetition_penalty=-1": "config.sample.repetition_penalty=-1.0: must be above 0",
         "--config.sample.max_rows=0": "config.sample.max_rows=0: must be at least 1",
-        r"--config.sample.stop=a\b": r"config.sample.stop=a\b: \b is not an escape; those are \n, \t, \\, \,",
+        r"--config.sample.stop=a\b": r"config.sample.stop=a\b: \b is not an escape; the escapes are \n, \t, \\, \,",
         "--output=s3://b/x": "--output=s3://b/x: s3:// is not supported",
     }.items():
         code, out, err = finish(start(f"--workdir={workdir}", "--mode=sample", flag))

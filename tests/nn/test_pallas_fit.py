@@ -54,7 +54,7 @@ class OnChip(Placement):
         (dict(mem_len=1024), "TPU v5 lite", "config.model.mem_len=1024 differs from config.model.block_len=512"),
         (dict(d_k=64), "TPU v5 lite", None),
         (dict(block_len=192, mem_len=192), "TPU v5 lite", "config.model.block_len=192 is not a multiple of 128"),
-        (dict(d_v=32 * 1031), "TPU v5", "no multiple of 64"),
+        (dict(d_v=32 * 1031), "TPU v5", "not a multiple of 64"),
         (dict(d_v=64 * 1031), "TPU v5", "MiB of VMEM"),  # no parts of whole lanes
         ({}, "NVIDIA H100 80GB HBM3", "no kernels for NVIDIA H100"),
         (dict(d_v=1000), "cpu", None),
@@ -78,7 +78,7 @@ def test_whether_a_config_fits_is_known_before_anything_is_compiled(changes, dev
     [
         ({}, 2, None),  # the columns of one head's values
         ({}, 5, "config.mesh.model=5 does not divide config.model.n_head=1, nor config.model.d_v=1536"),
-        ({}, 16, "config.model.d_v=1536 leaves 96 columns to a device"),
+        ({}, 16, "config.model.d_v=1536 leaves 96 columns per device"),
         (dict(head_type="mha", n_head=4), 2, None),
         (dict(head_type="mha", n_head=4), 3, None),  # 1536 = 3 * 512
         (dict(head_type="mqa", n_head=4), 2, None),

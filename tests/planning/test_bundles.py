@@ -156,13 +156,13 @@ def test_a_schedule_that_is_cut_off_is_an_error_wherever_the_cut_is():
     lines = whole.splitlines(keepends=True)
     assert count_bundles(whole).is_exact
     for kept in range(len(lines)):
-        with pytest.raises(ValueError, match=r"no bundles|cut off"):
+        with pytest.raises(ValueError, match=r"no bundles|truncated"):
             count_bundles("".join(lines[:kept]))
     last = whole.index("/* exit")
     for end in range(len(whole) - len(lines[-1]), last + 1):  # in the middle of the last bundle
-        with pytest.raises(ValueError, match="cut off"):
+        with pytest.raises(ValueError, match="truncated"):
             count_bundles(whole[:end])
     first = next(n for n, line in enumerate(lines) if " : " in line)
     for missing in range(first, len(lines) - 1):  # a page that was not written
-        with pytest.raises(ValueError, match="cut off"):
+        with pytest.raises(ValueError, match="truncated"):
             count_bundles("".join(lines[:missing] + lines[missing + 1 :]))

@@ -46,5 +46,5 @@ def test_a_run_goes_on_with_what_it_began_with(corpus, tmp_path, capsys, monkeyp
     assert found[4] == digest_of(settings, (now, begun, 0, 4))
     # A host that sees the store as it was, where process 0 sees what was added, does not read something else.
     monkeypatch.setattr(own_data, "text_from_process_zero", lambda _: "f" * 64)
-    with pytest.raises(UserError, match=r"config.data.store=.*: is another one here than where process 0 is"):
+    with pytest.raises(UserError, match=r"config.data.store=.*: differs from the store that process 0 sees"):
         trained(settings_of(corpus, 6, store=str(store)), tmp_path / "new")

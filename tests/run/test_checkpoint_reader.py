@@ -68,7 +68,7 @@ def test_a_checkpoint_that_training_deletes_meanwhile_is_told(tmp_path, mesh):
     checkpoints.wait()
     reader = CheckpointReader(tmp_path)
     shutil.rmtree(tmp_path / f"checkpoints/{reader.pick(None)}")
-    with pytest.raises(UserError, match=r"checkpoints/7: was deleted while it was read, .*; try again"):
+    with pytest.raises(UserError, match=r"checkpoints/7: was deleted while it was being read, .*; try again"):
         reader.restore_params(7, abstract_train_state(SETTINGS, mesh).params)
     reader.close()
     checkpoints.close()

@@ -61,7 +61,7 @@ def test_a_second_process_is_refused_by_name_until_the_first_is_dead(tmp_path, h
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     with locked(epath.Path(tmp_path)):
-        assert f"takes over the lock {tmp_path}/lock from process {holder.pid} on" in capfd.readouterr().err
+        assert f"taking over the lock {tmp_path}/lock from process {holder.pid} on" in capfd.readouterr().err
     capfd.readouterr()
     with locked(epath.Path(tmp_path)):  # the one before said goodbye
         assert "takes over" not in capfd.readouterr().err
@@ -112,7 +112,7 @@ def test_another_host_that_is_silent_is_dead_after_its_lease(tmp_path, quick, ca
     began = time.monotonic()
     with locked(epath.Path(tmp_path)):
         assert 0.9 < time.monotonic() - began < 5
-        assert "takes over the lock" in capfd.readouterr().err
+        assert "taking over the lock" in capfd.readouterr().err
     # one that has been silent for long is dead after two beats
     write_lock(tmp_path)
     long_ago = time.time() - 100

@@ -140,7 +140,7 @@ def test_a_launch_that_repeats_its_command_goes_back_once(workdir, corpus, monke
     capsys.readouterr()
     trained(settings_of(corpus), workdir, step=6)
     said = capsys.readouterr().err
-    assert "--step=6: this launch has gone back there before; resumes from its newest checkpoint" in said
+    assert "--step=6: this launch has already gone back to it; resuming from the newest checkpoint" in said
     assert "resumes from step 9" in said
     assert len(history(workdir)) == 3  # the step back, and num_steps twice
     monkeypatch.setenv("TVQ_POD_RUN_ID", "launch-2")

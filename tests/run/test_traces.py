@@ -235,8 +235,8 @@ def test_a_folder_that_can_not_be_written_is_a_warning(tmp_path, capfd):
     [
         (dict(at_step=1001), "config.profile.at_step=1001: is after the last step, config.train.num_steps=1000; give"),
         (dict(at_step=9, num_steps=4, every_steps=3), "config.profile.every_steps=3: must be at least config.profile."),
-        (dict(hosts="first"), "config.profile.hosts=first: must be all, or indices of processes, as 0,3"),
-        (dict(hosts="0,"), "config.profile.hosts=0,: must be all, or indices of processes, as 0,3"),
+        (dict(hosts="first"), "config.profile.hosts=first: must be all, or process indices, as in 0,3"),
+        (dict(hosts="0,"), "config.profile.hosts=0,: must be all, or process indices, as in 0,3"),
     ],
 )
 def test_settings_that_do_not_go_together_are_named(given, message):

@@ -421,7 +421,7 @@ def test_a_run_that_goes_back_too_often_gives_up(corpus, tmp_path, poison):
     lines = [json.loads(text) for text in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [(line["update"], line["count"], line["back_to"]) for line in lines] == [(2, 3, 0), (5, 3, 0)]
     # started again it gives up again, and more may be allowed
-    with pytest.raises(UserError, match="gone back so often"):
+    with pytest.raises(UserError, match="already gone back this many times"):
         run(settings, tmp_path)
     poison &= set(range(8))
     more = dataclasses.replace(settings, bad_steps=dataclasses.replace(settings.bad_steps, max_rollbacks=3))

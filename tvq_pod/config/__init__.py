@@ -1,4 +1,4 @@
-"""What config files import: `default_config`, and what becomes of it: `resolve`, `Settings`."""
+"""The names that config files import, `default_config`, and those that turn it into settings, `resolve`, `Settings`."""
 
 from tvq_pod.config.resolve import default_config, resolve
 from tvq_pod.config.settings import Settings

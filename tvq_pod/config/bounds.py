@@ -1,4 +1,4 @@
-"""Which values a setting may have: names for types with bounds, and what a value must be that its type does not allow.
+"""The values that a setting may have: names for types with bounds, and messages for values that a type does not allow.
 
 The type hint of a setting states all of it: `Literal` gives choices, `Annotated` with the marks below gives bounds.
 """
@@ -38,7 +38,7 @@ Bound = Ge | Gt | Le | Lt | Except
 
 
 def must_be(hint: object, value: object) -> str:
-    """What a setting's type hint asks for, as "at least 1", if it does not allow a value; "" if it does.
+    """Says what a setting's type hint requires, as "at least 1", if it does not allow a value; "" if it does.
 
     Choices and bounds are checked, the type itself is not. Of several bounds, those that the value breaks come first.
     """
@@ -53,7 +53,7 @@ def must_be(hint: object, value: object) -> str:
 
 
 def choices(hint: object) -> tuple:
-    """The values of the Literal that a type hint is, or has in a union or below annotations; () if there is none."""
+    """The values of the Literal in a type hint, which may be in a union or annotated; () if there is none."""
     if typing.get_origin(hint) is Literal:
         return typing.get_args(hint)
     if typing.get_origin(hint) in (Annotated, typing.Union, types.UnionType):
@@ -62,7 +62,7 @@ def choices(hint: object) -> tuple:
 
 
 def bounds(hint: object) -> list[Bound]:
-    """The bounds of an annotated type, in their order; [] if there are none."""
+    """The bounds of an annotated type, in order; [] if there are none."""
     return [mark for mark in getattr(hint, "__metadata__", ()) if type(mark) in COMPARISONS]
 
 

@@ -1,7 +1,7 @@
 """The configs that come with tvq_pod, which `--config=NAME` finds without a path.
 
-A wheel has the files of configs/ in tvq_pod/configs; in a clone they lie beside tvq_pod. They are found as files and
-are not imported, so they need no package of their own.
+A wheel has the files of configs/ in tvq_pod/configs; in a clone they are beside tvq_pod. They are found as files and
+not imported, so they need no package of their own.
 """
 
 import difflib
@@ -11,27 +11,27 @@ import pathlib
 from tvq_pod.errors import UserError
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
-_FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # of a wheel, and of a clone
+_FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")  # in a wheel, and in a clone
 
 
 def bundled() -> dict[str, pathlib.Path]:
-    """The bundled configs: their files, by name, in alphabetical order."""
+    """The files of the bundled configs, by name, in alphabetical order."""
     folder = next(filter(pathlib.Path.is_dir, _FOLDERS), None)
     return {path.stem: path for path in sorted(folder.glob("*.py"))} if folder else {}
 
 
 def config_path(config: str) -> str:
-    """The value of --config with the path of its file in place of a bundled config's name.
+    """The value of --config, with a bundled config's name replaced by the path of its file.
 
     config: NAME, configs/NAME.py, or PATH, perhaps with an argument for its get_config, as in PATH:ARGUMENT. A file
-    that exists is taken as it is, whatever its name. Raises UserError for a name that no bundled config has.
+    that exists is used, whatever its name. Raises UserError for a name that no bundled config has.
     """
     path, colon, argument = config.partition(":")
     if os.path.isfile(path) or argument.startswith("//"):  # gs://
         return config
     found = bundled()
     folder, name = os.path.split(path)
-    if folder == "configs" and name.endswith(".py"):  # as a clone has it: the same command works without one
+    if folder == "configs" and name.endswith(".py"):  # a path as in a clone: the same command works without one
         name = name.removesuffix(".py")
     elif folder or not name or name.endswith(".py"):
         return config

@@ -1,4 +1,4 @@
-"""The command line before absl has read it: which settings it overrides, and which config is its own."""
+"""The command line before absl reads it: which settings it overrides, and which config it names."""
 
 import pathlib
 import re
@@ -8,7 +8,7 @@ from tvq_pod.config.run_config import FROM
 
 
 def overrides_of(argv: list[str]) -> dict[str, str | None]:
-    """Settings that are given as flags, config.NAME: value; None where the value is the next argument, or none."""
+    """The settings given as flags, {config.NAME: value}; None where the value is the next argument or missing."""
     given = {}
     for argument in argv[1:]:
         name, equals, value = argument.partition("=")
@@ -20,8 +20,9 @@ def overrides_of(argv: list[str]) -> dict[str, str | None]:
 
 
 def with_config(argv: list[str]) -> list[str]:
-    """With the path of a bundled config that is given by name (see bundled.py). Where none is given, with the run's own
-    config, or that of a model to import, so that it can be overridden as any other. Raises UserError."""
+    """The command line with the path of a bundled config in place of its name (see bundled.py). If no config is given,
+    the run's own config is added, or that of a model to import, so that it can be overridden like any other. Raises
+    UserError."""
     is_import = given(argv, "mode") == "import"
     config, folder = given(argv, "config"), given(argv, "from" if is_import else "workdir")
     if config is not None:
@@ -34,7 +35,7 @@ def with_config(argv: list[str]) -> list[str]:
 
 
 def _with_paths(argv: list[str]) -> list[str]:
-    """With the path of a config's file wherever --config names one, as --config=NAME or --config NAME."""
+    """The command line with a file's path in place of each config's name, as in --config=NAME or --config NAME."""
     found, is_value = list(argv), False
     for place, argument in enumerate(argv):
         flag, equals, value = argument.lstrip("-").partition("=")

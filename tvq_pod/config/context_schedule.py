@@ -1,8 +1,8 @@
-"""config.train.context_schedule: how long the context of a stream may be, by step.
+"""config.train.context_schedule: the longest context of a stream, by step.
 
     0:1024,500:4096,1000:0    1,024 tokens from step 0 on, 4,096 from step 500 on, no limit from step 1000 on
 
-How contexts are cut, and what a run remembers when the setting changes, is in data/schedule.py.
+data/schedule.py says how contexts are cut, and what a run remembers when the setting changes.
 """
 
 import re
@@ -19,12 +19,12 @@ _STAGE = re.compile("([0-9]{1,18}):([0-9]{1,18})")
 class Stage(NamedTuple):
     """A stretch of steps in which contexts have one length."""
 
-    first_step: int  # steps that were done before it
-    length: int  # most tokens of a context; 0: no limit
+    first_step: int  # steps done before it
+    length: int  # the most tokens of a context; 0: no limit
 
 
 def stages_of(text: str) -> tuple[Stage, ...]:
-    """The stages of a schedule, of which the first begins at step 0. Empty text is one stage without a limit.
+    """The stages of a schedule; the first begins at step 0. Empty text is one stage without a limit.
 
     Raises UserError if the text is not a schedule.
     """
@@ -50,8 +50,8 @@ def stage_at(text: str, step: int) -> Stage:
 
 
 def check_context_schedule(train: TrainSettings) -> None:
-    """Raises UserError for a stage that training could not keep or would never reach. For training only: other modes
-    read complete documents, in updates of any length."""
+    """Raises UserError for a stage whose length is not possible or that training would never reach. This is for
+    training only: other modes read complete documents, in updates of any length."""
     text, update_len = train.context_schedule, train.update_len
     for stage in stages_of(text):
         if stage.length % update_len:
@@ -69,7 +69,7 @@ def check_context_schedule(train: TrainSettings) -> None:
 
 
 def in_words(text: str, step: int) -> str:
-    """Which stage holds after `step` steps, and when the next one begins: a line for people; "" if the text is."""
+    """A line that says which stage holds after `step` steps, and when the next one begins; "" if the text is empty."""
     if not text:
         return ""
     following = [stage for stage in stages_of(text) if stage.first_step > step]

@@ -1,6 +1,6 @@
-"""What a checkpoint belongs to: which settings make another model, another run, or neither.
+"""The model and run that a checkpoint belongs to: which settings make another model, another run, or neither.
 
-A checkpoint keeps the first two as its record. It is refused, with the name of the setting, if its record differs.
+A checkpoint keeps the first two kinds in its record. If its record differs, it is refused, with the setting's name.
 """
 
 from tvq_pod.config.settings import Settings
@@ -8,18 +8,21 @@ from tvq_pod.config.settings import Settings
 FINGERPRINT = "config.data.store, fingerprint"
 SEED = "config.seed"
 OPTIMIZER_STATE = "config.optimizer.name, state"
-# Version of each optimizer's state. A checkpoint with another one is refused: adafactor 1 had one scale for all layers.
+# The version of each optimizer's state. A checkpoint with another version is refused: adafactor 1 had one scale for all
+# layers.
 STATE_VERSIONS = dict(adamw="1", lion="1", adafactor="2", muon="1", nadamw="1", sgd="1")
-# Fields of TransformerConfig that change the shape of a parameter or of the state, or the function that the model is.
+# Fields of TransformerConfig that change the shape of a parameter or of the state, or the function that the model
+# computes.
 MODEL_IDENTITY = (
     *("d_model", "d_k", "d_v", "n_head", "n_code", "n_layer", "n_vocab", "mem_len", "agg_cache", "d_ff"),
     *("window_bias", "temperature", "key_shift", "attn_type", "head_type", "pe_abs", "e_tie", "e_norm", "e_scale"),
 )
-# Fields that a run keeps, and in which an evaluation or a sample may differ.
+# Fields that a run keeps, but that an evaluation or a sample may change.
 RUN_IDENTITY = ("dtype", "param_dtype")
-# Fields that may change from one start to the next, and why. A test checks that every field is in one of the three.
+# Fields that may change from one start to the next, and why. A test checks that every field is in one of the three
+# groups.
 MAY_CHANGE = {
-    "block_len": "any gives the same outputs; only gradients know of it (docs/design.md)",
+    "block_len": "any length gives the same outputs; only gradients depend on it (docs/design.md)",
     "grad_thru_cache": "changes gradients, not the function",
     "attention": "chooses among implementations of one function",
     "reduction": "chooses among implementations of one function",
@@ -34,10 +37,10 @@ MAY_CHANGE = {
     "c_revive": "moves codes, which only training does",
     "is_train": "the mode decides",
 }
-# Fields of MODEL_IDENTITY in which a run may differ from the one that it takes its weights from (config.init_from).
-# They change the shape of no weight, or only how many layers there are.
+# Fields of MODEL_IDENTITY that may differ between a run and the one that it takes its weights from (config.init_from).
+# They change no weight's shape, or only the number of layers.
 MAY_DIFFER_AT_A_WARM_START = ("mem_len", "agg_cache", "n_layer")
-# Entries that the first checkpoints do not have, with the values that held then.
+# Entries that the first checkpoints lack, with the values that they had then.
 LATER = {
     "config.model.window_bias": "0.0",
     "config.model.temperature": "fixed",
@@ -47,25 +50,26 @@ LATER = {
 
 
 def model_record(settings: Settings, vocab_name: str) -> dict[str, str]:
-    """What parameters belong to, as {setting's name: value}."""
+    """The settings that parameters belong to, as {setting's name: value}."""
     record = _record_of(settings, MODEL_IDENTITY)
-    # What d_ff=0 stands for is a width, too; without an MLP it stands for nothing. It follows from the other settings,
-    # so it comes last: an error names the first setting that differs.
+    # d_ff=0 stands for a width, too; without an MLP it means nothing. The width follows from the other settings, so it
+    # comes last: an error names the first setting that differs.
     del record["config.model.d_ff"]
     record["config.model.d_ff"] = "0" if settings.model.head_type == "shga" else str(settings.model.hidden_width)
     return record | {"config.data.vocab": vocab_name}
 
 
 def warm_start_record(settings: Settings, vocab_name: str) -> dict[str, str]:
-    """What another run's parameters must belong to, for this run to start from them: the model, but for what may
-    differ."""
+    """The settings that another run's parameters must belong to so that this run can start from them: those of the
+    model, except for MAY_DIFFER_AT_A_WARM_START."""
     may_differ = [f"config.model.{name}" for name in MAY_DIFFER_AT_A_WARM_START]
     record = model_record(settings, vocab_name)
     return {name: value for name, value in record.items() if name not in may_differ}
 
 
 def run_record(settings: Settings, vocab_name: str, fingerprint: str) -> dict[str, str]:
-    """What a complete checkpoint belongs to: the model, and all that the data function depends on but its schedule."""
+    """The settings that a complete checkpoint belongs to: those of the model, and all that the data depends on except
+    its schedule."""
     return (
         model_record(settings, vocab_name)
         | _record_of(settings, RUN_IDENTITY)
@@ -83,9 +87,10 @@ def _record_of(settings: Settings, names: tuple[str, ...]) -> dict[str, str]:
 
 
 def differing(record: dict[str, str], saved: dict[str, str]) -> tuple[str, str, str] | None:
-    """Name, value and saved value of the first setting in which `record` differs from a checkpoint's; None: in none.
+    """The name, value and saved value of the first setting that differs between `record` and a checkpoint's; None if
+    none does.
 
-    An entry that a checkpoint of an older version does not have is compared only if LATER has it.
+    An entry that a checkpoint of an older version lacks is compared only if LATER has it.
     """
     for name, value in record.items():
         made_with = saved.get(name, LATER.get(name, value))

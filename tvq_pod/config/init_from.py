@@ -1,9 +1,9 @@
-"""config.init_from: which run, and which of its checkpoints, another run takes its first weights from.
+"""config.init_from: the run and the checkpoint that another run takes its first weights from.
 
     runs/a        the newest good checkpoint of the run in runs/a
     runs/a@500    its checkpoint of step 500
 
-What is taken, and what must fit, is in training/warm_start.py.
+training/warm_start.py says what is taken, and what must match.
 """
 
 import os
@@ -20,11 +20,12 @@ class Source(NamedTuple):
     """A run to start from."""
 
     workdir: str
-    step: int | None  # of its checkpoint; None: the newest
+    step: int | None  # the checkpoint's; None: the newest
 
 
 def source_of(text: str) -> Source:
-    """The run that the setting names. What follows an @ is a step if it is a number, and else part of the name."""
+    """The run that the setting names. The text after an @ is a step if it is a number, and otherwise part of the
+    name."""
     found = re.fullmatch("(.+)@([0-9]{1,18})", text, re.DOTALL)
     return Source(found[1], int(found[2])) if found else Source(text, None)
 

@@ -1,8 +1,8 @@
 """config.data.mixture_schedule: other weights of a mixture from given steps on.
 
-    1000:0.5/0.5,2000:0/1      with config.data.mixture=A=0.9,B=0.1: those until step 1000, then half and half, then B
+    1000:0.5/0.5,2000:0/1      with config.data.mixture=A=0.9,B=0.1: these until step 1000, then half each, then only B
 
-Weights are in the order of the mixture's stores; 0 leaves a store out. How streams change is in data/run_streams.py.
+Weights are in the order of the mixture's stores; 0 leaves a store out. data/run_streams.py says how streams change.
 """
 
 import re
@@ -19,14 +19,14 @@ MAX_WEIGHT = 1e6
 class Weights(NamedTuple):
     """The weights of a mixture's stores from a step on; they add up to 1."""
 
-    first_step: int  # steps that were done before
+    first_step: int  # steps done before it
     weights: tuple[float, ...]
 
 
 def weights_of(text: str, n_stores: int) -> tuple[Weights, ...]:
-    """The changes of a schedule, in order; none if the text is empty.
+    """The weight changes of a schedule, in order; none if the text is empty.
 
-    Raises UserError if it is not a schedule for so many stores.
+    Raises UserError if it is not a schedule for `n_stores` stores.
     """
     changes: list[Weights] = []
     for part in text.split(",") if text else ():
@@ -36,12 +36,12 @@ def weights_of(text: str, n_stores: int) -> tuple[Weights, ...]:
             raise UserError(f"{here} is not STEP:WEIGHT/WEIGHT; give changes like {EXAMPLE}")
         numbers = [_number(weight) for weight in weights.split("/")]
         if len(numbers) != n_stores:
-            raise UserError(f"{here} has {len(numbers)} weights, and config.data.mixture {n_stores} stores")
+            raise UserError(f"{here} has {len(numbers)} weights, but config.data.mixture has {n_stores} stores")
         if not all(0 <= number <= MAX_WEIGHT for number in numbers) or not any(numbers):
-            raise UserError(f"{here} must have weights of 0 to {MAX_WEIGHT:g}, of which one is above 0")
+            raise UserError(f"{here} must have weights from 0 to {MAX_WEIGHT:g}, at least one of them above 0")
         least = changes[-1].first_step + 1 if changes else 1
         if int(step) < least:
-            raise UserError(f"{here} must come at step {least} or later: each change after the one before")
+            raise UserError(f"{here} must come at step {least} or later, after the previous change")
         changes.append(Weights(int(step), tuple(number / sum(numbers) for number in numbers)))
     return tuple(changes)
 
@@ -57,12 +57,12 @@ def check_mixture_schedule(data: DataSettings, train: TrainSettings) -> None:
 
 
 def n_stores(data: DataSettings) -> int:
-    """How many stores config.data.mixture names."""
+    """The number of stores in config.data.mixture."""
     return len(data.mixture.split(",")) if data.mixture else 0
 
 
 def in_words(data: DataSettings, step: int) -> str:
-    """When the weights change after `step`: a line for people; "" if they don't."""
+    """A line that says when the weights change after `step`; "" if they don't."""
     changes = [change for change in weights_of(data.mixture_schedule, n_stores(data)) if change.first_step > step]
     if not changes:
         return ""

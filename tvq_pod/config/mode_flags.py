@@ -40,7 +40,7 @@ MODES_OF = {  # by flag; all other flags are for every mode
 def check_flags(mode: str, given: Iterable[str]) -> None:
     """Raises UserError if a flag was given that is for other modes, or for another evaluation.
 
-    given: names of flags on the command line.
+    given: the names of the flags on the command line.
     """
     given = list(given)
     for name in ("split", "per_document"):

@@ -1,4 +1,5 @@
-"""The settings of one model, as a frozen dataclass. No jax here: the command line reads it before it chooses a mode."""
+"""The settings of one model, as a frozen dataclass. It does not import jax: the command line reads it before it chooses
+a mode."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -26,50 +27,51 @@ class TransformerConfig:
     n_head: PositiveInt = 1
     """H: query heads. Each has its own keys, values and codebook; with head_type=mqa they share one of each."""
     n_code: PositiveInt = 128
-    """S: codes per key head."""
+    """S: codes of each key head."""
     n_layer: PositiveInt = 2
     """Layers, of two units each."""
     n_vocab: Annotated[int, Ge(4)] = 259
-    """Token ids; bytes need 259: 256 and those of padding, end-of-document and unknown."""
+    """Number of token ids; bytes need 259: 256, and those of padding, end-of-document and unknown."""
     block_len: PositiveInt = 128
-    """L: tokens that are attended to at once."""
+    """L: tokens whose attention is computed at once."""
     mem_len: PositiveInt = 128
-    """M: keys that are kept exact before they go to the cache."""
+    """M: keys that are kept exactly before they go to the cache."""
     window_bias: NonNegativeFloat = 0.0
     """Added to the scores of keys up to M back; 0: as in the paper. To a new model all keys are alike, so in a long
     document it hardly sees what is near, and learns late to use it. With 8 it learns that soon."""
     temperature: Literal["fixed", "learned"] = "fixed"
-    """learned: queries are scaled by a learned factor for each head, 1 at first. A query and a key have a product of at
-    most sqrt(d_k) otherwise, and one key among more than e ** sqrt(d_k) others can't have most of the weight."""
+    """learned: queries are scaled by a learned factor for each head, which starts at 1. Without it, the product of a
+    query and a key is at most sqrt(d_k), so one key among more than e ** sqrt(d_k) others can't have most of the
+    weight."""
     key_shift: bool = False
-    """Add to each key the query of the token before it, times a learned vector. A token then finds what came after its
-    earlier occurrences, from the first step on. Without, a model must learn that, and needs two units for it."""
+    """Add the query of the previous token, times a learned vector, to each key. A token then finds what came after its
+    earlier occurrences, from the first step on. Without this, a model must learn it, and needs two units to do so."""
     agg_cache: bool = True
     """Attend to the cache. False: attention ends with the window."""
     grad_thru_cache: bool = True
-    """Let gradients pass through the cache. False: they stay inside a block."""
+    """Let gradients flow through the cache. False: they stay within a block."""
     attn_type: Literal["vq", "full"] = "vq"
     """full: quadratic attention over exact keys, for comparison; it has no codes and no cache."""
     attention: Literal["auto", "plain", "xla", "pallas"] = "auto"
     """How attention of attn_type=vq is computed. plain: readable and slow; any JAX transformation goes through it, and
     the others are tested against it. xla: all blocks at once, with a hand-written gradient (reverse mode only).
-    pallas: the same as TPU kernels, with mem_len equal to block_len; they have been compiled for TPUs, and have not run
-    on one yet. auto: pallas on TPUs where it fits and, tried at the start of a run, agrees with xla; else xla. The
-    program says which, and why."""
+    pallas: the same as TPU kernels, with mem_len equal to block_len; they have been compiled for TPUs but have not run
+    on one yet. auto: pallas on TPUs if it fits and, in a trial at the start of a run, agrees with xla; else xla. The
+    program prints which, and why."""
     head_type: Literal["shga", "mqa", "mha"] = "shga"
     """shga: layers of two gated units, of n_head heads each. mha: attention of n_head heads, then an MLP. mqa: the same
     with one key head, value head and codebook for all n_head query heads."""
     d_ff: NonNegativeInt = 0
-    """Width of the MLP; 0: as many parameters in a layer as two gated units with d_v = 2 d_model have."""
+    """Width of the MLP; 0: a layer has as many parameters as two gated units with d_v = 2 d_model."""
     reduction: Literal["cumulative", "serial"] = "cumulative"
-    """How the caches of an update's blocks are made. cumulative: the fastest. serial: quicker to compile, since its
+    """How the caches of an update's blocks are computed. cumulative: the fastest. serial: faster to compile, since its
     program does not grow with T / L."""
     remat: Literal["projections", "dots", "full", "none"] = "projections"
     """What each unit keeps for the backward pass. projections: q, k, v and gate before their activations, shortcodes,
-    the output of attention, and what is as small. dots: every matmul without a batch axis. full: only its input. none:
-    everything. With attention=pallas, dots and none are as projections."""
+    the output of attention, and other small arrays. dots: every matmul without a batch axis. full: only its input.
+    none: everything. With attention=pallas, dots and none are the same as projections."""
     unroll: PositiveInt = 1
-    """Layers in one turn of the loop over layers. With n_layer there is no loop: faster, but slower to compile."""
+    """Layers in one iteration of the loop over layers. With n_layer there is no loop: faster, but slower to compile."""
     dtype: FloatType = "float32"
     """Type of activations. Softmax, logits, counts and means stay float32."""
     param_dtype: FloatType = "float32"
@@ -98,7 +100,7 @@ class TransformerConfig:
     """After each update, a code whose moving average is below this share of its head's mean moves next to a code that
     stands for too many keys, and they divide its keys; 0: never. 0.1 keeps nearly all codes in use."""
     is_train: bool = False
-    """Dropout is on. The mode decides, so it is not in config files."""
+    """Whether dropout is on. The mode decides, so it is not in config files."""
 
     @property
     def n_key_head(self) -> int:
@@ -107,17 +109,17 @@ class TransformerConfig:
 
     @property
     def value_names(self) -> tuple[str, str]:
-        """Names of the axes H and V of keys' values: one key head's are not split where the query heads are."""
+        """Names of the axes H and V of values: with one key head they are not split along with the query heads."""
         return "key_heads", "shared_value" if self.head_type == "mqa" else "value"
 
     @property
     def attention_units(self) -> tuple[str, ...]:
-        """Names of a layer's units that attend, and so have a state."""
+        """Names of a layer's units that have attention, and so have a state."""
         return UNITS if self.head_type == "shga" else UNITS[:1]
 
     @property
     def hidden_width(self) -> int:
-        """Width of the MLP, a multiple of 128 (a TPU's tile) if it is not given by `d_ff`."""
+        """The width of the MLP, a multiple of 128 (a TPU's tile) unless `d_ff` gives it."""
         if self.d_ff:
             return self.d_ff
         two_gated_units = 2 * (3 * self.d_k + 3 * 2 * self.d_model)  # queries, keys, biases; values, gate, output

@@ -1,4 +1,4 @@
-"""Names of settings: which there are, and what to say about one that does not exist."""
+"""The names of settings, and messages about names that do not exist."""
 
 import dataclasses
 import difflib
@@ -17,10 +17,10 @@ def _groups(cls: type, path: str) -> dict[str, tuple[str, ...]]:
     return groups
 
 
-GROUPS = _groups(Settings, "config")  # names of settings and groups, by the path of the group that they are in
+GROUPS = _groups(Settings, "config")  # names of settings and groups, by the path of their group
 
 
-# Old names of settings, and those that they have now; a group's old name stands for all of its settings.
+# Old names of settings, and their current names; a group's old name stands for all of its settings.
 RENAMED = {
     "config.sanity.bad_steps": "config.bad_steps.rollback_after",
     "config.sanity": "config.bad_steps",
@@ -29,7 +29,7 @@ RENAMED = {
 
 
 def current_name(path: str) -> str | None:
-    """The name that a renamed setting or group has now; None for others."""
+    """The current name of a renamed setting or group; None for others."""
     for old, new in RENAMED.items():
         if path == old or path.startswith(f"{old}."):
             return new + path.removeprefix(old)
@@ -37,9 +37,9 @@ def current_name(path: str) -> str | None:
 
 
 def with_current_names(tree: dict) -> dict:
-    """Settings as nested dicts, from the config.json of any version, under the names that they have now.
+    """Settings as nested dicts, from the config.json of any version, under their current names.
 
-    A setting that is there under both names keeps both, so that nothing chooses between them.
+    A setting that has both names keeps both, so that nothing chooses between them.
     """
     renamed = {name: dict(value) if isinstance(value, dict) else value for name, value in tree.items()}
     for group, values in tree.items():
@@ -58,24 +58,24 @@ def with_current_names(tree: dict) -> dict:
 
 
 def check_name(path: str, value: str | None = None) -> None:
-    """Raises UserError if there is no such setting or group of settings. path: as config.model.d_model."""
+    """Raises UserError if there is no such setting or group of settings. path: for example config.model.d_model."""
     if not _is_name(path):
         raise UserError(unknown(path, value))
 
 
 def unknown(path: str, value: str | None = None) -> str:
-    """What to say of a name that is not a setting: what it is called now, or the nearest names that there are."""
+    """A message about a name that is not a setting: its current name, or the nearest names that exist."""
     here = path if value is None else f"{path}={value}"
     if new := current_name(path):
         if _is_name(new):
             inside = [f"{old} is called {now} now" for old, now in RENAMED.items() if old.startswith(f"{path}.")]
             return "; ".join([f"{here}: is called {new} now", *inside])
-        path = new  # of a renamed group, which never had such a setting
+        path = new  # a renamed group that never had this setting
     *parts, last = path.split(".")
     group, rest = parts[0], [*parts[1:], last]
     while f"{group}.{rest[0]}" in GROUPS:
         group = f"{group}.{rest.pop(0)}"
-    if rest[0] in GROUPS[group]:  # a setting, with something behind it
+    if rest[0] in GROUPS[group]:  # a setting, followed by something else
         return f"{here}: is not a setting; did you mean {group}.{rest[0]}?"
     near = [*_elsewhere(".".join(parts), last), *_within(group, rest)]
     if not near:
@@ -90,7 +90,7 @@ def _is_name(path: str) -> bool:
 
 
 def _within(group: str, names: list[str]) -> list[str]:
-    """The setting or group of a group that is nearest to a path in it; none if none is near."""
+    """The setting or group in a group whose name is nearest to a path; none if none is near."""
     close = _closest(names[0], GROUPS[group])
     if close is None:
         return []
@@ -99,7 +99,7 @@ def _within(group: str, names: list[str]) -> list[str]:
 
 
 def _elsewhere(group: str, name: str) -> list[str]:
-    """The setting of that very name in the group of the nearest name; none if no group has one."""
+    """The setting of exactly this name in the group with the nearest name; none if no group has one."""
     groups = [path for path, names in GROUPS.items() if name in names and f"{path}.{name}" not in GROUPS]
     return [f"{path}.{name}" for path in sorted(groups, key=lambda path: -_likeness(path, group))[:1]]
 

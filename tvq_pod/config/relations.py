@@ -1,4 +1,5 @@
-"""Rules between several settings. What one setting may be by itself stands beside it, in settings.py and model.py."""
+"""Rules between several settings. The values that one setting may have are defined with it, in settings.py and
+model.py."""
 
 import re
 
@@ -18,7 +19,7 @@ from tvq_pod.errors import UserError
 
 
 def check_relations(settings: Settings) -> None:
-    """Raises UserError for settings that do not go together, with the name of one of them."""
+    """Raises UserError for settings that contradict each other, with the name of one of them."""
     model, train, data = settings.model, settings.train, settings.data
     if train.update_len % model.block_len:
         divisors = [n for n in range(1, train.update_len + 1) if train.update_len % n == 0]
@@ -83,10 +84,10 @@ def _check_warm_start(settings: Settings) -> None:
 
 
 def _check_schedule(optimizer: OptimizerSettings, num_steps: int) -> None:
-    """Whether the parts of a learning-rate schedule have room in it.
+    """Raises UserError if the parts of a learning-rate schedule don't fit into it.
 
-    A warm-up that a short run does not finish is allowed where the schedule's length was not asked for: it is how a
-    config for a long run is tried for a few steps. See `unfinished_warmup`.
+    A warm-up that a short run does not finish is allowed if no schedule length is given: this is how a config for a
+    long run is tried for a few steps. See `unfinished_warmup`.
     """
     end, warmup, decay = optimizer.end_of_schedule(num_steps), optimizer.warmup_steps, optimizer.decay_steps
     named = "config.optimizer.schedule_steps" if optimizer.schedule_steps else "config.train.num_steps"
@@ -108,9 +109,9 @@ def _check_schedule(optimizer: OptimizerSettings, num_steps: int) -> None:
 
 
 def _check_profile(profile: ProfileSettings, num_steps: int) -> None:
-    """Whether there are steps to trace, by processes that can be named."""
+    """Raises UserError if there is no step to trace, or if hosts does not name processes."""
     if profile.hosts != "all" and not re.fullmatch(r"\d+(,\d+)*", profile.hosts, re.ASCII):
-        raise UserError(f"config.profile.hosts={profile.hosts}: must be all, or indices of processes, as 0,3")
+        raise UserError(f"config.profile.hosts={profile.hosts}: must be all, or process indices, as in 0,3")
     if profile.at_step > num_steps:
         raise UserError(
             f"config.profile.at_step={profile.at_step}: is after the last step, config.train.num_steps={num_steps}; "
@@ -124,14 +125,14 @@ def _check_profile(profile: ProfileSettings, num_steps: int) -> None:
 
 
 def unfinished_warmup(settings: Settings) -> str:
-    """A warning, if the learning rate never reaches its full value because the run is shorter than the warm-up; else
+    """A warning if the learning rate never reaches its full value because the run is shorter than the warm-up; else
     ""."""
     warmup, num_steps = settings.optimizer.warmup_steps, settings.train.num_steps
     if warmup < num_steps:
         return ""
     return (
         f"config.optimizer.warmup_steps={warmup}: config.train.num_steps={num_steps} ends the run before the learning "
-        "rate has its full value; give fewer of the former, unless this is a trial"
+        "rate reaches its full value; give fewer warm-up steps, unless this is a trial"
     )
 
 
@@ -151,10 +152,10 @@ def check_recall(data: DataSettings, kind: str) -> None:
         )
     if kind == "recall":
         least = (data.recall_pairs + 1) * (data.recall_key_bytes + 1)
-        needs = "its table, and one key that is asked again"
+        needs = "its table and one more query of a key"
     else:
         least = 16 + 4 * data.recall_pairs * (data.recall_key_bytes + 2)
-        needs = "its pairs and what they are hidden in"
+        needs = "its pairs and the text that hides them"
     if data.recall_bytes < least:
         raise UserError(
             f"config.data.recall_bytes={data.recall_bytes}: has no room for {needs}; give at least {least}, or fewer "
@@ -163,7 +164,7 @@ def check_recall(data: DataSettings, kind: str) -> None:
 
 
 def _check_sequence_axis(settings: Settings) -> None:
-    """What must divide over the mesh's axis `sequence`, whatever devices there are."""
+    """Raises UserError if a size does not divide over the mesh's axis `sequence`, whatever the devices."""
     model, mesh = settings.model, settings.mesh
     if mesh.sequence == 1:
         return
@@ -175,7 +176,7 @@ def _check_sequence_axis(settings: Settings) -> None:
         if update_len % least:
             raise UserError(
                 f"config.{name}.update_len={update_len}: must be a multiple of {least}, so that each part of "
-                f"{here} has whole blocks of {model.block_len}, for example {-(-update_len // least) * least}"
+                f"{here} has complete blocks of {model.block_len}, for example {-(-update_len // least) * least}"
             )
         if 0 < update_len < model.mem_len * mesh.sequence:
             raise UserError(
@@ -188,7 +189,7 @@ def _check_sequence_axis(settings: Settings) -> None:
 
 
 def _check_model_axis(settings: Settings) -> None:
-    """What must divide over the mesh's axis `model`."""
+    """Raises UserError if a size does not divide over the mesh's axis `model`."""
     model, here = settings.model, f"config.mesh.model={settings.mesh.model}"
     has_heads = model.n_head > 1 or model.head_type == "mqa"
     name, size = ("n_head", model.n_head) if has_heads else ("d_v", model.d_v)
@@ -199,7 +200,7 @@ def _check_model_axis(settings: Settings) -> None:
 
 
 def check_vocab_fits(settings: Settings, n_vocab: int) -> None:
-    """Raises UserError if the model has fewer tokens than the vocabulary. n_vocab: size of the vocabulary."""
+    """Raises UserError if the model has fewer token ids than the vocabulary. n_vocab: the vocabulary's size."""
     if settings.model.n_vocab < n_vocab:
         raise UserError(
             f"config.model.n_vocab={settings.model.n_vocab}: must be at least {n_vocab}, the size of the vocabulary "

@@ -23,14 +23,14 @@ Group = TypeVar("Group", bound="DataclassInstance")
 
 
 class UnknownSettingError(UserError, KeyError):
-    """A name that is not a setting. It is a KeyError, too, since ml_collections expects one."""
+    """An error for a name that is not a setting. It is a KeyError, too, since ml_collections expects one."""
 
     __str__ = UserError.__str__
 
 
 class Config(ml_collections.ConfigDict):
-    """The ConfigDict of a config file. A name that it does not have is refused by its full path, with the nearest
-    setting that there is; so is a value of another type."""
+    """The ConfigDict of a config file. A name that it does not have is refused with its full path and the nearest
+    setting that exists; so is a value of another type."""
 
     if TYPE_CHECKING:  # config files read and write groups and settings as attributes, whatever their types
 
@@ -57,7 +57,7 @@ class Config(ml_collections.ConfigDict):
         return UnknownSettingError(unknown(f"{self._path()}.{key}"))
 
     def _path(self) -> str:
-        """Where this group is. Each group has names of its own, so they say which it is, of a copy too."""
+        """The path of this group. Each group has names of its own, so they identify it, even in a copy."""
         own = set(self.keys())
         return next((path for path, names in GROUPS.items() if own == set(names)), "config")
 
@@ -68,7 +68,7 @@ def default_config() -> Config:
 
 
 def config_of(settings: Settings) -> Config:
-    """Settings as a locked ConfigDict."""
+    """Returns settings as a locked ConfigDict."""
     tree = tree_of(settings)
     config = Config({name: Config(value) if isinstance(value, dict) else value for name, value in tree.items()})
     config.lock()
@@ -76,7 +76,7 @@ def config_of(settings: Settings) -> Config:
 
 
 def tree_of(settings: Settings) -> dict:
-    """Settings as nested dicts, as config files and config.json have them."""
+    """Returns settings as nested dicts, as in config files and config.json."""
     tree = dataclasses.asdict(settings)
     for name in NOT_IN_CONFIG:
         del tree["model"][name]
@@ -84,7 +84,7 @@ def tree_of(settings: Settings) -> dict:
 
 
 def resolve(config: ml_collections.ConfigDict) -> Settings:
-    """A ConfigDict as Settings. Raises UserError, naming the setting, for what no machine could run."""
+    """Turns a ConfigDict into Settings. Raises UserError, naming the setting, for values that no machine could run."""
     settings = build(Settings, config.to_dict(), "config")
     _check_values(settings, "config")
     check_relations(settings)
@@ -92,9 +92,10 @@ def resolve(config: ml_collections.ConfigDict) -> Settings:
 
 
 def build(cls: type[Group], tree: dict, path: str) -> Group:
-    """A dataclass from a dict that must have exactly its fields, of their types. Choices and bounds are not checked.
+    """Makes a dataclass from a dict that must have exactly its fields, with their types. Choices and bounds are not
+    checked.
 
-    path: name of the group, for errors. Raises UserError.
+    path: the group's name, for errors. Raises UserError.
     """
     fields = {field.name: field for field in dataclasses.fields(cls) if field.name not in NOT_IN_CONFIG}
     for name in tree:

@@ -1,4 +1,5 @@
-"""A run's own config, WORKDIR/config.json; and the config file that main takes when none is given, which reads it."""
+"""A run's own config, WORKDIR/config.json. This is also the config file that main uses if none is given: it reads that
+one."""
 
 import json
 import os
@@ -12,24 +13,24 @@ from tvq_pod.config.settings import Settings
 from tvq_pod.errors import UserError
 from tvq_pod.host.paths import check_path, check_reached
 
-FROM = "--from="  # before the folder of an exported model, in place of a run's
+FROM = "--from="  # precedes the folder of an exported model, instead of a run's
 
 
 def get_config(folder: str) -> ml_collections.ConfigDict:
-    """The run's settings, or those of an exported model. Raises UserError if there are none."""
+    """Returns the settings of a run, or of an exported model. Raises UserError if there are none."""
     return read_run_config(folder.removeprefix(FROM), "--from" if folder.startswith(FROM) else "--workdir")
 
 
 def to_json(settings: Settings) -> str:
-    """The resolved config as it is kept in a run's config.json."""
+    """Formats the resolved config for a run's config.json."""
     return json.dumps(tree_of(settings), indent=2) + "\n"
 
 
 def read_run_config(workdir: str | os.PathLike[str], flag: str = "--workdir") -> ml_collections.ConfigDict:
-    """The config of the run in `workdir`, or of the exported model there. It may be of an older version: settings that
-    were renamed since are read, and those that it did not have get their defaults.
+    """Reads the config of the run, or of the exported model, in `workdir`. It may come from an older version: settings
+    that were renamed since are read, and those that it did not have get their defaults.
 
-    flag: by which the folder was given. Raises UserError if there is none, or one with other names or types.
+    flag: the flag that gave the folder. Raises UserError if there is no config, or one with other names or types.
     """
     here = f"{flag}={workdir}"
     remedy = "give --config=FILE" if flag == "--workdir" else "export the model again"
@@ -39,7 +40,7 @@ def read_run_config(workdir: str | os.PathLike[str], flag: str = "--workdir") ->
     try:
         tree = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
-        what = "of a run, or --config=FILE" if flag == "--workdir" else "that --mode=export has made"
+        what = "of a run, or --config=FILE" if flag == "--workdir" else "that --mode=export made"
         raise UserError(f"{here}: has no config.json; give the folder {what}") from None
     except OSError as error:
         raise UserError(f"{here}: config.json can't be read ({error.strerror or error})") from None
@@ -55,7 +56,7 @@ def read_run_config(workdir: str | os.PathLike[str], flag: str = "--workdir") ->
 
 
 def _filled(tree: dict, default: dict) -> dict:
-    """A tree of settings, with those of `default` that it does not have."""
+    """A tree of settings, completed with those of `default` that it lacks."""
     filled = default | tree
     for name, value in filled.items():
         if isinstance(value, dict) and isinstance(default.get(name), dict):

@@ -1,4 +1,4 @@
-"""Stop strings, as a setting spells them: config.sample.stop."""
+"""Stop strings, as written in config.sample.stop."""
 
 import re
 
@@ -9,8 +9,8 @@ SEPARATOR = r"\,"
 
 
 def stop_strings(spelled: str) -> tuple[str, ...]:
-    r"""The strings that a text spells: `\,` stands between two of them, `\n` is a newline, `\t` a tab and `\\` a
-    backslash. () for an empty text. Raises UserError for another escape, and for an empty string among several."""
+    r"""The strings in a setting's text: `\,` separates two of them, `\n` is a newline, `\t` a tab and `\\` a backslash.
+    () for an empty text. Raises UserError for another escape, and for an empty string among several."""
     if not spelled:
         return ()
     here, strings = f"config.sample.stop={spelled}", [""]
@@ -20,9 +20,9 @@ def stop_strings(spelled: str) -> tuple[str, ...]:
             strings.append("")
         elif part.startswith("\\") and part not in ESCAPES:
             known = ", ".join([*ESCAPES, SEPARATOR])
-            raise UserError(f"{here}: {part} is not an escape; those are {known}")
+            raise UserError(f"{here}: {part} is not an escape; the escapes are {known}")
         else:
             strings[-1] += ESCAPES.get(part, part)
     if "" in strings:
-        raise UserError(f"{here}: has an empty stop string; leave out the {SEPARATOR} beside it")
+        raise UserError(f"{here}: has an empty stop string; leave out the {SEPARATOR} next to it")
     return tuple(strings)

@@ -1,4 +1,4 @@
-"""The names of evaluation suites, as --suite has them."""
+"""The names of evaluation suites, as in --suite."""
 
 from tvq_pod.errors import UserError
 
@@ -7,7 +7,7 @@ SUITES = ("recall", *RETRIEVAL)
 
 
 def check_suites(names: list[str]) -> None:
-    """Raises UserError for no name, for one that is not in SUITES, and for one that is given twice."""
+    """Raises UserError if there is no name, a name that is not in SUITES, or one that is given twice."""
     given = f"--suite={','.join(names)}"
     if not names:
         raise UserError(f"{given}: names no suite; give some of {', '.join(SUITES)}")

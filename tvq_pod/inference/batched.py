@@ -1,4 +1,4 @@
-"""Many documents through one model at once, on every device of a job: their losses, or text that continues them.
+"""Runs one model on many documents at once, on every device of a job: their losses, or text that continues them.
 
 Documents are token ids in memory, of any length. All processes call everything with the same arguments and get the same
 results.
@@ -22,13 +22,14 @@ from tvq_pod.parallel.deadlines import waiting
 
 
 class BatchedModel:
-    """A model whose parameters are spread over a mesh. Compiled programs are kept from call to call."""
+    """A model whose parameters are sharded over a mesh. Compiled programs are kept between calls."""
 
     def __init__(
         self, settings: Settings, params: dict, vocab: Vocab, mesh: jax.sharding.Mesh, *, shows_progress: bool
     ):
         """settings: config.eval.cache says whether the compressed cache is used, config.eval.batch_size and
-        config.train.batch_size how many rows are read side by side at most. shows_progress: on stderr."""
+        config.train.batch_size how many rows are read side by side at most. shows_progress: shows a progress bar on
+        stderr."""
         self._settings, self._params, self._vocab, self._mesh = settings, params, vocab, mesh
         self._shows = shows_progress
         self._scorer = Scorer(settings, mesh, shows_progress=shows_progress)
@@ -39,19 +40,17 @@ class BatchedModel:
         return self._scorer.score(self._params, documents, with_hits=with_hits)
 
     def check_continues(self) -> None:
-        """Raises UserError for a model that can't be sampled from with its full context."""
+        """Raises UserError for a model whose full context is not available in sampling."""
         if self._settings.model.attn_type == "full":
-            raise UserError(
-                "config.model.attn_type=full: a sampler keeps its window, and nothing older; choose tasks that score"
-            )
+            raise UserError("config.model.attn_type=full: a sampler keeps only its window; choose tasks that score")
 
     def continue_until(
         self, prompts: Sequence[np.ndarray], *, stops: Sequence[str], length: int, temperature: float, top_p: float
     ) -> list[str]:
-        """New text for documents that begin with `prompts`, integers [n] each.
+        """Returns new text for documents that begin with `prompts`, integers [n] each.
 
-        A text ends before the first of the strings `stops` (none of them empty) that comes up in it, at the end of the
-        document, or after `length` tokens. temperature, top_p: see `draw_tokens`. Random numbers are those of
+        A text ends before the first of the strings `stops` (none of them empty) that occurs in it, at the end of the
+        document, or after `length` tokens. temperature, top_p: see `draw_tokens`. The random numbers are those of
         config.sample.seed.
         """
         if not prompts:

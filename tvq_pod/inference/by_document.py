@@ -1,4 +1,4 @@
-"""Loss of each document, as tab-separated values."""
+"""The loss of each document, as tab-separated values."""
 
 import numpy as np
 from etils import epath
@@ -25,8 +25,8 @@ def write_documents(path: epath.Path, nats: np.ndarray, documents: Split, names:
     """Writes a line for each document that was evaluated, in the order of the store: its number in the split, name,
     tokens (its end-of-document included), bytes, and loss in nats per token.
 
-    nats: float64 [n_documents], sums over the tokens of each; NaN: not evaluated. Raises what the disk or the bucket
-    does.
+    nats: float64 [n_documents], sums over the tokens of each; NaN: not evaluated. Raises the errors of the disk or the
+    bucket.
     """
     rows = ["document\tname\ttokens\tbytes\tloss"]
     for number in np.flatnonzero(~np.isnan(nats)).tolist():

@@ -1,4 +1,5 @@
-"""Loss by place in the document: what a long context is worth, as a table, tab-separated values and a plot."""
+"""Loss by position in the document, which shows the value of a long context: a table, tab-separated values and a
+plot."""
 
 import dataclasses
 import functools
@@ -14,26 +15,26 @@ from tvq_pod.run.metrics import LOG_2
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BUCKET = 1024  # tokens of context that are taken together
+BUCKET = 1024  # tokens of context in one group
 
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """nats: float64 [n], the loss of tokens at places [k * BUCKET, (k + 1) * BUCKET) of their documents, summed.
-    n_tokens: int64 [n], how many they are. bytes_per_token: of all of them."""
+    """nats: float64 [n], the summed loss of tokens at positions [k * BUCKET, (k + 1) * BUCKET) of their documents.
+    n_tokens: int64 [n], the number of these tokens. bytes_per_token: the mean over all of them."""
 
     nats: np.ndarray
     n_tokens: np.ndarray
     bytes_per_token: float
 
     def bits_per_byte(self, begin: int = 0, end: int | None = None) -> float:
-        """Bits per byte of buckets begin .. end - 1, as if each token were as many bytes as their mean."""
+        """Bits per byte of buckets begin .. end - 1, as if every token had the mean number of bytes."""
         return float(
             self.nats[begin:end].sum() / self.n_tokens[begin:end].sum() / LOG_2 / self.bytes_per_token
         )  # fmt: skip
 
     def table(self) -> Iterator[str]:
-        """Lines for people; further back in the document, more buckets are one line."""
+        """Lines for the terminal; a line further back in the document covers more buckets."""
         yield f"{'tokens before':>22}  {'tokens':>12}  {'loss':>7}  {'bits/byte':>9}"
         begin, end = 0, 1
         while begin < len(self.nats):
@@ -45,14 +46,14 @@ class Positions:
 
 
 def write_positions(positions: Positions, folder: epath.Path, name: str) -> None:
-    """Writes FOLDER/NAME.tsv, a line a bucket, and, with matplotlib, FOLDER/NAME.png. Raises what the disk or
-    the bucket does."""
+    """Writes FOLDER/NAME.tsv, with a line for each bucket, and, with matplotlib, FOLDER/NAME.png. Raises the errors of
+    the disk or the bucket."""
     rows = [
         f"{index * BUCKET}\t{n}\t{nats / n:.6f}\t{positions.bits_per_byte(index, index + 1):.6f}"
         for index, (nats, n) in enumerate(zip(positions.nats, positions.n_tokens, strict=True))
     ]
     lines = ["first_position\ttokens\tloss\tbits_per_byte", *rows]
-    write_table("loss by place in the document", lines, functools.partial(_draw, positions), folder, name)
+    write_table("loss by position in the document", lines, functools.partial(_draw, positions), folder, name)
 
 
 def _draw(positions: Positions, axes: "Axes") -> None:

@@ -1,8 +1,8 @@
-"""Continuous sampling: a row that has ended is given the next prompt, while the rows beside it continue.
+"""Continuous sampling: a row that has ended gets the next prompt, while the other rows continue.
 
-A prompt is read by itself, one for each device at a time, and its state is written over that of the row that it is
-given. Each row has its own slot of the ring (see nn/decode.py), so what a row yields depends on its prompt, its number
-and the seed: not on the rows beside it, and not on when it began.
+A prompt is read by itself, one at a time on each device, and its state replaces that of the row that it gets. Each row
+has its own slot of the ring (see nn/decode.py), so a row's output depends on its prompt, its number and the seed: not
+on the other rows, and not on when it began.
 """
 
 import collections
@@ -23,7 +23,7 @@ from tvq_pod.nn.model import Transformer
 from tvq_pod.nn.types import TransformerConfig
 
 REFILL = 32  # tokens between two returns to the host while prompts wait: a row that ends sooner is idle until then
-SHORT_BLOCK = 16  # tokens; what is left of a prompt behind its whole blocks is read in such ones
+SHORT_BLOCK = 16  # tokens; the rest of a prompt after its full blocks is read in blocks of this size
 
 EndedBy = Literal["length", "end_of_document", "stop"]
 
@@ -32,8 +32,8 @@ EndedBy = Literal["length", "end_of_document", "stop"]
 class Request:
     """A document to continue.
 
-    tokens: integers [n], which it begins with. number: of its random numbers. length: most tokens that are drawn.
-    is_last: called with each token as it is drawn; True ends the row, with ended_by="stop".
+    tokens: integers [n], its beginning. number: selects its random numbers. length: the most tokens to draw. is_last:
+    called with each token as it is drawn; True ends the row, with ended_by="stop".
     """
 
     tokens: np.ndarray
@@ -44,8 +44,8 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Continuation:
-    """What was drawn for a request: tokens int32 [n], without an end-of-document that ended it; logprobs float32 [n],
-    in nats, or [0] if sampling.logprobs does not ask for them."""
+    """The tokens drawn for a request: tokens int32 [n], without an end-of-document that ended it; logprobs float32 [n],
+    in nats, or [0] without sampling.logprobs."""
 
     request: Request
     tokens: np.ndarray
@@ -54,7 +54,7 @@ class Continuation:
 
 
 class ContinuousSampler(Sampler):
-    """Samples as `Sampler` does, for any number of prompts: n_rows is how many there will be."""
+    """Samples as `Sampler` does, for any number of prompts: n_rows is the number expected."""
 
     _slot_by_row = True
 
@@ -76,11 +76,11 @@ class ContinuousSampler(Sampler):
     def sample_each(
         self, params: dict, requests: Sequence[Request], seed: int, *, stop_at_end: bool = True
     ) -> Iterator[Continuation]:
-        """Yields the continuation of each request, as soon as it has ended. Processes of a job must call it alike, with
-        the same requests, and take all that it yields.
+        """Yields the continuation of each request, as soon as it has ended. All processes of a job must call this with
+        the same requests, and consume everything that it yields.
 
-        params: of `Transformer`; of several processes, on the given devices, in their order. stop_at_end: whether an
-        end-of-document ends a row; then it is not part of it.
+        params: those of `Transformer`; with several processes, on the given devices, in their order. stop_at_end:
+        whether an end-of-document ends a row; it is then not part of the row.
         """
         for request in requests:
             if not request.length:
@@ -107,11 +107,11 @@ class ContinuousSampler(Sampler):
                     yield rows.pop(place).result(ended_by)
 
     def _places(self) -> list[int]:
-        """All places for rows: the first of each device, the second of each, and so on."""
+        """All places for rows: the first on each device, then the second on each, and so on."""
         return np.arange(self.batch_size).reshape(self._mesh.size, -1).T.ravel().tolist()
 
     def _as_arrays(self, rows: "dict[int, _Row]") -> dict[str, np.ndarray]:
-        """What `draw_chunk` has to know of all rows."""
+        """The arrays of all rows that `draw_chunk` takes."""
         names = ("token", "index", "number", "length")
         arrays = {name: np.zeros(self.batch_size, np.int32) for name in names}
         is_done = np.ones(self.batch_size, bool)
@@ -126,14 +126,14 @@ class ContinuousSampler(Sampler):
         return arrays | dict(is_done=is_done, following=following)
 
     def _loaded(self, params, state, seen, new: "dict[int, _Row]"):
-        """(state, seen) with rows that begin, of each device one after the other."""
+        """(state, seen) with new rows, which each device reads one after another."""
         own = self.batch_size // self._mesh.size
         queues = [collections.deque(place for place in new if place // own == n) for n in range(self._mesh.size)]
         while any(queues):
             places = [queue.popleft() if queue else None for queue in queues]
             rows = [None if place is None else new[place] for place in places]
             one = self._begin_one()
-            for size in dict.fromkeys((self._config.block_len, SHORT_BLOCK)):  # one, if they are the same
+            for size in dict.fromkeys((self._config.block_len, SHORT_BLOCK)):  # one size if they are equal
                 blocks = [row.blocks(size) if row else [] for row in rows]
                 for index in range(max(map(len, blocks))):
                     has_block = np.array([index < len(own_blocks) for own_blocks in blocks])
@@ -149,7 +149,7 @@ class ContinuousSampler(Sampler):
         return state, seen
 
     def _insert_one(self, state, seen, one, place, seen_one):
-        """On a device: writes one row over that at place [1]; -1: over none."""
+        """Overwrites the row at place [1] with another, on one device; -1: overwrites none."""
         (place,) = place
         at = jnp.maximum(place, 0)
 
@@ -161,8 +161,8 @@ class ContinuousSampler(Sampler):
 
 
 class _Row:
-    """A request that is being continued. prompt: int32 [n], with the document's start; rest: what of it is in no block,
-    one token at least; n_read: how many tokens the loop has read."""
+    """A request that is being continued. prompt: int32 [n], with the document's start; rest: its tokens after all
+    blocks, at least one; n_read: the number of tokens that the loop has read."""
 
     def __init__(self, request: Request, block_len: int):
         self.request, self._block_len = request, block_len
@@ -182,16 +182,16 @@ class _Row:
 
     @property
     def token(self) -> int:
-        """Which the loop reads next."""
+        """The token that the loop reads next."""
         return self.rest[self.n_read] if self.n_read < len(self.rest) else self._tokens[-1]
 
     @property
     def index(self) -> int:
-        """Index of the next step, among those that draw; below 0 while it is given tokens."""
+        """The index of the next step among those that draw; below 0 while the row reads its prompt."""
         return self.n_read + 1 - len(self.rest)
 
     def take(self, tokens: np.ndarray, logprobs: np.ndarray, stop_at_end: bool) -> EndedBy | None:
-        """Takes what a chunk has drawn, [n] each; returns what has ended the row, if anything has."""
+        """Takes the tokens and logprobs of a chunk, [n] each; returns why the row has ended, if it has."""
         self.n_read += len(tokens)
         for n, token in enumerate(tokens.tolist()):
             if token == NO_TOKEN:
@@ -207,13 +207,13 @@ class _Row:
         return None
 
     def result(self, ended_by: EndedBy) -> Continuation:
-        """What was drawn."""
+        """The continuation, with all tokens drawn so far."""
         return Continuation(
             self.request, np.array(self._tokens, np.int32), np.array(self._logprobs, np.float32), ended_by
         )
 
 
 def _n_steps(rows: list[_Row], is_any_waiting: bool) -> int:
-    """Tokens until the next return to the host. While prompts wait, no row should be idle for long."""
+    """The number of tokens until the next return to the host. While prompts wait, no row should be idle for long."""
     left = [row.request.length - row.index for row in rows]
     return int(np.clip(min(left), FEWEST, REFILL)) if is_any_waiting else int(np.clip(max(left), FEWEST, CHUNK))

@@ -1,4 +1,4 @@
-"""Draws tokens from what a model says of them."""
+"""Draws tokens from a model's logits."""
 
 from collections.abc import Callable
 
@@ -11,13 +11,14 @@ _SEARCH_STEPS = 30  # halvings: the float32 numbers from 0 to 1 have 2^30 bit pa
 def draw_tokens(
     logits: jax.Array, uniforms: jax.Array, *, temperature: float, top_p: float, top_k: int = 0, min_p: float = 0.0
 ) -> jax.Array:
-    """One token id for each row, int32 [B], from logits float32 [B, n_vocab] and numbers `uniforms` [B] in [0, 1).
+    """Draws one token id for each row, int32 [B], from logits float32 [B, n_vocab] and numbers `uniforms` [B] in [0,
+    1).
 
-    Temperature comes first; 0 takes the likeliest. Of the top_k likeliest tokens (0: all), the likeliest that have
-    probability `top_p` together are drawn from (Holtzman et al., arXiv 1904.09751), if their probability is at least
-    min_p times that of the likeliest (Nguyen et al., arXiv 2407.01082). Tokens as likely as the last that is kept are
-    kept, too. Each row's token depends on that row alone. There is no sort, which would take most of a step's time
-    where the vocabulary is large: the least weight that is kept is found by bisection.
+    Temperature comes first; 0 takes the likeliest token. The token is drawn from the top_k likeliest (0: all), and of
+    these from the likeliest that together have probability `top_p` (Holtzman et al., arXiv 1904.09751), if their
+    probability is at least min_p times that of the likeliest (Nguyen et al., arXiv 2407.01082). Tokens as likely as the
+    last one kept are kept, too. Each row's token depends on that row alone. There is no sort, which would take most of
+    a step's time with a large vocabulary: the smallest weight to keep is found by bisection.
     """
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -27,19 +28,19 @@ def draw_tokens(
     if top_p < 1:
         weights = jnp.where(weights >= _least_in_nucleus(weights, top_p), weights, 0.0)
     if min_p > 0:
-        weights = jnp.where(weights >= min_p, weights, 0.0)  # the likeliest has weight 1
+        weights = jnp.where(weights >= min_p, weights, 0.0)  # the likeliest token has weight 1
     sums = jnp.cumsum(weights, axis=-1)
-    # a sum of zeros may differ from its neighbor by rounding: what has no weight is never drawn
+    # sums may differ by rounding even where a weight is 0: a token without weight is never drawn
     is_reached = (sums > uniforms[:, None] * sums[:, -1:]) & (weights > 0)
     drawn = jnp.where(jnp.any(is_reached, axis=-1), jnp.argmax(is_reached, axis=-1), jnp.argmax(weights, axis=-1))
     return drawn.astype(jnp.int32)
 
 
 def penalized(logits: jax.Array, seen: jax.Array, penalty: float) -> jax.Array:
-    """Logits [B, n_vocab] with those of the tokens that a row has `seen`, bool [B, n_vocab], made less likely.
+    """Logits [B, n_vocab] in which the tokens that a row has `seen`, bool [B, n_vocab], are less likely.
 
-    Keskar et al., arXiv 1909.05858, section 4.1, divide the logits by the penalty. Where a logit is negative that would
-    make the token more likely, so it is multiplied instead, as it is in other implementations.
+    Keskar et al., arXiv 1909.05858, section 4.1, divide the logits by the penalty. Dividing a negative logit would make
+    the token more likely, so it is multiplied instead, as in other implementations.
     """
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
@@ -56,8 +57,8 @@ def _least_of_likeliest(weights: jax.Array, top_k: int) -> jax.Array:
 
 
 def _greatest(weights: jax.Array, is_enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The greatest t in 0 .. 1, float32 [B, 1], of which is_enough(t), bool [B], is true, as it is of all smaller ones.
-    There the order of floats is the order of their bits. weights: [B, n], for B."""
+    """The greatest t in 0 .. 1, float32 [B, 1], for which is_enough(t), bool [B], is true, as it is for all smaller t.
+    In this range floats are ordered like their bits. weights: [B, n], for B."""
 
     def halve(_, bounds):
         low, high = bounds

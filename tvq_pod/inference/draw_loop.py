@@ -17,8 +17,8 @@ NO_TOKEN = -1
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; see `draw_tokens` and `penalized`. allowed: for each id of the vocabulary, whether it may
-    be drawn. logprobs: whether the log-probability of each token is returned, too."""
+    """Sampling parameters; see `draw_tokens` and `penalized`. allowed: for each id of the vocabulary, whether it may be
+    drawn. logprobs: whether the log-probability of each token is returned, too."""
 
     allowed: tuple[bool, ...]
     temperature: float = 1.0
@@ -30,7 +30,8 @@ class Sampling:
 
     @property
     def n_seen(self) -> int:
-        """Columns of `seen`, for `draw_chunk`: the ids of the vocabulary, or none, if it is of no account."""
+        """The number of columns of `seen`, for `draw_chunk`: one for each id of the vocabulary, or none if it is not
+        used."""
         return 0 if self.repetition_penalty == 1 else len(self.allowed)
 
 
@@ -44,16 +45,16 @@ def draw_chunk(
     sampling: Sampling,
     config: TransformerConfig,
 ) -> tuple[dict, jax.Array, jax.Array, jax.Array]:
-    """Up to n_steps tokens of each row. Returns (state, seen, drawn int32 [B, n], logprobs float32 [B, n]).
+    """Runs up to n_steps tokens of each row. Returns (state, seen, drawn int32 [B, n], logprobs float32 [B, n]).
 
-    state, weights: of `decode_step`. seen: bool [B, n_seen], the tokens of the prompt and those that were drawn. rows:
-    token [B], read next; index [B], of what is drawn first, below 0 while a prompt is read; number [B], of its random
-    numbers; length [B], most tokens that are drawn; is_done [B]; following [B, n], tokens of the prompt after the one
-    that is read next, NO_TOKEN after its last. key: data of a jax.random.key. span: n_steps, at most n; and whether an
-    end-of-document ends a row.
+    state, weights: see `decode_step`. seen: bool [B, n_seen], the tokens of the prompt and those drawn. rows: token
+    [B], read next; index [B], the index of the first draw, below 0 while a prompt is read; number [B], selects the
+    random numbers; length [B], the most tokens to draw; is_done [B]; following [B, n], the prompt's tokens after the
+    one that is read next, NO_TOKEN after its last. key: data of a jax.random.key. span: n_steps, at most n; and whether
+    an end-of-document ends a row.
 
-    drawn has NO_TOKEN where a row was reading or had ended. logprobs are those of the model before temperature and
-    everything else that changes them; [B, 0] if they are not asked for.
+    drawn has NO_TOKEN where a row was reading or had ended. logprobs are the model's, before temperature and everything
+    else that changes them; [B, 0] if sampling.logprobs is False.
     """
     n_steps, stop_at_end = span
     following, n_chunk = rows["following"], rows["following"].shape[1]
@@ -109,7 +110,7 @@ def draw_chunk(
 
 
 def _uniforms(key: jax.Array, numbers: jax.Array, index: jax.Array) -> jax.Array:
-    """In [0, 1), float32 [B, n]: the random number `index` [B, n] of each row's own stream, `numbers` [B]."""
+    """Random numbers in [0, 1), float32 [B, n]: those with `index` [B, n] in each row's own stream, `numbers` [B]."""
     of_row = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.wrap_key_data(key), numbers)
     draw = jax.vmap(lambda row, index: jax.random.uniform(jax.random.fold_in(row, index)), in_axes=(None, 0))
     return jax.vmap(draw)(of_row, jnp.maximum(index, 0))

@@ -1,4 +1,4 @@
-"""Lines of evaluations: what an evaluation is about, and which of those in metrics.jsonl are the run's own."""
+"""Lines of evaluations: the subject of an evaluation, and which lines in metrics.jsonl are the run's own."""
 
 from collections.abc import Callable
 
@@ -14,20 +14,20 @@ from tvq_pod.run.metrics import all_lines
 
 
 def subject(settings: Settings, store: TokenStore | Mixture, checkpoint: str, weights: str) -> dict:
-    """What an evaluation is about, for its line in metrics.jsonl. checkpoint: see Checkpoints.identity. weights: ema
-    for their moving average, or raw."""
+    """The subject of an evaluation, for its line in metrics.jsonl. checkpoint: see Checkpoints.identity. weights: ema
+    for the moving average, or raw."""
     return dict(checkpoint=checkpoint, fingerprint=store.fingerprint, dtype=str(settings.model.dtype), weights=weights)
 
 
 def own_losses(
     workdir: epath.Path, settings: Settings, store: TokenStore | Mixture, identity: Callable[[int], str]
 ) -> dict[int, float | None]:
-    """Validation losses of a run by step, None where one was not finite: of those lines in metrics.jsonl that are
-    about the tokens that the run itself evaluates, and about its own states.
+    """Validation losses of a run by step, None where one was not finite: from the lines in metrics.jsonl about the
+    tokens that the run itself evaluates and about its own states.
 
-    Left out are evaluations of another corpus or split, of more or fewer documents, in another dtype, without the
-    cache, of other weights (their moving average, or not), and of checkpoints of another branch. identity: of the
-    run's state at a step, see Checkpoints.identity.
+    Evaluations of another corpus or split, of more or fewer documents, in another dtype, without the cache, of other
+    weights (the moving average, or not), and of checkpoints of another branch are left out. identity: returns the
+    identity of the run's state at a step, see Checkpoints.identity.
     """
     if not store.meta["splits"]["validation"]["n_documents"]:
         return {}
@@ -37,15 +37,15 @@ def own_losses(
         step = line["step"]
         about = subject(settings, store, identity(step), "ema" if settings.train.ema_decay else "raw")
         expected = about | dict(split="validation", tokens=n_tokens)
-        known = dict(weights="raw") | line  # older versions had no average, and did not say so
+        known = dict(weights="raw") | line  # older versions had no average and no such field
         if expected["checkpoint"] and known.items() >= expected.items():
             losses[step] = line.get("loss")
     return losses
 
 
 def report(result: Result, step: int, split: str) -> None:
-    """Says a result in one line."""
-    words = f"perplexity of words {result.word_perplexity:.2f}, " if result.word_perplexity else ""
+    """Prints a result in one line."""
+    words = f"word perplexity {result.word_perplexity:.2f}, " if result.word_perplexity else ""
     say(
         f"step {step}: {split} loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte, {words}"
         f"over {result.tokens:,} tokens of {result.documents:,} document{'s' * (result.documents != 1)} "

@@ -1,8 +1,8 @@
-"""--mode=eval: loss of complete documents, each with its full context.
+"""--mode=eval: the loss of complete documents, each with its full context.
 
 Documents are laid end to end on rows (see PackedDocuments); every row's state is carried from update to update, so a
-token is predicted from all that came before it in its document, however long. config.eval.cache=off shows what the
-compressed cache is worth: the same parameters, with attention that ends with the window.
+token is predicted from everything before it in its document, however long. config.eval.cache=off shows the value of the
+compressed cache: it uses the same parameters, with attention that ends with the window.
 """
 
 import abc
@@ -44,19 +44,19 @@ from tvq_pod.run.metrics import LOG_2
 class Result:
     """Results of one evaluation."""
 
-    loss: float  # nats a token, end-of-documents included
+    loss: float  # nats per token, including end-of-document
     bits_per_byte: float  # the same loss, in bits, over the bytes of the documents' text
-    word_perplexity: float | None  # exp(the same loss over the words that PG-19's authors count); None: other corpora
+    word_perplexity: float | None  # exp(the same loss per word, as counted by PG-19's authors); None: other corpora
     tokens: int  # predicted tokens
     documents: int
-    padding: float | None  # share of the positions that was computed that is padding; None if it was not counted
+    padding: float | None  # share of the computed positions that is padding; None if it was not counted
     seconds: float
-    by_position: Positions  # loss by place in the document
+    by_position: Positions  # loss by position in the document
     by_document: np.ndarray | None = None  # float64 [n_documents]: nats of each document of the split, NaN if not read
-    recall: Recall | None = None  # accuracy by distance since the key, of a corpus of data/recall.py
+    recall: Recall | None = None  # accuracy by distance from the key, for a corpus of data/recall.py
 
     def numbers(self) -> dict:
-        """All but by_position and by_document, as metrics.jsonl has them."""
+        """All numbers except by_position and by_document, as in metrics.jsonl."""
         numbers = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del numbers["by_position"], numbers["by_document"], numbers["recall"]
         numbers |= self.recall.numbers() if self.recall else {}
@@ -64,7 +64,7 @@ class Result:
 
 
 def make_eval_state(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int) -> dict:
-    """The state of rows that have read nothing, spread over the mesh."""
+    """The state of rows that have read nothing, sharded over the mesh."""
     shardings = _state_shardings(settings.model, mesh, n_rows)
     return jax.jit(lambda: Transformer.initial_state(settings.model, n_rows), out_shardings=shardings)()
 
@@ -75,11 +75,11 @@ def _state_shardings(config: TransformerConfig, mesh: jax.sharding.Mesh, n_rows:
 
 
 def make_eval_step(settings: Settings, mesh: jax.sharding.Mesh, n_rows: int, with_hits: bool = False):
-    """The compiled step: (params, state, batch) -> (state, losses), and hits as a third; the state given is donated.
+    """The compiled step: (params, state, batch) -> (state, losses), with hits as a third result; the state is donated.
 
-    batch: see `Feed.batches`. losses: nats, float32 [B, T], 0 on padding; complete on every process, to be added as
-    doubles there: in float32 so many would not add up. hits, if with_hits: bool [B, T], whether the target is the
-    likeliest token; they need all logits at once.
+    batch: see `Feed.batches`. losses: nats, float32 [B, T], 0 on padding; complete on every process, which adds them as
+    doubles: in float32 the sum of so many would be inaccurate. hits, if with_hits: bool [B, T], whether the target is
+    the likeliest token; they need all logits at once.
     """
     config = eval_model(settings)
     shardings = _state_shardings(config, mesh, n_rows)
@@ -110,7 +110,7 @@ def eval_model(settings: Settings) -> TransformerConfig:
 
 
 class SplitEvaluator(abc.ABC):
-    """Evaluates parameters on one split; compiled once, used as often as one likes. What all kinds have in common."""
+    """Evaluates parameters on one split; compiled once, and used any number of times. The base class of all kinds."""
 
     def __init__(
         self,
@@ -120,8 +120,8 @@ class SplitEvaluator(abc.ABC):
         recall: RecallCounter | RecallSums | None,
         per_document: bool,
     ):
-        """plan: of the split's documents. recall: counts what is recalled, in a corpus that is about it. per_document:
-        whether losses are summed for each document, too."""
+        """plan: how the split's documents are laid out. recall: counts recalled values, in a corpus that has them.
+        per_document: whether losses are also summed for each document."""
         self._padding: float | None = None
         self._recall = recall
         documents = store.split(split)
@@ -132,13 +132,13 @@ class SplitEvaluator(abc.ABC):
 
     @property
     def n_tokens(self) -> int:
-        """How many tokens are predicted."""
+        """The number of predicted tokens."""
         return self._plan.n_tokens
 
     def evaluate(self, params: dict, told_to_stop: Callable[[], bool] = lambda: False) -> Result | None:
-        """Loss over the split's documents (or as many as config.eval.max_tokens takes).
+        """The loss over the split's documents (or as many as config.eval.max_tokens allows).
 
-        told_to_stop is asked after each step; None is returned as soon as it says so.
+        told_to_stop is called after each step; if it returns True, the evaluation returns None.
         """
         began = time.monotonic()
         self._nats = np.zeros(len(self._n_tokens))
@@ -158,8 +158,8 @@ class SplitEvaluator(abc.ABC):
 
     @abc.abstractmethod
     def _counted(self, params: dict, told_to_stop: Callable[[], bool]) -> bool:
-        """Adds the losses of all documents to _nats, and to _by_document if _per_document, and counts what _recall
-        wants; False if told to stop."""
+        """Adds the losses of all documents to _nats, and to _by_document if _per_document, and updates _recall; returns
+        False if told to stop."""
 
     def _result(self, seconds: float) -> Result:
         total, tokens = float(self._nats.sum()), self._plan.n_tokens
@@ -178,7 +178,7 @@ class SplitEvaluator(abc.ABC):
 
 
 class Evaluator(SplitEvaluator):
-    """Documents are laid end to end on rows, whose states are carried from update to update."""
+    """Evaluates documents that are laid end to end on rows, whose states are carried from update to update."""
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class Evaluator(SplitEvaluator):
         split: str,
         per_document: bool = False,
     ):
-        """per_document: whether losses are summed for each document, too. Raises UserError if the split has no
+        """per_document: whether losses are also summed for each document. Raises UserError if the split has no
         document."""
         given, self._update_len = settings.eval.batch_size, settings.eval.update_len or settings.train.update_len
         check_divides("config.eval.batch_size", given, mesh)
@@ -222,7 +222,7 @@ class Evaluator(SplitEvaluator):
         for batch in self._feed.batches(0, n_steps):
             state, *found = self._eval_step(params, state, batch)
             ahead.append(found)
-            if len(ahead) > 1:  # the host runs ahead by one step, no more: batches take memory
+            if len(ahead) > 1:  # the host is at most one step ahead: batches take memory
                 self._nats += self._by_bucket(n_done, *ahead.pop(0))
                 n_done += 1
             if told_to_stop():
@@ -231,8 +231,8 @@ class Evaluator(SplitEvaluator):
         return True
 
     def _by_bucket(self, step: int, losses: jax.Array, hits: jax.Array | None = None) -> np.ndarray:
-        """Waits for a step, and counts its hits. Returns float64 [n]: sums of losses by place in the document, BUCKET
-        places in each."""
+        """Waits for a step, and counts its hits. Returns float64 [n]: sums of losses by position in the document,
+        BUCKET positions each."""
         update_len = self._update_len
         nats = jax.device_get(losses)
         if self._counter and hits is not None:

@@ -20,7 +20,8 @@ from tvq_pod.parallel.mesh import check_divides
 def make_evaluator(
     settings: Settings, mesh: jax.sharding.Mesh, store: TokenStore | Mixture, split: str, per_document: bool = False
 ) -> SplitEvaluator:
-    """per_document: whether losses are summed for each document, too. Raises UserError if the split has no document."""
+    """Makes the evaluator of a split. per_document: whether losses are also summed for each document. Raises UserError
+    if the split has no document."""
     if settings.model.attn_type == "full" and settings.eval.update_len:
         return QuadraticEvaluator(settings, mesh, store, split, per_document)
     return Evaluator(settings, mesh, store, split, per_document)
@@ -29,7 +30,7 @@ def make_evaluator(
 def validation_evaluator(
     settings: Settings, mesh: jax.sharding.Mesh, store: TokenStore | Mixture
 ) -> SplitEvaluator | None:
-    """The evaluator of a run that trains; None if it never evaluates, or has nothing to evaluate."""
+    """The evaluator of a training run; None if it never evaluates, or has nothing to evaluate."""
     if not (settings.eval.every_steps or settings.eval.at_end):
         return None
     if not store.meta["splits"]["validation"]["n_documents"]:
@@ -42,8 +43,8 @@ def validation_evaluator(
 
 
 class QuadraticEvaluator(SplitEvaluator):
-    """For quadratic attention, which keeps no more than its window from one update to the next: every document begins
-    with an update of its own, of config.eval.update_len tokens at most."""
+    """Evaluates quadratic attention, which keeps only its window from one update to the next: every document begins a
+    new update, of at most config.eval.update_len tokens."""
 
     def __init__(
         self, settings: Settings, mesh: jax.sharding.Mesh, store: TokenStore | Mixture, split: str, per_document: bool

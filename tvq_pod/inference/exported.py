@@ -1,12 +1,12 @@
-"""A model without its run: a folder that other programs can read, and that can be imported into a new run.
+"""A model without its run: a folder that other programs can read and that can be imported into a new run.
 
-    DIR/model.safetensors            the parameters, a tensor for each of each layer; docs/export.md has all names
+    DIR/model.safetensors            the parameters, with a tensor per parameter and layer; docs/export.md has all names
     DIR/config.json                  the run's settings, without paths
     DIR/vocab.model or vocab.json    the vocabulary's file, if it has one
     DIR/generate.py                  a program that samples from the model
 
-The safetensors file has one entry of metadata, `tvq_pod`, which is JSON: of the vocabulary, what generate.py must know;
-and the step and corpus that the parameters come from.
+The safetensors file has one entry of metadata, `tvq_pod`, which is JSON: what generate.py needs to know about the
+vocabulary, and the step and corpus that the parameters come from.
 """
 
 import dataclasses
@@ -34,20 +34,20 @@ from tvq_pod.nn.codebook import is_codebook
 
 WEIGHTS = "model.safetensors"
 DTYPES = dict(F32=np.float32, BF16=jnp.bfloat16)  # by safetensors' names
-METADATA = "tvq_pod"  # one entry: safetensors writes several in an order that differs from time to time
-NAMED_CORPORA = ("stdlib", "novels", "ansible", *GENERATED)  # that are the same on every machine
+METADATA = "tvq_pod"  # one entry: safetensors writes several in an arbitrary order
+NAMED_CORPORA = ("stdlib", "novels", "ansible", *GENERATED)  # corpora that are the same on every machine
 PROGRAM = pathlib.Path(__file__).with_name("generate.py")
 
 
 class Origin(NamedTuple):
-    """Where parameters come from: a step of a run, and the fingerprint of the corpus that it was trained on."""
+    """The origin of parameters: a step of a run, and the fingerprint of the corpus that it was trained on."""
 
     step: int = 0
     fingerprint: str = ""
 
 
 class Exported(NamedTuple):
-    """What is in a folder: its tensors by name, its vocabulary, and where the parameters come from."""
+    """The content of a folder: its tensors by name, its vocabulary, and the origin of the parameters."""
 
     tensors: dict[str, np.ndarray]
     vocab: Vocab
@@ -55,10 +55,10 @@ class Exported(NamedTuple):
 
 
 def tensor_names(params: dict) -> dict[str, tuple[tuple[str, ...], int | None]]:
-    """For each tensor of a folder, in order, its path in the parameters' tree, and its place in the stack of layers;
-    None for a parameter that is of no layer.
+    """Returns, for each tensor of a folder, in order, its path in the parameters' tree, and its layer's index; None for
+    a parameter outside of the layers.
 
-    params: of `Transformer`, arrays or ShapeDtypeStructs. A name is the path with dots, and the number of the layer
+    params: those of `Transformer`, arrays or ShapeDtypeStructs. A name is the path with dots, and the layer's index
     after `layers`: layers.0.unit0.w_q.kernel.
     """
     names = {}
@@ -72,7 +72,7 @@ def tensor_names(params: dict) -> dict[str, tuple[tuple[str, ...], int | None]]:
 
 def tensors_of(params: dict, dtype: DTypeLike) -> dict[str, np.ndarray]:
     """The parameters of `Transformer`, by the names of `tensor_names`, in `dtype`; codebooks and their counts stay
-    float32, as they are wherever the model is computed."""
+    float32, as everywhere in the model."""
     leaves = {path: np.asarray(leaf) for path, leaf in _flat(params).items()}
     kinds = {path: np.float32 if _is_codebook(path) else dtype for path in leaves}
     return {
@@ -82,9 +82,9 @@ def tensors_of(params: dict, dtype: DTypeLike) -> dict[str, np.ndarray]:
 
 
 def params_of(tensors: dict[str, np.ndarray], abstract: dict, folder: epath.Path) -> dict:
-    """The parameters, NumPy arrays like `abstract`, of tensors that were read from `folder`.
+    """The parameters, NumPy arrays like `abstract`, made from tensors that were read from `folder`.
 
-    Raises UserError if a tensor is missing, of another shape, not finite, or not a parameter of the model.
+    Raises UserError if a tensor is missing, has another shape, is not finite, or is not a parameter of the model.
     """
     expected, flat = tensor_names(abstract), _flat(abstract)
     here = f"--from={folder}"
@@ -100,7 +100,7 @@ def params_of(tensors: dict[str, np.ndarray], abstract: dict, folder: epath.Path
         tensor, shape = tensors[name], flat[path].shape[layer is not None :]
         if tensor.shape != shape:
             raise UserError(
-                f"{here}: the tensor {name} has the shape {tensor.shape}, and {shape} by config.json; "
+                f"{here}: the tensor {name} has the shape {tensor.shape}, but {shape} by config.json; "
                 "give the file that belongs to this config.json"
             )
         if not np.all(np.isfinite(np.asarray(tensor, np.float32))):
@@ -116,10 +116,11 @@ def params_of(tensors: dict[str, np.ndarray], abstract: dict, folder: epath.Path
 def write_exported(
     folder: epath.Path, params: dict, settings: Settings, vocab: Vocab, origin: Origin, dtype: DTypeLike
 ) -> None:
-    """Writes all files of a folder, which appears at once; in a bucket, the weights come last and make it complete.
+    """Writes all files of a folder, which appears atomically; in a bucket, the weights are written last, so they mark
+    it as complete.
 
-    params: of `Transformer(settings.model)`, on the host. Raises UserError if the disk does not take them; then nothing
-    is left.
+    params: those of `Transformer(settings.model)`, on the host. Raises UserError if they can't be written; then nothing
+    is left behind.
     """
     about = dict(
         origin._asdict(),
@@ -138,13 +139,14 @@ def write_exported(
             return
         try:
             safetensors.numpy.save_file(content[0], draft / WEIGHTS, content[1])
-        except safetensors.SafetensorError as error:  # which an OSError becomes
+        except safetensors.SafetensorError as error:  # safetensors turns an OSError into this
             raise OSError(str(error)) from None
-        shutil.copymode(draft / "config.json", draft / WEIGHTS)  # safetensors lets nobody else read it
+        shutil.copymode(draft / "config.json", draft / WEIGHTS)  # safetensors makes it readable by nobody else
 
 
 def read_exported(folder: epath.Path) -> Exported:
-    """Reads a folder. Raises UserError if it is none, or damaged. Which tensors there should be is for `params_of`."""
+    """Reads a folder. Raises UserError if it is not an exported model, or is damaged. `params_of` checks the
+    tensors."""
     here = f"--from={folder}"
     try:
         data = (folder / WEIGHTS).read_bytes()
@@ -153,7 +155,7 @@ def read_exported(folder: epath.Path) -> Exported:
         about = json.loads(metadata.get(METADATA, "{}"))
         origin = Origin(about.get("step", 0), about.get("fingerprint", ""))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{here}: has no {WEIGHTS}; give a folder that --mode=export has made") from None
+        raise UserError(f"{here}: has no {WEIGHTS}; give a folder that --mode=export made") from None
     except OSError as error:
         raise UserError(f"{here}: {WEIGHTS} can't be read ({error.strerror or error})") from None
     except (safetensors.SafetensorError, ValueError, AttributeError) as error:
@@ -166,12 +168,13 @@ def read_exported(folder: epath.Path) -> Exported:
     vocab = kept_vocab(folder)
     if (expected := about.get("vocab", vocab.name)) != vocab.name:
         found = f"{vocab.file_name} is {vocab.name}" if vocab.file_name else "there is no vocab.model or vocab.json"
-        raise UserError(f"{here}: {found}, and the vocabulary of the model is {expected}; give the model's own file")
+        raise UserError(f"{here}: {found}, but the model's vocabulary is {expected}; give the model's own file")
     return Exported(tensors, vocab, origin)
 
 
 def _without_paths(settings: Settings, vocab: Vocab) -> Settings:
-    """Settings that mean the same on another machine, and for a run that begins with this model."""
+    """Settings without paths, so that they mean the same on another machine and in a run that begins with this
+    model."""
     data, none = settings.data, Settings()
     return dataclasses.replace(
         settings,
@@ -191,7 +194,7 @@ def _without_paths(settings: Settings, vocab: Vocab) -> Settings:
 
 
 def _flat(tree: dict) -> dict[tuple[str, ...], Any]:
-    """Its leaves, by their paths."""
+    """The leaves of a tree, by their paths."""
     return traverse_util.flatten_dict(tree)
 
 

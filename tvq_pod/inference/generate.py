@@ -1,10 +1,10 @@
-"""Samples from the model in this file's folder, with NumPy and safetensors alone.
+"""Samples from the model in this file's folder, with only NumPy and safetensors.
 
     python generate.py --prompt="It was" --length=400        or --tokens="76 119 35", for token ids in and out
 
-The model is a Transformer-VQ (arXiv 2309.16354). It reads one token at a time, and what it keeps of a document never
-grows: the last M + 1 tokens, and for each code the number of all older tokens and the mean of their values. So the
-millionth token takes the time and memory of the first. It computes in float32.
+The model is a Transformer-VQ (arXiv 2309.16354). It reads one token at a time, and its state never grows: it has the
+last M + 1 tokens, and for each code the number of all older tokens and the mean of their values. So the millionth token
+takes the time and memory of the first. It computes in float32.
 
 Letters: D model width, M window, S codes, Q query heads, H key heads, G = Q / H, K key width, V value width.
 """
@@ -22,11 +22,11 @@ FOLDER = pathlib.Path(__file__).resolve().parent
 
 
 def read_tensors(path: pathlib.Path) -> tuple[dict, dict]:
-    """Returns what the file says about the model, and its tensors by name, float32."""
+    """Returns the file's metadata about the model, and its tensors by name, in float32."""
     data, tensors = path.read_bytes(), {}
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     for name, tensor in safetensors.deserialize(data):
-        array, is_half = tensor["data"], tensor["dtype"] == "BF16"  # NumPy has no bfloat16: a float32's upper half
+        array, is_half = tensor["data"], tensor["dtype"] == "BF16"  # NumPy has no bfloat16, the upper half of a float32
         array = np.frombuffer(array, "<u2").astype("<u4") << 16 if is_half else array
         tensors[name] = np.frombuffer(array, np.float32).reshape(tensor["shape"])
     return json.loads(header["__metadata__"]["tvq_pod"]), tensors
@@ -64,24 +64,24 @@ class Model:
         config = json.loads((folder / "config.json").read_text())
         self.config, self.is_of_images = config["model"], config["data"]["format"] == "imagenet64"
         self.about, self.tensors = read_tensors(folder / "model.safetensors")
-        self.units = []  # two a layer: their weights
+        self.units = []  # the weights of all units, two per layer
         distances = sinusoids(np.arange(self.config["mem_len"] + 1), self.config["d_model"])
         for prefix in (f"layers.{n}.{unit}." for n in range(self.config["n_layer"]) for unit in ("unit0", "unit1")):
             w = {name.removeprefix(prefix): x for name, x in self.tensors.items() if name.startswith(prefix)}
-            if "w_r.kernel" in w:  # [H, M + 1, K]: what a key's distance adds to scores
+            if "w_r.kernel" in w:  # [H, M + 1, K]: what a key's distance adds to the scores
                 w["r"] = np.einsum("md,hkd->hmk", distances, w["w_r.kernel"]) * self.config["d_k"] ** -0.25
             self.units.append(w)
 
     def start(self) -> dict:
-        """The state of a document of which nothing was read. Each unit that attends has z and v, the last tokens' codes
-        and values, oldest first; the number and mean value of the rest, by code; and `before`, the last query."""
+        """The state of a document before its first token. Each attention unit has z and v, the last tokens' codes and
+        values, oldest first; the number and mean value of older tokens, by code; and `before`, the last query."""
         (n_head, n_code, d_k), d_v = self.tensors["layers.0.unit0.quantizer.codebook"].shape, self.config["d_v"]
         sizes = dict(v=[n_head, 0, d_v], count=[n_head, n_code], mean=[n_head, n_code, d_v], before=[n_head, d_k])
         zeros = {name: np.zeros(size, np.float32) for name, size in sizes.items()} | dict(z=np.zeros([n_head, 0], int))
         return dict(position=0, units=[{name: x.copy() for name, x in zeros.items()} for _ in self.units])
 
     def step(self, state: dict, token: int) -> np.ndarray:
-        """Reads one token: changes the state, and returns the logits of the token after it, float32 [n_vocab]."""
+        """Reads one token: updates the state, and returns the logits of the next token, float32 [n_vocab]."""
         config, tensors = self.config, self.tensors
         x = tensors["embedding"][token]  # [D]
         if config["pe_abs"]:
@@ -98,7 +98,7 @@ class Model:
         return x @ (tensors["embedding"].T if config["e_tie"] else tensors["w_out"]) * config["e_scale"]
 
     def attention(self, w: dict, h, kept: dict):
-        """What a unit with weights `w` adds to the residual stream, [D], from its normalized input h [D]."""
+        """The term that a unit with weights `w` adds to the residual stream, [D], from its normalized input h [D]."""
         config, codes = self.config, w["quantizer.codebook"]  # [H, S, K]
         q, k = w["w_q.kernel"] @ h, w["w_k.kernel"] @ h  # [Q or H, K]
         k = k + w.get("shift", 0.0) * kept["before"]
@@ -131,13 +131,13 @@ class Model:
 
     def generate(self, prompt: list[int], length: int, temperature: float, top_p: float, seed: int):
         """Yields at most `length` tokens of a document that begins with `prompt`, until it ends. They are drawn from
-        the likeliest tokens that have probability top_p together; with temperature 0, each is the likeliest."""
+        the likeliest tokens that together have probability top_p; with temperature 0, each is the likeliest."""
         rng, state, logits = np.random.default_rng(seed), self.start(), np.zeros(0)
         may_come = np.array([END_OF_DOC] * (not self.is_of_images) + [*range(N_SPECIAL, self.about["n_vocab"])])
         for token in (END_OF_DOC, *prompt):
             logits = self.step(state, token)
         for _ in range(length):
-            order = may_come[np.argsort(-logits[may_come], kind="stable")]  # the likeliest first
+            order = may_come[np.argsort(-logits[may_come], kind="stable")]  # likeliest first
             shares = softmax(logits[order].astype(float) / max(temperature, 1e-12))
             shares[np.cumsum(shares) - shares >= top_p] = 0.0
             token = int(rng.choice(order, p=shares / np.sum(shares)))
@@ -148,7 +148,7 @@ class Model:
 
 
 def text_functions(about: dict):
-    """Functions from text to token ids and back, by the package that the model's vocabulary needs."""
+    """Functions from text to token ids and back, from the package that the model's vocabulary needs."""
     kind, offset = about["vocab"].partition(":")[0], about["offset"]
     encode, decode = str.encode, lambda ids: bytes(ids).decode(errors="replace")  # bytes
     try:
@@ -174,8 +174,8 @@ def text_functions(about: dict):
 
 def main():
     parser = argparse.ArgumentParser(description="Samples from the model in this folder.")
-    parser.add_argument("--prompt", default="", help="what the sample continues")
-    parser.add_argument("--tokens", type=str.split, help="the same as token ids, with spaces; prints token ids, too")
+    parser.add_argument("--prompt", default="", help="text that the sample continues")
+    parser.add_argument("--tokens", type=str.split, help="a prompt of token ids, with spaces; prints token ids, too")
     for name, default in dict(length=400, temperature=1.0, top_p=0.95, seed=0).items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help="(%(default)s)")
     given, model = parser.parse_args(), Model(FOLDER)
@@ -186,14 +186,14 @@ def main():
         sys.exit(f"error: --tokens: {wrong[0]} is not a token id; the model has 0 to {n_vocab - 1}")
     if given.tokens is not None:
         print(*model.generate([*map(int, given.tokens)], given.length, *how))
-    elif model.is_of_images:  # a PPM file; an image is a document, so it has no prompt
+    elif model.is_of_images:  # a PPM file; an image is a complete document, so it has no prompt
         image = bytes(token - N_SPECIAL for token in model.generate([], 64 * 64 * 3, *how))
         sys.stdout.buffer.write(b"P6 64 64 255\n" + image)
     else:
         to_tokens, to_text = text_functions(model.about)
-        prompt = given.prompt.encode(errors="surrogateescape").decode(errors="replace")  # UTF-8, whatever was given
+        prompt = given.prompt.encode(errors="surrogateescape").decode(errors="replace")  # now valid UTF-8
         text = prompt + to_text(list(model.generate(to_tokens(prompt), given.length, *how)))
-        sys.stdout.buffer.write(f"{text}\n".encode(sys.stdout.encoding, errors="replace"))  # whatever the terminal has
+        sys.stdout.buffer.write(f"{text}\n".encode(sys.stdout.encoding, errors="replace"))  # in any encoding
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Documents that hide an answer in unrelated text and ask for it at the end, as long as wanted, for any vocabulary.
+"""Documents that hide an answer in unrelated text and ask for it at the end, of any length, for any vocabulary.
 
-`passkey` is the task of Mohtashami and Jaggi (Landmark Attention, arXiv 2305.16300): one number in sentences that are
-repeated. `needle` is retrieval with several keys as in RULER (Hsieh et al., arXiv 2404.06654): four numbers, each with
-a word, in sentences that all differ, and one of the words is asked for. `pair` is a key and its value in the words of
-the generated corpus `passkey` (data/recall.py), for models that were trained on that and have read no English.
+`passkey` is the task of Mohtashami and Jaggi (Landmark Attention, arXiv 2305.16300): one number among repeated
+sentences. `needle` is retrieval with several keys as in RULER (Hsieh et al., arXiv 2404.06654): four numbers, each with
+a word, among sentences that all differ, and a question about one of the words. `pair` is a key and its value in the
+words of the generated corpus `passkey` (data/recall.py), for models that were trained on that corpus and have read no
+English.
 
 A document depends on its kind, seed, length, depth and number alone: the random numbers are those of data/recall.py.
 """
@@ -20,10 +21,11 @@ from tvq_pod.data.vocab import UNKNOWN, Vocab, pieces
 from tvq_pod.errors import UserError
 from tvq_pod.parallel.deadlines import still_working
 
-# The loss in nats of each token of documents, int32 [n] each, and whether it is the likeliest: see BatchedModel.score.
+# For documents, int32 [n] each, returns the loss in nats of each token and whether it is the likeliest: see
+# BatchedModel.score.
 Score = Callable[[Sequence[np.ndarray]], list[tuple[np.ndarray, np.ndarray]]]
 
-N_OTHERS = 3  # numbers of other words in a document of `needle`
+N_OTHERS = 3  # other words with numbers in a document of `needle`
 REPEATED = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 NOUNS = (
     *("river", "garden", "window", "teacher", "letter", "market", "mountain", "kitchen", "sailor", "winter"),
@@ -53,9 +55,9 @@ ASKED = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Haystack:
-    """A text with something hidden in it. filler: texts without end, of which as many are taken as have room. hidden:
-    depths from 0 to 1, and what stands there. question: ends the text; answer: what follows it. n_answers: answers that
-    are equally likely if nothing is remembered. n_named: answers that the text names."""
+    """A text with something hidden in it. filler: endless texts, of which as many are taken as fit. hidden: depths from
+    0 to 1, and the text there. question: the end of the text; answer: what follows it. n_answers: the number of answers
+    that are equally likely if nothing is remembered. n_named: the number of answers that the text names."""
 
     before: str
     filler: Iterator[str]
@@ -67,8 +69,8 @@ class Haystack:
 
 
 def haystack(kind: str, seed: int, length: int, depth: float, number: int, data: DataSettings) -> Haystack:
-    """A text of `kind`, one of RETRIEVAL in config/suites.py. length, of tokens, and number: only tell documents apart.
-    data: for `pair`."""
+    """Makes a text of `kind`, one of RETRIEVAL in config/suites.py. length, in tokens, and number only distinguish
+    documents. data: the settings for `pair`."""
     draws = Draws(f"{kind} {seed} {length} {depth:.6f} {number}")
     if kind == "passkey":
         key = 10_000 + draws.below(90_000)
@@ -110,16 +112,16 @@ def _sentences(draws: Draws) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Asked:
-    """A document: tokens int32 [n], which end with those of the answer, n_answer of them."""
+    """A document: tokens int32 [n], which end with the n_answer tokens of the answer."""
 
     tokens: np.ndarray
     n_answer: int
 
 
 def asked(text: Haystack, length: int, vocab: Vocab) -> Asked:
-    """The text with as much filler as it has room for in `length` tokens, the answer included. The answer's tokens are
-    those in which the text with it differs from the text without. Raises UserError if the vocabulary can't encode the
-    answer, or the text has no room without filler."""
+    """The text with as much filler as fits into `length` tokens, including the answer. The answer's tokens are those in
+    which the texts with and without it differ. Raises UserError if the vocabulary can't encode the answer, or the text
+    does not fit even without filler."""
     still_working()
     filler: list[str] = []
 
@@ -141,13 +143,13 @@ def asked(text: Haystack, length: int, vocab: Vocab) -> Asked:
     differs = np.flatnonzero(without[: len(tokens)] != tokens[: len(without)])
     n_before = int(differs[0]) if len(differs) else min(len(without), len(tokens))
     if n_before == len(tokens) or np.any(tokens[n_before:] == UNKNOWN):
-        raise UserError(f"--suite: the vocabulary {vocab.name} can't encode {text.answer!r}, which is asked for")
+        raise UserError(f"--suite: the vocabulary {vocab.name} can't encode the answer {text.answer!r}")
     return Asked(tokens, len(tokens) - n_before)
 
 
 def _most(length_of: Callable[[int], int], most: int) -> int | None:
-    """The largest n with length_of(n) <= most, by steps of regula falsi: length_of grows nearly evenly. None: there is
-    no such n, or no largest one."""
+    """The largest n with length_of(n) <= most, found by regula falsi, since length_of grows nearly linearly. None if
+    there is no such n, or no largest one."""
     low, length, high = 0, length_of(0), None
     slope = (length_of(16) - length) / 16
     if length > most or slope <= 0:
@@ -163,6 +165,6 @@ def _most(length_of: Callable[[int], int], most: int) -> int | None:
 
 
 def encoded_text(text: str, vocab: Vocab) -> np.ndarray:
-    """Token ids, int32 [n], of a text of any length."""
+    """The token ids, int32 [n], of a text of any length."""
     parts = [vocab.encode(piece) for piece in pieces(text.encode(), vocab)]
     return np.concatenate(parts).astype(np.int32)

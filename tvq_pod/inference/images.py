@@ -1,4 +1,4 @@
-"""Samples of a model of images: 12,288 bytes each, pixel by pixel, as PNG files and a contact sheet of all."""
+"""Samples of an image model: 12,288 bytes each, pixel by pixel, as PNG files and a contact sheet."""
 
 import numpy as np
 from etils import epath
@@ -11,7 +11,7 @@ from tvq_pod.inference.sampler import Sampler, Sampling
 from tvq_pod.nn.types import TransformerConfig
 from tvq_pod.parallel.deadlines import still_working
 
-GAP = 2  # pixels between images of a sheet
+GAP = 2  # pixels between the images of a sheet
 
 
 def are_images(settings: Settings) -> bool:
@@ -20,13 +20,13 @@ def are_images(settings: Settings) -> bool:
 
 
 def check_packages(settings: Settings) -> None:
-    """Raises UserError if images are to be drawn and can't be written."""
+    """Raises UserError if samples are images and the package that writes them is missing."""
     if are_images(settings) and settings.sample.length:
         require("PIL", "config.data.format=imagenet64: writing samples as PNG")
 
 
 def draw_images(params: dict, config: TransformerConfig, settings: SampleSettings, devices: list) -> np.ndarray:
-    """`settings.count` images, uint8 [count, 64, 64, 3], each from an empty document, drawn side by side."""
+    """Draws `settings.count` images side by side, uint8 [count, 64, 64, 3], each from an empty document."""
     ids = np.arange(config.n_vocab)
     is_byte = (ids >= N_SPECIAL) & (ids < N_SPECIAL + 256)
     length = int(np.prod(IMAGE_SHAPE))
@@ -44,7 +44,7 @@ def draw_images(params: dict, config: TransformerConfig, settings: SampleSetting
 
 
 def sheet(images: np.ndarray) -> np.ndarray:
-    """Images [n, height, width, 3] side by side, as near to a square as can be: uint8 [height, width, 3]."""
+    """Arranges images [n, height, width, 3] as nearly in a square as possible: uint8 [height, width, 3]."""
     n, height, width, _ = images.shape
     columns = int(np.ceil(np.sqrt(n)))
     whole = np.full([-(-n // columns) * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3], 255, np.uint8)
@@ -55,7 +55,7 @@ def sheet(images: np.ndarray) -> np.ndarray:
 
 
 def write_samples(images: np.ndarray, workdir: epath.Path, step: int) -> None:
-    """Keeps images as WORKDIR/samples/step_STEP_NUMBER.png and, together, step_STEP.png."""
+    """Writes images as WORKDIR/samples/step_STEP_NUMBER.png and, together, step_STEP.png."""
     from PIL import Image
 
     folder = workdir / "samples"

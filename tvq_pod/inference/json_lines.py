@@ -1,4 +1,4 @@
-"""Samples as JSON lines: many prompts, of which each has its line as soon as all lines before it are known."""
+"""Samples as JSON lines, for many prompts: each line is written as soon as all lines before it are known."""
 
 import dataclasses
 import json
@@ -24,12 +24,12 @@ def sampled_lines(
     devices: list,
 ) -> Iterator[str]:
     """Continues each prompt `settings.count` times; yields a JSON object for each sample, in the order of the prompts.
-    Processes of a job must call it alike.
+    All processes of a job must call it with the same arguments.
 
-    It has `index`, of the prompt, and `sample`, from 0; the fields of the prompt; `text` and `tokens`, what was drawn,
-    without and with the stop string that ended it; `ended_by`; and with settings.logprobs, `logprobs` of the tokens, in
-    nats. Raises UserError, before anything is compiled, if a prompt must be text and is not, and if the vocabulary
-    can't encode a stop string.
+    It has `index`, the prompt's index, and `sample`, which counts from 0; the fields of the prompt; `text` and
+    `tokens`, the sample without and with the stop string that ended it; `ended_by`; and with settings.logprobs,
+    `logprobs` of the tokens, in nats. Raises UserError, before anything is compiled, if a prompt must be text and is
+    not, or if the vocabulary can't encode a stop string.
     """
     stops = encodable_stops(settings.stop, vocab)
     tokens, requests, texts = [encoded(prompt.text, vocab) for prompt in prompts], [], []

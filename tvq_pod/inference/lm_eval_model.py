@@ -1,6 +1,6 @@
-"""A model as lm-evaluation-harness sees it, and how several processes answer what the harness asks of process 0.
+"""The model's interface to lm-evaluation-harness, and how several processes answer its requests to process 0.
 
-The harness runs on process 0 alone. The others wait for its requests, `serve`, and compute their part of each.
+The harness runs on process 0 alone. The others wait for its requests in `serve`, and compute their part of each.
 """
 
 import json
@@ -20,9 +20,9 @@ from tvq_pod.inference.batched import BatchedModel
 from tvq_pod.parallel.deadlines import still_working, waiting
 from tvq_pod.parallel.processes import bytes_from_process_zero
 
-MAX_GEN_TOKS = 256  # of a task that does not say how many; the harness' own default for Hugging Face models
+MAX_GEN_TOKS = 256  # for tasks that give no number; the harness's own default for Hugging Face models
 HONORED = {"until", "do_sample", "max_gen_toks", "temperature", "top_p"}
-WITHOUT_EFFECT = {"top_k", "min_p"}  # where the likeliest token is taken
+WITHOUT_EFFECT = {"top_k", "min_p"}  # if the likeliest token is taken
 
 
 class SharedModel:
@@ -32,22 +32,22 @@ class SharedModel:
         self._model = model
 
     def score(self, documents: Sequence[np.ndarray], *, with_hits: bool) -> list[tuple[np.ndarray, np.ndarray]]:
-        """See BatchedModel. For process 0."""
+        """See BatchedModel. Call it on process 0."""
         self._tell("score", documents, with_hits=with_hits)
         return self._model.score(documents, with_hits=with_hits)
 
     def continue_until(self, prompts: Sequence[np.ndarray], **how) -> list[str]:
-        """See BatchedModel. For process 0. Raises UserError if a sampler can't see the full context."""
+        """See BatchedModel. Call it on process 0. Raises UserError if a sampler can't see the full context."""
         self._model.check_continues()
         self._tell("continue_until", prompts, **how)
         return self._model.continue_until(prompts, **how)
 
     def end(self) -> None:
-        """Ends the others' `serve`. For process 0."""
+        """Ends `serve` on the other processes. Call it on process 0."""
         bytes_from_process_zero(b"")
 
     def serve(self) -> None:
-        """Computes with process 0 until it calls `end`. For all other processes."""
+        """Computes with process 0 until that calls `end`. Call it on all other processes."""
         while message := self._next():
             header, _, content = message.partition(b"\n")
             method, lengths, how = json.loads(header)
@@ -67,11 +67,11 @@ class SharedModel:
 
 
 class HarnessModel(TemplateLM):
-    """Answers the harness' requests. A document has no longest length, and none is cut unless max_length says so."""
+    """Answers the harness's requests. Documents may have any length, and are truncated only to max_length."""
 
     def __init__(self, model: SharedModel, vocab: Vocab, max_length: int | None, described: dict):
-        """max_length: tokens that are read before and with what is predicted, at most; earlier ones are left out, as if
-        the document began later. described: what the results file says of the model."""
+        """max_length: the most tokens that are read, predicted ones included; earlier ones are left out, as if the
+        document began later. described: the description of the model in the results file."""
         super().__init__()
         self._model, self._vocab, self._max_length, self._described = model, vocab, max_length, described
 
@@ -80,13 +80,14 @@ class HarnessModel(TemplateLM):
         return END_OF_DOC
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Token ids. There are no special tokens to add: every document begins alike, see `read_row`."""
+        """Returns token ids. There are no special tokens to add: every document begins in the same way, see
+        `read_row`."""
         still_working()
         parts = [self._vocab.encode(piece) for piece in pieces(string.encode(errors="replace"), self._vocab)]
         return np.concatenate(parts).tolist()
 
     def get_model_info(self) -> dict:
-        """What the results file says of the model."""
+        """The description of the model in the results file."""
         return self._described
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -111,13 +112,13 @@ class HarnessModel(TemplateLM):
         return found
 
     def _document(self, context: list[int], continuation: list[int]) -> np.ndarray:
-        begins = int(context[:1] == [END_OF_DOC])  # the harness' prefix, which every document has
+        begins = int(context[:1] == [END_OF_DOC])  # the harness's prefix, which every document has
         tokens = [*context[begins:], *continuation]
         return np.array(tokens[-self._max_length :] if self._max_length else tokens, np.int32)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """The log-probability of each text, in nats, each token given all before it, or with max_length in the harness'
-        disjoint windows of so many tokens."""
+        """The log-probability of each text, in nats: of each token given all tokens before it or, with max_length, in
+        the harness's disjoint windows of that many tokens."""
         windows, owners = [], []
         for owner, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
@@ -135,7 +136,7 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """The text that continues each context, up to the first of the request's stop strings. Raises UserError for a
-        request that asks for what the sampler does not do."""
+        request that the sampler does not support."""
         pairs = [cast(tuple[str, dict], request.args) for request in requests]
         asked = [self._asked(gen_kwargs) for _, gen_kwargs in pairs]
         texts = [""] * len(requests)
@@ -152,7 +153,7 @@ class HarnessModel(TemplateLM):
 
     @staticmethod
     def _asked(gen_kwargs: dict) -> tuple[tuple[str, ...], int, float, float]:
-        """Stop strings, most new tokens, temperature and top_p of a request."""
+        """The stop strings, the most new tokens, temperature and top_p of a request."""
         try:
             given: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, MAX_GEN_TOKS))
             temperature = float(given.get("temperature", 1.0)) if given["do_sample"] else 0.0

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: from their names to loaded tasks, and from a model to results."""
+"""Loads tasks of lm-evaluation-harness by name, and evaluates a model on them."""
 
 import contextlib
 import difflib
@@ -18,7 +18,7 @@ from lm_eval.utils import handle_non_serializable, make_table
 from tvq_pod.errors import UserError
 from tvq_pod.inference.lm_eval_model import HarnessModel
 
-BOOTSTRAP_ITERS = 1000  # resamples for a standard error that has no formula; the harness' 100,000 take minutes
+BOOTSTRAP_ITERS = 1000  # resamples for a standard error without a formula; the harness's 100,000 take minutes
 YAML = (".yaml", ".yml")
 
 
@@ -26,9 +26,9 @@ class Tasks:
     """Tasks and groups of tasks, with their data."""
 
     def __init__(self, names: Sequence[str]):
-        """names: of tasks, groups or tags of the harness, patterns (`mmlu_*`), or YAML files in the harness' format.
+        """names: tasks, groups or tags of the harness, patterns (`mmlu_*`), or YAML files in the harness's format.
 
-        Raises UserError for a name that does not exist, and for a task that can't be loaded.
+        Raises UserError for a name that does not exist or a task that can't be loaded.
         """
         files = [name for name in names if name.endswith(YAML)]
         for name in files:
@@ -38,12 +38,12 @@ class Tasks:
             needs_index = _needs_index(names)
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--tasks={','.join(names)}: can't be read ({error})") from None
-        self._manager = TaskManager(include_defaults=needs_index)  # which takes seconds
+        self._manager = TaskManager(include_defaults=needs_index)  # takes seconds
         wanted = [found for name in names for found in ([name] if name in files else self._named(name))]
         try:
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
                 loaded = self._manager.load(wanted)
-        except Exception as error:  # of a file, a data set or the network: anything
+        except Exception as error:  # any error of a file, a dataset or the network
             what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise UserError(f"--tasks={','.join(names)}: can't be loaded ({what})") from error
         groups = loaded.get("groups", {})
@@ -60,9 +60,9 @@ class Tasks:
         raise UserError(f"--tasks={name}: is not a task of lm-evaluation-harness; {meant}")
 
     def evaluate(self, model: HarnessModel, num_fewshot: int | None, limit: int | None) -> "Results":
-        """num_fewshot: examples before each question; None as each task says. limit: documents of each task, at most;
-        None takes all. Raises what the model's methods raise."""
-        os.environ["DISABLE_MULTIPROC"] = "1"  # or the harness would fork, which may hang a process that runs jax
+        """Evaluates the model. num_fewshot: examples before each question; None: as each task says. limit: the most
+        documents of each task; None: all. Raises what the model's methods raise."""
+        os.environ["DISABLE_MULTIPROC"] = "1"  # otherwise the harness forks, which may hang a process that runs jax
         with contextlib.redirect_stdout(sys.stderr):
             results = simple_evaluate(
                 model=model,
@@ -78,21 +78,21 @@ class Tasks:
 
 
 class Results:
-    """What the harness found."""
+    """The results of the harness."""
 
     def __init__(self, found: dict):
         self._found = found
 
     def json(self) -> str:
-        """The results file, in the harness' own format."""
+        """The results file, in the harness's own format."""
         return json.dumps(self._found, indent=2, default=handle_non_serializable, ensure_ascii=False)
 
     def line(self) -> dict:
-        """Scores by task or group, for one line."""
+        """The scores by task or group, for one line."""
         return json.loads(json.dumps(self._found["results"], default=handle_non_serializable))
 
     def tables(self) -> list[str]:
-        """The harness' tables, line by line."""
+        """The harness's tables, line by line."""
         tables = [make_table(self._found)]
         if self._found.get("groups"):
             tables.append(make_table(self._found, "groups"))
@@ -104,5 +104,5 @@ def _name(part: Task | Group) -> str:
 
 
 def _needs_index(names: Sequence[str]) -> bool:
-    """Whether tasks must be found by name: given so, or in a file of a group."""
+    """Whether tasks must be found by name: names on the command line, or in the file of a group."""
     return any(not name.endswith(YAML) or "\ngroup:" in f"\n{pathlib.Path(name).read_text()}" for name in names)

@@ -1,4 +1,4 @@
-"""A trained model in somebody else's program: what `tvq_pod.load` returns. docs/export.md has an example."""
+"""A trained model for use in other programs: what `tvq_pod.load` returns. docs/export.md has an example."""
 
 import dataclasses
 import functools
@@ -31,12 +31,12 @@ from tvq_pod.training.step import abstract_train_state
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model of one checkpoint.
+    """The model of one checkpoint.
 
-    settings: the run's, with a mesh of this process's devices. step: the checkpoint's. model: a flax module; its
-    config is a TransformerConfig. params: its parameters, spread over the devices, so that
-    `model.apply({"params": params}, state, inputs, doc_ids)` computes logits (see nn/model.py). vocab: text to token
-    ids and back (see data/vocab.py). mesh: of the devices.
+    settings: the run's, with a mesh of this process's devices. step: the checkpoint's. model: a flax module; its config
+    is a TransformerConfig. params: its parameters, sharded over the devices, so that `model.apply({"params": params},
+    state, inputs, doc_ids)` computes logits (see nn/model.py). vocab: turns text into token ids and back (see
+    data/vocab.py). mesh: the devices' mesh.
     """
 
     settings: Settings
@@ -49,14 +49,15 @@ class LoadedModel:
     def score(self, texts: Sequence[str | bytes], *, with_end: bool = False) -> list[np.ndarray]:
         """The log-probability of every token of each text, in nats, float32 [n] for a text of n tokens.
 
-        Each text is a document, and a token is predicted from all tokens before it, however many these are. with_end:
-        the end of the document comes last, as one more token. Raises UserError for bytes that are not UTF-8, where the
-        vocabulary takes text only, and for one text in place of several.
+        Each text is a document, and a token is predicted from all tokens before it, however many there are. with_end:
+        the end of the document is scored as one more token. Raises UserError for bytes that are not UTF-8 if the
+        vocabulary takes only text, and for a single text instead of a list.
         """
         return self.score_tokens([self._tokens(text) for text in _several(texts)], with_end=with_end)
 
     def score_tokens(self, documents: Sequence[np.ndarray], *, with_end: bool = False) -> list[np.ndarray]:
-        """`score`, of documents that are token ids, integers [n]. Raises UserError for what is not a token id."""
+        """Like `score`, for documents that are token ids, integers [n]. Raises UserError for a number that is not a
+        token id."""
         end = np.full([int(with_end)], END_OF_DOC, np.int32)
         targets = [np.concatenate([self._ids(document), end]) for document in documents]
         return [-nats for nats, _ in self._batched.score(targets, with_hits=False)]
@@ -75,10 +76,10 @@ class LoadedModel:
     ) -> list[str]:
         """Continues documents that begin with `prompts`, all side by side; returns the new text of each.
 
-        length: most tokens of each, which ends earlier where the document does. temperature: 0 takes the likeliest
-        token. top_p: draws from the likeliest tokens that have this probability together. top_k, min_p and
-        repetition_penalty: see draw.py. What is not given is as in config.sample of the run. Raises what `score`
-        raises, and UserError for what config.sample can't be.
+        length: the most tokens of each, which ends earlier if the document does. temperature: 0 takes the likeliest
+        token. top_p: draws from the likeliest tokens that together have this probability. top_k, min_p and
+        repetition_penalty: see draw.py. The defaults are those of the run's config.sample. Raises what `score` raises,
+        and UserError for values that config.sample does not allow.
         """
         tokens = [self._tokens(prompt) for prompt in _several(prompts)]
         drawn = self.generate_tokens(
@@ -105,8 +106,8 @@ class LoadedModel:
         min_p: float | None = None,
         repetition_penalty: float | None = None,
     ) -> list[np.ndarray]:
-        """`generate`, of prompts that are token ids, integers [n]; returns the new ones, int32 [m] each. Raises what
-        `generate` raises, and UserError for what is not a token id."""
+        """Like `generate`, for prompts that are token ids, integers [n]; returns the new ones, int32 [m] each. Raises
+        what `generate` raises, and UserError for a number that is not a token id."""
         given = dict(length=length, temperature=temperature, top_p=top_p, seed=seed)
         given |= dict(top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty)
         how = dataclasses.replace(self.settings.sample, **{n: value for n, value in given.items() if value is not None})
@@ -122,7 +123,7 @@ class LoadedModel:
         return encoded(text.encode() if isinstance(text, str) else text, self.vocab)
 
     def _ids(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Token ids, int32 [n]."""
+        """Checks token ids, and returns them as int32 [n]."""
         ids, n_vocab = np.asarray(tokens), self.vocab.n_vocab
         wrong = ids if ids.dtype.kind not in "iu" else ids[(ids < 0) | (ids >= n_vocab)]
         if wrong.size:
@@ -135,7 +136,7 @@ class LoadedModel:
 
     @functools.cached_property
     def _samplers(self) -> dict:
-        """Those that were compiled before."""
+        """The samplers that were compiled before."""
         return {}
 
     def _sampler(self, n_rows: int, how: SampleSettings) -> Sampler:
@@ -147,14 +148,14 @@ class LoadedModel:
 
 
 def _several(texts: Sequence[str | bytes]) -> Sequence[str | bytes]:
-    """Texts. Raises UserError for one text, which is a sequence of texts, too: its characters."""
+    """Returns the texts. Raises UserError for a single text, which is also a sequence of texts: its characters."""
     if isinstance(texts, str | bytes):
         raise UserError(f"texts={texts[:40]!r}: is one text; give a list of texts")
     return texts
 
 
 def _check(how: SampleSettings) -> None:
-    """Raises UserError for a value that config.sample can't have."""
+    """Raises UserError for a value that config.sample does not allow."""
     for name, hint in typing.get_type_hints(SampleSettings, include_extras=True).items():
         if wanted := must_be(hint, value := getattr(how, name)):
             raise UserError(f"{name}={value}: must be {wanted}")
@@ -163,7 +164,7 @@ def _check(how: SampleSettings) -> None:
 def load_run(workdir: str | os.PathLike[str], step: int | None) -> LoadedModel:
     """See `tvq_pod.load`."""
     settings = resolve(read_run_config(workdir))
-    # What the run's own machines were like, and whether it looks at the cache when it evaluates, is of no account.
+    # The run's own machines, and whether its evaluations use the cache, don't matter here.
     evaluation = EvalSettings(weights=settings.eval.weights)
     settings = dataclasses.replace(settings, mesh=MeshSettings(fsdp=settings.mesh.fsdp), eval=evaluation)
     workdir, mesh = epath.Path(workdir), make_mesh(settings.mesh, jax.local_devices())

@@ -1,4 +1,4 @@
-"""A run's checkpoint, found and checked, and then its model over all devices: for modes that ask a model of text."""
+"""A run's checkpoint, found and checked, and its model on all devices, for modes that evaluate a text model."""
 
 import dataclasses
 import functools
@@ -20,13 +20,14 @@ from tvq_pod.training.step import abstract_train_state
 
 
 class OpenedRun:
-    """Attributes: step, of the checkpoint; checkpoints, to be closed; vocab; weights, ema or raw."""
+    """An opened run. Attributes: step, the checkpoint's; checkpoints, which must be closed; vocab; weights, ema or
+    raw."""
 
     def __init__(self, settings: Settings, workdir: epath.Path, step: int | None, what: str):
-        """what: the flag that asks for text, as --mode=lm_eval. Raises UserError for a model of images, and for a
-        checkpoint that is not there or is not of the settings' model."""
+        """what: the flag that needs text, for example --mode=lm_eval. Raises UserError for an image model, and for a
+        checkpoint that does not exist or does not belong to the settings' model."""
         if images.are_images(settings):
-            raise UserError(f"config.data.format=imagenet64: {what} is for models of text")
+            raise UserError(f"config.data.format=imagenet64: {what} is for text models")
         self._settings = settings
         self.checkpoints = CheckpointReader(workdir, settings.checkpoint.restore_timeout_seconds)
         self.step = self.checkpoints.pick(step)

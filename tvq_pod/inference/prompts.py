@@ -1,4 +1,4 @@
-"""Prompts, of the command line, of a text file, or of JSON lines."""
+"""Prompts from the command line, a text file, or JSON lines."""
 
 import dataclasses
 import json
@@ -7,32 +7,32 @@ from typing import Any
 
 from tvq_pod.errors import UserError
 
-RESULT = ("index", "sample", "text", "tokens", "ended_by", "logprobs")  # what a line of a sample has besides
+RESULT = ("index", "sample", "text", "tokens", "ended_by", "logprobs")  # fields that a sample's line adds
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What a document begins with: text, in bytes; and the fields of its line, with the prompt itself."""
+    """The beginning of a document: its text, in bytes; and the fields of its line, including the prompt itself."""
 
     text: bytes
     fields: dict[str, Any]
 
 
 def given_prompt(text: bytes) -> Prompt:
-    """A prompt that is not of JSON lines. Bytes that are not UTF-8 become U+FFFD in its fields."""
+    """Makes a prompt that does not come from JSON lines. Bytes that are not UTF-8 become U+FFFD in its fields."""
     return Prompt(text, dict(prompt=text.decode("utf-8", errors="replace")))
 
 
 def is_json_lines(path: str | None) -> bool:
-    """Whether a file's name says that it has JSON lines."""
+    """Whether a file has JSON lines, by its name."""
     return path is not None and path.lower().endswith(".jsonl")
 
 
 def read_prompts(path: str) -> list[Prompt]:
-    """The prompts of a file: of FILE.jsonl, one of each line that is not blank; of any other file, its text.
+    """Reads the prompts of a file: one from each line of FILE.jsonl that is not blank; from any other file, its text.
 
-    Raises UserError if the file can't be read, and if a line is not a JSON object with a prompt that is text, or has a
-    field of RESULT.
+    Raises UserError if the file can't be read, or if a line is not a JSON object with a text prompt, or has a field of
+    RESULT.
     """
     here = f"--prompt_file={path}"
     try:
@@ -51,11 +51,11 @@ def read_prompts(path: str) -> list[Prompt]:
 def _prompt_of(line: bytes, here: str) -> Prompt:
     try:
         fields = json.loads(line)
-        json.dumps(fields, allow_nan=False)  # it is written again, and Python reads NaN, which is not JSON
+        json.dumps(fields, allow_nan=False)  # it will be written again, and Python reads NaN, which is not JSON
     except (ValueError, RecursionError) as error:
         raise UserError(f'{here} is not JSON ({error}); each must be an object, as {{"prompt": "..."}}') from None
     if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
-        raise UserError(f'{here} has no prompt that is text; each must be an object, as {{"prompt": "..."}}')
+        raise UserError(f'{here} has no text prompt; each must be an object, as {{"prompt": "..."}}')
     if taken := [name for name in RESULT if name in fields]:
         raise UserError(f"{here} has the field {taken[0]}, which the result has, too; rename it")
     try:
@@ -65,10 +65,10 @@ def _prompt_of(line: bytes, here: str) -> Prompt:
 
 
 def to_json(prompts: list[Prompt]) -> str:
-    """Prompts as text, for other processes."""
+    """Encodes prompts as text, for other processes."""
     return json.dumps([[prompt.text.decode("latin-1"), prompt.fields] for prompt in prompts])
 
 
 def from_json(text: str) -> list[Prompt]:
-    """What `to_json` had."""
+    """Decodes the prompts in a text of `to_json`."""
     return [Prompt(prompt.encode("latin-1"), fields) for prompt, fields in json.loads(text)]

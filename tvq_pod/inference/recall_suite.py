@@ -1,7 +1,7 @@
-"""Recall by distance of any run: the generated corpus `recall`, in the tokens of the run's vocabulary.
+"""Recall by distance for any run: the generated corpus `recall`, in the tokens of the run's vocabulary.
 
-Each key and each value is encoded by itself, so that none of a document's tokens has parts of two of them. In the byte
-vocabulary these are the very documents of data/recall.py. A value is a hit if each of its tokens is the likeliest.
+Each key and each value is encoded by itself, so that no token has parts of two of them. In the byte vocabulary these
+are exactly the documents of data/recall.py. A value is a hit if each of its tokens is the likeliest.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ SPLIT = "test"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RecallDocument:
-    """tokens: int32 [n]. begins, ends: of values whose keys were seen before, int64 [m] each, places in tokens.
-    distances: tokens since the value of the key was last seen, int64 [m]."""
+    """tokens: int32 [n]. begins, ends: the positions in tokens of values whose keys were seen before, int64 [m] each.
+    distances: tokens since the key's value was last seen, int64 [m]."""
 
     tokens: np.ndarray
     begins: np.ndarray
@@ -31,9 +31,9 @@ class RecallDocument:
 
 
 def measure_recall(score: Score, vocab: Vocab, settings: Settings) -> Recall:
-    """Measures recall over config.eval.suite_trials documents of at most config.eval.suite_longest tokens;
-    config.data.recall_* are those of the documents. All processes of a job must call it alike. Raises UserError if the
-    vocabulary can't encode keys and values."""
+    """Measures recall over config.eval.suite_trials documents of at most config.eval.suite_longest tokens, made with
+    the settings config.data.recall_*. All processes of a job must call it with the same arguments. Raises UserError if
+    the vocabulary can't encode keys and values."""
     documents = recall_documents(vocab, settings)
     sums, bounds = np.zeros([3, len(NAMES)]), np.array(WINDOWS) * settings.model.mem_len
     scores = score([document.tokens for document in documents])
@@ -58,8 +58,8 @@ def recall_documents(vocab: Vocab, settings: Settings) -> list[RecallDocument]:
     n_pairs = longest // (max(map(len, keys.values())) + max(map(len, values.values())))
     if n_pairs <= data.recall_pairs:
         raise UserError(
-            f"config.eval.suite_longest={longest}: has room for {n_pairs} pairs, and no more than the table of "
-            f"config.data.recall_pairs={data.recall_pairs}; give more, or fewer pairs"
+            f"config.eval.suite_longest={longest}: has room for {n_pairs} pairs, which is no more than the table of "
+            f"config.data.recall_pairs={data.recall_pairs}; give a greater length, or fewer pairs"
         )
     n_bytes, trials = n_pairs * (key_bytes + 1), settings.eval.suite_trials
     sized = dataclasses.replace(data, recall_documents=0, recall_held_out=trials, recall_bytes=n_bytes)
@@ -68,7 +68,7 @@ def recall_documents(vocab: Vocab, settings: Settings) -> list[RecallDocument]:
 
 
 def _document(text: bytes, key_bytes: int, keys: dict[bytes, list[int]], values: dict[bytes, list[int]]):
-    """text: pairs, end to end."""
+    """Encodes a document. text: pairs, end to end."""
     tokens, seen, found = [], {}, []
     for at in range(0, len(text), key_bytes + 1):
         key, value = text[at : at + key_bytes], text[at + key_bytes : at + key_bytes + 1]
@@ -82,12 +82,12 @@ def _document(text: bytes, key_bytes: int, keys: dict[bytes, list[int]], values:
 
 
 def _encoded(parts: list[bytes], vocab: Vocab) -> dict[bytes, list[int]]:
-    """The tokens of each. Raises UserError if there are none, unknown ones, or the same for two."""
+    """The tokens of each part. Raises UserError if a part has no tokens, unknown ones, or the same as another part."""
     found = {part: encoded_text(part.decode(), vocab).tolist() for part in parts}
     for part, tokens in found.items():
         if not tokens or UNKNOWN in tokens:
             raise UserError(f"--suite=recall: the vocabulary {vocab.name} can't encode {part.decode()!r}")
         if others := [other for other, same in found.items() if other != part and same == tokens]:
             names = f"{part.decode()!r} from {others[0].decode()!r}"
-            raise UserError(f"--suite=recall: the vocabulary {vocab.name} can't tell {names}")
+            raise UserError(f"--suite=recall: the vocabulary {vocab.name} can't distinguish {names}")
     return found

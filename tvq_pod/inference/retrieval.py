@@ -1,9 +1,9 @@
-"""Retrieval by length and depth: how often a model names what a long document hides, as a table, tab-separated values
-and a heat map.
+"""Retrieval by length and depth: how often a model gives the answer that a long document hides, as a table,
+tab-separated values and a heat map.
 
-A document counts as answered if each token of the answer is the likeliest, given the document and the answer's tokens
-before it. That is exactly when greedy generation would answer: it takes the likeliest token at each step, so by
-induction it has drawn the same tokens before, and reads what the evaluation reads.
+A document counts as answered if each token of the answer is the likeliest, given the document and the answer's earlier
+tokens. This is equivalent to greedy generation giving the answer: it takes the likeliest token at each step, so by
+induction it has drawn the same earlier tokens, and reads what the evaluation reads.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ SHORTEST = 512  # tokens
 
 @dataclasses.dataclass(frozen=True)
 class Retrieval:
-    """By depth and length [n_depths, n_lengths]: answered, the share of documents whose answer was named; accuracy, of
-    the answer's tokens; nats, the loss of a complete answer. trials: documents of each. chance: what answered is if an
-    answer is guessed, chance_of_token: the same for accuracy, n_answers: answers that are equally likely then, n_named:
-    answers that a document names."""
+    """Results by depth and length [n_depths, n_lengths]: answered, the share of documents that were answered; accuracy,
+    that of the answer's tokens; nats, the loss of a complete answer. trials: documents in each cell. chance: the value
+    of answered when guessing, chance_of_token: the same for accuracy, n_answers: the number of answers that are equally
+    likely then, n_named: the number of answers that a document names."""
 
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
@@ -48,14 +48,14 @@ class Retrieval:
         return 1 / self.n_answers
 
     def numbers(self) -> dict[str, float]:
-        """Means over all documents, and over those of each length, as metrics.jsonl has them."""
+        """Means over all documents, and over those of each length, as in metrics.jsonl."""
         found = dict(answered=self.answered.mean(), accuracy=self.accuracy.mean(), answer_loss=self.nats.mean())
         found |= {f"answered_{n}": self.answered[:, k].mean() for k, n in enumerate(self.lengths)}
         found |= dict(chance=self.chance, chance_of_token=self.chance_of_token)
         return {name: float(value) for name, value in found.items()}
 
     def table(self) -> Iterator[str]:
-        """Lines for people: shares of documents answered, and means of each length."""
+        """Lines for the terminal: shares of documents answered, and means for each length."""
         yield f"{'answered at depth':>22}" + "".join(f"{n:>9,}" for n in self.lengths) + "  tokens"
         for depth, row in zip(self.depths, self.answered, strict=True):
             yield f"{depth:>22.0%}" + "".join(f"{share:>9.0%}" for share in row)
@@ -70,14 +70,14 @@ class Retrieval:
 
 
 def lengths_up_to(longest: int) -> tuple[int, ...]:
-    """Longest, half of it, and so on down to SHORTEST; the shortest first."""
+    """The lengths longest, half of it, and so on down to SHORTEST; the shortest first."""
     n = (longest // SHORTEST).bit_length()
     return tuple(longest >> halvings for halvings in reversed(range(n)))
 
 
 def measure_retrieval(kind: str, score: Score, vocab: Vocab, settings: Settings) -> Retrieval:
-    """Evaluates one of RETRIEVAL in config/suites.py, over the grid of config.eval.suite_*. All processes of a job
-    call it alike. Raises UserError if the vocabulary can't encode the answers."""
+    """Evaluates one of RETRIEVAL in config/suites.py, on the grid of config.eval.suite_*. All processes of a job must
+    call it with the same arguments. Raises UserError if the vocabulary can't encode the answers."""
     how = settings.eval
     lengths = lengths_up_to(how.suite_longest)
     depths = tuple(k / (how.suite_depths - 1) for k in range(how.suite_depths))
@@ -107,8 +107,8 @@ def measure_retrieval(kind: str, score: Score, vocab: Vocab, settings: Settings)
 
 
 def write_retrieval(found: Retrieval, folder: epath.Path, name: str) -> None:
-    """Writes FOLDER/NAME.tsv, a line for each length and depth, and, with matplotlib, FOLDER/NAME.png, a heat map.
-    Raises what the disk or the bucket does."""
+    """Writes FOLDER/NAME.tsv, with a line for each length and depth, and, with matplotlib, FOLDER/NAME.png, a heat map.
+    Raises the errors of the disk or the bucket."""
     lines = ["length\tdepth\tdocuments\tanswered\taccuracy\tloss\tchance\tchance_of_token"]
     for column, length in enumerate(found.lengths):
         for row, depth in enumerate(found.depths):

@@ -1,12 +1,12 @@
-"""The sampler: many documents continued side by side, one token of each at a time. All begin together; continuous.py
-fills rows again.
+"""The sampler continues many documents side by side, one token of each at a time. All begin together; continuous.py
+refills rows.
 
-The state of a row never grows, so neither does the time that a token takes. Whole blocks of the prompts are read by the
-ordinary model; what is left of them, less than a block, is fed to the same loop that draws tokens. The loop runs on the
-device and returns after `CHUNK` tokens, or when all rows of the device have ended. Rows are spread over the devices,
-which do not communicate: each has the weights and runs its own loop.
+The state of a row never grows, so neither does the time per token. The ordinary model reads the prompts' full blocks;
+the rest, less than a block, is fed to the same loop that draws tokens. The loop runs on the device and returns after
+`CHUNK` tokens, or when all rows of the device have ended. Rows are distributed over the devices, which do not
+communicate: each has the weights and runs its own loop.
 
-What a row yields depends on its own prompt, its own number and the seed, and not on the rows beside it.
+A row's output depends on its own prompt, its own number and the seed, and not on the other rows.
 """
 
 import functools
@@ -27,28 +27,29 @@ from tvq_pod.nn.model import Transformer
 from tvq_pod.nn.types import TransformerConfig
 from tvq_pod.parallel.processes import from_process_zero
 
-CHUNK = 64  # tokens, at most, between two returns to the host
-CHUNK_SECONDS = 1.0  # what one should take, where one process samples: a slow model's text is to be seen as it comes
+CHUNK = 64  # the most tokens between two returns to the host
+CHUNK_SECONDS = 1.0  # target time of a chunk if one process samples: a slow model's text should appear as it is drawn
 FEWEST = 8  # tokens between two returns: each return has a fixed cost, which grows with the state of all rows
 MAX_ROWS = SampleSettings().max_rows  # on one device at a time
-STATE_BYTES = 2**32  # of all rows of a device, at most, where the device does not say how much memory it has
+STATE_BYTES = 2**32  # limit for all rows of a device, if the device does not report its memory
 
 ROWS, ALL = PartitionSpec("rows"), PartitionSpec()
 _BY_ROW = ("doc_ids", "position", "last_doc", "cache_doc", "leaving_doc", "units")
 
 
 class Sampler:
-    """Continues documents with one model and one way to draw; compiled functions are kept from call to call."""
+    """Continues documents with one model and one set of sampling parameters; compiled functions are kept between
+    calls."""
 
     _slot_by_row = False  # see decode.py
 
     def __init__(
         self, config: TransformerConfig, sampling: Sampling, n_rows: int, devices: list, max_rows: int | None = None
     ):
-        """n_rows: how many rows there will be; `batch_size` of them, or fewer, go side by side.
+        """n_rows: the number of rows expected; at most `batch_size` of them are sampled side by side.
 
-        devices: of this process, of which no more are used than there are rows; or all devices of a job, whose
-        processes must then call everything alike. max_rows: most rows of a device; MAX_ROWS if not given.
+        devices: those of this process, of which at most n_rows are used; or all devices of a job, whose processes must
+        then make the same calls. max_rows: the most rows on a device; MAX_ROWS if not given.
         """
         self._config, self._sampling = config.replace(is_train=False), sampling
         self._max_rows = max_rows or MAX_ROWS
@@ -93,16 +94,16 @@ class Sampler:
         stop_at_end: bool = True,
     ) -> Iterator[np.ndarray]:
         """Continues documents that begin with `prompts`, int [n] each, at most `batch_size` of them, by up to `length`
-        tokens each. Yields what was drawn, int32 [rows, n] with n <= CHUNK, until all rows have ended. NO_TOKEN stands
-        where a row was still reading or had ended.
+        tokens each. Yields the drawn tokens, int32 [rows, n] with n <= CHUNK, until all rows have ended. They are
+        NO_TOKEN where a row was still reading or had ended.
 
-        params: of `Transformer`; of several processes, on the given devices, in their order. Row i draws with the
-        random numbers first_row + i of the seed. stop_at_end: whether an end-of-document ends a row; then it is not
-        part of it.
+        params: those of `Transformer`; with several processes, on the given devices, in their order. Row i draws with
+        the random numbers first_row + i of the seed. stop_at_end: whether an end-of-document ends a row; it is then not
+        part of the row.
         """
         block_len = self._config.block_len
         prompts = [np.concatenate([[END_OF_DOC], prompt]).astype(np.int32) for prompt in prompts]
-        # Of a prompt one token at least is left to the loop: reading it gives what the first draw needs.
+        # At least one token of a prompt is left to the loop: reading it gives the logits of the first draw.
         n_blocks = np.array([(len(prompt) - 1) // block_len for prompt in prompts])
         params = jax.device_put(params, NamedSharding(self._mesh, ALL)) if self._local else params
         state = self._begin()
@@ -122,7 +123,7 @@ class Sampler:
         yield from self._chunks(weights, state, seen, rest, seed, length, first_row, stop_at_end)
 
     def _chunks(self, weights, state, seen, rest, seed, length, first_row, stop_at_end) -> Iterator[np.ndarray]:
-        """rest: of each prompt, the tokens that are in no block, one at least."""
+        """rest: the tokens of each prompt after its blocks, at least one."""
         n_rows, block_len = len(rest), self._config.block_len
         given = np.full([self.batch_size, block_len + CHUNK], NO_TOKEN, np.int32)
         for row, tokens in enumerate(rest):
@@ -146,11 +147,12 @@ class Sampler:
             seconds = max(time.monotonic() - began, 1e-6)
             yield drawn
             place += n_steps
-            if self._local and place > n_steps:  # the first chunk had to be compiled
+            if self._local and place > n_steps:  # the first chunk included compilation
                 n_steps = int(np.clip(n_steps * CHUNK_SECONDS / seconds, FEWEST, min(4 * n_steps, CHUNK)))
 
     def _draw_rows(self, weights, state, seen, rows, seed, n_steps, stop_at_end):
-        """`draw_chunk` of all rows: (state, seen, drawn int32 [batch_size, n_steps], logprobs). rows: NumPy arrays."""
+        """Runs `draw_chunk` on all rows: (state, seen, drawn int32 [batch_size, n_steps], logprobs). rows: NumPy
+        arrays."""
         rows = {name: self._put(np.asarray(x, bool if x.dtype == bool else np.int32)) for name, x in rows.items()}
         key = np.asarray(jax.random.key_data(jax.random.key(seed)))
         span = np.array([n_steps, stop_at_end], np.int32)
@@ -161,8 +163,8 @@ class Sampler:
     # --- on the devices ----------------------------------------------------------------------------------------------
 
     def _read_block(self, params, state, tokens, has_block):
-        """Reads tokens [B, L] of the rows where has_block [B]; the others stay as they are."""
-        # reading a prompt is not what takes the time
+        """Reads tokens [B, L] in the rows where has_block [B] is True; the other rows are unchanged."""
+        # reading a prompt takes little of the time
         model = Transformer(self._config.replace(attention="xla", block_len=tokens.shape[1]))
         new_state, _ = model.apply({"params": params}, state, tokens, jnp.zeros_like(tokens))
 
@@ -174,22 +176,22 @@ class Sampler:
     # --- from the host -----------------------------------------------------------------------------------------------
 
     def _put(self, x: np.ndarray) -> jax.Array:
-        """x [batch_size, ...], on the devices of its rows."""
+        """Puts x [batch_size, ...] on the devices of its rows."""
         return jax.make_array_from_callback(x.shape, NamedSharding(self._mesh, ROWS), lambda index: x[index])
 
     def _all_rows(self, values, padding) -> np.ndarray:
-        """values, and padding for rows that are not used."""
+        """The values, and padding for unused rows."""
         return np.concatenate([values, np.full(self.batch_size - len(values), padding)])
 
     def _seen(self, prompts: Sequence[np.ndarray], n_rows: int) -> np.ndarray:
-        """Which tokens each prompt has, bool [n_rows, n_seen], but for the document's start."""
+        """The tokens that each prompt has, except the document's start, as bool [n_rows, n_seen]."""
         seen = np.zeros([n_rows, self._sampling.n_seen], bool)
         for row, prompt in enumerate(prompts if self._sampling.n_seen else ()):
             seen[row, prompt[1:]] = True
         return seen
 
     def _rows_that_fit(self) -> int:
-        """Rows that fit on one device, beside what is there already."""
+        """The number of rows that fit on one device, besides what is already there."""
         state = jax.eval_shape(lambda: decode_state(Transformer.initial_state(self._config, 1), self._config))
         row_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
         stats = jax.local_devices()[0].memory_stats() or {}
@@ -199,6 +201,7 @@ class Sampler:
 
 
 def _next_tokens(following: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """What each row reads after a chunk [B, n]: the last token that it was given or drew; any, if it has ended."""
+    """The token that each row reads after a chunk [B, n]: the last one that it was given or drew; any token if it has
+    ended."""
     last = following[:, -1]
     return np.maximum(np.where(last == NO_TOKEN, drawn[:, -1], last), 0)

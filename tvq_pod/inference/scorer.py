@@ -1,4 +1,4 @@
-"""Losses of many documents, which are token ids in memory, of any length, on every device of a job."""
+"""Computes the losses of many documents, token ids in memory of any length, on every device of a job."""
 
 import functools
 import itertools
@@ -20,28 +20,29 @@ from tvq_pod.parallel.mesh import n_row_shards
 from tvq_pod.parallel.processes import is_process_zero
 from tvq_pod.parallel.sharding import batch_sharding
 
-LOGIT_BYTES = 2**30  # of one step's logits on one device, at most, where the likeliest token is asked for
+LOGIT_BYTES = 2**30  # the most bytes of one step's logits on one device, when hits are requested
 
 
 class Scorer:
-    """Reads documents that lie end to end on rows, with carried state, as `evaluator.py` reads a split. Compiled
-    programs are kept from call to call. All processes of a job call it alike, and get the same results."""
+    """Reads documents end to end on rows, with carried state, as `evaluator.py` reads a split. Compiled programs are
+    kept between calls. All processes of a job make the same calls, and get the same results."""
 
     def __init__(self, settings: Settings, mesh: jax.sharding.Mesh, *, shows_progress: bool):
         """settings: config.eval.cache says whether the compressed cache is used, config.eval.batch_size and
-        config.train.batch_size how many rows are read side by side at most. shows_progress: on stderr."""
+        config.train.batch_size how many rows are read side by side at most. shows_progress: shows a progress bar on
+        stderr."""
         self._settings, self._mesh, self._shows = settings, mesh, shows_progress
         self._eval_step = functools.cache(functools.partial(make_eval_step, settings, mesh))
 
     def score(
         self, params: dict, documents: Sequence[np.ndarray], *, with_hits: bool
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each document, integers [n], the loss of each token given all before it, in nats, float32 [n], and
-        whether the token was the likeliest, bool [n]; all False unless with_hits.
+        """Returns, for each document, integers [n], the loss of each token given all tokens before it, in nats, float32
+        [n], and whether the token was the likeliest, bool [n]; all False unless with_hits.
 
-        Quadratic attention keeps no more than its window from one update to the next. So its documents are read in one
-        update each, as many side by side as there are rows; those longer than config.eval.update_len, if it is not 0,
-        in several."""
+        Quadratic attention keeps only its window from one update to the next. So its documents are read in one update
+        each, as many side by side as there are rows; those longer than config.eval.update_len, unless it is 0, in
+        several."""
         if self._settings.model.attn_type != "full":
             return self._scored(params, documents, with_hits)
         found = [(np.zeros(0, np.float32), np.zeros(0, bool))] * len(documents)
@@ -76,21 +77,21 @@ class Scorer:
 
     @property
     def most_rows(self) -> int:
-        """How many documents are read side by side at most."""
+        """The most documents that are read side by side."""
         settings, n_shards = self._settings, n_row_shards(self._mesh)
         most = max(settings.eval.batch_size or settings.train.batch_size, n_shards)
         return most - most % n_shards
 
     def _rows_of_logits(self, n_tokens: int) -> int:
-        """How many rows have room for the logits of so many tokens each."""
+        """The number of rows whose logits fit, with `n_tokens` tokens each."""
         n_shards = n_row_shards(self._mesh)
         return min(
             self.most_rows, n_shards * max(1, LOGIT_BYTES // (4 * max(1, n_tokens) * self._settings.model.n_vocab))
         )
 
     def _plan(self, starts: np.ndarray, with_hits: bool) -> tuple[PackedDocuments, int]:
-        """How documents lie on rows, and how many tokens of each row one step reads: few different numbers, so that few
-        programs are compiled."""
+        """The layout of documents on rows, and the number of tokens that one step reads from each row, which has few
+        different values so that few programs are compiled."""
         settings, n_shards = self._settings, n_row_shards(self._mesh)
         block_len = settings.model.block_len
         most_blocks = (settings.eval.update_len or settings.train.update_len) // block_len
@@ -125,7 +126,7 @@ class Scorer:
                 batch = {name: joined(sharding, shape, rows, parts, array) for name, array in read}
                 state, *found = eval_step(params, state, batch)
                 ahead.append(found)
-                while len(ahead) > (step + 1 < n_steps):  # the host runs ahead by one step, no more
+                while len(ahead) > (step + 1 < n_steps):  # the host is at most one step ahead
                     losses, *is_likeliest = jax.device_get(ahead.pop(0))
                     yield losses, is_likeliest[0] if with_hits else np.zeros(shape, bool)
                     deadline.renew()

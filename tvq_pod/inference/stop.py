@@ -1,4 +1,4 @@
-"""Where a sample ends: stop strings, in text that comes token by token."""
+"""Finds stop strings, which end a sample, in text that arrives token by token."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -10,8 +10,8 @@ from tvq_pod.errors import UserError
 
 
 def encodable_stops(spelled: str, vocab: Vocab) -> tuple[str, ...]:
-    """The stop strings that config.sample.stop spells. Raises UserError if one can't be made of the vocabulary's
-    tokens: no sample could have it."""
+    """The stop strings of config.sample.stop. Raises UserError if one can't be made from the vocabulary's tokens, since
+    no sample could have it."""
     stops = stop_strings(spelled)
     for stop in stops:
         try:
@@ -27,20 +27,20 @@ def encodable_stops(spelled: str, vocab: Vocab) -> tuple[str, ...]:
 
 
 class StopText:
-    """The text of one row, as its tokens come, until it has a stop string."""
+    """The text of one row, as its tokens arrive, until it has a stop string."""
 
     def __init__(self, vocab: Vocab, stops: Sequence[str], before: np.ndarray):
-        """before: tokens [n] that the text follows."""
+        """before: the tokens [n] before the text."""
         self._decoder, self._stops = decoder_after(before, vocab), stops
         self._longest = max(map(len, stops), default=0)
         self._text, self._is_ended = "", False
 
     def add(self, token: int) -> bool:
-        """Whether the text has a stop string, with this token."""
+        """Adds a token, and returns whether the text now has a stop string."""
         return self._append(self._decoder.decode(token))
 
     def text(self) -> str:
-        """What comes before the stop string; or all, if there is none. No token can be added after that."""
+        """The text before the stop string, or all of it if there is none. No token can be added afterwards."""
         if not self._is_ended:
             self._append(self._decoder.decode(PAD, final=True))
         return self._text
@@ -55,7 +55,7 @@ class StopText:
 
 
 def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """Pieces of a text as soon as no stop string can begin in them, up to the first stop string."""
+    """Yields pieces of a text as soon as no stop string can begin in them, up to the first stop string."""
     held, longest = "", max(map(len, stops), default=1)
     for piece in pieces:
         held += piece
@@ -70,5 +70,5 @@ def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
 
 
 def _first(text: str, stops: Sequence[str], begin: int) -> int | None:
-    """Where the first stop string begins in a text, looked for from `begin` on."""
+    """The position of the first stop string in a text, searched from `begin` on."""
     return min((at for stop in stops if (at := text.find(stop, begin)) >= 0), default=None)

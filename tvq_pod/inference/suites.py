@@ -1,4 +1,4 @@
-"""Suites of --mode=eval: what a model remembers over long documents that are made for the question."""
+"""Suites of --mode=eval, which measure what a model remembers in long generated documents."""
 
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -14,20 +14,21 @@ from tvq_pod.inference.retrieval import Retrieval, measure_retrieval, write_retr
 
 
 class Found(Protocol):
-    """What a suite found."""
+    """The results of a suite."""
 
     def numbers(self) -> dict[str, float]:
-        """The numbers as metrics.jsonl has them."""
+        """The numbers for metrics.jsonl."""
         ...
 
     def table(self) -> Iterator[str]:
-        """Lines for people."""
+        """Lines for the terminal."""
         ...
 
 
 def measure(name: str, run: OpenedRun, settings: Settings) -> Found:
-    """Measures one of SUITES in config/suites.py, as large as config.eval.suite_* say. All processes of a job must call
-    it alike. Raises UserError if the vocabulary can't encode what is asked for, before anything is compiled."""
+    """Measures one of SUITES in config/suites.py, with the sizes of config.eval.suite_*. All processes of a job must
+    call it with the same arguments. Raises UserError, before anything is compiled, if the vocabulary can't encode the
+    answers."""
 
     def score(documents: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
         return run.model.score(documents, with_hits=True)  # the model is read only now
@@ -38,7 +39,7 @@ def measure(name: str, run: OpenedRun, settings: Settings) -> Found:
 
 
 def write_found(found: Found, folder: epath.Path, name: str) -> None:
-    """Writes FOLDER/NAME.tsv and, with matplotlib, FOLDER/NAME.png. Raises what the disk or the bucket does."""
+    """Writes FOLDER/NAME.tsv and, with matplotlib, FOLDER/NAME.png. Raises the errors of the disk or the bucket."""
     if isinstance(found, Recall):
         write_recall(found, folder, name)
     elif isinstance(found, Retrieval):

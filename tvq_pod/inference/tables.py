@@ -1,4 +1,4 @@
-"""A table of an evaluation in files: its lines, and a picture of them."""
+"""Writes an evaluation's table to files: its lines, and a plot of them."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def write_table(what: str, lines: Sequence[str], draw: Callable[["Axes"], None], folder: epath.Path, name: str) -> None:
-    """Writes FOLDER/NAME.tsv and, with matplotlib, FOLDER/NAME.png; says where they are. what: the table, in words.
-    draw: draws it, and labels what has a legend. Raises what the disk or the bucket does."""
+    """Writes FOLDER/NAME.tsv and, with matplotlib, FOLDER/NAME.png; prints their paths. what: the table's description.
+    draw: draws the plot, and labels the lines for the legend. Raises the errors of the disk or the bucket."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
     if not is_installed("matplotlib"):

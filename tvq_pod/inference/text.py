@@ -1,4 +1,4 @@
-"""Text from a model. How tokens are drawn is in sampler.py; here prompts become rows, and rows text."""
+"""Samples text: this module turns prompts into rows, and rows into text. sampler.py draws the tokens."""
 
 import collections
 import contextlib
@@ -23,7 +23,7 @@ from tvq_pod.parallel.deadlines import still_working
 
 
 def text_of(tokens: Iterator[int], vocab: Vocab, before: np.ndarray = NOTHING) -> Iterator[str]:
-    """The text of tokens that follow others, `before`, piece by piece, as soon as each is known."""
+    """Yields the text of tokens that follow the tokens `before`, piece by piece, as soon as each is known."""
     decoder = decoder_after(before, vocab)
     for token in tokens:
         still_working()
@@ -39,9 +39,9 @@ def continuations(
     prompts: list[bytes],
     devices: list,
 ) -> Iterator[Iterator[str]]:
-    """For each prompt, the prompt and what the model makes of it, as an iterator over pieces of text. All are sampled
-    side by side on `devices`, so they must be read in order. Raises UserError if a prompt must be text, for a
-    SentencePiece model, and is not; and if the vocabulary can't encode a stop string."""
+    """Yields an iterator over pieces of text for each prompt: the prompt and its continuation. All are sampled side by
+    side on `devices`, so they must be read in order. Raises UserError if a prompt is not text but must be, for a
+    SentencePiece model; and if the vocabulary can't encode a stop string."""
     tokens = [encoded(prompt, vocab) for prompt in prompts]
     encodable_stops(settings.stop, vocab)
     sampler = Sampler(config, text_sampling(config, vocab, settings), len(prompts), devices, settings.max_rows)
@@ -49,7 +49,7 @@ def continuations(
 
 
 def text_sampling(config: TransformerConfig, vocab: Vocab, settings: SampleSettings) -> Sampling:
-    """How text is drawn: any token of the vocabulary may come but padding and unknown."""
+    """The sampling parameters for text: any token of the vocabulary except padding and unknown may be drawn."""
     ids = np.arange(config.n_vocab)
     allowed = (ids < vocab.n_vocab) & (ids != PAD) & (ids != UNKNOWN)
     how = (settings.temperature, settings.top_p, settings.top_k, settings.min_p, settings.repetition_penalty)
@@ -67,7 +67,8 @@ def _in_groups(sampler, params, prompts, tokens, settings, vocab) -> Iterator[It
 
 
 def rows_of(chunks: Iterator[np.ndarray], n_rows: int) -> list[Iterator[int]]:
-    """The tokens of each row, from chunks [n_rows, n] of all: what a row has not been asked for is kept for it."""
+    """The tokens of each row, from chunks [n_rows, n] of all rows: tokens that were not read yet are kept for their
+    row."""
     waiting = [collections.deque() for _ in range(n_rows)]
 
     def row(own: collections.deque) -> Iterator[int]:
@@ -92,8 +93,8 @@ def encoded(prompt: bytes, vocab: Vocab) -> np.ndarray:
 
 
 def keep_sample(settings: Settings, workdir: epath.Path, params: dict, step: int) -> None:
-    """Prints a sample of a model whose parameters are on one device, and keeps it in WORKDIR/samples; images are only
-    kept."""
+    """Prints a sample of a model whose parameters are on one device, and writes it to WORKDIR/samples; images are only
+    written."""
     if images.are_images(settings):
         drawn = images.draw_images(params, settings.model, settings.sample, jax.local_devices())
         images.write_samples(drawn, workdir, step)
@@ -109,5 +110,5 @@ def keep_sample(settings: Settings, workdir: epath.Path, params: dict, step: int
         say(f"a sample, kept in {path}:")
     except OSError as error:
         say(f"WARNING: {path} can't be written ({error.strerror}); the sample:")
-    with contextlib.suppress(OutputError):  # nobody reads it: all is saved
+    with contextlib.suppress(OutputError):  # nobody reads it, and everything is saved
         print(text, flush=True)

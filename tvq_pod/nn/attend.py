@@ -1,8 +1,8 @@
-"""Softmax attention of all blocks at once, each over its window, itself and its cache.
+"""Softmax attention for all blocks at once: each attends to its window, itself and its cache.
 
-With the keys and values of those three laid side by side, out = softmax(scores) @ values. The backward pass is written
-by hand (as in FlashAttention, Dao et al., arXiv 2205.14135, section 3): it keeps the logarithm of each row's sum, and
-makes the weights P again from scores that are matmuls of what is small. With dO the gradient of the output,
+With the keys and values of these three concatenated, out = softmax(scores) @ values. The backward pass is hand-written
+(as in FlashAttention, Dao et al., arXiv 2205.14135, section 3): it keeps the logarithm of each row's sum, and
+recomputes the weights P from scores, which are matmuls of small arrays. With dO the gradient of the output,
 
     dV = P^T dO        dS = P * (dO V^T - sum(dO * out))        dq = dS k        dk = dS^T q
 
@@ -28,19 +28,19 @@ class Sources(NamedTuple):
     cache: jax.Array | None
 
     def map(self, function: Callable[..., jax.Array], *others: "Sources") -> "Sources":
-        """function of each that is there."""
+        """Applies the function to each array that is not None."""
         past, present, cache = zip(self, *others, strict=True)
         return Sources(function(*past), function(*present), None if self.cache is None else function(*cache))
 
     def sum(self) -> jax.Array:
-        """The sum of those that are there."""
+        """The sum of the arrays that are not None."""
         total = self.past + self.present
         return total if self.cache is None else total + self.cache
 
 
 class Places(NamedTuple):
-    """What decides which keys are seen. A key at distance d is of the query's document iff d is at most the query's
-    position there."""
+    """The arrays that decide which keys are visible. A key at distance d is in the query's document iff d is at most
+    the query's position in the document."""
 
     positions: jax.Array  # int32 [R, B, L], in the document
     sees_cache: jax.Array | None  # bool [R, B, L]
@@ -49,9 +49,10 @@ class Places(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(mem_len: int, q: jax.Array, bias: RelativeBias, keys: Sources, values: Sources, places: Places) -> jax.Array:
-    """q: [R, B, H, G, L, K]. bias: of [R, B, H, G, L] queries. keys: past [R, B, H, P, K], present [R, B, H, L, K],
-    cache [H, S, K]. values: the same with V, cache [R, B, H, S, V]. mem_len: M, at most P: what is farther is hidden
-    from the window. With a cache, the window's M columns and the block are seen whole; without, what is at most M away.
+    """Computes attention. q: [R, B, H, G, L, K]. bias: for [R, B, H, G, L] queries. keys: past [R, B, H, P, K], present
+    [R, B, H, L, K], cache [H, S, K]. values: the same with V, cache [R, B, H, S, V]. mem_len: M, at most P: columns of
+    the window that are farther away are hidden. With a cache, the window's M columns and all of the block are visible;
+    without, only keys at most M away.
 
     Returns [R, B, H, G, L, V] in the dtype of q; scores and sums are float32.
     """
@@ -59,7 +60,7 @@ def attend(mem_len: int, q: jax.Array, bias: RelativeBias, keys: Sources, values
 
 
 def _scores(mem_len, q, bias, keys, places) -> Sources:
-    """Float32 [R, B, H, G, L, .]; NEVER where a key is not seen."""
+    """The scores, float32 [R, B, H, G, L, .]; NEVER where a key is not visible."""
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     positions = places.positions[:, :, None, None, :, None]  # [R, B, 1, 1, L, 1]
     reach = positions if keys.cache is not None else jnp.minimum(positions, mem_len)
@@ -82,8 +83,8 @@ def _scores(mem_len, q, bias, keys, places) -> Sources:
 
 
 def _distances(q, width: int, first: int):
-    """Distances of each query to each of `width` keys, the first of which is `first` tokens before the block; and the
-    keys' columns. Int32 [1, 1, 1, 1, L, width]."""
+    """The distances of each query to each of `width` keys, the first of which is `first` tokens before the block; and
+    the keys' columns. Int32 [1, 1, 1, 1, L, width]."""
     row, column = rows_and_columns(q.ndim, q.shape[-2], width)
     return first + row - column, column
 

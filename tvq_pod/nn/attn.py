@@ -7,21 +7,22 @@ query q_i and the keys j <= i of its document, with d = i - j,
     out_i    = sum_j softmax_j(score_ij) v_j
              = ( sum_{window} e^{score_ij} v_j + sum_s n_s e^{(q_i + u) . c_s} mean_s ) / (the same without v and mean)
 
-since a key farther than M contributes only through its code. So the answer does not depend on how tokens are cut into
-blocks, only on M, the reach of the relative bias. With `agg_cache` off, attention itself ends at d = M. In the paper
-`window_bias` is 0. With a learned temperature, q_i has a factor for each head.
+since a key farther away than M contributes only through its code. So the result does not depend on how tokens are cut
+into blocks, only on M, the reach of the relative bias. With `agg_cache` off, attention itself ends at d = M. In the
+paper `window_bias` is 0. With a learned temperature, q_i has a factor for each head.
 
-With key_shift the key of token j is made of W_k x_j + s * W_q x_{j-1}, s a learned vector. The query of a token that
-equals x_{j-1} is like it, before anything is learned, and v_j says what came next: an induction head in one unit. (The
-smeared keys of Olsson et al., arXiv 2209.11895, are averages of the keys of two tokens.)
+With key_shift the key of token j is made from W_k x_j + s * W_q x_{j-1}, where s is a learned vector. The query of a
+token that equals x_{j-1} is similar to it before anything is learned, and v_j says what came next: an induction head in
+one unit. (The smeared keys of Olsson et al., arXiv 2209.11895, are averages of the keys of two tokens.)
 
-This file has the projections and the module. What it is made of: window.py cuts an update into blocks and finds the
-window of each, cache.py counts what has left it, state.py carries both from update to update, vq.py quantizes keys,
-scores.py makes the relative biases, attend.py has the softmax and its gradient, pallas/ both as TPU kernels, plain.py
-the same in readable form, and full.py the quadratic attention that it is compared with. Nothing here knows of a mesh.
+This file has the projections and the module. It uses: window.py, which cuts an update into blocks and finds the window
+of each; cache.py, which counts the tokens that have left it; state.py, which carries both from update to update; vq.py,
+which quantizes keys; scores.py, which makes the relative biases; attend.py, which has the softmax and its gradient;
+pallas/, which has both as TPU kernels; plain.py, which has the same in readable form; and full.py, which has quadratic
+attention for comparison. No code here uses a mesh.
 
 Shapes: B rows, T tokens, R blocks of L, M window, S codes, Q query heads, H key heads, K key width, V value width,
-D model width. Q = H, but for head_type mqa, where H = 1. Blocks come first: [R, B, ...].
+D model width. Q = H, except with head_type mqa, where H = 1. Blocks come first: [R, B, ...].
 """
 
 from typing import cast
@@ -46,7 +47,7 @@ from tvq_pod.nn.types import TransformerConfig, VQSpec
 from tvq_pod.nn.vq import VectorQuantizer
 from tvq_pod.nn.window import TOKEN_AXIS, extend_window, join_blocks, leaving_chunks, split_blocks
 
-FIRST_SHIFT = 2.0  # of key_shift: most of a new model's key is the token before it
+FIRST_SHIFT = 2.0  # for key_shift: in a new model most of a key is the previous token
 
 
 class VQAttention(nn.Module):
@@ -95,11 +96,11 @@ class VQAttention(nn.Module):
 
     @staticmethod
     def initial_state(config: TransformerConfig, batch_size: int) -> dict:
-        """The state of `batch_size` streams that have read nothing; state.py says what is in it."""
+        """The state of `batch_size` streams that have read nothing; see state.py for its content."""
         return states.initial_state(config, batch_size)
 
     def __call__(self, state: dict, input_dict: dict) -> tuple[dict, dict]:
-        """The layer over T = R * L tokens.
+        """Applies the layer to T = R * L tokens.
 
         input_dict: input_features [B, T, D]; doc_ids int32 [B, T], never decreasing along T; vq_spec, or None.
         Returns (state after the T tokens, dict of res [B, T, D], l_commit, l_codebook, metrics).
@@ -115,8 +116,8 @@ class VQAttention(nn.Module):
         return state, out | dict(res=join_blocks(out["res"]))
 
     def blocks(self, state: dict, x: jax.Array, doc_ids: jax.Array, vq_spec: VQSpec | None) -> tuple[dict, dict]:
-        """The layer over R blocks: x [R, B, L, D], doc_ids and loss_mask [R, B, L]. Returns what `__call__` does, with
-        res [R, B, L, D]."""
+        """Applies the layer to R blocks: x [R, B, L, D], doc_ids and loss_mask [R, B, L]. Returns what `__call__` does,
+        with res [R, B, L, D]."""
         c = self.config
         made, before = self.projected(x, doc_ids, vq_spec, state)
         state = {name: leaf for name, leaf in state.items() if name != "before"}
@@ -136,15 +137,15 @@ class VQAttention(nn.Module):
         return new_state | before, dict(res=self.residual(out), **made["losses"])
 
     def projected(self, x: jax.Array, doc_ids: jax.Array, vq_spec: VQSpec | None, state: dict) -> tuple[dict, dict]:
-        """What attention is made of, from x [R, B, L, D]: `raw`'s v and gate, what `prepared` makes of the rest; and
-        the part of the next state that keys need."""
+        """Computes the inputs of attention from x [R, B, L, D]: the v and gate of `raw`, and what `prepared` returns
+        for the rest; and the part of the next state that keys need."""
         raw = self.raw(x)
         k, before = self._shifted_keys(raw, doc_ids, state) if self.config.key_shift else (raw["k"], {})
         return {name: raw[name] for name in ("v", "gate")} | self.prepared(raw["q"], k, vq_spec), before
 
     def raw(self, x: jax.Array, inverse: jax.Array | None = None) -> dict:
-        """Projects x [R, B, L, D] to q [R, B, Q, L, K], k [R, B, H, L, K], before they are normalised; v [R, B, H, L,
-        V] and gate [R, B, Q, L, V] or None, before their SiLU if there is a gate. inverse: see RMSNorm."""
+        """Projects x [R, B, L, D] to q [R, B, Q, L, K] and k [R, B, H, L, K], before normalization; and to v [R, B, H,
+        L, V] and gate [R, B, Q, L, V] or None, before their SiLU if there is a gate. inverse: see RMSNorm."""
         x = self.norm(x, inverse)
         projections = dict(q=self.w_q, k=self.w_k, v=self.w_v, gate=self.w_g)
         return {
@@ -153,8 +154,8 @@ class VQAttention(nn.Module):
         }
 
     def _shifted_keys(self, raw: dict, doc_ids: jax.Array, state: dict) -> tuple[jax.Array, dict]:
-        """With key_shift: keys [R, B, H, L, K], before they are normalised, and the part of the next state that they
-        need. The query heads of a key head count by their mean."""
+        """Computes the keys with key_shift, [R, B, H, L, K], before normalization, and the part of the next state that
+        they need. The query heads of a key head are averaged."""
         of_key_head = jnp.mean(grouped(raw["q"], self.config), axis=3)
         of_before, last = states.shifted(of_key_head, doc_ids, state)
         factor = self.shift.astype(of_before.dtype)[None, None, :, None]
@@ -170,9 +171,9 @@ class VQAttention(nn.Module):
         inverse: tuple[jax.Array, jax.Array] | tuple[None, None] = (None, None),
         table: jax.Array | None = None,
     ) -> dict:
-        """Of q and k as `raw` makes them: q, normalised and scaled; k, with attn_type vq its shortcodes (those given,
-        if they are known) and quantized too; biases; losses. inverse: of q and k, see RMSNorm. table: `distances`, if
-        they have been made before."""
+        """Prepares q and k from `raw` for attention. Returns q, normalized and scaled; k, and with attn_type vq also
+        its shortcodes (those given, if any) and the quantized keys; biases; losses. inverse: those of q and k, see
+        RMSNorm. table: `distances`, if already computed."""
         scale = self.config.d_k**-0.25
         q, k = (self.key_norm(x, known) * scale for x, known in zip((q, k), inverse, strict=True))
         if self.config.temperature == "learned":
@@ -186,13 +187,13 @@ class VQAttention(nn.Module):
         return dict(q=q, biases=self.biases(table), **keys)
 
     def residual(self, out: jax.Array) -> jax.Array:
-        """[R, B, Q, L, V] -> [R, B, L, D]."""
+        """Projects the output of attention, [R, B, Q, L, V], to [R, B, L, D]."""
         return self.w_o(out)
 
     def _attend(self, q, biases: dict, present: dict, gate, state: dict) -> tuple[jax.Array, dict]:
-        """Attention of R blocks: q [R, B, Q, L, K]; present: z, k_hat, v, doc_ids of the blocks; gate [R, B, Q, L, V]
-        or None. With a gate, SiLU is still to be applied to it and to v. Returns [R, B, Q, L, V], and the state after
-        the last block."""
+        """Computes attention for R blocks: q [R, B, Q, L, K]; present: z, k_hat, v, doc_ids of the blocks; gate [R, B,
+        Q, L, V] or None. With a gate, SiLU has not been applied yet to it and to v. Returns [R, B, Q, L, V], and the
+        state after the last block."""
         c = self.config
         shape = (*q.shape[:-1], c.d_v)
         q = grouped(q, c)
@@ -233,8 +234,8 @@ class VQAttention(nn.Module):
         return cast(jax.Array, out), new_state
 
     def biases(self, table: jax.Array | None = None) -> dict[str, jax.Array]:
-        """What scores are made of besides queries and keys: codes [H, S, K] (not with attn_type full), u and v [Q, K],
-        r [H, M + 1, K]; in `dtype`. table: `distances`, if they have been made before."""
+        """The parameters that scores need besides queries and keys: codes [H, S, K] (not with attn_type full), u and v
+        [Q, K], r [H, M + 1, K]; in `dtype`. table: `distances`, if already computed."""
         c = self.config
         table = constrain(self.drop_sin(distances(c) if table is None else table), None, None)
         codes = dict(codes=self.quantizer.codes().astype(c.dtype)) if self.quantizer else {}
@@ -245,12 +246,12 @@ class VQAttention(nn.Module):
             r=self.w_r(table.astype(c.dtype)) * c.d_k**-0.25,
         )
 
-    # --- for the contract alone: one block at a time. The model itself never calls what follows ----------------------
+    # --- for the contract alone: one block at a time. The model itself does not use the methods below -----------------
 
     def attn(self, present_q, present_k, present_v, present_doc_ids, state: dict, vq_spec: VQSpec | None) -> dict:
-        """Attention of one block: any length L, whatever `block_len` says. For attn_type vq.
+        """Computes attention for one block of any length L, whatever `block_len` is. For attn_type vq.
 
-        present_q: [B, Q, L, K] and present_k: [B, H, L, K], normalised and scaled, keys not yet quantized. present_v:
+        present_q: [B, Q, L, K] and present_k: [B, H, L, K], normalized and scaled, keys not yet quantized. present_v:
         [B, H, L, V]. present_doc_ids: int32 [B, L]. vq_spec: loss_mask [B, L], or None.
         Returns attn_out [B, L, Q * V]; recent_z [B, H, M + L], recent_k_hat [B, H, M + L, K], recent_v
         [B, H, M + L, V], recent_doc_ids [B, M + L], which are the window followed by the block; and the quantizer's
@@ -274,8 +275,8 @@ class VQAttention(nn.Module):
         )
 
     def update_state(self, recent_z, recent_k_hat, recent_v, recent_doc_ids, state: dict) -> dict:
-        """The state after a block, from what `attn` returned for it and the state before it. With key_shift, the leaf
-        `before` is missing: it is made of queries, which only `__call__` has."""
+        """The state after a block, from the results of `attn` and the state before it. With key_shift, the leaf
+        `before` is missing: it is made from queries, which only `__call__` has."""
         recent = dict(z=recent_z, k_hat=recent_k_hat, v=recent_v, doc_ids=recent_doc_ids)
         mem_len = self.config.mem_len
         present = {n: jax.lax.slice_in_dim(x, mem_len, None, axis=TOKEN_AXIS[n])[None] for n, x in recent.items()}
@@ -284,25 +285,25 @@ class VQAttention(nn.Module):
 
     @staticmethod
     def get_agg_biases(counts: jax.Array) -> jax.Array:
-        """`log_counts` (cache.py), by the contract's name."""
+        """Calls `log_counts` (cache.py), under the contract's name."""
         return log_counts(counts)
 
 
 def sharpness(log_sharpness: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """What the queries of each head are scaled by with a learned temperature, [Q], of its logarithm."""
+    """The factor on the queries of each head with a learned temperature, [Q], from its logarithm."""
     return jnp.exp(log_sharpness.astype(jnp.float32)).astype(dtype)
 
 
 def distances(config: TransformerConfig) -> jax.Array:
-    """Features of the distances 0 .. M, float32 [M + 1, D]; all layers have the same."""
+    """Features of the distances 0 .. M, float32 [M + 1, D], the same for all layers."""
     return sinusoids(jnp.arange(config.mem_len + 1), config.d_model)
 
 
 def grouped(q: jax.Array, config: TransformerConfig) -> jax.Array:
-    """[R, B, Q, L, width] -> [R, B, H, G, L, width]: query heads by their key head."""
+    """Groups query heads by their key head: [R, B, Q, L, width] -> [R, B, H, G, L, width]."""
     return q.reshape(*q.shape[:2], config.n_key_head, -1, *q.shape[3:])
 
 
 def _per_query_head(bias: jax.Array, config: TransformerConfig) -> jax.Array:
-    """[Q, K] -> [1, 1, H, G, 1, K]."""
+    """Reshapes a bias [Q, K] to [1, 1, H, G, 1, K]."""
     return bias.reshape(1, 1, config.n_key_head, -1, 1, config.d_k)

@@ -1,14 +1,14 @@
-"""The cache: counts and mean values per code of all keys that have left the window, for every block of an update.
+"""The cache: the count and mean value per code of all keys that have left the window, for every block of an update.
 
-Block r looks at the cache as it was before it. Chunk r, the L tokens that leave the window after block r, adds n_r keys
-and a sum s_r of values per code, those of the document of its last token, D_r. With the rule for documents this is a
-linear recurrence,
+Block r attends to the cache before it. Chunk r, the L tokens that leave the window after block r, adds n_r keys and a
+sum s_r of values per code, only from the document of its last token, D_r. With this rule for documents it is a linear
+recurrence,
 
     N_{r+1} = [D_r = D_{r-1}] N_r + n_r          C_{r+1} = [D_r = D_{r-1}] C_r + s_r
 
 and the means are C / N. The state keeps means and counts. Of several ways to solve it (docs/attention.md has the
-measurements) two are kept: `cumulative`, written out, each chunk's matmul starting from the total before it, which is
-the fastest by far; and `serial`, a lax.scan over chunks, whose program does not grow with R.
+measurements) two are kept: `cumulative`, unrolled, with each chunk's matmul starting from the total before it, which is
+by far the fastest; and `serial`, a lax.scan over chunks, whose program does not grow with R.
 
 Shapes: R blocks first, see attn.py.
 """
@@ -20,8 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 from tvq_pod.nn.scores import NEVER
 from tvq_pod.nn.sequence import exclusive_scan, last_id_before, of_last_shard, varying_like
 
-WRITTEN_OUT = 256  # chunks, at most, that `cumulative` writes out; more take too long to compile, and go by `serial`
-NO_DOC = -1  # document id of an empty window slot and of an empty cache
+WRITTEN_OUT = 256  # the most chunks that `cumulative` unrolls; more take too long to compile, and use `serial`
+NO_DOC = -1  # document id of empty window slots and empty caches
 
 
 def initial_cache(batch_size: int, n_head: int, n_code: int, d_v: int) -> dict:
@@ -35,23 +35,23 @@ def initial_cache(batch_size: int, n_head: int, n_code: int, d_v: int) -> dict:
 
 
 def log_counts(counts: jax.Array) -> jax.Array:
-    """log(counts), and a very negative number where a count is 0; exp() of the result is counts again."""
+    """log(counts), with a very negative number where a count is 0; exp() of the result gives the counts."""
     return jnp.where(counts > 0, jnp.log(jnp.maximum(counts, 1.0)), NEVER)
 
 
 def caches(cache: dict, leaving: dict, reduction: str, axis: str | None = None) -> tuple[dict, dict]:
-    """The cache that each block meets, and the one that the update leaves behind.
+    """Computes the cache that each block attends to, and the one after the update.
 
     cache: see `initial_cache`; before the update. leaving: the chunks, z int32 [R, B, H, L], v [R, B, H, L, V], doc_ids
     int32 [R, B, L]. Returns a dict of arrays like `cache`'s with R in front, means in the dtype of v; and a dict like
-    `cache`. axis: the mapped axis that blocks are spread over; then `cache` has this device's part of the codes.
+    `cache`. axis: the mapped axis that blocks are sharded over; then `cache` has this device's part of the codes.
     """
     if axis:
         return _caches_of_shard(cache, leaving, reduction, axis)
     mean, lower, values = cache["upper_div_lower"], cache["lower"], leaving["v"]
     latest, keep, z, all_counts = count_leaving(cache["latest_doc_id"], lower, leaving, reduction)
     sums, last_sum = _running_sums(mean, lower, keep, z, values, _is_written_out(reduction, len(values)))
-    share = (1.0 / jnp.maximum(all_counts, 1.0)).at[0].set(1.0)[..., None]  # the first is a mean already
+    share = (1.0 / jnp.maximum(all_counts, 1.0)).at[0].set(1.0)[..., None]  # the first is already a mean
     before = dict(
         upper_div_lower=(sums * share[:-1]).astype(values.dtype),
         lower=all_counts[:-1],
@@ -62,7 +62,7 @@ def caches(cache: dict, leaving: dict, reduction: str, axis: str | None = None) 
 
 
 def _caches_of_shard(cache: dict, leaving: dict, reduction: str, axis: str) -> tuple[dict, dict]:
-    """`caches`, from zero, and what the shards before it leave added to it."""
+    """Computes `caches` from zero, and adds the cache after the earlier shards."""
     values = leaving["v"]
     latest, keep, z, all_counts, new_lower = counts_of_shard(cache, leaving, reduction, axis)
     no_counts = jnp.zeros_like(all_counts[0])
@@ -86,28 +86,28 @@ def _caches_of_shard(cache: dict, leaving: dict, reduction: str, axis: str) -> t
 
 
 def counts_of_shard(cache: dict, leaving: dict, reduction: str, axis: str):
-    """`count_leaving` of a shard, with what the shards before it leave; and the counts after the last shard, of this
-    device's part of the codes. cache, axis: see `caches`."""
+    """`count_leaving` for a shard, including the counts of earlier shards; and the counts after the last shard, for
+    this device's part of the codes. cache, axis: see `caches`."""
     lower = cache["lower"]
     first_id = last_id_before(cache["latest_doc_id"], leaving["doc_ids"][-1, :, -1], axis)
     n_code = lower.shape[-1] * jax.lax.axis_size(axis)
     no_counts = varying_like(jnp.zeros([*lower.shape[:-1], n_code], jnp.float32), leaving["z"])
     latest, keep, z, counts = count_leaving(first_id, no_counts, leaving, reduction)
-    reach = latest == latest[:1]  # what was there before is kept: ids never decrease
+    reach = latest == latest[:1]  # earlier counts are kept: ids never decrease
     before, after = exclusive_scan(lower, counts[-1], reach[-1], axis)
     return latest, keep, z, counts + reach[..., None, None] * before[None], after
 
 
 def count_leaving(latest_doc_id, lower, leaving: dict, reduction: str):
-    """The counts alone, of chunks z [R, B, H, L] and doc_ids [R, B, L].
+    """Counts the tokens of chunks, z [R, B, H, L] and doc_ids [R, B, L].
 
-    Returns latest [1 + R, B], the document after none, one .. R of the chunks; keep bool [R, B], whether a chunk keeps
-    what was there before it; z, -1 where a token is not counted; and the counts, float32 [1 + R, B, H, S].
+    Returns latest [1 + R, B], the document after 0, 1 .. R chunks; keep bool [R, B], whether the cache before a chunk
+    is kept; z, -1 where a token is not counted; and the counts, float32 [1 + R, B, H, S].
     """
     ids = leaving["doc_ids"]
     latest = jnp.concatenate([latest_doc_id[None], ids[:, :, -1]])
     keep = latest[1:] == latest[:-1]  # [R, B]
-    counted = (ids == ids[:, :, -1:]) & (ids != NO_DOC)  # of each chunk's last document
+    counted = (ids == ids[:, :, -1:]) & (ids != NO_DOC)  # only each chunk's last document
     z = jnp.where(counted[:, :, None], leaving["z"], -1)  # -1: no code
     code = jnp.arange(lower.shape[-1], dtype=z.dtype).reshape(1, 1, 1, -1, 1)
     counts = checkpoint_name(jnp.sum(z[:, :, :, None, :] == code, axis=-1, dtype=jnp.float32), "projected")
@@ -119,21 +119,21 @@ def _is_written_out(reduction: str, n_chunks: int) -> bool:
 
 
 def _kept(keep, totals):
-    """totals [B, ...] where keep [B], 0 elsewhere."""
+    """The totals [B, ...] where keep [B] is True, 0 elsewhere."""
     return jnp.where(keep.reshape(keep.shape + (1,) * (totals.ndim - 1)), totals, 0.0)
 
 
 def _chunk_sum(z, values, n_code: int):
-    """s [..., B, H, S, V], float32: of values [..., B, H, L, V] by their codes [..., B, H, L]."""
+    """The sums s [..., B, H, S, V], float32, of values [..., B, H, L, V] by their codes [..., B, H, L]."""
     onehot = jax.nn.one_hot(z, n_code, dtype=values.dtype)
     return jnp.einsum("...bhls,...bhlv->...bhsv", onehot, values, preferred_element_type=jnp.float32)
 
 
-# --- first [B, ...], keep [R, B], and terms [R, B, ...] or what they are made of -> the running totals 0 .. R ---------
+# --- first [B, ...], keep [R, B], and terms [R, B, ...] or their operands -> the running totals 0 .. R ----------------
 
 
 def _running_counts(first, keep, counts, written_out: bool):
-    """Of counts [R, B, H, S]: [1 + R, B, H, S]. Sums of integers, so exact."""
+    """The running totals [1 + R, B, H, S] of counts [R, B, H, S]. They are sums of integers, so exact."""
     if not written_out:
         _, totals = jax.lax.scan(lambda total, chunk: (_kept(chunk[0], total) + chunk[1],) * 2, first, (keep, counts))
         return jnp.concatenate([first[None], totals])
@@ -145,8 +145,8 @@ def _running_counts(first, keep, counts, written_out: bool):
 
 
 def _running_sums(mean, lower, keep, z, values, written_out: bool):
-    """Of values [R, B, H, L, V] by their codes z [R, B, H, L], after lower [B, H, S] values of mean `mean`
-    [B, H, S, V]. Returns the mean and C_1 .. C_{R-1}, stacked; and C_R."""
+    """The running sums of values [R, B, H, L, V] by their codes z [R, B, H, L], after lower [B, H, S] values with mean
+    `mean` [B, H, S, V]. Returns the mean and C_1 .. C_{R-1}, stacked; and C_R."""
     first, n_code = mean * lower[..., None], lower.shape[-1]
 
     def step(total, chunk):
@@ -158,7 +158,7 @@ def _running_sums(mean, lower, keep, z, values, written_out: bool):
         last, totals = jax.lax.scan(step, first, (keep, z, values))
         return jnp.concatenate([mean[None], totals[:-1]]), last
     totals = [first]
-    # split, not indexed: the gradient of that is one concatenation, not a sum of R padded arrays
+    # split, not indexed: its gradient is one concatenation, not a sum of R padded arrays
     for r, chunk in enumerate(jax.lax.split(values, [1] * len(values))):
         totals.append(step(totals[-1], (keep[r], z[r], chunk[0]))[0])
     return jnp.stack([mean, *totals[1:-1]]), totals[-1]

@@ -1,4 +1,4 @@
-"""How the codebooks move: an optax transformation, so that `optax.apply_updates` moves them with the weights.
+"""The codebooks' update: an optax transformation, so that `optax.apply_updates` moves them along with the weights.
 
 Codes follow an exponential moving average (EMA) of the keys that chose them (Transformer-VQ, arXiv 2309.16354, section
 3.4; van den Oord et al., arXiv 1711.00937, appendix A.1):
@@ -7,15 +7,14 @@ Codes follow an exponential moving average (EMA) of the keys that chose them (Tr
     c_s <- (g N_s c_s + (1 - g) sum of the keys with shortcode s) / N_s
 
 with n_s the number of keys of the update, over the complete global batch, whose shortcode is s, and g = `c_gamma`.
-A code with n_s = 0 keeps its place exactly, unless `revive` moves it. The sums stand in the gradient's tree, at the
-codebook's own place (see vq.py), if `l_codebook` is part of the loss. An optimizer for a model that has VQAttention
-somewhere in it:
+A code with n_s = 0 does not move at all, unless `revive` moves it. The sums are in the gradient's tree, in the
+codebook's place (see vq.py), if `l_codebook` is part of the loss. An optimizer for a model that contains VQAttention:
 
     codes = codebook_average(config.c_gamma, config.c_revive)
     optax.multi_transform({WEIGHTS: optax.adamw(1e-3), CODEBOOK: codes}, optimizer_labels)
 
 Clipping and weight decay belong inside the transformation for the weights. The sums are not gradients, and are far
-larger: a global norm of both would be that of the sums.
+larger: they would dominate a global norm of both.
 """
 
 from collections.abc import Mapping
@@ -24,27 +23,27 @@ import jax
 import jax.numpy as jnp
 import optax
 
-WEIGHTS, CODEBOOK = "weights", "codebook"  # what `optimizer_labels` returns
+WEIGHTS, CODEBOOK = "weights", "codebook"  # the labels of `optimizer_labels`
 
 # A code whose moving average is below this has not been used for hundreds of updates.
 DEAD_COUNT = 1e-2
-# An unused code's N_s shrinks by g each update; c_s is divided by no less than this, or it would be divided by zero.
+# An unused code's N_s shrinks by g in each update; the divisor of c_s is at least this, to avoid a division by zero.
 MIN_COUNT = 1e-6
 
 
 def ema_update(quantizer_params: Mapping, sums: Mapping, gamma: float | jax.Array) -> dict:
-    """One step of the codebook's moving average, new minus old; the equations are at the head of this file.
+    """Computes one step of the codebook's moving average, new minus old; the equations are at the head of this file.
 
     quantizer_params: codebook [..., S, K] and count [..., S], float32; leading axes are heads, layers.
     sums: the gradient of `l_codebook`: sum of keys per code under "codebook", number of keys under "count".
     Returns what to add to the codebook and to the count, in a dict like quantizer_params. Where n_s is 0 the codebook's
-    step is exactly 0. In float32, old + (new - old) is the new count exactly while a count at most doubles and at most
-    halves; beyond, it may differ by a rounding error (of the old count: a tiny one may become 0).
+    step is exactly 0. In float32, old + (new - old) is exactly the new count as long as a count changes by at most a
+    factor of two; otherwise, it may differ by a rounding error (relative to the old count: a tiny count may become 0).
     """
     codebook, count = quantizer_params["codebook"], quantizer_params["count"]
     key_sums, n = sums["codebook"], sums["count"]
     new_count = ema_count(count, n, gamma)
-    # Written as a step from the old place, and not as the new place minus the old: so nothing of it is rounded away.
+    # Computed as a step from the old place, not as the new place minus the old, so that it does not lose precision.
     step = (1.0 - gamma) * (key_sums - n[..., None] * codebook) / new_count[..., None]
     return dict(codebook=step, count=new_count - count)
 
@@ -55,18 +54,18 @@ def ema_count(count: jax.Array, n: jax.Array, gamma: float | jax.Array) -> jax.A
 
 
 def revive(quantizer_params: Mapping, step: Mapping, share: float) -> dict:
-    """Moves each dead code next to a code that stands for too much, so that the two divide its keys: the splitting of
+    """Moves each dead code next to a code that stands for too many keys, so that the two share them: the splitting of
     Linde, Buzo & Gray (IEEE Transactions on Communications, 1980).
 
     quantizer_params: codebook [..., S, K] and count [..., S], float32; leading axes are heads, layers. step: what an
     update adds to them (see `ema_update`). share: a code is dead if its new count is below this share of the mean over
-    its head's codes. Returns the step with the moves in it. Other codes' steps are as they were, bit for bit.
+    its head's codes. Returns the step including the moves. Other codes' steps are unchanged, bit for bit.
 
     Keys have squared norm sqrt(K), and a code is the mean of its keys, so sqrt(K) - |c|^2 is their mean squared
-    distance from it, and N (sqrt(K) - |c|^2) is what quantizing them costs. The dead code with the lowest count goes to
-    the code with the highest cost, the next to the next, until no code is left to divide. It lands one standard
+    distance from it, and N (sqrt(K) - |c|^2) is the cost of quantizing them. The dead code with the lowest count goes
+    to the code with the highest cost, the next to the next, until no code is left to split. It lands one standard
     deviation (along one axis) away from that code, on its own side of it, and takes half of its count. Nothing is
-    random, and nothing depends on the mesh.
+    random or depends on the mesh.
     """
     codebook, count = (quantizer_params[name] + step[name] for name in ("codebook", "count"))
     d_k = codebook.shape[-1]
@@ -76,7 +75,7 @@ def revive(quantizer_params: Mapping, step: Mapping, share: float) -> dict:
     rank = _ranks(jnp.argsort(jnp.where(dead, count, jnp.inf), axis=-1))
     n_moved = n_revived(count, share)[..., None]
     moves, divided = rank < n_moved, _ranks(by_cost) < n_moved
-    source = jnp.take_along_axis(by_cost, rank, axis=-1)  # of each code, if it moves
+    source = jnp.take_along_axis(by_cost, rank, axis=-1)  # for each code, if it moves
 
     place = jnp.take_along_axis(codebook, source[..., None], axis=-2)
     side = codebook - place
@@ -90,7 +89,7 @@ def revive(quantizer_params: Mapping, step: Mapping, share: float) -> dict:
 
 
 def n_revived(count: jax.Array, share: float) -> jax.Array:
-    """How many codes `revive` moves, int32 [...], given the new counts [..., S]."""
+    """The number of codes that `revive` moves, int32 [...], given the new counts [..., S]."""
     dead = count < share * jnp.mean(count, axis=-1, keepdims=True)
     n_dead = jnp.sum(dead, axis=-1)
     return jnp.minimum(n_dead, count.shape[-1] - n_dead)
@@ -105,9 +104,8 @@ def codebook_average(gamma: float, revive_below: float = 0.0) -> optax.GradientT
     """Returns the transformation of every quantizer's leaves: sums in, `ema_update` out. It keeps no state.
 
     gamma: decay of the average, per update. revive_below: share of the mean count below which `revive` moves a code; 0:
-    none is moved. The transformation takes trees of quantizers alone, which is what
-    `optax.multi_transform` gives it; `update` needs the parameters, and raises ValueError without them, or if there are
-    leaves that are not a quantizer's.
+    none is moved. The transformation accepts only trees of quantizers, as `optax.multi_transform` passes them; `update`
+    needs the parameters, and raises ValueError without them, or if there are leaves that are not a quantizer's.
     """
 
     def update(updates, state, params=None):
@@ -134,19 +132,19 @@ def optimizer_labels(params: optax.Params) -> optax.Params:
 
 
 def is_quantizer(tree) -> bool:
-    """Whether a tree is the parameters of one quantizer, or what stands in their place in another tree like them."""
+    """Whether a tree has the parameters of one quantizer, or their counterparts in a tree of the same structure."""
     return isinstance(tree, dict) and tree.keys() == {"codebook", "count"}
 
 
 def is_codebook(path: tuple) -> bool:
-    """Whether a path in the parameters' tree (of jax.tree_util keys) leads into a quantizer, whose parameters follow
-    their moving average and have no gradient that an optimizer could follow."""
+    """Whether a path in the parameters' tree (of jax.tree_util keys) leads into a quantizer, whose parameters follow a
+    moving average and have no gradient for an optimizer."""
     return any(getattr(key, "key", None) == "quantizer" for key in path)
 
 
 def codebook_counts(tree: dict) -> jax.Array | None:
-    """The leaves "count" of every quantizer, float32 [units, H, S], the model's units in order; None if there is no
-    quantizer. tree: parameters (moving averages), or gradients (keys of each code in this update; see nn/vq.py)."""
+    """The leaves "count" of all quantizers, float32 [units, H, S], in the order of the model's units; None if there is
+    no quantizer. tree: parameters (moving averages), or gradients (keys of each code in this update; see nn/vq.py)."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     counts = [leaf for path, leaf in leaves if is_codebook(path) and getattr(path[-1], "key", None) == "count"]
     if not counts:

@@ -1,16 +1,15 @@
 """The recurrent step: one token for each row, on a state that is updated in place.
 
-`model.py` reads any number of tokens at once. To read one, this module computes the same function with less traffic
-through memory, which is what a single token waits for:
+`model.py` reads any number of tokens at once. To read one, this module computes the same function with less memory
+traffic, which limits the speed of a single token:
 
-- the window is a ring of M + 1 slots: a new key and value overwrite the oldest, and nothing else moves;
-- a value that leaves the ring changes one row of the cache's means;
-- weights are cast, joined and unstacked once (`decode_weights`), and so is the table of relative biases.
+- the window is a ring of M + 1 slots: a new key and value overwrite the oldest, and no other data moves; - a value that
+leaves the ring changes one row of the cache's means; - weights are cast, joined and unstacked only once
+(`decode_weights`), and so is the table of relative biases.
 
 All rows write the same slot at the same step, whatever their documents: the slot is a counter, not a position. Since
-slots are not in order, the biases by distance are turned by the number of the slot. Where rows begin at different
-times, each may have a slot of its own: then the order of its sums, and so every bit of what it yields, is that of the
-row alone.
+slots are not in order, the biases by distance are rotated by the slot's number. If rows begin at different times, each
+may have a slot of its own: then the order of its sums, and so every bit of its output, does not depend on other rows.
 
 The equations are those of `attn.py`, and its parameters are used as they are. The loop that draws tokens is in
 `tvq_pod/inference/sampler.py`.
@@ -37,8 +36,8 @@ T = TypeVar("T")
 
 
 def decode_weights(params: dict, config: TransformerConfig) -> dict:
-    """What `decode_step` reads of the parameters of `Transformer(config)`, in the compute dtype: one dict for each
-    unit, in order, under "units", and the embeddings. The codebook stays float32."""
+    """The weights that `decode_step` takes, from the parameters of `Transformer(config)`, in the compute dtype: one
+    dict for each unit, in order, under "units", and the embeddings. The codebook stays float32."""
     dtype = config.dtype
     weights = {name: leaf for name, leaf in params.items() if name != "layers"}
     weights |= {name: leaf.astype(dtype) for name, leaf in params.items() if name in ("embedding", "w_out")}
@@ -61,7 +60,7 @@ def _attention_weights(params: dict, config: TransformerConfig) -> dict:
         w_o=params["w_o"]["kernel"].astype(c.dtype),
         u=biases["u"].reshape(c.n_key_head, -1, c.d_k),
         v=biases["v"].reshape(c.n_key_head, -1, c.d_k),
-        r=biases["r"][:, ::-1],  # the farthest first
+        r=biases["r"][:, ::-1],  # farthest first
     )
     if c.temperature == "learned":
         factors = sharpness(params["log_sharpness"], c.dtype)
@@ -81,15 +80,15 @@ def _mlp_weights(params: dict, config: TransformerConfig) -> dict:
 
 
 def decode_state(state: dict, config: TransformerConfig, slot_by_row: bool = False) -> dict:
-    """The state of `decode_step` that has read what `state`, of `Transformer(config)`, has read.
+    """The state of `decode_step` after the tokens that `state`, of `Transformer(config)`, has read.
 
     slot: int32 scalar, or [B] with slot_by_row, where the next token is written. doc_ids: int32 [B, M + 1], documents
     of the ring's tokens; NO_DOC for none. position, last_doc, cache_doc, leaving_doc: int32 [B], tokens read of the
-    current document, its id, the cache's document, and the document of the token that left the ring last and is in no
-    cache yet. units: for each unit that attends, k [B, H, M + 1, K] and v [B, H, M + 1, V], the ring, in `dtype`; with
-    a cache also z int32 [B, H, M + 1]; leaving_z and leaving_v, what left the ring last; and mean float32 [B, H, S, V]
-    and count float32 [B, H, S], the cache. Where a count is 0 the mean may be anything finite. With key_shift also
-    before [B, H, K], see state.py.
+    current document, its id, the cache's document, and the document of the token that left the ring last and is not in
+    the cache yet. units: for each attention unit, k [B, H, M + 1, K] and v [B, H, M + 1, V], the ring, in `dtype`; with
+    a cache also z int32 [B, H, M + 1]; leaving_z and leaving_v, of the token that left the ring last; and mean float32
+    [B, H, S, V] and count float32 [B, H, S], the cache. Where a count is 0 the mean may be any finite number. With
+    key_shift also before [B, H, K], see state.py.
     """
     first = jax.tree.map(lambda leaf: leaf[0], state[UNITS[0]])
     window_docs = first["xlcache"]["doc_ids"]
@@ -111,7 +110,7 @@ def decode_state(state: dict, config: TransformerConfig, slot_by_row: bool = Fal
 
 
 def _unit_state(state: dict, has_cache: bool) -> dict:
-    def ring(window):  # [B, H, M, ...] and one slot that is free
+    def ring(window):  # [B, H, M, ...] and one free slot
         return jnp.concatenate([window, jnp.zeros_like(window[:, :, :1])], axis=2)
 
     window = state["xlcache"]
@@ -133,9 +132,9 @@ def decode_step(weights: dict, state: dict, tokens, doc_ids, config: Transformer
 def decode_while(
     going: Callable, feed: Callable, take: Callable, weights: dict, state: dict, carry: T, config: TransformerConfig
 ) -> tuple[dict, T]:
-    """`decode_step` while going(carry), a boolean scalar. feed(carry) -> (tokens, doc_ids), which are read next;
-    take(carry, logits) -> the next carry. Returns (next state, carry). Every large array of the state is updated in
-    place."""
+    """Runs `decode_step` while going(carry), a boolean scalar, is True. feed(carry) -> (tokens, doc_ids), which are
+    read next; take(carry, logits) -> the next carry. Returns (next state, carry). Every large array of the state is
+    updated in place."""
 
     def step(loop):
         state, carry = loop
@@ -147,13 +146,13 @@ def decode_while(
     return _full_state(state, len(state["position"]), config), carry
 
 
-# XLA:CPU copies an array that was updated in place if its shape is changed before it is read, as axes of size 1 are
-# when they are left out of a matrix product. So a loop's arrays are without them from the start.
-_AXES_BEHIND = dict(k=2, v=2, z=1, mean=2, count=1, leaving_z=0, leaving_v=1, before=1)  # B and H
+# XLA:CPU copies an array that was updated in place if its shape changes before it is read, as it does when axes of size
+# 1 are dropped for a matrix product. So a loop's arrays do not have them from the start.
+_AXES_BEHIND = dict(k=2, v=2, z=1, mean=2, count=1, leaving_z=0, leaving_v=1, before=1)  # number of axes after B and H
 
 
 def _lean(x: jax.Array) -> jax.Array:
-    """x [B, H, ...] without B and H where they are 1."""
+    """Drops the axes B and H of x [B, H, ...] if they have size 1."""
     return x.reshape(*(n for n in x.shape[:2] if n > 1), *x.shape[2:])
 
 
@@ -170,7 +169,7 @@ def _full_state(state: dict, batch_size: int, config: TransformerConfig) -> dict
 
 
 def _step(weights: dict, state: dict, tokens, doc_ids, config: TransformerConfig) -> tuple[dict, jax.Array]:
-    """`decode_step`, of a `_lean_state`. Every large array is written before it is read: so it needs no copy."""
+    """Runs `decode_step` on a `_lean_state`. Every large array is written before it is read, so it needs no copy."""
     c = config
     x = embed(tokens, weights["embedding"])
     position = jnp.where(doc_ids == state["last_doc"], state["position"], 0)
@@ -193,12 +192,12 @@ def _step(weights: dict, state: dict, tokens, doc_ids, config: TransformerConfig
 
 
 class _Documents:
-    """What units share at one step: whose token each slot holds, and what is done to every unit's cache.
+    """The data that units share at one step: the document of each slot's token, and the update of every unit's cache.
 
-    slot, next_slot: scalars or [B], written now and at the next step; what `next_slot` holds then leaves the ring.
-    sees_slot bool [B, M + 1] and sees_cache bool [B]: which keys are of the query's document. keeps_cache bool [B]:
-    whether the token that left last is of the cache's document. leaves bool [B]: whether there is such a token.
-    continues bool [B]: whether the token before was of the query's document.
+    slot, next_slot: scalars or [B], written now and at the next step, when the token in `next_slot` leaves the ring.
+    sees_slot bool [B, M + 1] and sees_cache bool [B]: which keys are in the query's document. keeps_cache bool [B]:
+    whether the token that left last is in the cache's document. leaves bool [B]: whether there is such a token.
+    continues bool [B]: whether the previous token was in the query's document.
     """
 
     def __init__(self, state: dict, doc_ids: jax.Array):
@@ -214,7 +213,7 @@ class _Documents:
         self.next_state = dict(slot=self.next_slot, doc_ids=ring, cache_doc=cache_doc, leaving_doc=leaving_doc)
 
     def slots(self, n_head: int) -> tuple[jax.Array, jax.Array]:
-        """slot and next_slot, where each row has its own for each of its heads: [B, H] without axes of size 1."""
+        """slot and next_slot, repeated for each head if each row has its own: [B, H] without axes of size 1."""
         if not self.slot.ndim:
             return self.slot, self.next_slot
         both = (jnp.broadcast_to(slot[:, None], (len(slot), n_head)) for slot in (self.slot, self.next_slot))
@@ -222,14 +221,14 @@ class _Documents:
         return slot, next_slot
 
     def turned(self, near: jax.Array) -> jax.Array:
-        """near [B, H, G, M + 1], the farthest first, in the order of the slots."""
+        """Puts near [B, H, G, M + 1], which has the farthest first, into the order of the slots."""
         if not self.slot.ndim:
             return jnp.roll(near, self.next_slot, axis=-1)
         return jax.vmap(functools.partial(jnp.roll, axis=-1))(near, self.next_slot)
 
 
 def _attention(weights: dict, state: dict, x: jax.Array, docs: _Documents, c: TransformerConfig):
-    """One unit of attention: x [B, D] -> its next state, and what it adds to x."""
+    """Runs one attention unit: x [B, D] -> its next state, and its output, which is added to x."""
     n_head, n_rows, scale = c.n_key_head, len(x), c.d_k**-0.25
     widths = (c.n_head * c.d_k, n_head * c.d_k, n_head * c.d_v)
     joined = _einsum("bd,nd->bn", _norm(weights["norm"], x, c), weights["w_in"]).astype(c.dtype)
@@ -282,8 +281,8 @@ def _attention(weights: dict, state: dict, x: jax.Array, docs: _Documents, c: Tr
 
 
 def _cache_with_leaving(state: dict, docs: _Documents, shape: tuple[int, int]) -> dict:
-    """The cache's mean and count, with the token that left the ring last; see the rule for documents in cache.py. Where
-    the document changes only counts are reset: a mean without a count is never looked at. shape: B and H."""
+    """The cache's mean and count, including the token that left the ring last; see the rule for documents in cache.py.
+    Where the document changes only counts are reset: a mean with a count of 0 is never used. shape: B and H."""
 
     def per_head(flag):  # bool [B]
         return _lean(jnp.broadcast_to(flag[:, None], shape))[..., None]
@@ -311,7 +310,7 @@ def _norm(params: dict | None, x: jax.Array, c: TransformerConfig) -> jax.Array:
 
 
 def _write(ring: jax.Array, x: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
-    """slot: a scalar, or one for each element of the axes before `axis`."""
+    """Writes x into a ring. slot: a scalar, or one for each element of the axes before `axis`."""
     if not slot.ndim:
         return jax.lax.dynamic_update_index_in_dim(ring, x.astype(ring.dtype), slot, axis)
     return ring.at[_place(slot)].set(x.astype(ring.dtype), mode="promise_in_bounds", unique_indices=True)
@@ -324,13 +323,13 @@ def _read(ring: jax.Array, slot: jax.Array, axis: int) -> jax.Array:
 
 
 def _place(index: jax.Array) -> tuple:
-    """Where `index` [...] points to on the axis behind its own ones."""
+    """The indices that select `index` [...] on the axis after its own."""
     return *jnp.ogrid[tuple(slice(n) for n in index.shape)], index
 
 
 def _einsum(product: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """jnp.einsum, in float32. Axes of x that have size 1 are left out, of y too, which may lack them already: XLA:CPU
-    multiplies a matrix by a vector two to three times as fast as by a matrix of one row."""
+    """jnp.einsum in float32. Axes of x with size 1 are dropped, in y too, which may lack them already: XLA:CPU
+    multiplies a matrix by a vector two to three times as fast as by a matrix with one row."""
     of_x, of_y, of_out = product.replace("->", ",").split(",")
     single = {name for name, size in zip(of_x, x.shape, strict=True) if size == 1}
     if y.ndim == len(of_y):

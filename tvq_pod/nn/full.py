@@ -1,11 +1,11 @@
-"""Quadratic attention, `attn_type=full`: softmax over exact keys. What Transformer-VQ is measured against.
+"""Quadratic attention, `attn_type=full`: softmax over exact keys, the baseline for Transformer-VQ.
 
-The same projections, gates, relative biases (up to M back) and document mask as attn.py; keys are not quantized, and a
-query meets every key of its update and of the window before it. So the state is only the window, and what is older is
-forgotten at the border of an update, as in Transformer-XL (arXiv 1901.02860).
+It has the same projections, gates, relative biases (up to M back) and document mask as attn.py, but keys are not
+quantized, and a query attends to every key of its update and of the window before it. So the state is only the window,
+and older tokens are forgotten at the end of an update, as in Transformer-XL (arXiv 1901.02860).
 
-To keep memory linear in T, queries are gone through in blocks whose scores are computed again in the backward pass; to
-waste little on keys that come after a query, an update is cut into `PARTS`, each of which meets only what is before its
+To keep memory linear in T, queries are processed in blocks whose scores are recomputed in the backward pass; to waste
+little on keys that come after a query, an update is cut into `PARTS`, each of which attends only to keys before its
 end: about (PARTS + 1) / (2 PARTS) of the square is computed.
 """
 
@@ -22,9 +22,9 @@ PARTS = 8
 
 
 def full_attention(q, position_q, r, recent: dict, config: TransformerConfig) -> jax.Array:
-    """q: [R, B, H, G, L, K], queries of R blocks of L. position_q [R, B, H, G, L, K] and r [H, M + 1, K]: what
-    `relative_bias` is made of. recent: k_hat [B, H, M + R L, K] (exact keys), v [B, H, M + R L, V], doc_ids
-    [B, M + R L]: the window and the blocks. config: mem_len and window_bias are used.
+    """Computes attention. q: [R, B, H, G, L, K], queries of R blocks of L. position_q [R, B, H, G, L, K] and
+    r [H, M + 1, K]: the operands of `relative_bias`. recent: k_hat [B, H, M + R L, K] (exact keys),
+    v [B, H, M + R L, V], doc_ids [B, M + R L]: the window and the blocks. config: mem_len and window_bias are used.
     Returns [R, B, H, G, L, V] in the dtype of q; softmax is float32.
     """
     n_blocks, *_, block_len, _ = q.shape

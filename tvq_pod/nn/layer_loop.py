@@ -1,16 +1,16 @@
-"""The loop over layers where attention is computed by kernels, with a backward pass of its own.
+"""The loop over layers for attention by kernels, with a backward pass of its own.
 
-`lax.scan` hands a layer its part of every stacked array, and takes back what the layer makes. A kernel can only be
-handed a copy of that part, and what it makes is copied once more: 120 of 384 ms for configs/enwik8.py. So here the
-backward pass is written as a loop, too, in which stacked arrays lie still. The kernels get the whole stacks, of states
-and of what the forward pass kept, with the layer's number; they read and write that layer's part.
+`lax.scan` passes a layer its part of every stacked array, and stores the layer's results. A kernel can only be passed a
+copy of that part, and its results are copied once more: 120 of 384 ms for configs/enwik8.py. So here the backward pass
+is written as a loop, too, in which stacked arrays are not moved. The kernels get the complete stacks, of states and of
+arrays that the forward pass kept, with the layer's index; they read and write that layer's part.
 
-The forward pass keeps of each unit what remat=projections keeps, but for the product of attention's output and its
-gate, which the gradient of the next projection wants: it is made again. With remat=full it keeps the unit's input.
+For each unit the forward pass keeps what remat=projections keeps, except the product of attention's output and its
+gate, which the gradient of the next projection needs: it is recomputed. With remat=full it keeps the unit's input.
 
-A unit is four functions. `raw` has the projections, `prepared` norms and the quantizer, then come the kernels, then
-`residual`. JAX differentiates the others one by one; of their forward pass, only what a gradient needs is computed
-again.
+A unit consists of four functions: `raw` has the projections, `prepared` has norms and the quantizer, then come the
+kernels, then `residual`. JAX differentiates all but the kernels one by one; of their forward pass, only what a gradient
+needs is recomputed.
 """
 
 import functools
@@ -35,8 +35,8 @@ RESIDUAL_STREAM = ("blocks", "batch", "token", "residual")
 
 
 class Given(NamedTuple):
-    """What every layer reads and no gradient reaches: rngs, by name of the stream, each with n_layer keys; doc_ids
-    int32 [R, B, L]; loss_mask [R, B, L] in vq_spec; distances, see attn.py."""
+    """Inputs of every layer without gradients: rngs, by name of the stream, each with n_layer keys; doc_ids int32 [R,
+    B, L]; loss_mask [R, B, L] in vq_spec; distances, see attn.py."""
 
     rngs: dict[str, LazyRng]
     doc_ids: jax.Array
@@ -46,7 +46,7 @@ class Given(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def layer_loop(config: TransformerConfig, params: dict, x: jax.Array, state: dict, given: Given):
-    """All layers, from x [R, B, L, D]; params and state are stacks with an axis of n_layer in front.
+    """Applies all layers to x [R, B, L, D]; params and state are stacks with a leading axis of n_layer.
 
     Returns x, the next state, and l_commit and l_codebook, float32 [n_layer] each.
     """
@@ -55,8 +55,8 @@ def layer_loop(config: TransformerConfig, params: dict, x: jax.Array, state: dic
 
 
 def _loop(config: TransformerConfig, params, x, state, given: Given, keeps: bool):
-    """What `layer_loop` returns, and what to keep for the backward pass: of each unit, stacks; or, if all turns are
-    written out, of each layer of each unit."""
+    """The results of `layer_loop`, and the arrays to keep for the backward pass: stacks for each unit; or, if the loop
+    is unrolled, arrays for each layer and unit."""
 
     def layer(x, inverse, own, stacks):
         number, params, rngs = own
@@ -68,7 +68,7 @@ def _loop(config: TransformerConfig, params, x, state, given: Given, keeps: bool
             own_kept = dict(x=x) if config.remat == "full" else dict(x=x, inverse=inverse) | own_kept
             kept[name] = own_kept if keeps else {}
             x = constrain(x + res, *RESIDUAL_STREAM)
-            inverse = inverse_rms(x)  # here, where x is made: so it is not read again for it
+            inverse = inverse_rms(x)  # here, where x is computed, so that it is not read again
             losses += own_losses
         return x, inverse, dict(state=new_state, kept=kept), jax.tree.map(lambda *of_units: sum(of_units), *losses)
 
@@ -76,7 +76,7 @@ def _loop(config: TransformerConfig, params, x, state, given: Given, keeps: bool
         x, inverse, stacks = carry
         x, inverse, made, losses = layer(x, inverse, own, stacks)
 
-        def put(stack, array):  # the kernels have put theirs
+        def put(stack, array):  # the kernels have written theirs
             return array if array.ndim == stack.ndim else lax.dynamic_update_index_in_dim(stack, array, own[0], axis=0)
 
         stacks = {kind: jax.tree.map(put, stack, made[kind]) for kind, stack in stacks.items()}
@@ -103,7 +103,7 @@ def _is_written_out(config: TransformerConfig) -> bool:
 
 
 def _turns(config: TransformerConfig, turn, carry, layers, reverse: bool = False):
-    """lax.scan; or all turns written out, and then there is a list of what they return."""
+    """lax.scan; or, if the loop is unrolled, a Python loop that returns a list of the results."""
     if not _is_written_out(config):
         return lax.scan(turn, carry, layers, reverse=reverse, unroll=config.unroll)
     made = {}
@@ -117,7 +117,7 @@ def _forward(config: TransformerConfig, params, x, state, given):
     values = functools.partial(jax.tree.map, lambda leaf: leaf.value, is_leaf=_is_primal)
     params, x, state, given = values(params), values(x), values(state), values(given)
     *made, kept = _loop(config, params, x, state, given, keeps=True)
-    asked = ({},) if to_state else ()  # what is kept has arrays as leaves: so the answer is in its structure
+    asked = ({},) if to_state else ()  # the leaves of what is kept must be arrays, so the structure has the answer
     return tuple(made), (params, x, state, given, kept, asked)
 
 
@@ -137,7 +137,7 @@ def _backward(config: TransformerConfig, residuals, cotangents):
             own_kept = stacks if _is_written_out(config) else _of_layer(number, stacks)
             unit_x, unit_state = own_kept["x"], state.get(name)
             if config.remat == "full":
-                # or XLA, with all turns in view, would do this early, or keep what the forward pass made
+                # otherwise XLA, which sees all iterations, would do this early, or keep the forward pass's result
                 unit_x, d_x = lax.optimization_barrier((unit_x, d_x))
                 inverse = inverse_rms(unit_x)
                 _, _, own_kept, _ = unit.forward(params[name], unit_x, inverse, unit_state, number, {})
@@ -157,7 +157,7 @@ layer_loop.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _plain_loop(config: TransformerConfig, given: Given, params, x, state):
-    """What `layer_loop` returns, for JAX to differentiate: gradients reach the states, too."""
+    """The same results as `layer_loop`, differentiable by JAX: gradients reach the states, too."""
 
     def turn(x, own):
         params, rngs, state = own
@@ -176,7 +176,7 @@ def _plain_loop(config: TransformerConfig, given: Given, params, x, state):
 
 
 def _instantiated(cotangent):
-    """The cotangent, as an array of zeros if it is a SymbolicZero."""
+    """The cotangent, or an array of zeros if it is a SymbolicZero."""
     is_zero = isinstance(cotangent, SymbolicZero)
     return jnp.zeros(cotangent.shape, cast(Any, cotangent).dtype) if is_zero else cotangent
 
@@ -186,7 +186,7 @@ def _is_primal(x) -> bool:
 
 
 def _put(number: jax.Array, raw: dict, stacks: dict) -> dict:
-    """Values and gates, put into the stacks of what is kept, if there are any."""
+    """Writes values and gates into the stacks of kept arrays, if there are any."""
     kept = stacks.get("kept", {}).get("raw", {})
     return {
         name: lax.dynamic_update_index_in_dim(kept[name], raw[name], number, axis=0)
@@ -196,7 +196,7 @@ def _put(number: jax.Array, raw: dict, stacks: dict) -> dict:
 
 
 def _values(raw: dict, number: jax.Array) -> dict:
-    """The values' stack and the layer, if there is a stack; see start.py."""
+    """The values' stack and the layer's index, if there is a stack; see start.py."""
     return dict(v=raw["v"], layer=jnp.asarray(number, jnp.int32)[None]) if "v" in raw else {}
 
 
@@ -213,12 +213,12 @@ def _units(config: TransformerConfig, given: Given) -> dict[str, "_Attention | _
 
 
 class _Unit:
-    """A unit of one layer: methods of its module, as functions of parameters.
+    """A unit of one layer: its module's methods, as functions of parameters.
 
-    forward(params, x, inverse, state, number, stacks) returns what is added to x, the next state, what to keep besides
-    x and inverse, and a list of losses. backward(params, x, state, number, kept, stacks, d_res, d_losses) returns the
-    gradients of params and x. inverse: inverse_rms of x. state: of all layers, stacked. number: the layer's. stacks:
-    see `_Attention`.
+    forward(params, x, inverse, state, number, stacks) returns the term added to x, the next state, the arrays to keep
+    besides x and inverse, and a list of losses. backward(params, x, state, number, kept, stacks, d_res, d_losses)
+    returns the gradients of params and x. inverse: inverse_rms of x. state: the states of all layers, stacked. number:
+    the layer's index. stacks: see `_Attention`.
     """
 
     def __init__(self, module: VQAttention | MLP, given: Given):
@@ -227,10 +227,10 @@ class _Unit:
         self._rngs = {stream: LazyRng.create(rng, module.name) for stream, rng in given.rngs.items()}
 
     def apply(self, method: str, params: dict, *args):
-        """A method of the module."""
+        """Calls a method of the module."""
 
         def second_time(module):
-            # flax's scan (model.py) traces its body twice and numbers the draws of both. Masks must be the same.
+            # flax's scan (model.py) traces its body twice and numbers the draws of both traces. Masks must be the same.
             if self._rngs:
                 getattr(module, method)(*args)
             return getattr(module, method)(*args)
@@ -260,10 +260,10 @@ class _Attention(_Unit):
         self._config = config
 
     def forward(self, params, x, inverse, state, number, stacks):
-        """stacks: state and kept of all layers, as far as they are stacks: the kernels write into some of them."""
+        """stacks: `state` and `kept` of all layers, if they are stacks: the kernels write into some of them."""
         raw = self._raw(inverse, params, x)
         of_keys = inverse_rms(raw["q"]), inverse_rms(raw["k"])
-        # Kernels read what they can from the stacks, where it is kept anyway: so it is written once.
+        # Kernels read from the stacks what is kept there anyway, so that it is written only once.
         into, in_stacks = self._kernels_stacks(stacks), _put(number, raw, stacks)
         operands, (of_state, losses), (others, new_state, z) = self._operands(
             params, raw, _of_layer(number, state), None, of_keys, _values(in_stacks, number)
@@ -282,7 +282,7 @@ class _Attention(_Unit):
         return self._residual(params, gated), new_state, kept, [losses]
 
     def backward(self, params, x, state, number, kept, stacks, d_res, d_losses):
-        """kept: of this layer. stacks: the same of all layers, for the kernels; or again of this one."""
+        """kept: this layer's. stacks: the same for all layers, for the kernels; or again this layer's."""
         raw, out, before = kept["raw"], kept["out"], _of_layer(number, state)
         gated = (out * silu(raw["gate"])).astype(out.dtype) if "gate" in raw else out
         of_residual, d_gated = _vjp(self._residual, params, gated)(d_res)
@@ -305,26 +305,26 @@ class _Attention(_Unit):
         return jax.tree.map(lambda *parts: sum(parts), of_residual, of_prepared, of_raw), d_x
 
     def _raw(self, inverse, params, x):
-        """See VQAttention.raw; gate [R, B, H, G, L, V], if there is one."""
+        """Calls VQAttention.raw; gate is [R, B, H, G, L, V], if there is one."""
         raw = self.apply("raw", params, x, inverse)
         return {name: grouped(a, self._config) if name == "gate" else a for name, a in raw.items() if a is not None}
 
     def _operands(self, params, raw, state, shortcodes, of_keys, stacked):
-        """Operands of the kernels: what has a gradient; (others that have one, losses); (others, the next state,
+        """The kernels' operands: those with a gradient; (others with a gradient, losses); (others, the next state,
         shortcodes). stacked: see start.py."""
         c, given = self._config, self._given
         made = self.apply("prepared", params, raw["q"], raw["k"], given.vq_spec, shortcodes, of_keys, given.distances)
         present = dict(z=made["shortcodes"], k_hat=made["quantized"], v=raw["v"], doc_ids=given.doc_ids)
         q, gate = grouped(made["q"], c), raw.get("gate")
         x, others, new_state = operands(c, made["biases"], q, present, gate, state, stacked)
-        # of the states that shards begin with, each device but the first makes its own, from what others have read
+        # each device except the first computes the state that its shard begins with, from tokens that others have read
         has_gradient = c.grad_thru_cache and not _is_whole()
         of_state = {name: others.pop(name) for name in STATE if name in others} if has_gradient else {}
         losses = made["losses"]["l_commit"], made["losses"]["l_codebook"]
         return x, (of_state, losses), (others, new_state, made["shortcodes"])
 
     def _from_stacks(self, others: dict, state: dict, number) -> dict:
-        """others, with the state as it lies: of all layers, and an axis for the one shard."""
+        """Adds to others the stacked state of all layers, with an axis for the one shard."""
         stacks: dict[str, jax.Array] = {}
         if _is_whole():
             window, mean = state["xlcache"], state["aggcache"]["upper_div_lower"]
@@ -333,7 +333,7 @@ class _Attention(_Unit):
         return others | stacks | dict(layer=jnp.asarray(number, jnp.int32)[None])
 
     def _kernels_stacks(self, stacks: dict) -> dict:
-        """Those that the forward kernel writes into."""
+        """The stacks that the forward kernel writes into."""
         found = {}
         if "out" in stacks.get("kept", {}):
             found["out_stack"] = stacks["kept"]["out"]
@@ -342,7 +342,7 @@ class _Attention(_Unit):
         return found
 
     def _residual(self, params, out):
-        """[R, B, H, G, L, V] -> [R, B, L, D]."""
+        """Projects [R, B, H, G, L, V] to [R, B, L, D]."""
         return self.apply("residual", params, out.reshape(*out.shape[:2], -1, *out.shape[4:]))
 
 

@@ -1,4 +1,4 @@
-"""Small pieces that several modules share: sinusoids, dropout, projections, normalisation."""
+"""Small building blocks that several modules share: sinusoids, dropout, projections, normalization."""
 
 from typing import cast
 
@@ -30,17 +30,17 @@ def sinusoids(positions: jax.Array, width: int) -> jax.Array:
 
 
 def with_names(initializer: nn.initializers.Initializer, *names: str | None) -> nn.initializers.Initializer:
-    """An initializer whose array comes in a box with the logical names of its axes (see axes.py). `Module.param` opens
-    the box, so to the module the parameter is an array; `init` returns it closed."""
+    """An initializer whose array is boxed with the logical names of its axes (see axes.py). `Module.param` unboxes it,
+    so the module sees an array; `init` returns it boxed."""
     return cast(nn.initializers.Initializer, nn.with_logical_partitioning(initializer, names))
 
 
 class Dropout(nn.Module):
     """Zeroes a share `rate` of x and scales the rest by 1 / (1 - rate), in training.
 
-    Random bits are a hash of (key, place of the element) by the 32-bit mixer lowbias32 (see mix.py). Jax's threefry is
-    much more arithmetic, which the vector unit of a TPU feels: see docs/attention.md. Like it, the mask depends on the
-    key and on places in the global array alone, so it is the same on any mesh.
+    Random bits are a hash of (key, index of the element) by the 32-bit mixer lowbias32 (see mix.py). JAX's threefry
+    takes much more arithmetic, which is noticeable on the vector unit of a TPU: see docs/attention.md. As with
+    threefry, the mask depends only on the key and on indices in the global array, so it is the same on any mesh.
     """
 
     rate: float
@@ -59,10 +59,10 @@ class Dropout(nn.Module):
 
 
 def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """uint32; see `Dropout`.
+    """Random uint32 numbers; see `Dropout`.
 
-    The last two axes and those before them are counted apart, each by fewer than 2 ** 32: a pod's global batch has more
-    elements than that.
+    The last two axes and those before them are indexed separately, each with fewer than 2 ** 32 elements: a pod's
+    global batch has more elements than that.
     """
     first, second = jax.random.bits(key, [2])
     n_outer = max(len(shape) - 2, 0)
@@ -71,7 +71,7 @@ def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _index(shape: tuple[int, ...], axes: range) -> jax.Array:
-    """Each element's place among those of some neighbouring axes, uint32; other axes have size 1."""
+    """Each element's index within some neighboring axes, uint32; other axes have size 1."""
     own = tuple(n if axis in axes else 1 for axis, n in enumerate(shape))
     index, stride = jnp.zeros(own, jnp.uint32), 1
     for axis in reversed(axes):
@@ -81,7 +81,7 @@ def _index(shape: tuple[int, ...], axes: range) -> jax.Array:
 
 
 class HeadProjection(nn.Module):
-    """x [..., T, D] -> [..., H, T, width] with H `n_head`; no bias.
+    """Projects x [..., T, D] to [..., H, T, width], where H is `n_head`; without a bias.
 
     Its kernel is [H, width, D]. A TPU lays out the last two axes in tiles, so neither should be of size 1; and with D
     last the gradient, a matmul, has the layout of the kernel and of the optimizer's arrays: no copies.
@@ -90,7 +90,7 @@ class HeadProjection(nn.Module):
     config: TransformerConfig
     n_head: int
     width: int
-    names: tuple[str | None, str]  # of these two axes
+    names: tuple[str | None, str]  # of the axes H and width
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -106,7 +106,8 @@ class HeadProjection(nn.Module):
 
 
 class OutputProjection(nn.Module):
-    """What a unit adds to the residual stream, [R, B, H, L, width] -> [R, B, L, D]; residual dropout, LayerDrop."""
+    """Projects a unit's output, [R, B, H, L, width], to the residual stream, [R, B, L, D]; has residual dropout and
+    LayerDrop."""
 
     config: TransformerConfig
     names: tuple[str | None, str]  # of H and width
@@ -114,7 +115,7 @@ class OutputProjection(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c, (_, _, n_head, _, width) = self.config, x.shape
-        # of the sum over heads and their width; the residual stream sums 2 n_layer units
+        # fan-in over heads and their width; the residual stream is a sum of 2 n_layer units
         init = nn.initializers.variance_scaling(0.5 / c.n_layer, "fan_in", "normal", in_axis=(0, 1), out_axis=2)
         names = (*self.names, "embed")
         kernel = self.param("kernel", with_names(init, *names), (n_head, width, c.d_model), c.param_dtype)
@@ -125,14 +126,14 @@ class OutputProjection(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + 1e-6) over the last axis, in float32, times a gain `scale` if there is one."""
+    """Computes x / sqrt(mean(x^2) + 1e-6) over the last axis, in float32, times a gain `scale` if there is one."""
 
     config: TransformerConfig
     use_scale: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, inverse: jax.Array | None = None) -> jax.Array:
-        """inverse: `inverse_rms` of x, where it has been made before."""
+        """Normalizes x. inverse: `inverse_rms` of x, if already computed."""
         y = x * (checkpoint_name(inverse_rms(x), "projected") if inverse is None else _known_inverse_rms(x, inverse))
         if self.use_scale:
             init = with_names(nn.initializers.ones, "residual")
@@ -142,13 +143,13 @@ class RMSNorm(nn.Module):
 
 
 def inverse_rms(x: jax.Array) -> jax.Array:
-    """1 / sqrt(mean(x^2) + 1e-6) over the last axis, float32 [..., 1]."""
+    """Computes 1 / sqrt(mean(x^2) + 1e-6) over the last axis, float32 [..., 1]."""
     return jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True) + 1e-6)
 
 
 @jax.custom_vjp
 def _known_inverse_rms(x: jax.Array, inverse: jax.Array) -> jax.Array:
-    """`inverse`, which is `inverse_rms` of x: its gradient goes to x."""
+    """Returns `inverse`, which is `inverse_rms` of x, so that its gradient goes to x."""
     return inverse
 
 

@@ -1,7 +1,7 @@
-"""The hash of 32-bit integers that dropout masks and the digest of consumed tokens are made with.
+"""The hash of 32-bit integers for dropout masks and for the digest of consumed tokens.
 
-Both use one function with different constants. The masks of a run that is resumed, and the digest that a checkpoint
-holds, depend on these constants: they must never change.
+Both use one function with different constants. The masks of a resumed run, and the digest in a checkpoint, depend on
+these constants: they must never change.
 """
 
 import jax

@@ -9,7 +9,8 @@ from tvq_pod.nn.types import TransformerConfig
 
 
 class MLP(nn.Module):
-    """x [R, B, L, D] -> what it adds to the residual stream, [R, B, L, D]. Parameters: norm, w_up, w_down."""
+    """Maps x [R, B, L, D] to the term that it adds to the residual stream, [R, B, L, D]. Parameters: norm, w_up,
+    w_down."""
 
     config: TransformerConfig
 
@@ -23,9 +24,9 @@ class MLP(nn.Module):
         return self.residual(self.raw(x))
 
     def raw(self, x: jax.Array, inverse: jax.Array | None = None) -> jax.Array:
-        """[R, B, L, D] -> [R, B, 1, L, width], before the GELU. inverse: see RMSNorm."""
+        """Projects x [R, B, L, D] to [R, B, 1, L, width], before the GELU. inverse: see RMSNorm."""
         return checkpoint_name(self.w_up(self.norm(x, inverse)), "projected")
 
     def residual(self, hidden: jax.Array) -> jax.Array:
-        """What `raw` returns -> [R, B, L, D]."""
+        """Applies the GELU to the result of `raw`, and projects it to [R, B, L, D]."""
         return self.w_down(nn.gelu(hidden))

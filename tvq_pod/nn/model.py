@@ -1,7 +1,7 @@
 """The Transformer-VQ language model: embeddings, layers of two units, logits.
 
-The layers' parameters and states are stacked, and one lax.scan goes through them, or the loop of layer_loop.py if the
-attention is computed by kernels: compile time does not grow with depth.
+The layers' parameters and states are stacked, and one lax.scan runs over them, or the loop of layer_loop.py if kernels
+compute attention: compile time does not grow with depth.
 """
 
 from typing import Any, cast
@@ -22,26 +22,27 @@ from tvq_pod.nn.types import UNITS, TransformerConfig, VQSpec
 from tvq_pod.nn.window import join_blocks, split_blocks
 
 _KEEP = jax.checkpoint_policies
-REMAT_POLICIES = {  # by attn_type and remat: what each unit keeps for the backward pass; the rest is computed again
+REMAT_POLICIES = {  # by attn_type and remat: what each unit keeps for the backward pass; the rest is recomputed
     ("vq", "full"): _KEEP.nothing_saveable,
-    ("full", "full"): _KEEP.save_only_these_names("attended"),  # quadratic attention makes its scores again anyway
+    ("full", "full"): _KEEP.save_only_these_names("attended"),  # quadratic attention recomputes its scores anyway
     **{(kind, "dots"): _KEEP.dots_with_no_batch_dims_saveable for kind in ("vq", "full")},
     **{(kind, "projections"): _KEEP.save_only_these_names("projected", "attended") for kind in ("vq", "full")},
 }
 
 
 class Layer(nn.Module):
-    """Two units, each with its residual connection: both attend, or an MLP follows attention."""
+    """A layer of two units, each with its residual connection: two attention units, or attention followed by an MLP."""
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, state: dict, doc_ids: jax.Array, vq_spec: VQSpec | None):
-        """x [R, B, L, D], doc_ids and loss_mask [R, B, L] -> x and (the next state, l_commit, l_codebook)."""
+        """Maps x [R, B, L, D], with doc_ids and loss_mask [R, B, L], to x and (the next state, l_commit,
+        l_codebook)."""
         c, new_state, l_commit, l_codebook = self.config, {}, 0.0, 0.0
         attention_cls, mlp_cls = VQAttention, MLP
         if c.remat != "none":
-            # a scan over layers already keeps the compiler from undoing it; without one, `prevent_cse` must
+            # a scan over layers keeps the compiler from undoing the remat; without a scan, `prevent_cse` must do so
             policy = dict(policy=REMAT_POLICIES[c.attn_type, c.remat], prevent_cse=c.unroll > 1)
             attention_cls, mlp_cls = nn.remat(VQAttention, methods=["blocks"], **policy), nn.remat(MLP, **policy)
         for name in UNITS:
@@ -56,20 +57,21 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The complete model. Parameters: embedding, layers (stacked: a leading axis of n_layer), and by settings pe_scale,
-    norm_out and w_out."""
+    """The complete model. Parameters: embedding, layers (stacked: a leading axis of n_layer), and, depending on
+    settings, pe_scale, norm_out and w_out."""
 
     config: TransformerConfig
 
     @staticmethod
     def initial_state(config: TransformerConfig, batch_size: int) -> dict:
-        """State of all layers for streams that have read nothing: VQAttention's per unit, behind an axis of n_layer."""
+        """The state of all layers for streams that have read nothing: VQAttention's for each unit, with a leading axis
+        of n_layer."""
 
         def stacked():
             unit = VQAttention.initial_state(config, batch_size)
             return jax.tree.map(lambda x: jnp.broadcast_to(x, (config.n_layer, *x.shape)), unit)
 
-        return {name: stacked() for name in config.attention_units}  # no array twice: a step may donate each
+        return {name: stacked() for name in config.attention_units}  # no array is shared: a step may donate each
 
     @staticmethod
     def state_axes(config: TransformerConfig) -> dict:
@@ -87,12 +89,12 @@ class Transformer(nn.Module):
         targets: jax.Array | None = None,
         with_log_z: bool = False,
     ):
-        """inputs, doc_ids, targets: int32 [B, T], T a multiple of block_len.
+        """Applies the model. inputs, doc_ids, targets: int32 [B, T], T a multiple of block_len.
 
         Returns (next state, dict): logits float32 [B, T, n_vocab], or, if there are targets, losses float32 [B, T],
-        their cross-entropy in nats, without ever holding all logits of a large vocabulary, and, if with_log_z, log_z
-        float32 [B, T], the log of the sum of exp(logits); l_commit (summed over units, mean over positions) and
-        l_codebook (see vq.py), float32 scalars.
+        their cross-entropy in nats, computed without holding all logits of a large vocabulary at once, and, if
+        with_log_z, log_z float32 [B, T], the log of the sum of exp(logits); l_commit (summed over units, mean over
+        positions) and l_codebook (see vq.py), float32 scalars.
         """
         c = self.config
         dtype = jnp.dtype(c.dtype)
@@ -118,7 +120,7 @@ class Transformer(nn.Module):
             Layer,
             variable_axes={"params": 0},
             split_rngs={"params": True, "ephemeral": True, "timeless": True},
-            in_axes=cast(Any, (0, nn.broadcast, nn.broadcast)),  # flax declares an int
+            in_axes=cast(Any, (0, nn.broadcast, nn.broadcast)),  # flax declares this as an int
             out_axes=0,
             length=c.n_layer,
             unroll=c.unroll,
@@ -149,13 +151,13 @@ class Transformer(nn.Module):
         return new_state, result | dict(l_commit=jnp.sum(l_commit), l_codebook=jnp.sum(l_codebook))
 
     def _has_own_loop(self) -> bool:
-        """Whether layer_loop.py goes through the layers, and not flax's scan. It knows of no key_shift."""
+        """Whether layer_loop.py runs the layers instead of flax's scan. It does not support key_shift."""
         c = self.config
         fits = c.mem_len == c.block_len and not c.key_shift
         return implementation(c) == "pallas" and fits and not self.is_initializing()
 
     def _rngs_of_layers(self) -> dict[str, LazyRng]:
-        """Splits keys of random numbers as flax's scan would."""
+        """Splits random keys as flax's scan would."""
         assert self.scope is not None
         rngs = cast(dict[str, LazyRng], self.scope.rngs)
         n_layer = self.config.n_layer
@@ -163,15 +165,15 @@ class Transformer(nn.Module):
 
 
 def embed(inputs: jax.Array, embedding: jax.Array) -> jax.Array:
-    """Rows of embedding [n_vocab, D]. A small vocabulary goes by matmul, which a TPU does faster than a gather, and its
-    gradient much faster than a scatter; in bfloat16 that is as exact."""
+    """Looks up rows of embedding [n_vocab, D]. A small vocabulary uses a matmul, which is faster on a TPU than a
+    gather, and its gradient much faster than a scatter; in bfloat16 it is just as exact."""
     if embedding.dtype != jnp.bfloat16 or len(embedding) > embedding.shape[1]:
         return jnp.take(embedding, inputs, axis=0)
     return jax.nn.one_hot(inputs, len(embedding), dtype=embedding.dtype) @ embedding
 
 
 def logits_of(x: jax.Array, output: jax.Array, scale: float) -> jax.Array:
-    """Operands in the compute dtype; sums and logits in float32."""
+    """Computes logits, with operands in the compute dtype and sums and logits in float32."""
     return jnp.matmul(x, output, preferred_element_type=jnp.float32) * scale
 
 
@@ -181,13 +183,13 @@ def token_losses(
     """Returns losses, cross-entropy in nats, float32 [R, B, L], from x [R, B, L, D], output [D, n_vocab] and targets
     [R, B, L]; if with_log_z, log_z as well, the log of the sum of exp(logits).
 
-    With a large vocabulary the logits of one block at a time are held, and made again in the backward pass.
+    With a large vocabulary only the logits of one block at a time are held; the backward pass recomputes them.
     """
     if output.shape[1] <= output.shape[0]:
         return _losses("...ld,dv->...lv", x, output, targets, scale, with_log_z)
 
-    # Every shard of blocks and rows goes through its own blocks, with a copy of the matrix: so the gradients of all
-    # blocks are added where they are made, and over devices once, not once a block.
+    # Every shard of blocks and rows processes its own blocks, with a copy of the matrix: so the gradients of all blocks
+    # are added locally, and summed over devices once, not once per block.
     n_shards = placement().n_shards("blocks"), placement().n_shards("batch")
     copies = jnp.broadcast_to(output, (*n_shards, *output.shape))
     copies = constrain(copies, "blocks", "batch", "embed", "vocab")
@@ -221,10 +223,10 @@ def _is_names(x) -> bool:
 
 
 def is_vector(path: tuple) -> bool:
-    """Whether a path leads to gains, biases or a scale: what weight decay leaves alone."""
+    """Whether a path leads to gains, biases or a scale, which have no weight decay."""
     return getattr(path[-1], "key", None) not in ("kernel", "embedding", "w_out")
 
 
 def is_stacked(path: tuple) -> bool:
-    """Whether a path leads to parameters of layers, which have a leading axis of n_layer."""
+    """Whether a path leads to parameters of layers, which are stacked with a leading axis of n_layer."""
     return getattr(path[0], "key", None) == "layers"

@@ -1,8 +1,8 @@
-"""The attention core in its plainest form, `attention="plain"`: one block after the other, one softmax per query.
+"""The attention core in its simplest form, `attention="plain"`: one block after another, one softmax per query.
 
-Every JAX transformation goes through it: jacfwd, jacrev, vmap, jit. It has no hand-written gradient and shares no code
-with attend.py, cache.py and scores.py beyond the constants for an empty slot, so it is the oracle that the fast
-implementations are tested against. It is slow: a scan over blocks, with all scores of a block kept for the backward
+Every JAX transformation works on it: jacfwd, jacrev, vmap, jit. It has no hand-written gradient and shares no code with
+attend.py, cache.py and scores.py beyond the constants for an empty slot, so it is the oracle that the fast
+implementations are tested against. It is slow: a scan over blocks that keeps all scores of a block for the backward
 pass. The equations are at the head of attn.py.
 
 Shapes: R blocks of L, B rows, H key heads, G query heads for each, M window, S codes, K, V.
@@ -19,7 +19,7 @@ from tvq_pod.nn.types import TransformerConfig
 
 
 def plain_attention(config: TransformerConfig, biases: dict, q, present: dict, state: dict) -> tuple[jax.Array, dict]:
-    """Attends R blocks in order, each from the state that the one before it leaves.
+    """Computes attention for R blocks in order, each from the state after the previous one.
 
     q: [R, B, H, G, L, K]. present: z [R, B, H, L], k_hat [R, B, H, L, K], v [R, B, H, L, V], doc_ids [R, B, L]. biases:
     u and v [H, G, K], r [H, M + 1, K], codes [H, S, K]. state: as `VQAttention.initial_state` returns it.
@@ -33,7 +33,7 @@ def plain_attention(config: TransformerConfig, biases: dict, q, present: dict, s
         recent = {name: _appended(state["xlcache"][name], present[name]) for name in present}
         return _next_state(config, recent, state), _attend(config, biases, q, recent, state["aggcache"])
 
-    if len(q) == 1:  # The recurrent step by itself compiles faster without a loop.
+    if len(q) == 1:  # a single recurrent step compiles faster without a loop
         state, out = one_block(state, jax.tree.map(lambda x: x[0], (q, present)))
         return out[None], state
     state, out = jax.lax.scan(one_block, state, (q, present))
@@ -46,7 +46,7 @@ def _appended(window, block):
 
 
 def _attend(config: TransformerConfig, biases: dict, q, recent: dict, cache: dict):
-    """q [B, H, G, L, K] over recent: k_hat [B, H, M + L, K], v, doc_ids [B, M + L]; and over the cache."""
+    """Attention of q [B, H, G, L, K] over recent: k_hat [B, H, M + L, K], v, doc_ids [B, M + L]; and over the cache."""
     mem_len, block_len = config.mem_len, q.shape[-2]
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32))
     q_content, q_position = (q + biases[name][None, :, :, None] for name in ("u", "v"))

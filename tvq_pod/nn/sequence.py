@@ -1,17 +1,17 @@
-"""An update whose blocks are spread over devices: what a shard must know of those before it.
+"""An update whose blocks are sharded over devices: the data that a shard needs from earlier shards.
 
-Inside shard_map every device has R / n of the blocks, and runs the same program as one that has them all, from the
-state that it would have at its first block. That state is made here, with communication that does not grow with T:
+Inside shard_map every device has R / n of the blocks, and runs the same program as a device with all of them, from the
+state that it would have at its first block. That state is computed here, with communication that does not grow with T:
 
-- the window is the last M tokens of the shard before: one `ppermute` (the shard must have M tokens at least);
-- positions and the cache's document follow from one number each a shard, gathered;
-- the cache's counts and sums are an exclusive scan over shards of (document, count, sum). Every shard adds its own
+- the window is the last M tokens of the previous shard: one `ppermute` (a shard must have at least M tokens); -
+positions and the cache's document follow from one gathered number each per shard; - the cache's counts and sums are an
+exclusive scan over shards of (document, count, sum). Every shard adds its own
   chunks from zero; an all-to-all gives each device one part of the codes of all shards, whose recurrence (see cache.py)
-  it solves; a second all-to-all brings back what comes before each shard. That sends 2 S V numbers a row and head,
-  where a scan by doubling sends S V log2 n. The cache after the last shard needs no sending: states have their codes
-  spread over the axis.
+  it solves; a second all-to-all returns the total before each shard. This sends 2 S V numbers per row and head, while a
+  scan by doubling sends S V log2 n. The cache after the last shard is not sent: states have their codes sharded over
+  the axis.
 
-Everything is differentiable, the gradients go the same ways back.
+Everything is differentiable; the gradients take the same paths back.
 """
 
 import math
@@ -23,9 +23,9 @@ LANES = 128  # of a TPU's tile
 
 
 def at_shard(state: dict, own_next: dict, present: dict, axis: str | None) -> tuple[dict, dict]:
-    """The state that this shard starts with, and what the update leaves behind, both but for the cache (see cache.py).
+    """The state that this shard starts with, and the state after the update, both without the cache (see cache.py).
 
-    state: before the update. own_next: like it, after this shard's blocks `present`, as if they were all.
+    state: the one before the update. own_next: the one after this shard's blocks `present`, as if they were all.
     """
     if axis is None:
         return state, own_next
@@ -51,61 +51,61 @@ def at_shard(state: dict, own_next: dict, present: dict, axis: str | None) -> tu
 
 
 def last_id_before(last_id: jax.Array, own_last_id: jax.Array, axis: str) -> jax.Array:
-    """Document of the last token before this shard, [B]."""
+    """The document of the last token before this shard, [B]."""
     return jnp.where(first_shard(axis), last_id, from_shard_before(own_last_id, axis))
 
 
 def varying_like(x: jax.Array, other: jax.Array) -> jax.Array:
-    """x, typed as an array that differs from device to device along the mapped axes that `other` does: what a scan
-    carries must say so from the start."""
+    """x, typed as an array that varies over the same mapped axes as `other`: the carry of a scan must have this type
+    from the start."""
     return jnp.where(other.ravel()[0] > 0, x, x)
 
 
 def first_shard(axis: str) -> jax.Array:
-    """Whether this is it, a boolean scalar."""
+    """Whether this is the first shard, a boolean scalar."""
     return jax.lax.axis_index(axis) == 0
 
 
 def from_shard_before(x: jax.Array, axis: str) -> jax.Array:
-    """x of the shard before; zeros on the first."""
+    """The x of the previous shard; zeros on the first."""
     n_shards = jax.lax.axis_size(axis)
     return jax.lax.ppermute(x, axis, [(n, n + 1) for n in range(n_shards - 1)])
 
 
 def of_last_shard(x: jax.Array, axis: str) -> jax.Array:
-    """x of the last shard, on all of them."""
+    """The x of the last shard, on all shards."""
     is_last = jax.lax.axis_index(axis) == jax.lax.axis_size(axis) - 1
     return jax.lax.psum(jnp.where(is_last, x, jnp.zeros_like(x)), axis)
 
 
 def position_before(pos_offset, last_id, own_last_id, n_last, axis: str) -> jax.Array:
-    """Tokens read before this shard of the document that it starts in, if that one continues, [B].
+    """The number of tokens before this shard in the document that it starts in, if that document continues, [B].
 
-    pos_offset, last_id [B]: of the state, tokens read of its document, and its id. own_last_id, n_last [B]: of this
-    shard, the document of its last token, and its tokens of that.
+    pos_offset, last_id [B]: the state's number of tokens read of its document, and the document's id. own_last_id,
+    n_last [B]: the document of this shard's last token, and the number of the shard's tokens in it.
     """
     ids = jnp.concatenate([last_id[None], jax.lax.all_gather(own_last_id, axis)])  # [1 + n, B]
     counts = jnp.concatenate([pos_offset[None], jax.lax.all_gather(n_last, axis)])
     shard = jax.lax.axis_index(axis)
-    # ids never decrease: the shards that end in one document are neighbours
+    # ids never decrease: the shards that end in the same document are neighbors
     is_before = jnp.arange(len(ids))[:, None] <= shard
     return jnp.sum(jnp.where((ids == ids[shard][None]) & is_before, counts, 0), axis=0)
 
 
 def exclusive_scan(first, total, keep, axis: str):
-    """The linear recurrence x_{s+1} = keep_s x_s + total_s over shards.
+    """Solves the linear recurrence x_{s+1} = keep_s x_s + total_s over shards.
 
-    first [B, H, S / n, ...]: x_0, this device's part of the codes. total [B, H, S, ...]: of this shard. keep [B] bool:
-    of this shard. Returns x_s [B, H, S, ...] of this shard, and its part [B, H, S / n, ...] of x_n.
+    first [B, H, S / n, ...]: x_0, for this device's part of the codes. total [B, H, S, ...], keep [B] bool: this
+    shard's. Returns this shard's x_s [B, H, S, ...], and its part [B, H, S / n, ...] of x_n.
     """
     own_shape = first.shape
     n_shards = jax.lax.axis_size(axis)
     totals = jax.lax.all_to_all(_parts(total, n_shards), axis, 0, 0)
     keeps = jax.lax.all_gather(keep, axis)
-    # document of each x: a new one wherever nothing is kept
+    # the document of each x: a new one wherever x is not kept
     segment = jnp.concatenate([jnp.zeros_like(keep[None], jnp.int32), jnp.cumsum(~keeps, axis=0, dtype=jnp.int32)])
     n = jnp.arange(n_shards + 1)
-    # x_s has the totals of the shards before it, and x_0, as far as their document continues until there
+    # x_s has x_0 and the totals of earlier shards if their document continues up to s
     has_total = (segment[:, None] == segment[None, 1:]) & (n[:, None] > n[None, :-1])[..., None]
     has_first = (segment == segment[:1]).astype(first.dtype)
     first = _rows(first, 2)
@@ -120,13 +120,13 @@ def exclusive_scan(first, total, keep, axis: str):
 
 
 def _parts(total: jax.Array, n_shards: int) -> jax.Array:
-    """[B, H, S, ...] -> [n, B, H, S / n, ...], of every shard's codes one part; but see `_rows`."""
+    """Splits the codes of [B, H, S, ...] into one part per shard, [n, B, H, S / n, ...]; but see `_rows`."""
     parts = total.reshape(*total.shape[:2], n_shards, -1, *total.shape[3:])
     return jnp.moveaxis(_rows(parts, 3), 2, 0)
 
 
 def _rows(x: jax.Array, axis: int) -> jax.Array:
-    """x with all axes from this one on as rows of LANES numbers, if they are as many: a device's few codes would fill
-    a part of a TPU's tile alone, and every pass over them take as long as over whole tiles."""
+    """Reshapes the axes of x from this one on to rows of LANES numbers, if their size is a multiple: a device's few
+    codes would fill only a part of a TPU's tile, and every pass over them would take as long as over full tiles."""
     size = math.prod(x.shape[axis:])
     return x.reshape(*x.shape[:axis], -1, LANES) if size % LANES == 0 else x

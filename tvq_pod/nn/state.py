@@ -1,9 +1,9 @@
-"""The state of one attention layer: what a stream carries from block to block and from update to update.
+"""The state of one attention layer, which a stream carries from block to block and from update to update.
 
 It is a dict: the window (`xlcache`, see window.py), the cache (`aggcache`, see cache.py), and `pos_offset`, the number
-of tokens that were read of the current document; with key_shift also `before`, for the next key. VQAttention hands it
-in and out; model.py stacks one for each layer. Here is how it starts, how its axes are named, and how it moves on,
-whether the blocks lie on one device or are spread over several (sequence.py).
+of tokens read of the current document; with key_shift also `before`, for the next key. VQAttention takes and returns
+it; model.py stacks one for each layer. This file initializes it, names its axes, and computes the next one, whether the
+blocks are on one device or sharded over several (sequence.py).
 """
 
 import jax
@@ -24,7 +24,7 @@ def initial_state(config: TransformerConfig, batch_size: int) -> dict:
       doc_ids [B, M] int32.
     aggcache: the cache, see `initial_cache`.
     before [B, H, K] in `dtype`, with key_shift: the last token's query, see `shifted`.
-    With attn_type full there is no z and no aggcache.
+    With attn_type full there are no z and no aggcache.
     """
     c, n_head = config, config.n_key_head
     state = dict(
@@ -48,7 +48,7 @@ def state_axes(config: TransformerConfig) -> dict:
 
 
 def axes_of_attention(config: TransformerConfig) -> dict:
-    """`state_axes` of what attention itself reads: all but `before`, which the projections need."""
+    """The `state_axes` of the parts that attention itself reads: all except `before`, which the projections need."""
     heads, value = config.value_names
     axes = dict(
         pos_offset=("batch",),
@@ -73,9 +73,9 @@ def _without_cache(state: dict) -> dict:
 
 
 def surroundings(config: TransformerConfig, present: dict, state: dict) -> tuple[dict, dict, jax.Array, dict]:
-    """What the fast attention must know of what comes before each block, and the state after the last one.
+    """The data that the fast attention needs about the tokens before each block, and the state after the last one.
 
-    Returns `window_of_blocks`, the `caches` that blocks look at, `doc_positions`, and the next state.
+    Returns `window_of_blocks`, the `caches` that blocks attend to, `doc_positions`, and the next state.
     """
 
     def of_shard(present, state, axis):
@@ -97,7 +97,7 @@ def surroundings(config: TransformerConfig, present: dict, state: dict) -> tuple
 
 
 def next_state(present: dict, state: dict) -> dict:
-    """Returns pos_offset and xlcache after the blocks `present`; the cache is not moved on."""
+    """Returns pos_offset and xlcache after the blocks `present`, without the cache."""
     doc_ids, last_before = present["doc_ids"], state["xlcache"]["doc_ids"][:, -1]
     last = doc_ids[-1, :, -1]
     n_present = jnp.sum(doc_ids == last[None, :, None], axis=(0, 2), dtype=jnp.int32)
@@ -106,9 +106,9 @@ def next_state(present: dict, state: dict) -> dict:
 
 
 def shifted(q: jax.Array, doc_ids: jax.Array, state: dict) -> tuple[jax.Array, jax.Array]:
-    """Returns, for each token, the query of the token before it: q [R, B, H, L, K] and doc_ids [R, B, L] of the blocks
-    after what `state` has read. Zeros where a document begins. Returns [R, B, H, L, K], and the next state's
-    `before`."""
+    """Returns, for each token, the query of the previous token, zeros where a document begins, [R, B, H, L, K]; and the
+    next state's `before`. q [R, B, H, L, K], doc_ids [R, B, L]: those of the blocks after the tokens that `state` has
+    read."""
 
     def before(of_tokens, first, axis):
         lasts = jax.lax.slice_in_dim(of_tokens, of_tokens.shape[axis] - 1, None, axis=axis)
@@ -122,20 +122,22 @@ def shifted(q: jax.Array, doc_ids: jax.Array, state: dict) -> tuple[jax.Array, j
 
 
 def doc_positions(state: dict, doc_ids: jax.Array) -> jax.Array:
-    """Position of each token in its document, int32 [R, B, L]. doc_ids: [R, B, L], after what `state` has read."""
+    """The position of each token in its document, int32 [R, B, L]. doc_ids: [R, B, L], after the tokens that `state`
+    has read."""
     block_len = doc_ids.shape[2]
     doc_ids = join_blocks(doc_ids)
     t = jnp.broadcast_to(jnp.arange(doc_ids.shape[1], dtype=jnp.int32), doc_ids.shape)
-    # The running maximum is dear. No state is in it: so XLA makes it once for all units whose code it sees at once.
+    # The running maximum is expensive. It has no state in it, so XLA computes it once for all units that it sees at
+    # once.
     starts = jnp.where(doc_ids[:, 1:] != doc_ids[:, :-1], t[:, 1:], 0)
-    start = jax.lax.cummax(jnp.pad(starts, ((0, 0), (1, 0))), axis=1)  # 0: of the first token's document
+    start = jax.lax.cummax(jnp.pad(starts, ((0, 0), (1, 0))), axis=1)  # 0: the first token's document
     is_continued = state["xlcache"]["doc_ids"][:, -1] == doc_ids[:, 0]
     read_before = jnp.where(is_continued, state["pos_offset"], 0)[:, None]
     return split_blocks(t - start + jnp.where(start == 0, read_before, 0), block_len)
 
 
 def positions_of(state: dict, doc_ids: jax.Array) -> jax.Array:
-    """`doc_positions`, of blocks that may be spread over devices: int32 [R, B, L]."""
+    """`doc_positions` for blocks that may be sharded over devices: int32 [R, B, L]."""
 
     def of_shard(pos_offset, before, doc_ids, axis):
         last = dict(pos_offset=pos_offset, xlcache=dict(doc_ids=before[:, None]))

@@ -1,8 +1,8 @@
-"""Whether the kernels compute on this device what XLA computes: asked before a run relies on them.
+"""A check that the kernels compute the same as XLA on this device, before a run relies on them.
 
-A model of two layers of the run's shape reads two updates of four blocks: so caches, states and stacks of layers are at
-work, forward and backward. Neither way is exact in bfloat16, and a key that lies between two codes may take either. So
-both are compared with float32, and the kernels may be twice as far from it as XLA is.
+A model with two layers of the run's shape reads two updates of four blocks: so caches, states and stacks of layers are
+exercised, forward and backward. Neither implementation is exact in bfloat16, and a key between two codes may take
+either. So both are compared with float32, and the kernels may be twice as far from it as XLA.
 """
 
 from typing import cast
@@ -15,21 +15,21 @@ import numpy as np
 from tvq_pod.nn.model import Transformer
 from tvq_pod.nn.types import TransformerConfig, VQSpec
 
-TOLERANCE = 0.03  # what errors may differ by besides
+TOLERANCE = 0.03  # additional difference allowed between errors
 N_ROWS, N_BLOCKS = 2, 4
 
 
 def largest_excess(config: TransformerConfig) -> float:
-    """The largest error of the kernels on this process's first device, less twice that of XLA, over a loss, all
+    """The largest error of the kernels on this process's first device, minus twice that of XLA, over a loss, all
     gradients of parameters, and the floats of the state. An error is the norm of the difference from float32, relative
-    to its norm. NaN if the kernels make one.
+    to the float32 norm. NaN if the kernels produce one.
 
-    Raises whatever the compiler raises on kernels that it does not take.
+    Raises whatever the compiler raises for kernels that it does not accept.
     """
     c = config.replace(n_layer=2, unroll=1, n_vocab=64, is_train=False, attention="xla")
     rng, shape = np.random.default_rng(0), (2, N_ROWS, N_BLOCKS * c.block_len)  # updates first
     tokens = rng.integers(4, c.n_vocab, shape).astype(np.int32)
-    place = np.arange(2 * shape[2]).reshape(2, 1, -1)  # one row is one document, the other is cut in its second update
+    place = np.arange(2 * shape[2]).reshape(2, 1, -1)  # the second row has two documents
     doc_ids = np.concatenate([np.zeros_like(place), place > 1.3 * shape[2]], axis=1).astype(np.int32)
     with jax.default_device(jax.local_devices()[0]):
         state = Transformer.initial_state(c, N_ROWS)
@@ -48,7 +48,7 @@ def largest_excess(config: TransformerConfig) -> float:
 
 
 def _results(config: TransformerConfig, params, state, tokens, doc_ids) -> list[np.ndarray]:
-    """Results of the second update."""
+    """The results of the second update."""
     model, spec = Transformer(config), VQSpec(jnp.ones(tokens.shape[1:]))
 
     def loss(params, state, tokens, doc_ids):

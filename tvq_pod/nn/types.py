@@ -1,4 +1,4 @@
-"""The two frozen records that every layer is given: what the model is, and which positions count."""
+"""The two frozen records that every layer takes: the model's config, and which positions count."""
 
 import flax.struct
 import jax
@@ -9,10 +9,10 @@ __all__ = ["UNITS", "TransformerConfig", "VQSpec"]
 
 
 class VQSpec(flax.struct.PyTreeNode):
-    """What the quantizer must know of a batch.
+    """The quantizer's information about a batch.
 
     loss_mask: [B, T], 1 where a position counts, 0 where it is padding. Padding moves no code and commits to none.
-    n_positions: how many count in the complete batch, where this is a part of it; None: as many as loss_mask has.
+    n_positions: how many count in the complete batch, if this is a part of it; None: as many as in loss_mask.
     """
 
     loss_mask: jax.Array

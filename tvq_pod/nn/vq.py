@@ -1,10 +1,10 @@
 """The vector quantizer: each key becomes the nearest of its head's S codes.
 
 Gradients go straight through to the keys, and the commit loss pulls keys to their codes. The codes themselves follow a
-moving average of the keys that chose them, which codebook.py defines. This file makes the sums that the average needs
-and hands them to the training step as gradients: `l_codebook` is 0, and its gradient by (codebook, count) *is* (sum of
-keys, number of keys) of each code. So the sums pass through scans, rematerialisation and batch sharding as any gradient
-does, off the path of the forward pass.
+moving average of the keys that chose them, which codebook.py defines. This file computes the sums that the average
+needs and passes them to the training step as gradients: `l_codebook` is 0, and its gradient by (codebook, count) *is*
+(sum of keys, number of keys) of each code. So the sums pass through scans, rematerialization and batch sharding like
+any gradient, outside of the forward pass.
 """
 
 import flax.linen as nn
@@ -18,7 +18,7 @@ from tvq_pod.nn.types import TransformerConfig, VQSpec
 
 
 def nearest_code(keys: jax.Array, codebook: jax.Array) -> jax.Array:
-    """Index of the code with the least squared distance; ties go to the lower index.
+    """Finds the index of the code with the least squared distance; ties go to the lower index.
 
     keys: [..., H, T, K]; codebook: [H, S, K]. Returns shortcodes z, int32 [..., H, T].
     """
@@ -32,7 +32,7 @@ def nearest_code(keys: jax.Array, codebook: jax.Array) -> jax.Array:
 def lookup(shortcodes: jax.Array, codebook: jax.Array) -> jax.Array:
     """The codes of shortcodes [..., H, T] in codebook [H, S, K], as [..., H, T, K].
 
-    Exactly, either way: in bfloat16 a TPU is faster with a matmul than with a gather.
+    In bfloat16 it uses a matmul, which is faster on a TPU than a gather. Both are exact.
     """
     if codebook.dtype == jnp.bfloat16:
         onehot = jax.nn.one_hot(shortcodes, codebook.shape[1], dtype=codebook.dtype)
@@ -41,7 +41,7 @@ def lookup(shortcodes: jax.Array, codebook: jax.Array) -> jax.Array:
 
 
 class VectorQuantizer(nn.Module):
-    """Codebooks of one attention layer. Parameters: codebook [H, S, K] and count [H, S], float32."""
+    """The codebooks of one attention layer. Parameters: codebook [H, S, K] and count [H, S], float32."""
 
     config: TransformerConfig
 
@@ -63,19 +63,19 @@ class VectorQuantizer(nn.Module):
         )
 
     def codes(self) -> jax.Array:
-        """The codebook, float32 [H, S, K], as a constant to every gradient."""
+        """The codebook, float32 [H, S, K], as a constant for every gradient."""
         return jax.lax.stop_gradient(self.codebook)
 
     def __call__(self, keys: jax.Array, vq_spec: VQSpec | None, shortcodes: jax.Array | None = None) -> dict:
         """Quantizes keys [..., H, T, K]; vq_spec: loss_mask [..., T]; None means that every position counts.
-        shortcodes: those of these keys, where they have been found before.
+        shortcodes: those of these keys, if already known.
 
         Returns a dict:
           shortcodes: int32 [..., H, T].
           quantized: like keys; its value is the code, its gradient goes straight through to the keys.
           l_commit: float32 scalar, mean over positions and heads of |k - code|^2; pulls keys to codes.
-          l_codebook: 0, but for its gradient; see the head of this file.
-          metrics: code_perplexity (exp of the entropy of code use, 1 .. S) and code_usage (share of codes used),
+          l_codebook: 0; only its gradient matters, see the head of this file. metrics: code_perplexity (exp of the
+          entropy of code use, 1 .. S) and code_usage (share of codes used),
             float32 scalars, means over heads.
         """
         codes = self.codes()
@@ -99,7 +99,8 @@ class VectorQuantizer(nn.Module):
 
 
 def code_sums(keys, shortcodes, mask, n_code: int) -> tuple[jax.Array, jax.Array]:
-    """Sum [H, S, K] and number [H, S] of the keys [..., H, T, K] of each code, float32, where mask [..., 1, T] is 1."""
+    """The sum [H, S, K] and number [H, S] of the keys [..., H, T, K] of each code, float32, where mask [..., 1, T] is
+    1."""
     z = jnp.where(mask > 0, shortcodes, -1)  # -1: no code
     onehot = jax.nn.one_hot(z, n_code, dtype=keys.dtype)
     key_sums = jnp.einsum("...hts,...htk->hsk", onehot, keys, preferred_element_type=jnp.float32)
@@ -108,7 +109,7 @@ def code_sums(keys, shortcodes, mask, n_code: int) -> tuple[jax.Array, jax.Array
 
 
 def code_metrics(counts: jax.Array) -> dict:
-    """counts [..., H, S] -> code_perplexity and code_usage, float32 [...], means over heads."""
+    """Computes code_perplexity and code_usage, float32 [...], means over heads, from counts [..., H, S]."""
     use = counts / jnp.maximum(jnp.sum(counts, axis=-1, keepdims=True), 1.0)
     entropy = -jnp.sum(use * jnp.log(jnp.maximum(use, 1e-30)), axis=-1)
     share = jnp.mean((counts > 0).astype(jnp.float32), axis=-1)
@@ -117,7 +118,7 @@ def code_metrics(counts: jax.Array) -> dict:
 
 @jax.custom_jvp
 def _straight_through(keys, codes):
-    """The codes; their gradient goes to the keys."""
+    """Returns the codes, with a gradient that goes to the keys."""
     return codes
 
 
@@ -127,7 +128,7 @@ def _straight_through_jvp(primals, tangents):
 
 
 def _carry_sums_plainly(codebook, count, keys, shortcodes, mask):
-    """`_carry_sums` without a hand-written gradient: the sums are made in the forward pass."""
+    """`_carry_sums` without a hand-written gradient: the sums are computed in the forward pass."""
     key_sums, counts = jax.lax.stop_gradient(code_sums(keys, shortcodes, mask, count.shape[-1]))
     carried = jnp.sum(codebook * key_sums) + jnp.sum(count * counts)
     return carried - jax.lax.stop_gradient(carried)
@@ -135,7 +136,7 @@ def _carry_sums_plainly(codebook, count, keys, shortcodes, mask):
 
 @jax.custom_vjp
 def _carry_sums(codebook, count, keys, shortcodes, mask):
-    """0, whose gradients by codebook and count are `code_sums`: they are made in the backward pass only."""
+    """Returns 0, with gradients by codebook and count that are `code_sums`, computed only in the backward pass."""
     return jnp.zeros([])
 
 

@@ -1,8 +1,8 @@
-"""Blocks, and the window before them: how an update is cut, and which tokens stand before each block.
+"""Blocks and their windows: how an update is cut, and which tokens precede each block.
 
 The window is the last M tokens that were read. An update is R blocks of L tokens, laid out as [R, B, ...]: so the
-window of block r is mostly block r - 1 of the same array, which costs no copy. Nothing here knows what attention does
-with either, or how the cache counts the tokens that leave (cache.py).
+window of block r is mostly block r - 1 of the same array, which costs no copy. The code here does not depend on what
+attention does with either, or on how the cache counts the tokens that leave (cache.py).
 
 Names, in `xlcache` and in `present` alike: z (shortcodes), k_hat (quantized keys; exact ones with attn_type full), v,
 doc_ids. `xlcache` is the window of the state: z [B, H, M], k_hat [B, H, M, K], v [B, H, M, V], doc_ids [B, M].
@@ -12,21 +12,21 @@ doc_ids. `xlcache` is the window of the state: z [B, H, M], k_hat [B, H, M, K], 
 import jax
 import jax.numpy as jnp
 
-TOKEN_AXIS = dict(z=2, k_hat=2, v=2, doc_ids=1)  # of the window; one more in blocks
+TOKEN_AXIS = dict(z=2, k_hat=2, v=2, doc_ids=1)  # in the window; one more in blocks
 
 
 def split_blocks(x: jax.Array, block_len: int) -> jax.Array:
-    """[B, T, ...] -> [R, B, L, ...]."""
+    """Reshapes [B, T, ...] to [R, B, L, ...]."""
     return jnp.swapaxes(x.reshape(len(x), -1, block_len, *x.shape[2:]), 0, 1)
 
 
 def join_blocks(x: jax.Array) -> jax.Array:
-    """[R, B, L, ...] -> [B, T, ...]."""
+    """Reshapes [R, B, L, ...] to [B, T, ...]."""
     return jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
 
 
 def extend_window(xlcache: dict, present: dict) -> dict:
-    """The window followed by the blocks, as one stretch of M + T tokens: [B, H, M + T, ...], doc_ids [B, M + T]."""
+    """The window followed by the blocks, as one sequence of M + T tokens: [B, H, M + T, ...], doc_ids [B, M + T]."""
 
     def extended(name, window):
         axis = TOKEN_AXIS[name]
@@ -38,7 +38,7 @@ def extend_window(xlcache: dict, present: dict) -> dict:
 
 
 def window_of_blocks(xlcache: dict, present: dict) -> dict:
-    """The window of each block: k_hat and v [R, B, H, P, ...]. P is M; for several blocks, M rounded up to whole
+    """The window of each block: k_hat and v [R, B, H, P, ...]. P is M; for several blocks, it is M rounded up to full
     blocks, and the last M columns are the window."""
     n_blocks = len(present["doc_ids"])
 
@@ -63,7 +63,7 @@ def leaving_chunks(xlcache: dict, present: dict, names: tuple[str, ...] = ("z", 
             recent = jnp.concatenate([xlcache[name], present[name][0]], axis=axis)
             return jax.lax.slice_in_dim(recent, 0, block_len, axis=axis)[None]
         whole = _window_then_blocks(name, xlcache, present)
-        rest = -mem_len % block_len  # zeros in front: a chunk begins so many places into a block
+        rest = -mem_len % block_len  # leading zeros: a chunk begins this many tokens into a block
         if not rest:
             return whole[:n_blocks]
         parts = [
@@ -93,11 +93,10 @@ def next_window(xlcache: dict, present: dict) -> dict:
 
 
 def _window_then_blocks(name: str, xlcache: dict, present: dict) -> jax.Array:
-    """The window as whole blocks, oldest first, and the blocks: [P / L + R, B, H, L, ...]; zeros stand before the
+    """The window as full blocks, oldest first, and the blocks: [P / L + R, B, H, L, ...], with zeros before the
     window's first token.
 
-    What is needed of it is always sliced from this whole: XLA makes no copy of that, as it does of a concatenation of
-    slices.
+    Users always slice from this array: XLA does not copy it, as it would copy a concatenation of slices.
     """
     axis, window, blocks = TOKEN_AXIS[name], xlcache[name], present[name]
     block_len = blocks.shape[axis + 1]

@@ -1,4 +1,4 @@
-"""Array types as XLA prints them: how many bytes they take, and in which memory they live."""
+"""Array types as XLA prints them: their size in bytes, and the memory that they are in."""
 
 import dataclasses
 import math
@@ -14,36 +14,36 @@ _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array type, as in bf16[8,512]{1,0:T(8,128)(2,1)S(1)}."""
+    """One array type, for example bf16[8,512]{1,0:T(8,128)(2,1)S(1)}."""
 
     dtype: str
     dims: tuple[int, ...]
-    padded: tuple[int, ...]  # as the layout's tiles pad them, in the same order
-    space: int  # of memory; 0 is HBM, 1 VMEM
+    padded: tuple[int, ...]  # padded to the layout's tiles, in the same order
+    space: int  # memory space; 0 is HBM, 1 VMEM
 
     @property
     def bytes(self) -> int:
-        """Without padding."""
+        """The size without padding."""
         return math.prod(self.dims) * _bits(self.dtype) // 8
 
     @property
     def held_bytes(self) -> int:
-        """Bytes with the padding of the layout's tiles, which is stored and moved as well."""
+        """The size with the padding of the layout's tiles, which is stored and moved, too."""
         return math.prod(self.padded) * _bits(self.dtype) // 8
 
     @property
     def hbm_bytes(self) -> int:
-        """What moving it to or from HBM moves: nothing if it lives elsewhere."""
+        """The bytes that moving it to or from HBM transfers: none if it is in another memory."""
         return self.held_bytes if self.space == 0 else 0
 
 
 def _bits(dtype: str) -> int:
-    """0 for what holds no numbers, as a token does."""
+    """Bits of a number; 0 for types without numbers, such as tokens."""
     return _BITS.get(dtype, 8 if dtype.startswith("f8") else 0)
 
 
 def arrays(type_: str) -> list[Array]:
-    """All arrays of a type, of a tuple's parts in their order."""
+    """All arrays in a type; for a tuple, those of its parts in order."""
     return list(_arrays(type_))
 
 
@@ -62,7 +62,7 @@ def _arrays(type_: str) -> Iterator[Array]:
 
 
 def top_level(type_: str) -> list[str]:
-    """The parts of a tuple's type, "(f32[2]{0:T(8)}, (s32[], s32[]))"; of any other, itself."""
+    """The parts of a tuple type, "(f32[2]{0:T(8)}, (s32[], s32[]))"; for any other type, the type itself."""
     if not type_.startswith("("):
         return [type_]
     parts, depth = [""], 0

@@ -1,19 +1,19 @@
-"""Counts the bundles that a compiled operation runs, from the text in which the TPU compiler dumps its final schedule.
+"""Counts the bundles that a compiled operation executes, from the TPU compiler's dump of its final schedule.
 
-A TensorCore issues one bundle of instructions a cycle, as long as nothing stalls it. The dump lists the bundles of an
-operation once, whatever its loops and branches do. So this module runs the scalar part of the program: it follows the
-branches with the values of the loop counters and of the predicates that are made from them, and counts the bundles on
-its way. What it assumes:
+A TensorCore issues one bundle of instructions per cycle unless it stalls. The dump lists the bundles of an operation
+once, whatever its loops and branches do. So this module executes the scalar part of the program: it follows the
+branches with the values of the loop counters and of the predicates computed from them, and counts the bundles that it
+passes. It assumes:
 
-- A grid is one loop, with a turn or two more than the grid has steps: the first only fetches and the last only
-  writes back. These turns skip the body by a branch, as `pl.when` does, so that they count with what they run.
-- The four bundles after a branch are run whether it is taken or not (they are its delay slots).
-- What depends on data (an operand, a value from memory that the program itself did not write) is unknown. A region
-  that is skipped on an unknown condition counts as run; a loop that turns on one counts one turn, and
-  `Count.is_exact` says so. It also says so where the count stopped before the program ended, at `_MOST_TURNS`.
-- A dump ends with the bundle that the compiler marks as the exit, and the bundles are numbered without a gap. A text
-  for which this does not hold was cut off.
-- Waiting for memory takes no bundles. Who needs a time takes the larger of these cycles and the traffic's.
+- A grid is one loop, with an iteration or two more than the grid has steps: the first only fetches and the last only
+  writes back. These iterations skip the body by a branch, as `pl.when` does, so they count only what they execute.
+- The four bundles after a branch are executed whether it is taken or not (they are its delay slots). - A value that
+depends on data (an operand, or memory that the program itself did not write) is unknown. A region that is skipped on an
+unknown condition counts as executed; a loop with an unknown condition counts one iteration, and `Count.is_exact` is
+False. It is also False if the count stopped before the program ended, at `_MOST_TURNS`. - A dump ends with the bundle
+that the compiler marks as the exit, and the bundles are numbered without a gap. A text for which this does not hold is
+truncated. - Waiting for memory takes no bundles. The time is the larger of these cycles and those of the memory
+traffic.
 """
 
 import bisect
@@ -34,16 +34,16 @@ _SLOT = re.compile(r"\[smem:\[(#allocation\w+)\]\]")
 _GUARD = re.compile(r"^\((!?)%(p\d+)_p\d+\),? *")
 _SELECT = re.compile(r"^\((!?)%(p\d+)_p\d+, (%s\d+_s\d+|\d+)\), (.*)")
 _DELAY_SLOTS = 4
-_MOST_TURNS = 300_000  # blocks that are followed before the count gives up
+_MOST_TURNS = 300_000  # blocks to follow before the count gives up
 _WORD = 2**32
 
-Value = int | None  # None: not known
+Value = int | None  # None: unknown
 
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-    """cycles: bundles that are run; static: that are listed; is_exact: whether the turns of every loop were known, and
-    all of them were counted."""
+    """cycles: bundles executed; static: bundles listed; is_exact: whether the iterations of every loop were known, and
+    all were counted."""
 
     cycles: int
     static: int
@@ -52,7 +52,7 @@ class Count:
 
 @dataclasses.dataclass(frozen=True)
 class _Operand:
-    """A name's value, or a constant; turned if it is a predicate with a "!"."""
+    """A name's value, or a constant; negated if it is a predicate with a "!"."""
 
     name: str | None
     constant: Value = None
@@ -62,31 +62,32 @@ class _Operand:
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
     bundle: int
-    result: str | None  # a name, or of what stores the slot in memory
+    result: str | None  # a name, or a store's slot in memory
     opcode: str
     operands: tuple[_Operand, ...]
-    guard: _Operand | None = None  # the instruction does nothing where this is false
+    guard: _Operand | None = None  # the instruction does nothing if this is false
 
 
 @dataclasses.dataclass(frozen=True)
 class _Branch:
     bundle: int
-    condition: _Operand | None  # always taken without one
-    target: int  # a bundle
+    condition: _Operand | None  # None: always taken
+    target: int  # a bundle's number
 
 
 def count_bundles(text: str) -> Count:
-    """Runs the program of a dump. Raises ValueError if the text is not a complete dump, or a branch leads nowhere."""
+    """Executes the program in a dump. Raises ValueError if the text is not a complete dump, or a branch has no
+    target."""
     heads = list(_BUNDLE.finditer(text))
     if not heads:
         raise ValueError("no schedule: it has no bundles")
     starts = [found.start() for found in heads]
     if int(heads[-1][1], 16) != len(heads) - 1 or text.find(_EXIT, starts[-1]) < 0:
-        raise ValueError(f"a schedule that is cut off: it has {len(heads)} bundles, and some are missing")
+        raise ValueError(f"a truncated schedule: it has {len(heads)} bundles, and some are missing")
     regions = {found[1]: _bundle_of(starts, found.start()) for found in _REGION.finditer(text)}
     targets = {found[1] for found in _TARGET.finditer(text)}
     named = {bundle for region, bundle in regions.items() if region in targets}
-    # a few regions are not listed: they begin at a place that is marked as one that is jumped to, but by no other name
+    # a few regions are not listed: they begin at a bundle that is marked as a jump target but has no name
     unnamed = [n for n, found in enumerate(heads) if found[2] in ("PF", "CT") and n not in named]
     instructions, branches = [], []
     for found in _SCALAR.finditer(text):
@@ -135,8 +136,8 @@ def _operands(text: str) -> tuple[_Operand, ...]:
 
 
 def _needed(instructions: list[_Instruction], branches: list[_Branch]) -> list[_Instruction]:
-    """Those that a branch's condition depends on, in order; phis come first in their bundle, for they are no
-    instructions of the machine but names for what a register holds when the bundle begins."""
+    """The instructions that a branch's condition depends on, in order; phis come first in their bundle, since they are
+    not machine instructions but names for what a register holds when the bundle begins."""
     by_result: dict[str, list[_Instruction]] = {}
     for instruction in instructions:
         if instruction.result is not None:
@@ -157,7 +158,7 @@ def _needed(instructions: list[_Instruction], branches: list[_Branch]) -> list[_
 
 def _run(n_bundles: int, instructions: list[_Instruction], branches: list[_Branch]) -> Count:
     by_bundle = {branch.bundle: branch for branch in branches}
-    # a block ends before a bundle that is jumped to, and after the delay slots of a branch
+    # a block ends before a jump target, and after the delay slots of a branch
     ends = {branch.target for branch in branches} | {branch.bundle + 1 + _DELAY_SLOTS for branch in branches}
     borders = sorted({0, n_bundles} | {end for end in ends if end < n_bundles})
     first = [bisect.bisect_left(instructions, border, key=lambda i: i.bundle) for border in borders]
@@ -192,7 +193,7 @@ class _Scalars:
 
     def __init__(self):
         self._values: dict[str, Value] = {}
-        self._written: dict[str, int] = {}  # when: a phi takes the operand that was written last
+        self._written: dict[str, int] = {}  # time of the write: a phi takes the operand written last
         self._time = 0
 
     def value(self, operand: _Operand) -> Value:
@@ -207,7 +208,7 @@ class _Scalars:
             result = self._result(instruction) if is_run else None
         else:
             result = self._result(instruction)
-        assert instruction.result is not None, "only what a branch depends on is run"
+        assert instruction.result is not None, "only instructions that a branch depends on are executed"
         self._time += 1
         self._values[instruction.result] = result
         self._written[instruction.result] = self._time

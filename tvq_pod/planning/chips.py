@@ -1,4 +1,4 @@
-"""What the TPU chips are: the one table of them.
+"""The table of TPU chips.
 
 Sources. HBM, peak bf16 FLOP/s, HBM and ICI bandwidth: the per-generation pages of Google's TPU documentation
 (cloud.google.com/tpu/docs/v4 ... /v6e, /tpu7x); for v2 and v3 Jouppi et al., Ten Lessons From Three Generations, ISCA
@@ -14,28 +14,28 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One generation. All figures are of a chip, but flops_per_cycle."""
+    """One generation of chips. All figures are for a chip, except flops_per_cycle."""
 
     name: str  # as in a topology, "v5e:4x4"
-    accelerator: str  # as gcloud names a slice's type, before the dash
+    accelerator: str  # gcloud's name for a slice's type, before the dash
     hbm_bytes: int
-    peak_flops: float  # bf16, a second
-    hbm_bandwidth: float  # bytes a second
-    ici_bandwidth: float  # bytes a second, all links, one way
-    devices: int  # that jax sees: two cores may be one device
+    peak_flops: float  # bf16, per second
+    hbm_bandwidth: float  # bytes per second
+    ici_bandwidth: float  # bytes per second, all links, one way
+    devices: int  # as jax sees them: two cores may be one device
     dimensions: int  # of a slice's shape
-    flops_per_cycle: int  # bf16, of a device
-    per_name: int  # what a slice's type counts, in "v5p-16", for each chip: its cores, or 1
-    runtime_version: str  # what its machines boot, as gcloud names it
+    flops_per_cycle: int  # bf16, of one device
+    per_name: int  # what "v5p-16" counts for each chip: its cores, or 1
+    runtime_version: str  # gcloud's name for the image that its machines boot
 
     @property
     def is_megacore(self) -> bool:
-        """Whether two cores are one device only if asked for."""
+        """Whether two cores are one device only on request."""
         return self.name == "v4"
 
     @property
     def clock_hz(self) -> float:
-        """Cycles a second."""
+        """Cycles per second."""
         return self.peak_flops / (self.devices * self.flops_per_cycle)
 
 
@@ -52,7 +52,7 @@ CHIPS = {
     )
 }
 
-# What jax calls the devices of each, by name; topologies of jax 0.10.2 with libtpu 0.0.42.1 say so.
+# jax's device kind for each name, from topologies of jax 0.10.2 with libtpu 0.0.42.1.
 DEVICE_KINDS = {
     "v2": "TPU v2",
     "v3": "TPU v3",

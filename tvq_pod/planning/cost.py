@@ -1,7 +1,7 @@
-"""What one training step costs: the real compiler's answer for a topology that need not exist here.
+"""The cost of one training step, from the real compiler, for a topology that need not exist here.
 
-The XLA:TPU compiler, in libtpu, runs on any x86 Linux machine. What it is given is `make_train_step`, the function that
-train runs, with the shardings that train uses. No accelerator is touched.
+The XLA:TPU compiler, in libtpu, runs on any x86 Linux machine. It compiles `make_train_step`, the function that train
+runs, with the shardings that train uses. No accelerator is used.
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ from tvq_pod.planning.schedules import Dumps
 from tvq_pod.training.step import abstract_batch, abstract_train_state, make_train_step
 
 _UNITS = dict(K=2**10, M=2**20, G=2**30, T=2**40)
-_TRAVELS = {"all-reduce": 2}  # times that each byte of a collective crosses a chip's links, at most
-SHOWN = 15  # of the dearest operations
-# libtpu asks the machine it is on for these; planning, there is none. Several processes may plan at once.
+_TRAVELS = {"all-reduce": 2}  # how often each byte of a collective crosses a chip's links, at most
+SHOWN = 15  # most expensive operations
+# libtpu asks the machine that it runs on for these; when planning there is none. Several processes may plan at once.
 LIBTPU_ENVIRONMENT = dict(
     ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     TPU_ACCELERATOR_TYPE="v5litepod-16",
@@ -67,14 +67,14 @@ def topology_devices(topology: str, slices: int) -> tuple[Chip | None, list]:
     with _DUMPS.asked_for():
         try:
             described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
-        except Exception as error:  # whatever libtpu has to say about the shape
+        except Exception as error:  # libtpu's own errors about the shape
             raise UserError(f"--topology={topology}: is not a slice that libtpu knows ({str(error)[:200]})") from error
     return CHIPS[name], list(described.devices)
 
 
 def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
-    """Compiles the train step for the devices. See docs/plan.md for the fields; bytes and cycles are of one device's
-    program, per chip where a field's name says so."""
+    """Compiles the train step for the devices. See docs/plan.md for the fields; bytes and cycles are those of one
+    device's program, or per chip if a field's name says so."""
     mesh = make_mesh(settings.mesh, devices)
     train = settings.train
     check_rows(settings, mesh)
@@ -124,12 +124,12 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
         )
     result["compile_seconds"] = time.monotonic() - began
     memory = compiled.memory_analysis()
-    assert memory is not None, "XLA knows what it gave to a program"
+    assert memory is not None, "XLA knows the memory of its programs"
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    # the compiler's own count knows which arrays are there at the same time; a jax without it gives 0
+    # the compiler's own count takes into account which arrays exist at the same time; a jax without it gives 0
     peak = memory.peak_memory_in_bytes or held + memory.temp_size_in_bytes
     result["bytes_per_chip"] |= dict(temp=memory.temp_size_in_bytes * per_chip, peak=peak * per_chip)
-    result["fits"] = None if chip is None else True  # who knows what memory there is
+    result["fits"] = None if chip is None else True  # without a chip the memory is unknown
     if chip is None:
         return result
     cost = cost_of(compiled, chip)
@@ -149,7 +149,7 @@ def plan_step(settings: Settings, chip: Chip | None, devices: list) -> dict:
         kernels=cost.kernels(),
         hbm_traffic_bytes_per_chip=cost.roofline.hbm_bytes * per_chip,
         collectives=[dataclasses.asdict(collective) for collective in collectives],
-        collective_seconds_if_alone=None  # the network between slices is another, and slower by far
+        collective_seconds_if_alone=None  # the network between slices is a different one, and far slower
         if settings.mesh.slices > 1
         else sum(c.bytes * _TRAVELS.get(c.kind, 1) for c in collectives) * per_chip / chip.ici_bandwidth,
     )
@@ -161,14 +161,14 @@ def _speed(seconds: float, seconds_at_peak: float, tokens: int) -> dict[str, flo
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """A compiled program by both measures: the compiler's own estimate of cycles, and the roofline."""
+    """The cost of a compiled program by both measures: the compiler's own estimate of cycles, and the roofline."""
 
     program: Program
     roofline: Roofline
     peak: Peak
 
     def shares(self) -> dict[str, Any]:
-        """The dearest operations by each measure, with their shares by both; what bounds the roofline."""
+        """The most expensive operations by each measure, with their shares by both; and what bounds the roofline."""
         total, floor = self.program.cycles(), self.roofline.cycles
         by_source, by_roofline = self.program.cycles_by_source(), self.roofline.cycles_by_source()
         bounds = self.roofline.bounds()
@@ -184,8 +184,8 @@ class Cost:
         )
 
     def kernels(self) -> list[dict[str, Any]]:
-        """The kernels written by hand: how often each runs in a step, and for one run the scheduled bundles, the cycles
-        of its matmuls at the peak, and those of its traffic at the full bandwidth."""
+        """The hand-written kernels: how often each runs in a step, and for one run the scheduled bundles, the cycles of
+        its matmuls at the peak, and those of its traffic at the full bandwidth."""
         return [
             dict(
                 source=operation.source,
@@ -200,8 +200,8 @@ class Cost:
 
 
 def cost_of(compiled: jax.stages.Compiled, chip: Chip) -> Cost:
-    """What a program costs that was compiled last, for devices of `topology_devices`. Without bundles if libtpu was in
-    use before the first call of that, by something else in this process."""
+    """The cost of the program that was compiled last, for devices of `topology_devices`. It has no bundles if something
+    else in this process used libtpu before the first call of that function."""
     text = compiled.as_text()
     assert text is not None, "XLA prints its programs"
     peak = Peak(chip.flops_per_cycle, chip.hbm_bandwidth / chip.devices / chip.clock_hz)
@@ -211,18 +211,18 @@ def cost_of(compiled: jax.stages.Compiled, chip: Chip) -> Cost:
 
 
 def shortage(message: str) -> tuple[int | None, int | None]:
-    """Bytes of a device that are needed, and that are missing, from the compiler's own words; None if they are new."""
+    """The bytes that a device needs and lacks, from the compiler's error message; None if its format is unknown."""
     size = r"([\d.]+)([KMGT])"
     for words in (rf"\({size}\) exceeds available HBM \({size}\)", rf"Used {size} of {size} hbm"):
         if total := re.search(words, message):
             needed, there = (float(total[i]) * _UNITS[total[i + 1]] for i in (1, 3))
-            excess = re.search(rf"Exceeded hbm capacity by {size}", message)  # rounded less
+            excess = re.search(rf"Exceeded hbm capacity by {size}", message)  # less rounded
             return round(needed), round(float(excess[1]) * _UNITS[excess[2]] if excess else needed - there)
     return None, None
 
 
 def advice(settings: Settings, mesh: jax.sharding.Mesh) -> str:
-    """Which settings to change so that a step needs less memory, the one that costs least first."""
+    """The settings to change so that a step needs less memory, the cheapest first."""
     rows = settings.train.batch_size // n_row_shards(mesh)
     parts = settings.train.microbatches
     return ", or ".join(
@@ -237,7 +237,7 @@ def advice(settings: Settings, mesh: jax.sharding.Mesh) -> str:
 
 
 def local_bytes(tree) -> int:
-    """Bytes of one device's part of a tree of ShapeDtypeStructs with shardings, without the layout's padding."""
+    """The bytes of one device's part of a tree of ShapeDtypeStructs with shardings, without the layout's padding."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * np.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)
@@ -245,7 +245,7 @@ def local_bytes(tree) -> int:
 
 
 def versions() -> dict:
-    """Versions of what a plan depends on."""
+    """The versions of the packages that a plan depends on."""
     found = {}
     for name in ("jax", "jaxlib", "libtpu"):
         try:

@@ -1,12 +1,12 @@
-"""How much arithmetic a model needs, counted from its settings: the measure that MFU is taken by."""
+"""The FLOPs of a model, counted from its settings: the measure for MFU."""
 
 from tvq_pod.config.model import TransformerConfig
 
 
 def forward_flops_per_token(config: TransformerConfig, update_len: int) -> int:
-    """Operations (a multiply-add is two) of the matmuls that the forward pass needs for one token.
+    """The operations (a multiply-add is two) of the matmuls that the forward pass needs for one token.
 
-    A query meets the M + L keys of its window and block (the masked half of the block included, as dense blocks are
+    A query meets the M + L keys of its window and block (including the masked half of the block, since dense blocks are
     computed) and S codes, whatever the length of the document: the cost of a token does not depend on T, `update_len`.
     With attn_type full it does: a query meets the window and, on average, half of the update.
     """
@@ -24,8 +24,9 @@ def forward_flops_per_token(config: TransformerConfig, update_len: int) -> int:
 
 
 def _without_two_gradients(config: TransformerConfig) -> tuple[int, int]:
-    """Multiply-adds of an attention unit for one token, of the matmul that has none in the backward pass, and of that
-    which has only one: the nearest code has no gradient, and what is added to the cache has one by the values alone."""
+    """The multiply-adds of an attention unit for one token in two matmuls: the one without any matmul in the backward
+    pass, since the nearest code has no gradient, and the one with a single one, since sums of the cache have a gradient
+    only by the values."""
     c = config
     if c.attn_type == "full":
         return 0, 0
@@ -33,7 +34,7 @@ def _without_two_gradients(config: TransformerConfig) -> tuple[int, int]:
 
 
 def train_flops(config: TransformerConfig, tokens: int, update_len: int) -> int:
-    """Operations of a training step over `tokens`: the backward pass has two matmuls for each of the forward's that has
-    gradients by both its operands. What is computed twice to save memory is not counted twice."""
+    """The operations of a training step over `tokens`: the backward pass has two matmuls for each forward matmul that
+    has gradients by both operands. Operations that are repeated to save memory are counted once."""
     none, one = (2 * config.n_layer * len(config.attention_units) * n for n in _without_two_gradients(config))
     return tokens * (3 * forward_flops_per_token(config, update_len) - 2 * none - one)

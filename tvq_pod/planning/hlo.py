@@ -1,6 +1,6 @@
-"""Reads the program that XLA's TPU compiler scheduled: its own estimate of cycles, and what is sent between chips.
+"""Reads the program that XLA's TPU compiler scheduled: its own estimate of cycles, and the traffic between chips.
 
-A `while` counts as often as it turns.
+The body of a `while` counts once per iteration.
 """
 
 import collections
@@ -27,23 +27,23 @@ class Collective:
 
     kind: str
     axes: tuple[str, ...]
-    count: int  # a step
-    bytes: int  # a step, a device: what the operation returns, or for reduce-scatter takes
+    count: int  # per step
+    bytes: int  # per step and device: what the operation returns or, for reduce-scatter, takes
 
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """What one device does in a cycle, at most."""
+    """The most that one device does in a cycle."""
 
     flops: float
     hbm_bytes: float
 
 
 class Program:
-    """A scheduled program, from its text or its module. Raises ValueError on a text that is not a program.
+    """A scheduled program, from its text or its module. Raises ValueError for a text that is not a program.
 
-    peak: kernels written by hand carry no estimate of cycles but one of their work, which takes at least so long.
-    counts: the bundles that the compiler scheduled for operations, by their names: kernels take at least these.
+    peak: hand-written kernels have no estimate of cycles but one of their work, which gives a lower bound. counts: the
+    bundles that the compiler scheduled for operations, by their names: kernels take at least these.
     """
 
     def __init__(self, program: str | Module, peak: Peak | None = None, counts: Mapping[str, Count] | None = None):
@@ -52,17 +52,17 @@ class Program:
         self._peak = peak
 
     def cycles(self) -> int:
-        """The compiler's estimate for one run, on one device. Collectives carry no estimate and count as 0."""
+        """The compiler's estimate for one run, on one device. Collectives have no estimate and count as 0."""
         return sum(self._cycles_by(lambda instruction: None).values())
 
     def cycles_by_source(self) -> dict[str, int]:
-        """Cycles by pass and source, the dearest first: "backward layers/unit0 bhlm,bhmv->bhlv"."""
+        """Cycles by pass and source, the most expensive first: "backward layers/unit0 bhlm,bhmv->bhlv"."""
         by_source = self._cycles_by(source_of)
         return dict(sorted(by_source.items(), key=lambda item: -item[1]))
 
     def without_estimate(self) -> dict[str, int]:
-        """How often operations run that the compiler gives no cycles for, by source: gathers, scatters, kernels written
-        by hand. Collectives, and what only renames memory, are left out."""
+        """The number of executions of operations without an estimate of cycles, by source: gathers, scatters,
+        hand-written kernels. Collectives, and operations that only rename memory, are left out."""
         count = collections.Counter()
         for instruction, times in self._instructions(self.module.entry, 1):
             is_work = instruction.opcode in ("fusion", "custom-call", "gather", "scatter", "sort")
@@ -91,15 +91,15 @@ class Program:
         return totals
 
     def collectives(self, mesh_axes: Iterable[tuple[str, int]]) -> list[Collective]:
-        """What a device sends and receives in one run; mesh_axes: names and sizes in the mesh's order. Axes of one name
-        are one."""
+        """The collectives that a device takes part in during one run. mesh_axes: names and sizes in the mesh's order.
+        Axes with the same name count as one."""
         count: collections.Counter[tuple[str, tuple[str, ...]]] = collections.Counter()
         size: collections.Counter[tuple[str, tuple[str, ...]]] = collections.Counter()
         for kind, instruction, times in self._sent(self.module.entry):
             try:
                 groups = replica_groups(instruction.rest)
                 axes = crossed_axes(groups, mesh_axes)
-            except ValueError:  # libtpu's next version may write them in another way: say so, and count all the same
+            except ValueError:  # libtpu may write them differently some day: report that, and count anyway
                 groups, axes = [[0]], ("unknown",)
             key = kind, axes
             count[key] += times
@@ -108,10 +108,10 @@ class Program:
         return [Collective(kind, axes, count[kind, axes], size[kind, axes]) for kind, axes in found]
 
     def _sent(self, computation: str):
-        """Every collective that is run: its kind, the instruction, and how often.
+        """Yields every collective that is executed: its kind, the instruction, and how often.
 
-        libtpu also puts them into fusions: one that runs beside matmuls is split over several, which name the same
-        channel; and a reduce-scatter is an all-reduce in a computation that keeps this device's part.
+        libtpu also puts collectives into fusions: one that overlaps with matmuls is split over several fusions with the
+        same channel; and a reduce-scatter is an all-reduce in a computation that keeps this device's part.
         """
         channels = set()
         for instruction, times in self._instructions(computation, 1):
@@ -126,7 +126,7 @@ class Program:
                     yield "reduce-scatter" if callee.startswith("all-reduce-scatter") else kind, part, times
 
     def _instructions(self, computation: str, times: int):
-        """Every instruction that is run, with how often; what is inside a fusion is the fusion's."""
+        """Yields every instruction that is executed, and how often; the content of a fusion belongs to the fusion."""
         for instruction in self.module.body(computation):
             yield instruction, times
             if instruction.opcode == "while":
@@ -136,20 +136,21 @@ class Program:
                 callee = instruction.called("to_apply") or instruction.called("calls")
                 if callee:
                     yield from self._instructions(callee, times)
-            elif instruction.opcode == "conditional":  # the dearest branch
+            elif instruction.opcode == "conditional":  # the most expensive branch
                 names = instruction.branches
                 cost = {name: sum(t * self._own_cycles(i) for i, t in self._instructions(name, 1)) for name in names}
                 yield from self._instructions(max(cost, key=lambda name: cost[name]), times)
 
 
 def cost_estimate(instruction: Instruction) -> tuple[int, int] | None:
-    """FLOPs and bytes to and from memory, as the author of a kernel states them; None if he doesn't."""
+    """FLOPs and bytes to and from memory, as stated by a kernel's author; None if they are not stated."""
     found = _COST.search(instruction.rest)
     return (int(found[1]), int(found[2])) if found else None
 
 
 def replica_groups(rest: str) -> list[list[int]]:
-    """The groups of devices that a collective joins, by their places in the mesh. Raises ValueError on a new form."""
+    """The groups of devices that a collective joins, by their positions in the mesh. Raises ValueError for an unknown
+    form."""
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", rest):
         return [[int(n) for n in pair] for pair in re.findall(r"\{(\d+),(\d+)\}", pairs[1])]
     if listed := re.search(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}", rest):
@@ -187,12 +188,12 @@ def crossed_axes(groups: list[list[int]], mesh_axes: Iterable[tuple[str, int]]) 
 
 
 def _is_scattered(collective: Instruction) -> bool:
-    """Whether it returns a device's part of what it takes."""
+    """Whether a collective returns only the device's part of its operand."""
     return collective.opcode.startswith("reduce-scatter")
 
 
 def _returned_bytes(collective: Instruction) -> int:
-    """Bytes of what a collective returns. One that only starts has a type (what it takes, what it returns, more)."""
+    """The bytes of a collective's result. A start operation has a type (operand, result, more)."""
     parts = top_level(collective.type)
     is_start = collective.opcode.endswith("-start") and not collective.opcode.startswith("all-reduce")
     returned = parts[1] if is_start and len(parts) > 1 else collective.type

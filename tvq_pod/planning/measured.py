@@ -1,6 +1,7 @@
-"""What a config's steps take on the devices that are there, measured.
+"""Measures how long a config's steps take on the devices of this machine.
 
-Timings of shared machines drift. So what is compared takes turns in one process, and medians of the turns are given.
+Timings of shared machines drift. So the variants to compare take turns in one process, and the results are medians over
+the turns.
 """
 
 import functools
@@ -17,12 +18,12 @@ from tvq_pod.parallel.sharding import batch_sharding
 from tvq_pod.planning.flops import train_flops
 from tvq_pod.training.step import TrainStep, create_train_state, make_train_step
 
-SAMPLED = {1: 256, 64: 32}  # rows side by side: tokens of each in a turn
+SAMPLED = {1: 256, 64: 32}  # rows side by side: tokens of each row in a turn
 
 
 def measure(variants: list[Settings], mesh: jax.sharding.Mesh, rounds: int) -> list[dict]:
-    """One row for each of the settings, which take turns. One that the devices' memory can't hold has an `error`
-    instead of figures."""
+    """Measures variants, which take turns, and returns one row for each. One that does not fit into the devices' memory
+    has an `error` instead of figures."""
     runs = [Run(settings, mesh) for settings in variants]
     errors = [run.attempt(run.warm_up) for run in runs]
     for _ in range(rounds):
@@ -31,7 +32,7 @@ def measure(variants: list[Settings], mesh: jax.sharding.Mesh, rounds: int) -> l
 
 
 class Run:
-    """One config, compiled, and what its turns took."""
+    """One config, compiled, and the times of its turns."""
 
     def __init__(self, settings: Settings, mesh: jax.sharding.Mesh):
         self._settings, self._mesh = settings, mesh
@@ -61,14 +62,14 @@ class Run:
         self._seconds = {name: [] for name in self._seconds}
 
     def turn(self) -> None:
-        """One train step, one eval step, and a few sampled tokens of one row and of many."""
+        """Runs one train step and one eval step, and samples a few tokens with one row and with many."""
         self._time("train_step", self._train)
         self._time("eval_step", self._evaluate)
         for rows in SAMPLED:
             self._time(_sampling(rows), functools.partial(self._sample, rows))
 
     def attempt(self, function) -> str | None:
-        """Calls warm_up or turn; if memory is lacking, lets go of everything and returns what the device said."""
+        """Calls warm_up or turn; if there is not enough memory, frees everything and returns the device's message."""
         try:
             function()
         except jax.errors.JaxRuntimeError as error:
@@ -81,7 +82,7 @@ class Run:
         return said
 
     def failed(self, error: str) -> dict:
-        """The row of one that did not fit."""
+        """The row of a variant that did not fit."""
         return dict(attn_type=self._settings.model.attn_type, update_len=self._settings.train.update_len, error=error)
 
     def _time(self, name: str, function) -> None:
@@ -109,7 +110,7 @@ class Run:
                 pass
 
     def result(self) -> dict:
-        """What was measured; times in seconds, memory in bytes of one device."""
+        """The measurements; times in seconds, memory in bytes of one device."""
         train = self._settings.train
         tokens = train.batch_size * train.update_len
         summary = {
@@ -118,7 +119,7 @@ class Run:
         }
         seconds = summary["train_step_seconds"]["median"]
         memory = self._memory
-        assert memory is not None, "XLA knows what it gave to a program"
+        assert memory is not None, "XLA knows the memory of its programs"
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         stats = jax.local_devices()[0].memory_stats() or {}
         return dict(
@@ -133,7 +134,7 @@ class Run:
             },
             train_flops_per_second=train_flops(self._settings.model, tokens, train.update_len) / seconds,
             peak_bytes=held + memory.temp_size_in_bytes,  # of the compiled train step
-            device_peak_bytes=stats.get("peak_bytes_in_use"),  # of the whole process, where the device counts
+            device_peak_bytes=stats.get("peak_bytes_in_use"),  # of the entire process, if the device counts it
         )
 
 

@@ -1,4 +1,5 @@
-"""Parses the text of a compiled program, `compiled.as_text()`: computations of an instruction a line, one the entry."""
+"""Parses the text of a compiled program, `compiled.as_text()`: computations, one of them the entry, with an instruction
+per line."""
 
 import dataclasses
 import re
@@ -21,32 +22,32 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 @dataclasses.dataclass(frozen=True)
 class Instruction:
     name: str
-    type: str  # of what it returns
+    type: str  # of its result
     opcode: str
     rest: str  # operands and attributes
 
     @property
     def operands(self) -> list[str]:
-        """The names of its operands."""
+        """The names of the operands."""
         return re.findall(r"%([^\s,()]+)", self.rest[: self._operands_end()])
 
     @property
     def attributes(self) -> str:
-        """What follows its operands."""
+        """The text after the operands."""
         return self.rest[self._operands_end() + 1 :]
 
     @property
     def argument(self) -> str:
-        """What stands in its parentheses if that is not an operand: a constant's value, a parameter's place."""
+        """The text in parentheses if it is not an operand: a constant's value, a parameter's number."""
         return self.rest[: self._operands_end()]
 
     def called(self, attribute: str) -> str | None:
-        """The computation that an attribute names, as in calls=%fused_computation."""
+        """The computation in an attribute, as in calls=%fused_computation."""
         found = re.search(rf"\b{attribute}=%([^,\s)}}]+)", self.rest)
         return found[1] if found else None
 
     def needed(self, attribute: str) -> str:
-        """As `called`, of an attribute that the instruction must have. Raises ValueError if it has none."""
+        """Like `called`, for an attribute that the instruction must have. Raises ValueError if it is missing."""
         called = self.called(attribute)
         if called is None:
             raise ValueError(f"{self.opcode} {self.name}: has no {attribute}")
@@ -54,19 +55,19 @@ class Instruction:
 
     @property
     def branches(self) -> list[str]:
-        """The computations of which a conditional runs one."""
+        """The computations that a conditional chooses from."""
         if listed := re.search(r"branch_computations=\{([^}]*)\}", self.rest):
             return re.findall(r"%([^,\s]+)", listed[1])
         return [name for attribute in ("true_computation", "false_computation") if (name := self.called(attribute))]
 
     @property
     def is_collective(self) -> bool:
-        """Whether it sends to other devices, or waits for what they send."""
+        """Whether it sends to other devices, or waits for data from them."""
         return self.opcode.removesuffix("-start").removesuffix("-done") in COLLECTIVES
 
     @property
     def is_free(self) -> bool:
-        """Whether it is a custom call that only tells the compiler something."""
+        """Whether it is a custom call that is only a hint to the compiler."""
         target = _TARGET.search(self.rest)
         return self.opcode == "custom-call" and target is not None and target[1] in _FREE_CALLS
 
@@ -80,7 +81,7 @@ class Instruction:
 
 
 class Module:
-    """A scheduled program as text. Raises ValueError on a text that is none."""
+    """A scheduled program as text. Raises ValueError for a text that is not a program."""
 
     def __init__(self, text: str):
         self._computations: dict[str, list[Instruction]] = {}
@@ -107,7 +108,7 @@ class Module:
         return computation in self._computations
 
     def body(self, computation: str) -> list[Instruction]:
-        """The instructions of a computation, in their order."""
+        """The instructions of a computation, in order."""
         return self._computations[computation]
 
     def computations(self) -> list[list[Instruction]]:
@@ -115,23 +116,23 @@ class Module:
         return list(self._computations.values())
 
     def named_computations(self) -> list[tuple[str, list[Instruction]]]:
-        """All computations: their names, and their instructions in order."""
+        """The names of all computations, with their instructions in order."""
         return list(self._computations.items())
 
     def find(self, name: str) -> Instruction:
-        """The instruction of that name."""
+        """The instruction with this name."""
         return self._by_name[name]
 
     def root(self, computation: str) -> Instruction:
-        """The instruction whose result is the computation's."""
+        """The instruction whose result is that of the computation."""
         return self._roots[computation]
 
     def parameters(self, computation: str) -> dict[int, Instruction]:
-        """A computation's parameters, by their places."""
+        """A computation's parameters, by number."""
         return {int(i.argument): i for i in self.body(computation) if i.opcode == "parameter"}
 
     def users(self, computation: str, name: str) -> list[Instruction]:
-        """The instructions of a computation that take the result of `name`."""
+        """The instructions of a computation that use the result of `name`."""
         if computation not in self._users:
             users = self._users[computation] = {}
             for instruction in self._computations[computation]:
@@ -140,11 +141,11 @@ class Module:
         return self._users[computation].get(name, [])
 
     def operand_types(self, instruction: Instruction) -> list[str]:
-        """Types of its operands, in their order."""
+        """The types of an instruction's operands, in order."""
         return [self._by_name[name].type if name in self._by_name else "" for name in instruction.operands]
 
     def turns(self, loop: Instruction) -> int:
-        """How often a while turns. Raises ValueError if that can't be read."""
+        """The number of iterations of a while loop. Raises ValueError if it can't be read."""
         if known := _TRIP_COUNT.search(loop.rest):
             return int(known[1])
         condition = self._computations[loop.needed("condition")]
@@ -155,7 +156,7 @@ class Module:
 
 
 def source_of(instruction: Instruction) -> str:
-    """Pass, module path and operation, from an instruction's metadata; its opcode, where that is all there is."""
+    """The pass, module path and operation, from an instruction's metadata; its opcode if it has none."""
     found = _OP_NAME.search(instruction.rest)
     if not found:
         return f"other ({instruction.opcode})"

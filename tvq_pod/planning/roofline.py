@@ -1,16 +1,16 @@
-"""How long a step takes at least, operation by operation: a second opinion beside the compiler's estimate.
+"""A lower bound on the time of a step, operation by operation: a second opinion to the compiler's estimate.
 
-An operation takes as long as the slowest of three: its scheduled bundles at one a cycle, the bytes that it moves to and
-from HBM at 85% of the bandwidth, and its matmuls at 95% of the peak. The step takes the sum. What that leaves out: the
-launch of an operation, the latency of a transfer, bundles that wait for something else than HBM, and all that is sent
+An operation takes as long as the slowest of three: its scheduled bundles at one per cycle, the bytes that it moves to
+and from HBM at 85% of the bandwidth, and its matmuls at 95% of the peak. The step takes the sum. This leaves out the
+launch of an operation, the latency of a transfer, bundles that wait for anything other than HBM, and all traffic
 between chips.
 
-Of the operations that are started and end later, only those transfers are taken to run beside others: any other counts
-as if it ran where it is started (async-start and the opcodes that XLA writes for it, such as fusion-start).
+Of the asynchronous operations, only transfers are assumed to overlap with others: any other operation counts as if it
+ran where it is started (async-start and the opcodes that XLA writes for it, such as fusion-start).
 
-Transfers between HBM and VMEM that run beside other operations (copy-start, slice-start and their ends) cost what does
-not fit beside them: the operations between start and end leave the HBM idle for a part of their time, which is filled
-first; what is left of the transfer is the end's own time.
+Transfers between HBM and VMEM that overlap with other operations (copy-start, slice-start and their ends) cost only
+what does not overlap: the operations between start and end leave the HBM idle for a part of their time, which is filled
+first; the rest of the transfer is the end's own time.
 """
 
 import collections
@@ -29,21 +29,21 @@ MATMUL_SHARE = 0.95  # of the peak
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """An instruction that is run, how often, and what one run of it does and takes."""
+    """An instruction that is executed, how often, and the work and time of one execution."""
 
     instruction: Instruction
     source: str
     times: int
-    count: Count | None  # of bundles; None if it isn't known
+    count: Count | None  # of bundles; None if unknown
     hbm_bytes: int
     flops: int
-    hbm_cycles: float  # in which it keeps the HBM busy
+    hbm_cycles: float  # in which the HBM is busy
     cycles: float
     bound: str  # "bundles", "HBM" or "matmuls"
 
 
 class Roofline:
-    """The roofline of a scheduled program on a device with that peak."""
+    """The roofline of a scheduled program on a device with the given peak."""
 
     def __init__(self, program: Program, peak: Peak):
         self._module = program.module
@@ -58,27 +58,27 @@ class Roofline:
 
     @property
     def hbm_bytes(self) -> int:
-        """What one run moves to and from the HBM of a device."""
+        """The bytes that one execution moves to and from a device's HBM."""
         return sum(operation.times * operation.hbm_bytes for operation in self.operations)
 
     def cycles_by_source(self) -> dict[str, float]:
-        """Cycles by pass and source, the dearest first, as `Program.cycles_by_source`."""
+        """Cycles by pass and source, the most expensive first, as in `Program.cycles_by_source`."""
         return self._by(lambda operation: operation.source)
 
     def cycles_by_bound(self) -> dict[str, float]:
-        """Cycles of the operations that are bound by bundles, by HBM and by matmuls."""
+        """The cycles of operations bound by bundles, by HBM and by matmuls."""
         return self._by(lambda operation: operation.bound)
 
     def bounds(self) -> dict[str, str]:
-        """What bounds most of the cycles of each source."""
+        """The bound of most cycles of each source."""
         totals: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
         for operation in self.operations:
             totals[operation.source][operation.bound] += round(operation.times * operation.cycles)
         return {source: by_bound.most_common(1)[0][0] for source, by_bound in totals.items()}
 
     def without_bundles(self) -> dict[str, int]:
-        """How often operations run whose bundles are not known, or that have a loop whose turns are not, by source.
-        Left out is what works on single numbers."""
+        """The number of executions of operations with unknown bundles, or with a loop of unknown length, by source.
+        Operations on single numbers are left out."""
         times: collections.Counter[str] = collections.Counter()
         for operation in self.operations:
             is_known = operation.count is not None and operation.count.is_exact
@@ -94,9 +94,9 @@ class Roofline:
         return dict(sorted(((name, cycles) for name, cycles in totals.items() if cycles), key=lambda item: -item[1]))
 
     def _run(self, computation: str) -> list[Operation]:
-        """The operations of one run of a computation."""
+        """The operations in one execution of a computation."""
         found: list[Operation] = []
-        idle: list[float] = []  # cycles in which an instruction leaves the HBM to others, for each so far
+        idle: list[float] = []  # cycles in which each instruction so far leaves the HBM idle
         started: dict[str, int] = {}
         for instruction in self._module.body(computation):
             inner = self._inside(instruction)
@@ -118,7 +118,8 @@ class Roofline:
         return found
 
     def _inside(self, instruction: Instruction) -> list[Operation]:
-        """The operations that a loop, a call or a conditional runs; of a conditional those of the dearest branch."""
+        """The operations that a loop, a call or a conditional runs; for a conditional, those of the most expensive
+        branch."""
         if instruction.opcode == "while":
             turns = self._module.turns(instruction)
             inner = self._run(instruction.needed("body"))
@@ -132,7 +133,7 @@ class Roofline:
         return []
 
     def _waits(self, computation: str, end: Instruction) -> str:
-        """The source of a transfer: what takes its result first, or else what made its operand."""
+        """The source of a transfer: the first operation that uses its result, or else the one that made its operand."""
         users = [user for user in self._module.users(computation, end.name) if "op_name=" in user.rest]
         if users:
             return f"{source_of(users[0])}, waiting for HBM"
@@ -150,7 +151,7 @@ class Roofline:
 
 
 def with_schedules(module: Module) -> set[str]:
-    """The names of the operations whose schedules a roofline may ask for."""
+    """The names of the operations whose schedules a roofline may need."""
     return {i.name for body in module.computations() for i in body if not is_free(module, i)}
 
 

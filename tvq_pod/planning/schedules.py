@@ -1,6 +1,6 @@
-"""The bundles that the compiler scheduled for each operation: has it dump them, and finds an operation's among them.
+"""The bundles that the compiler scheduled for each operation: makes it dump them, and finds those of an operation.
 
-libtpu reads its flags once, when it is loaded. So the flags must be asked for before, and hold for the process.
+libtpu reads its flags once, when it is loaded. So the flags must be set before that, and hold for the process.
 """
 
 import atexit
@@ -30,7 +30,7 @@ _PREFIX = "tvq_pod_schedules_"
 
 
 def _remove_abandoned() -> None:
-    """Folders of processes that were killed."""
+    """Removes the folders of processes that were killed."""
     for folder in pathlib.Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         pid = folder.name.removeprefix(_PREFIX).partition("_")[0]
         try:
@@ -38,18 +38,19 @@ def _remove_abandoned() -> None:
         except ProcessLookupError:
             shutil.rmtree(folder, ignore_errors=True)
         except (PermissionError, ValueError):
-            pass  # another user's, or no process' folder
+            pass  # another user's, or not the folder of a process
 
 
 class Dumps:
-    """A temporary folder that libtpu writes schedules to. It goes when the process ends."""
+    """A temporary folder that libtpu writes schedules to. It is deleted when the process ends."""
 
     def __init__(self):
         self._folder: pathlib.Path | None = None
 
     @contextmanager
     def asked_for(self) -> Iterator[None]:
-        """Within it libtpu must be loaded, if it is to dump; a second time changes nothing."""
+        """Sets the flags within a block, in which libtpu must be loaded to make it dump; a second call changes
+        nothing."""
         if self._folder is not None:
             yield
             return
@@ -66,7 +67,7 @@ class Dumps:
         os.environ[_FLAGS] = f"{before or ''} {ours} --xla_jf_dump_llo_pass_label_regex=^final_bundles$".strip()
         try:
             yield
-        finally:  # a process that this one starts has no business in the folder
+        finally:  # child processes must not use the folder
             if before is None:
                 del os.environ[_FLAGS]
             else:
@@ -81,8 +82,8 @@ class Dumps:
         return [path for path in self._folder.glob("*") if path.is_file()] if self._folder else []
 
     def take(self, wanted: Container[str]) -> dict[str, Count]:
-        """What has been dumped for the operations of these names since the last discard; deletes everything that has
-        been dumped. Empty if libtpu was loaded before it was asked. A schedule that can't be read is left out."""
+        """The counts of the operations with these names, from the dumps since the last discard; deletes all dumps.
+        Empty if libtpu was loaded before its flags were set. A schedule that can't be read is left out."""
         counts = {}
         for path in self._files():
             named = _DUMP.match(path.name)
@@ -94,13 +95,13 @@ class Dumps:
 
 
 class Schedules:
-    """The counts of a program's operations. The compiler compiles equal operations once, and dumps their schedule under
+    """The counts of a program's operations. The compiler compiles equal operations once, and dumps their schedule with
     the name of one of them."""
 
     def __init__(self, module: Module, counts: Mapping[str, Count]):
         self._module = module
         self._counts = counts
-        self._computations: dict[str, str] = {}  # numbered texts
+        self._computations: dict[str, str] = {}  # texts with numbered instructions
         self._equal = {
             self._signature(instruction): counts[instruction.name]
             for body in module.computations()
@@ -109,25 +110,25 @@ class Schedules:
         }
 
     def count(self, instruction: Instruction) -> Count | None:
-        """None if it isn't known."""
+        """The count of an operation; None if it is unknown."""
         if not self._counts or instruction.opcode in _NO_PROGRAM:
             return None
         return self._counts.get(instruction.name) or self._equal.get(self._signature(instruction))
 
     def _signature(self, instruction: Instruction) -> str:
-        """Equal for two operations that are compiled to the same bundles."""
+        """A text that is equal for operations that compile to the same bundles."""
         types = " ".join(self._module.operand_types(instruction))
         return f"{instruction.opcode} {instruction.type} {types} {self._decides(instruction)}"
 
     def _decides(self, instruction: Instruction) -> str:
-        """What decides on an operation's program, but for the types."""
+        """The parts of an operation that determine its program, except for the types."""
         attributes = instruction.attributes
         callee = instruction.called("calls")
         inside = self._numbered(callee) if callee and callee in self._module else ""
         return " ".join([*_ATTRIBUTES.findall(attributes), *_KERNEL.findall(attributes), inside])
 
     def _numbered(self, computation: str) -> str:
-        """A computation's text, with its instructions numbered instead of named."""
+        """A computation's text, with numbers instead of names for its instructions."""
         if computation not in self._computations:
             body = self._module.body(computation)
             numbers = {instruction.name: f"%{n}" for n, instruction in enumerate(body)}

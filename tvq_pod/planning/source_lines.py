@@ -1,4 +1,4 @@
-"""Where the operations of a compiled program come from: the bridge from a trace, which has their names, to the code."""
+"""The source lines of a compiled program's operations: the link from a trace, which has their names, to the code."""
 
 import pathlib
 import re
@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from tvq_pod.planning.module import Module, source_of
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
-_ROOT = f"{_PACKAGE.parent}/"  # what is below it is told from there
+_ROOT = f"{_PACKAGE.parent}/"  # paths below it are shown relative to it
 _TABLE = re.compile(r"^(FileNames|FunctionNames|FileLocations|StackFrames)\n((?:\d+ .*\n)*)", re.MULTILINE)
 _FRAME = re.compile(r"\bstack_frame_id=(\d+)")
 
 
 def operations(program: str) -> str:
-    """A line for each operation that the program runs, of the text of a compiled one: its name, as in a trace; pass and
-    path, as in the plan; and the innermost line of tvq_pod that it was made by, FILE:LINE in FUNCTION, or of another
-    package if there is none. Columns are separated by tabs. Raises ValueError on a text that is not a program."""
+    """Lists the operations of a compiled program's text, a line each: the name, as in a trace; pass and path, as in the
+    plan; and the innermost line of tvq_pod that it comes from, FILE:LINE in FUNCTION, or of another package if there is
+    none. Columns are separated by tabs. Raises ValueError for a text that is not a program."""
     module, frames = Module(program), _Frames(program)
     fused = {i.called("calls") for body in module.computations() for i in body if i.opcode == "fusion"}
     rows = ["operation\tpath\tline"]
@@ -39,13 +39,13 @@ class _Frames:
         self._places, self._frames = tables.get("FileLocations", {}), tables.get("StackFrames", {})
 
     def line(self, frame: int) -> str:
-        """FILE:LINE in FUNCTION."""
+        """A frame's source line, as FILE:LINE in FUNCTION."""
         lines = list(self._lines(frame))
         own = [line.removeprefix(_ROOT) for line in lines if line.startswith(f"{_PACKAGE}/")]
         return (own or lines or [""])[0]
 
     def _lines(self, frame: int) -> Iterator[str]:
-        """Source lines, from the innermost outwards."""
+        """Yields source lines, from the innermost outwards."""
         seen = set()
         while frame in self._frames and frame not in seen:
             seen.add(frame)

@@ -1,4 +1,4 @@
-"""What a training run is measured by, on the devices that are there: chips, and model FLOPs utilization (MFU)."""
+"""The measures of a training run on this job's devices: chips, and model FLOPs utilization (MFU)."""
 
 import dataclasses
 
@@ -11,21 +11,21 @@ from tvq_pod.planning.flops import train_flops
 
 @dataclasses.dataclass(frozen=True)
 class Yardstick:
-    """chips: how many there are; devices, where chips.py does not have their kind. seconds_at_peak: what the arithmetic
-    of a training step (see `train_flops`) takes if all chips work at their peak; None where that is not known, as on a
-    CPU. MFU is seconds_at_peak over the seconds that a step takes, as in the plan."""
+    """chips: their number, or that of the devices if chips.py does not have their kind. seconds_at_peak: the time of a
+    training step's arithmetic (see `train_flops`) if all chips work at their peak; None if it is unknown, as on a CPU.
+    MFU is seconds_at_peak over the seconds that a step takes, as in the plan."""
 
     chips: float
     seconds_at_peak: float | None
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that jax's devices of this kind are, or are cores of; None if chips.py does not have it."""
+    """The chip of jax's devices of this kind, which may be its cores; None if chips.py does not have it."""
     return next((CHIPS[name] for name, kind in DEVICE_KINDS.items() if kind == device_kind), None)
 
 
 def yardstick(settings: Settings, mesh: jax.sharding.Mesh) -> Yardstick:
-    """That of a run on a mesh, whose devices are of one kind."""
+    """The yardstick of a run on a mesh, whose devices are of one kind."""
     chip, train = chip_of(mesh.devices.flat[0].device_kind), settings.train
     if chip is None:
         return Yardstick(mesh.size, None)

@@ -1,11 +1,11 @@
-"""What an operation does: the bytes that it moves to and from HBM, and the arithmetic of its matmuls.
+"""The work of an operation: the bytes that it moves to and from HBM, and the arithmetic of its matmuls.
 
-An array in HBM counts with the padding of its tiles. A fusion that slices an operand reads the slices; one that updates
-a slice of an operand in place writes the slice. Arrays in VMEM (S(1) in a layout) are not moved.
+An array in HBM counts with the padding of its tiles. A fusion that slices an operand reads only the slices; one that
+updates a slice of an operand in place writes only the slice. Arrays in VMEM (S(1) in a layout) are not moved.
 
-What is sent between chips is not counted. libtpu splits a collective over the fusions that run while it sends: each
-takes the collective's buffers, has one step of the collective beside its own work, and returns the same buffers. These
-buffers are often much larger than what the fusion itself works on, and it moves nothing of them.
+Traffic between chips is not counted. libtpu splits a collective over the fusions that run while it sends: each takes
+the collective's buffers, runs one step of the collective beside its own work, and returns the same buffers. These
+buffers are often much larger than the fusion's own data, and it does not move them.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from tvq_pod.planning.arrays import arrays, top_level
 from tvq_pod.planning.hlo import cost_estimate
 from tvq_pod.planning.module import Instruction, Module
 
-# transfers beside other operations
+# transfers that overlap with other operations
 STARTS, ENDS = ("copy-start", "slice-start", "dynamic-slice-start"), ("copy-done", "slice-done", "dynamic-slice-done")
 _RENAMES = ("bitcast", "reshape")
 _SLICES = ("slice", "dynamic-slice", "gather")
@@ -32,20 +32,20 @@ _Dims = tuple[int, ...]
 
 
 def is_free(module: Module, instruction: Instruction) -> bool:
-    """Whether it takes no time of its own here: it names what there is, or it sends to other devices."""
+    """Whether an instruction takes no time of its own here: it only renames an array, or it sends to other devices."""
     opcode = instruction.opcode
     if opcode in (*_FREE, *STARTS) or instruction.is_free or instruction.is_collective:
         return True
-    if opcode.endswith(("-done", "-update")) and opcode not in ENDS:  # what is started counts where it is started
+    if opcode.endswith(("-done", "-update")) and opcode not in ENDS:  # an operation counts where it is started
         return True
     return instruction.opcode == "fusion" and _only_sends(module, instruction)
 
 
 def synchronous(instruction: Instruction) -> Instruction:
-    """The operation that an instruction such as fusion-start starts; any other instruction as it is."""
+    """The operation that an instruction such as fusion-start starts; any other instruction unchanged."""
     if not instruction.opcode.endswith("-start"):
         return instruction
-    _, result, *_ = top_level(instruction.type)  # what it takes, what it will return, and what else it needs
+    _, result, *_ = top_level(instruction.type)  # its operands, its result, and what else it needs
     return dataclasses.replace(instruction, opcode=instruction.opcode.removesuffix("-start"), type=result)
 
 
@@ -56,8 +56,8 @@ def _only_sends(module: Module, fusion: Instruction) -> bool:
 
 
 def moved_bytes(module: Module, instruction: Instruction) -> int:
-    """Bytes that an instruction moves to and from HBM. Of a kernel written by hand: what its author states, but for
-    what is in VMEM already; if he states nothing, each operand and each result once."""
+    """The bytes that an instruction moves to and from HBM. For a hand-written kernel, those that its author states,
+    less those already in VMEM; if none are stated, each operand and each result once."""
     if is_free(module, instruction):
         return 0
     results = arrays(instruction.type)
@@ -92,7 +92,7 @@ def _moved_by_fusion(module: Module, fusion: Instruction) -> int:
 
 
 def _aliased(fusion: Instruction) -> frozenset[int]:
-    """The places of the results that live where an operand lives."""
+    """The indices of the results that share an operand's memory."""
     listed = _ALIASING.search(fusion.attributes)
     return frozenset(int(place or 0) for place in _ALIASED.findall(listed[1])) if listed else frozenset()
 
@@ -102,8 +102,8 @@ def _hbm_bytes(type_: str) -> int:
 
 
 def _read(module: Module, computation: str, name: str, whole: int, aliased: frozenset[int] = frozenset()) -> int:
-    """Bytes that a fusion reads of an operand that has `whole` in HBM: of what it slices only the slices; nothing of
-    what it updates in place, sends, or returns as one of the `aliased` results."""
+    """The bytes that a fusion reads of an operand with `whole` bytes in HBM: only the slices of an operand that it
+    slices; nothing of one that it updates in place, sends, or returns as one of the `aliased` results."""
     total = 0
     for user in module.users(computation, name) if whole else []:
         places = [n for n, operand in enumerate(user.operands) if operand == name]
@@ -122,8 +122,8 @@ def _read(module: Module, computation: str, name: str, whole: int, aliased: froz
 
 
 def _written(module: Module, computation: str, types: list[str], aliased: frozenset[int] = frozenset()) -> int:
-    """Bytes that a fusion, which returns `types`, writes to HBM: of what it updates in place only the update; nothing
-    of what it sends, or of an operand that it returns as one of the `aliased` results."""
+    """The bytes that a fusion with results of `types` writes to HBM: only the update of an operand that it updates in
+    place; nothing of one that it sends, or that it returns as one of the `aliased` results."""
     root = module.root(computation)
     parts = [module.find(name) for name in root.operands] if root.opcode == "tuple" else [root]
     if len(parts) != len(types):  # its root has several results of its own
@@ -151,7 +151,8 @@ def _unrenamed(module: Module, instruction: Instruction) -> Instruction:
 
 
 def matmul_flops(module: Module, instruction: Instruction) -> int:
-    """Operations of the matmuls in an instruction, a multiply-add is two; of a kernel, what its author states."""
+    """The operations of the matmuls in an instruction, where a multiply-add is two; for a kernel, those that its author
+    states."""
     if stated := cost_estimate(instruction):
         return stated[0]
     if instruction.opcode == "fusion":
@@ -168,8 +169,8 @@ def matmul_flops(module: Module, instruction: Instruction) -> int:
 
 
 def _convolved(instruction: Instruction, left: _Dims, right: _Dims, result: _Dims) -> int:
-    """The products of a convolution. XLA writes the batch of a matmul as an axis of the convolution in which most
-    places of the kernel meet padding; these don't count."""
+    """The multiplications of a convolution. XLA writes the batch of a matmul as an axis of the convolution in which
+    most positions of the kernel meet padding; these don't count."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
     if labels is None:
         raise ValueError(f"convolution {instruction.name}: it has no dim_labels")
@@ -185,7 +186,7 @@ def _convolved(instruction: Instruction, left: _Dims, right: _Dims, result: _Dim
 
 
 def _met(left: int, right: int, result: int, window: dict[str, str]) -> int:
-    """How many pairs of a place in the kernel and one in the result meet an input, along one axis."""
+    """The number of pairs of a kernel position and a result position that meet an input, along one axis."""
     stride, apart, dilated = (int(window.get(key, "1")) for key in ("stride", "lhs_dilate", "rhs_dilate"))
     before = int(window.get("pad", "0_0").split("_")[0])
     met = 0

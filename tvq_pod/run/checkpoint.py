@@ -1,5 +1,5 @@
-"""Checkpoints, written by orbax in the background, with a manifest of checksums. checkpoint_reader.py says what is in
-one, step_folders.py what their folder looks like.
+"""Checkpoints, which orbax writes in the background, with a manifest of checksums. checkpoint_reader.py describes their
+content, step_folders.py their folder.
 """
 
 import concurrent.futures
@@ -33,12 +33,12 @@ from tvq_pod.run.saved_state import State, train_item
 from tvq_pod.run.step_folders import stale_steps
 
 RETRY_SECONDS = 10.0  # after a save that failed
-WRITERS_SECONDS = 10.0  # for threads of a save that failed to end
+WRITERS_SECONDS = 10.0  # to wait for the threads of a failed save to end
 
 
 def _wait_for_writers() -> None:
-    """Until orbax's threads have ended: when one fails, the others still write, and would make folders again that
-    were removed. (To join one raises its error.)"""
+    """Waits until orbax's threads have ended: when one fails, the others still write, and would make folders again that
+    were removed. (Joining one raises its error.)"""
     deadline = time.monotonic() + WRITERS_SECONDS
     while time.monotonic() < deadline:
         if not orbax_files.is_writing():
@@ -56,8 +56,8 @@ class Checkpoints(CheckpointReader):
         on_saved: Callable[[int], None] = lambda step: None,
         before_named: Callable[[], object] = lambda: None,
     ):
-        """on_saved: is called with every step that is on disk and good, on process 0, in a thread. before_named: is
-        called there too, before a step gets its name."""
+        """on_saved: called with every step that is on disk and good, on process 0, in a thread. before_named: called
+        there too, before a step gets its name."""
         self._open(workdir, settings.restore_timeout_seconds)
         self._settings, self._on_saved, self._before_named = settings, on_saved, before_named
         self._branches: list[list] | None = None  # see `begin`
@@ -78,10 +78,10 @@ class Checkpoints(CheckpointReader):
     # ------------------------------------------------------------------ where a run resumes
 
     def newest_good(self) -> int | None:
-        """The newest step whose files are what its manifest says; None if nothing was ever saved. Those newer ones that
-        are damaged are set aside.
+        """The newest step whose files match its manifest; None if nothing was ever saved. Newer steps, which are
+        damaged, are set aside.
 
-        Raises UserError if there were checkpoints, and none is good: a run must not start over without being told.
+        Raises UserError if there are checkpoints but none is good: a run must not start over unless it is told to.
         """
         with self._reading(f"verifying the checkpoints in {self.path}"):
             while (step := from_process_zero(max(self.steps(), default=-1))) != -1:
@@ -92,32 +92,32 @@ class Checkpoints(CheckpointReader):
         if set_aside:
             raise UserError(
                 f"--workdir={self.path.parent}: has no good checkpoint left ({', '.join(set_aside)} in {self.path}); "
-                "bring one back from a copy, or start over in another folder"
+                "restore one from a copy, or start over in another folder"
             )
         return None
 
     def _writing(self) -> Deadline:
-        """Orbax gives a save up by itself once its time is over, and it is tried again. Twice that time, and what waits
-        for it never ends."""
+        """A deadline for waiting for a save. Orbax itself gives up a save after the time of the setting, and it is
+        tried again; waiting for twice that time means that it would never end."""
         seconds = self._settings.timeout_seconds
         return Deadline(f"a save of {self.path}", 2 * seconds, f"config.checkpoint.timeout_seconds={seconds}")
 
     def undo(self, after: int) -> None:
-        """Sets aside all steps after that one."""
+        """Sets aside all steps later than `after`."""
 
         def set_aside():
-            for step in reversed(self.steps()):  # after a kill, what is left leads to the newest that is left
+            for step in reversed(self.steps()):  # newest first, so that a kill leaves steps without a gap
                 if step > after:
                     self._folders.set_aside(step, "undone")
 
         on_process_zero(set_aside)
 
     def begin(self, step: int | None) -> None:
-        """Training begins, from the state of `step`, or for None from the seed: a branch with a name of its own.
+        """Starts a branch with a name of its own: training begins from the state of `step`, or from the seed if None.
 
-        Every checkpoint's record has the branches that led to it, as [first step, name]. So what was evaluated on
-        another branch is not taken for this one's, though its step is the same: of a run that was started over, that
-        went back, or that was resumed from an older checkpoint. All losses after `step` are forgotten.
+        Every checkpoint's record has the branches that led to it, as [first step, name]. So an evaluation of the same
+        step on another branch is not mistaken for this one's, when a run was started over, went back, or was resumed
+        from an older checkpoint. All losses after `step` are forgotten.
         """
         first = step or 0
         before = [] if step is None else super().branches(step)
@@ -127,19 +127,19 @@ class Checkpoints(CheckpointReader):
         self._losses = {step: loss for step, loss in self._losses.items() if step <= first}
 
     def descend_from(self, ancestry: list[dict]) -> None:
-        """The training that began took its weights from another run. Every checkpoint's record says from which; see
+        """Records in every checkpoint that this training took its weights from another run; see
         training/warm_start.py."""
         self._ancestry = ancestry
 
     def branches(self, step: int) -> list[list]:
-        """Those of the training that began, or else of the checkpoint on disk."""
+        """The branches of the training that `begin` started, or else of the checkpoint on disk."""
         return super().branches(step) if self._branches is None else self._branches
 
     def save(self, state: State, step: int, record: dict, schedule: DataSchedule, retain_all: bool = False) -> None:
-        """Copies the state to the host, returns, and writes in the background; `busy` and `error` say how it goes.
+        """Copies the state to the host, returns, and writes in the background; `busy` and `error` report the outcome.
 
-        The save before this one must be done. Does nothing if the step is there. retain_all: deletes no older step, not
-        even one that need not stay.
+        The previous save must be done. Does nothing if the step already exists. retain_all: deletes no older step, not
+        even one that need not be kept.
         """
         with self._writing():
             self._begin_save(state, step, record, schedule, retain_all)
@@ -151,7 +151,7 @@ class Checkpoints(CheckpointReader):
             return
         self._saving = step
         if verdict == room:
-            self._failed(OSError("the disk has not enough room for it"))
+            self._failed(OSError("the disk does not have enough room for it"))
             return
         average = {} if state.ema is None else dict(ema=ocp.args.StandardSave(state.ema))
         if self._ancestry:
@@ -167,14 +167,15 @@ class Checkpoints(CheckpointReader):
         )
         try:
             self._writer.save(self.path / str(step), args=items)
-        except Exception as error:  # each store has its own
+        except Exception as error:  # each kind of storage has its own
             self._saved = self._pool.submit(self._clear, error)
             return
         self._saved = self._pool.submit(self._finish, step, retain_all)
 
     def _has_room(self, state: State) -> bool:
-        """Whether the disk has room for all of it, and takes new files: where process 0 alone fails, the others wait
-        for it for minutes. Compressed, and on a bucket, it may take less: that is tried."""
+        """Whether the disk has room for the complete state, and new files can be made: if process 0 alone failed, the
+        others would wait for it for minutes. A state that may be compressed, or goes to a bucket, may need less room,
+        so it is tried."""
         if is_bucket(self.path) or not self.path.exists():
             return True
         trial = self.path / "trial"
@@ -197,19 +198,19 @@ class Checkpoints(CheckpointReader):
 
     @property
     def error(self) -> str:
-        """Why the last save could not be written; "" if it could, or is being."""
+        """The reason why the last save could not be written; "" if it was written or is being written."""
         error = None if self._saved is None or self.busy else self._saved.exception()
         return "" if error is None else " ".join(str(error).split())[-200:] or repr(error)
 
     def wait(self) -> bool:
-        """Until the last save is on disk. Whether it is."""
+        """Waits until the last save is on disk. Returns whether it is."""
         if self._saved is not None and self.busy:
             with self._writing():
                 concurrent.futures.wait([self._saved])
         return not self.error
 
     def wait_for_all(self) -> bool:
-        """Until the last save is on disk, of all processes. Whether it is."""
+        """Waits until the last save of all processes is on disk. Returns whether it is."""
         with self._writing():
             return all_agree(self.wait())
 
@@ -219,7 +220,7 @@ class Checkpoints(CheckpointReader):
         return bool(self.error) and time.monotonic() < self._failed_at + RETRY_SECONDS
 
     def close(self) -> None:
-        """Waits as `wait` does, and ends orbax's threads."""
+        """Waits for the last save, and ends orbax's threads."""
         with self._writing():
             self.wait()
             self._pool.shutdown()
@@ -227,15 +228,16 @@ class Checkpoints(CheckpointReader):
                 self._checkpointer.close()
 
     def _add_manifest(self) -> None:
-        """Called by orbax on process 0, when all of a step is written and before it gets its name."""
+        """Writes the manifest. Orbax calls this on process 0 when a step is completely written and does not have its
+        name yet."""
         self._before_named()
         final = self.path / str(self._saving)
         draft = next(self._folders.entries(orbax_files.drafts(str(self._saving))), final)
         manifest.write_manifest(draft)
 
     def _finish(self, step: int, retain_all: bool) -> None:
-        """Finishes a save in the background: raises if the save fails; afterwards process 0 deletes what need not
-        stay."""
+        """Finishes a save in the background: raises if the save fails; afterwards process 0 deletes steps that need not
+        be kept."""
         try:
             self._writer.wait_until_finished()
         except BaseException as error:
@@ -248,23 +250,24 @@ class Checkpoints(CheckpointReader):
             self._failed_at = time.monotonic()
             raise OSError(found[0])
         self._on_saved(step)
-        with contextlib.suppress(OSError):  # what should go, goes with the next save
-            if not retain_all:  # the newest step is good: older ones may go
+        with contextlib.suppress(OSError):  # what could not be deleted is deleted after the next save
+            if not retain_all:  # the newest step is good: older ones may be deleted
                 for stale in stale_steps(self.steps(), self._settings, self._losses):
                     self._folders.delete(stale)
             self._folders.tidy()
 
     def _clear(self, error: BaseException) -> NoReturn:
-        """Clears up after a save that failed, so that the next one can succeed; raises what it failed with."""
+        """Cleans up after a failed save, so that the next one can succeed; raises the save's error."""
         self._failed_at = time.monotonic()
-        for _ in range(2):  # orbax keeps errors of two kinds, and would raise the other one at the next save
+        for _ in range(2):  # orbax keeps two kinds of errors, and would raise the other one at the next save
             with contextlib.suppress(Exception):
                 self._writer.wait_until_finished()
         _wait_for_writers()
-        if is_process_zero():  # what was written of it is in the way, and takes room
+        if is_process_zero():  # the incomplete step is in the way, and takes room
             self._folders.tidy()
         raise error
 
     def know_losses(self, losses: dict[int, float | None]) -> None:
-        """Validation losses, by step: the best are kept. One that is None or not finite is not a good one."""
+        """Adds validation losses, by step, of which the best checkpoints are kept. A loss that is None or not finite is
+        never among the best."""
         self._losses |= {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}

@@ -1,11 +1,11 @@
-"""Checkpoints, read: which step is good, what it belongs to, and its arrays.
+"""Reading checkpoints: which step is good, what it belongs to, and its arrays.
 
     WORKDIR/checkpoints/STEP/params, train, recurrent, ema     the state; see saved_state.py
     WORKDIR/checkpoints/STEP/record          what these belong to: sizes of the model, corpus, seed; the data schedule
     WORKDIR/checkpoints/STEP/manifest.json   size and checksum of each file, written last
 
-A step is believed only after its manifest was verified. A record that differs from the run's is refused before any
-array is read.
+A step is trusted only after its manifest was verified. A record that differs from the run's is refused before any array
+is read.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ from tvq_pod.run.saved_state import S, from_items, saved_name, train_item
 from tvq_pod.run.step_folders import StepFolders
 
 FORMAT = 2
-ITEMS = dict(raw="params", ema="ema")  # of a checkpoint, by what config.eval.weights calls them
-IMPORTED = "imported"  # in a record that --mode=import made: where its parameters come from
+ITEMS = dict(raw="params", ema="ema")  # of a checkpoint, by their names in config.eval.weights
+IMPORTED = "imported"  # in a record made by --mode=import: where its parameters come from
 
 
 def handler() -> ocp.CompositeCheckpointHandler:
-    """Orbax's, of the items of a checkpoint."""
+    """Orbax's handler for the items of a checkpoint."""
     return ocp.CompositeCheckpointHandler(
         params=ocp.StandardCheckpointHandler(),
         train=ocp.StandardCheckpointHandler(),
@@ -49,7 +49,7 @@ def handler() -> ocp.CompositeCheckpointHandler:
 
 
 class CheckpointReader:
-    """The checkpoints of a run, for those that only read: nothing is made, and nothing set aside.
+    """The checkpoints of a run, read-only: no folder is made, and no step is set aside.
 
     All processes of a job call the same methods in the same order.
     """
@@ -60,8 +60,8 @@ class CheckpointReader:
         restore_timeout_seconds: int = CheckpointSettings.restore_timeout_seconds,
         given_by: str = "",
     ):
-        """given_by: what errors call the run, as SETTING=VALUE; --workdir=WORKDIR if empty. Raises UserError if the run
-        has no checkpoint."""
+        """given_by: the name of the run in errors, as SETTING=VALUE; --workdir=WORKDIR if empty. Raises UserError if
+        the run has no checkpoint."""
         self._open(workdir, restore_timeout_seconds, given_by)
         if not self.path.is_dir():
             raise UserError(f"{given_by or f'--workdir={workdir}'}: has no checkpoint; train there first")
@@ -83,7 +83,8 @@ class CheckpointReader:
         return self._folders.steps()
 
     def set_aside(self) -> list[str]:
-        """The folders of steps that were set aside, by name: damaged ones, and those that the run went back from."""
+        """The names of the folders of steps that were set aside: damaged ones, and those that the run went back
+        from."""
         return self._folders.aside()
 
     def steps_of_process_zero(self) -> list[int]:
@@ -95,7 +96,7 @@ class CheckpointReader:
         return Deadline(what, seconds, f"config.checkpoint.restore_timeout_seconds={seconds}")
 
     def pick(self, step: int | None) -> int:
-        """`step`, or for None the newest that is as it was written. For those that only read: nothing is set aside.
+        """`step`, or for None the newest step that is not damaged. This is read-only: no step is set aside.
 
         Raises UserError if it does not exist, or is damaged.
         """
@@ -113,10 +114,10 @@ class CheckpointReader:
         raise UserError(f"{self._here}: {which} is damaged; the checkpoints are {', '.join(map(str, steps))}")
 
     def _is_good(self, step: int) -> bool:
-        """Whether the step's files are what its manifest says; each process looks at its share of them.
+        """Whether the step's files match its manifest; each process checks its share of them.
 
-        Raises UserError if a host can't read them, or they look damaged to one and complete to process 0: that is not
-        damage, but a folder that is not mounted everywhere.
+        Raises UserError if a host can't read them, or if one finds them damaged and process 0 complete: then they are
+        not damaged, but the folder is not mounted everywhere.
         """
         found = self._problems(step, jax.process_index(), jax.process_count())
         for problem in found:
@@ -125,7 +126,7 @@ class CheckpointReader:
             return True
         if jax.process_count() > 1 and decided_by_process_zero(is_process_zero() and not self._problems(step)):
             raise UserError(
-                f"{self._here}: step {step} is complete where process 0 is, and not on every host; all "
+                f"{self._here}: step {step} is complete on the host of process 0, but not on every host; all "
                 "must see the same folder"
             )
         return False
@@ -136,11 +137,11 @@ class CheckpointReader:
         except OSError as error:
             raise UserError(
                 f"{self._here}: {error.filename or self.path} can't be read ({error.strerror}); fix "
-                "that, and start again"
+                "this, and start again"
             ) from None
 
     def record(self, step: int) -> dict:
-        """What `step` belongs to. Raises UserError if it is of another version's format."""
+        """The record of `step`, which says what it belongs to. Raises UserError if it has another version's format."""
         saved = self._restore(step, record=ocp.args.JsonRestore())["record"]
         if saved.get("format") != FORMAT:
             raise UserError(f"{self.path}/{step}: has format {saved.get('format')}; this version reads {FORMAT}")
@@ -148,7 +149,7 @@ class CheckpointReader:
 
     def check(self, step: int, record: dict) -> None:
         """Raises UserError naming the first setting in which the checkpoint's record differs from `record`
-        (see run_record; entries that `record` lacks are not looked at)."""
+        (see run_record; entries that `record` lacks are not compared)."""
         if found := differing(record, self.record(step)):
             name, value, made_with = found
             if name == OPTIMIZER_STATE:
@@ -164,7 +165,7 @@ class CheckpointReader:
             )
 
     def check_streams(self, step: int, settings: TrainSettings) -> None:
-        """Raises UserError if the checkpoint's recurrent state is of other streams than the settings say."""
+        """Raises UserError if the checkpoint's recurrent state belongs to other streams than those of the settings."""
         saved = self.schedule(step).now
         for name in ("batch_size", "update_len"):
             now, then = getattr(settings, name), getattr(saved, name)
@@ -181,8 +182,8 @@ class CheckpointReader:
     def restore(self, step: int, abstract: S, with_recurrent: bool = True) -> S:
         """The state of `step`, in the shapes, dtypes and shardings of `abstract`.
 
-        with_recurrent: whether the recurrent state is read; None stands in its place if not, as in that of the average
-        of the weights, if the checkpoint has none.
+        with_recurrent: whether the recurrent state is read; if not, the field is None. So is the average of the weights
+        if the checkpoint has none.
         """
         train = train_item(abstract)
         items = dict(params=ocp.args.StandardRestore(abstract.params), train=ocp.args.StandardRestore(train))
@@ -196,9 +197,10 @@ class CheckpointReader:
         )
 
     def restore_params(self, step: int, abstract_params: dict, weights: str = "raw") -> dict:
-        """Only the parameters, in the shapes, dtypes and shardings of `abstract_params`.
+        """The parameters alone, in the shapes, dtypes and shardings of `abstract_params`.
 
-        weights: raw; or ema, which is their moving average if the checkpoint has one. Says so if that is read.
+        weights: raw; or ema, which is their moving average if the checkpoint has one. Prints a line if the average is
+        read.
         """
         item = self.weights(step, weights)
         if item == "ema":
@@ -218,19 +220,20 @@ class CheckpointReader:
         return (self.path / str(step) / ITEMS["ema"]).is_dir()
 
     def weights(self, step: int, wanted: str) -> str:
-        """Which weights of `step` are used where config.eval.weights is `wanted`: ema, or raw."""
+        """The weights of `step`, ema or raw, that are used when config.eval.weights is `wanted`."""
         return "ema" if wanted == "ema" and self.has_ema(step) else "raw"
 
     def _restore(self, step: int, **items):
-        """Raises UserError if the files can't be read; orbax's own errors then are of many kinds."""
+        """Reads items of a step. Raises UserError if the files can't be read, for which orbax has errors of many
+        kinds."""
         try:
             with self._reading(f"reading the checkpoint {self.path}/{step}"):
                 return self._checkpointer.restore(self.path / str(step), args=ocp.args.Composite(**items))
         except (KeyError, OSError, TypeError, ValueError) as error:
             if step not in self._folders.steps():
                 raise UserError(
-                    f"{self.path}/{step}: was deleted while it was read, as a run in training deletes its older "
-                    "checkpoints; try again"
+                    f"{self.path}/{step}: was deleted while it was being read, since a run that trains deletes its "
+                    "older checkpoints; try again"
                 ) from error
             if found := self._other_arrays(step, items):
                 raise UserError(
@@ -239,11 +242,11 @@ class CheckpointReader:
                 ) from error
             raise UserError(
                 f"{self.path}/{step}: can't be read ({str(error)[:200]}); "
-                "if it is damaged, move it away, and the step before it is used"
+                "if it is damaged, move it away, so that the previous step is used"
             ) from error
 
     def _other_arrays(self, step: int, items: dict) -> str:
-        """The first array in which what is saved differs in shape from what was asked for; "" if none does."""
+        """A description of the first saved array whose shape is not the expected one; "" if there is none."""
         for item, asked in items.items():
             if not isinstance(asked, ocp.args.StandardRestore):
                 continue
@@ -257,7 +260,7 @@ class CheckpointReader:
                 if saved.get(name) != wanted.get(name):
                     then, now = (shapes.get(name, "none") for shapes in (saved, wanted))
                     return (
-                        f"the array {item}/{name} has the shape {then} in checkpoint {step}, and {now} by this config"
+                        f"the array {item}/{name} has the shape {then} in checkpoint {step} but {now} with this config"
                     )
         return ""
 
@@ -270,13 +273,13 @@ class CheckpointReader:
         return self.record(step).get("ancestry", [])
 
     def identity(self, step: int) -> str:
-        """What no other checkpoint is called: `step` and its branch, as "20-1f0c33a7"; "" for those of older
+        """A name that no other checkpoint has: `step` and its branch, as "20-1f0c33a7"; "" for those of older
         versions."""
         names = [name for first, name in self.branches(step) if first < step]
         return f"{step}-{names[-1]}" if names else ""
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
-    """The shape of every array of a tree of arrays, or of descriptions of them, by its path."""
+    """The shape of every array in a tree of arrays, or of descriptions of arrays, by its path."""
     flat = ocp.tree.to_flat_dict(tree)
     return {"/".join(map(str, path)): tuple(x.shape) for path, x in flat.items() if hasattr(x, "shape")}

@@ -1,10 +1,11 @@
-"""What a start of a run has changed since the last one: told on every start, kept in WORKDIR/config_history.jsonl.
+"""The settings that a start of a run changes from the last one: printed on every start, kept in
+WORKDIR/config_history.jsonl.
 
     {"step": 2000, "time": 1764150000.0, "changed": {"config.train.num_steps": [2000, 4000]}}    old, new
 
 A run that went back on purpose has a line of another kind; see step_back.py.
 
-The last start is known by the run's config.json, which is written together with the history.
+The settings of the last start are in the run's config.json, which is written together with the history.
 """
 
 import contextlib
@@ -25,10 +26,10 @@ from tvq_pod.host.files import write_whole
 from tvq_pod.host.terminal import say
 
 NAME = "config_history.jsonl"
-JUMP = 1.5  # a learning rate that changes by more than this factor, up or down, is warned of
+JUMP = 1.5  # a learning rate that changes by more than this factor, up or down, gets a warning
 NO_SETTING = "(no such setting)"
 Rate = Callable[[OptimizerSettings, int, int], float]  # (settings, num_steps, step) -> the learning rate of that step
-# The settings that the learning rate of a step follows from.
+# The settings that determine the learning rate of a step.
 OF_SCHEDULE = (
     *(f"config.optimizer.{name}" for name in ("learning_rate", "schedule", "schedule_steps", "warmup_steps")),
     *(f"config.optimizer.{name}" for name in ("decay_steps", "final_fraction")),
@@ -49,7 +50,7 @@ def last_start(workdir: epath.Path) -> dict | None:
 
 
 def changes(before: dict | None, settings: Settings) -> dict[str, list]:
-    """{setting's name: [old value, new value]}, of those that differ."""
+    """The settings that differ: {setting's name: [old value, new value]}."""
     if before is None:
         return {}
     now = dict(_leaves(json.loads(to_json(settings))))
@@ -59,13 +60,13 @@ def changes(before: dict | None, settings: Settings) -> dict[str, list]:
 
 
 def tell(workdir: epath.Path, settings: Settings, step: int, rate: Rate) -> None:
-    """Says what has changed since the last start, a line for each setting, and warns if the learning rate jumps.
+    """Prints what has changed since the last start, a line for each setting, and warns if the learning rate jumps.
 
-    step: that the run resumes from; 0: it begins. rate: see training/optimizer.py.
+    step: the step that the run resumes from; 0: it begins. rate: see training/optimizer.py.
     """
     before = last_start(workdir)
     if before is None and (workdir / "config.json").exists():
-        say(f"WARNING: {workdir / 'config.json'} can't be read: what differs from the last start is not known")
+        say(f"WARNING: {workdir / 'config.json'} can't be read, so the changes since the last start are unknown")
     changed = changes(before, settings)
     for name, (old, new) in changed.items():
         say(f"{name}={new}: was {old} at the last start")
@@ -77,7 +78,7 @@ def tell(workdir: epath.Path, settings: Settings, step: int, rate: Rate) -> None
 
 
 def keep(workdir: epath.Path, settings: Settings, step: int) -> None:
-    """Writes config.json, and first what differs from the one that is there, as a line of the history.
+    """Writes config.json, and before it a line of the history, with what differs from the existing config.json.
 
     Raises UserError if they can't be written.
     """
@@ -93,7 +94,7 @@ def keep(workdir: epath.Path, settings: Settings, step: int) -> None:
 
 
 def add(workdir: epath.Path, step: int, changed: dict[str, list], **more) -> None:
-    """Adds a line to the history. more: what it says besides; see step_back.py."""
+    """Adds a line to the history. more: further fields of the line; see step_back.py."""
     path = workdir / NAME
     text = path.read_text() if path.exists() else ""
     line = json.dumps(dict(step=step, time=time.time(), changed=changed, **more)) + "\n"
@@ -101,7 +102,7 @@ def add(workdir: epath.Path, step: int, changed: dict[str, list], **more) -> Non
 
 
 def lines(workdir: epath.Path) -> list[dict]:
-    """The lines of the history, in order. Those that can't be read are left out."""
+    """The lines of the history, in order, without those that can't be read."""
     found, path = [], workdir / NAME
     for text in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
@@ -112,15 +113,15 @@ def lines(workdir: epath.Path) -> list[dict]:
 
 
 def jump(before: dict, settings: Settings, step: int, rate: Rate) -> str:
-    """How the learning rate of the update after `step` differs from what the settings before make it, and what would
-    keep it; "" if the factor between them is at most JUMP."""
+    """A warning that the learning rate of the update after `step` differs from that under the previous settings, with
+    the settings that would keep it; "" if the factor between them is at most JUMP."""
     try:
         prefix = "config.optimizer."
         names = {field.name for field in dataclasses.fields(OptimizerSettings)}
         optimizer = {name.removeprefix(prefix): value for name, value in before.items() if name.startswith(prefix)}
         then = OptimizerSettings(**{name: value for name, value in optimizer.items() if name in names})
         old = rate(then, before["config.train.num_steps"], step)
-    except (KeyError, TypeError, ValueError):  # of a version with other settings
+    except (KeyError, TypeError, ValueError):  # from a version with other settings
         return ""
     new = rate(settings.optimizer, settings.train.num_steps, step)
     share = new / settings.optimizer.learning_rate if settings.optimizer.learning_rate else 0.0
@@ -131,7 +132,7 @@ def jump(before: dict, settings: Settings, step: int, rate: Rate) -> str:
     if old and share:
         remedies.append(f"--config.optimizer.learning_rate={old / share:.3g} to keep the rate")
     back = {name: old for name, (old, _) in changes(before, settings).items() if name in OF_SCHEDULE}
-    if back.get("config.train.num_steps", step + 1) > step:  # else the run as it was has ended
+    if back.get("config.train.num_steps", step + 1) > step:  # else the run had ended under the old settings
         remedies.append(" ".join(f"--{name}={value}" for name, value in back.items()) + " to keep the schedule")
     if then.schedule == "wsd" and 0 < (begins := then.decay_begins(before["config.train.num_steps"])) < step:
         remedies.append(f"a start from step {begins} or before, where the decay began")

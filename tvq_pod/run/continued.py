@@ -1,4 +1,4 @@
-"""What a continued run may not change: without its token store, refused before a new one is prepared."""
+"""Checks that a run whose token store is missing may continue, before a new store is prepared."""
 
 from etils import epath
 
@@ -11,16 +11,16 @@ from tvq_pod.errors import UserError
 from tvq_pod.run import config_history
 from tvq_pod.run.step_folders import newest_record
 
-# Settings that a store's content follows from; `mixture` takes the store's place.
+# Settings that determine a store's content; `mixture` takes the store's place.
 OF_CORPUS = tuple(f"config.data.{name}" for name in (*MADE_WITH, *RECALL_MADE_WITH, "vocab", "vocab_size", "mixture"))
 LATER_KNOWN = ("config.data.vocab", FINGERPRINT)  # entries of the record that are known once there is a store
 
 
 def check_continues(settings: Settings, workdir: epath.Path) -> None:
-    """Checks a run without its store. Raises UserError if there is a checkpoint, and its record or the corpus of the
-    last start is not that of the settings. Reads two small files, and writes nothing.
+    """Checks a run without its store. Raises UserError if there is a checkpoint whose record differs from the settings,
+    or if the last start had another corpus. Reads two small files, and writes nothing.
 
-    A model that was imported and not trained since may be trained on any corpus."""
+    A model that was imported and has not been trained since may be trained on any corpus."""
     found = newest_record(workdir)
     if found is None:
         return
@@ -46,13 +46,13 @@ def check_continues(settings: Settings, workdir: epath.Path) -> None:
             raise UserError(
                 f"{name}={now}: the checkpoint {step} was trained on a corpus with {before}, and there is no store at "
                 f"{store_path(settings, workdir)}; give {before}, or the config.data.store of that corpus, or another "
-                "--workdir; if it is the same text at another place, run --mode=prepare first; for other text, give "
+                "--workdir; if it is the same text in another place, run --mode=prepare first; for other text, give "
                 "config.train.on_data_change=restart_streams"
             )
 
 
 def _check_vocab(settings: Settings, workdir: epath.Path, step: epath.Path, saved: dict) -> None:
-    """Raises UserError if other data would come in another vocabulary. step, saved: the checkpoint and its record."""
+    """Raises UserError if other data would have another vocabulary. step, saved: the checkpoint and its record."""
     name, has = settings.data.vocab, saved.get("config.data.vocab")
     if name == TRAINED:
         raise UserError(

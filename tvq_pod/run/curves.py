@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 MOST_POINTS = 1000  # of a curve; more are averaged
-CURVES = {  # what has a curve, if the run has it: its axis
+CURVES = {  # values that get a curve, if the run has them, and the label of its axis
     "loss": "loss, nats per token",
     "bits_per_byte": "bits per byte",
     "word_perplexity": "perplexity of words",
@@ -23,15 +23,15 @@ LOGARITHMIC = ("grad_norm",)
 
 
 def series(lines: Sequence[dict], splits: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
-    """For each name of CURVES that occurs, and each split that has it, points [2, n]: steps and values, in the order of
-    steps. Of two lines with the same step and split the later one counts; what is not a number is left out."""
+    """Points [2, n], for each name of CURVES that occurs and each split that has it: steps and values, in the order of
+    steps. Of two lines with the same step and split the later one counts; values that are not numbers are left out."""
     found: dict[str, dict[str, dict[int, float]]] = {}
     for line in lines:
         if line["split"] in splits:
             for name in CURVES:
                 if isinstance(value := line.get(name), int | float):
                     found.setdefault(name, {}).setdefault(line["split"], {})[line["step"]] = value
-                elif name in line:  # not finite, in the line that counts
+                elif name in line:  # not finite in the line that counts
                     found.get(name, {}).get(line["split"], {}).pop(line["step"], None)
     return {
         name: {split: np.array(sorted(points.items()), float).T for split, points in found[name].items() if points}
@@ -41,7 +41,7 @@ def series(lines: Sequence[dict], splits: Sequence[str]) -> dict[str, dict[str, 
 
 
 def thinned(points: np.ndarray) -> np.ndarray:
-    """At most MOST_POINTS points [2, n]: means of neighbors, if there are more."""
+    """The points, reduced to at most MOST_POINTS [2, n] by averaging neighbors."""
     if points.shape[1] <= MOST_POINTS:
         return points
     groups = np.array_split(points, MOST_POINTS, axis=1)
@@ -49,7 +49,7 @@ def thinned(points: np.ndarray) -> np.ndarray:
 
 
 def draw(name: str, by_split: dict[str, np.ndarray]) -> bytes:
-    """An SVG of the curves of one name of CURVES, by split. Needs matplotlib."""
+    """Draws the curves of one name of CURVES, by split, as an SVG. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.6, 3.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""TensorBoard's event files, by tensorboardX."""
+"""TensorBoard event files, written by tensorboardX."""
 
 import contextlib
 import os
@@ -7,12 +7,12 @@ from etils import epath
 
 from tvq_pod.host.bucket_file import BucketFile
 
-CHECKED_WITH = {"tensorboardx": "2.6.5"}  # of which parts are used that it does not document
+CHECKED_WITH = {"tensorboardx": "2.6.5"}  # undocumented parts of it are used
 
 
 class Events:
-    """Numbers of a run, appended. tensorboardX writes them in a thread, which ends for good at its first error, such as
-    a full disk; then another file is begun."""
+    """Appends numbers of a run. tensorboardX writes them in a thread, which ends for good at its first error, such as a
+    full disk; then another file is begun."""
 
     def __init__(self, folder: str):
         self._folder = folder
@@ -20,21 +20,21 @@ class Events:
 
     def add(self, points: dict[str, float], step: int) -> None:
         """Writes the numbers of one step, by name."""
-        # This takes a while: tensorboardX imports what it finds of clouds.
+        # This takes a while: tensorboardX imports the cloud packages that it finds.
         from tensorboardX import SummaryWriter, record_writer
 
         try:
             if self._writer is None or not _is_writing(self._writer):
                 record_writer.register_writer_factory("gs", EventsInBucket())
-                own = f".{os.getpid()}"  # of two processes that start in the same second, each has a file
+                own = f".{os.getpid()}"  # two processes that start in the same second need different files
                 self._writer = SummaryWriter(self._folder, max_queue=1000, flush_secs=30, filename_suffix=own)
             for name, value in points.items():
                 self._writer.add_scalar(name, value, step)
-        except OSError:  # the next step may have more luck; metrics.jsonl has the numbers
+        except OSError:  # the next step may succeed; metrics.jsonl has the numbers
             self._writer = None
 
     def flush(self) -> None:
-        """Begins to write what was added, and does not wait for it."""
+        """Starts writing what was added, without waiting for it."""
         if self._writer is not None and self._writer.file_writer is not None:
             self._writer.file_writer.flush()
 
@@ -61,7 +61,7 @@ class EventsInBucket:
 
 
 class EventFile(BucketFile):
-    """What tensorboardX calls a record writer."""
+    """A file with the interface of tensorboardX's record writers."""
 
     def flush(self, seconds: float = 0.0) -> bool:
         return super().flush(seconds)

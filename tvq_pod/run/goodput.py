@@ -1,12 +1,12 @@
-"""Where the time of a run goes, restarts included. Goodput is the share of the wall time since the first start in which
-it trained steps that count.
+"""Counts where the time of a run goes, restarts included. Goodput is the share of the wall time since the first start
+that was spent training steps that count.
 
-At any time a session of the run does exactly one of the kinds of goodput_table.py, and their seconds add up to the wall
-time.
+At any time a session of the run is in exactly one of the kinds of goodput_table.py, and their seconds add up to the
+wall time.
 
-Process 0 counts, by its own clock, and status.json keeps what it has counted (see status.py): a session that is killed
-loses what it counted since the file was last written, and the next session counts that as `waiting`. Steps of which
-nothing was written before a kill count as `steps` when they are trained again.
+Process 0 counts, by its own clock, and status.json keeps the counts (see status.py): a session that is killed loses
+what it counted since the file was last written, and the next session counts that time as `waiting`. Steps that were
+lost in a kill before they were recorded count as `steps` when they are trained again.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class Goodput:
-    """Counts the seconds of one session, on top of what the sessions before have counted."""
+    """Counts the seconds of one session, on top of those counted by earlier sessions."""
 
     def __init__(
         self,
@@ -46,27 +46,27 @@ class Goodput:
         """started_at: when this session began, in seconds since 1970; now if not given. clock: of durations. now: of
         dates, in seconds since 1970."""
         self._clock, self._now, self._lock = clock, now, threading.Lock()
-        self._since = clock()  # up to here all is counted
+        self._since = clock()  # all time before this is counted
         self.started_at = now() if started_at is None else started_at
         self._seconds: dict[str, float] = dict.fromkeys(KINDS, 0.0)
         self._seconds[START] = max(0.0, now() - self.started_at)
         self._kind = START
         self._first_start, self._starts = self.started_at, 1
-        self._reached_before = self._reached = 0  # the last step that was trained, by the sessions before and by all
+        self._reached_before = self._reached = 0  # the last step trained, by earlier sessions and by all sessions
         self._logged: dict[str, float] = {}
         self._devices = _Busy(clock)
 
-    # ------------------------------------------------------------------ what is done now
+    # ------------------------------------------------------------------ what the session is doing
 
     def switch(self, kind: str) -> None:
-        """From now on the session does something else: one of KINDS."""
+        """Notes that from now on the session does something else: one of KINDS."""
         with self._lock:
             self._count()
             self._kind = kind
 
     @contextlib.contextmanager
     def on(self, kind: str) -> Iterator[None]:
-        """What is done in the block is of another kind. The block has this name in a trace."""
+        """Counts the time of the block as another kind. The block has this name in a trace."""
         before = self._kind
         self.switch(kind)
         try:
@@ -76,24 +76,25 @@ class Goodput:
             self.switch(before)
 
     def begin_step(self, step: int) -> None:
-        """The devices are about to be given the step that makes `step`; then the host waits for the step before, so
-        what follows is that one's time."""
+        """Call just before the step that makes `step` is dispatched. The host then waits for the previous step, so the
+        time that follows belongs to that one."""
         runs = step - 1 if self._kind in (STEPS, REPEATED) else step
         self.switch(STEPS if runs > self._reached_before else REPEATED)
         self._reached = max(self._reached, runs - 1)
 
     def given(self, result: jax.Array) -> None:
-        """The devices were given a step. result: any array that the step returns."""
+        """Call when a step was dispatched. result: any array that the step returns."""
         self._devices.given(result)
 
     def end_steps(self, step: int, kind: str) -> None:
-        """`step` is the last that the session trains, or the last before a rollback, after which steps up to it are
-        trained again; and what the session does from now on."""
+        """Call after `step`, the last one that the session trains, or the last before a rollback, after which steps up
+        to it are trained again. kind: what the session does from now on."""
         self._reached = self._reached_before = max(self._reached, step)
         self.switch(kind)
 
     def fetched(self, batches: Iterable[T]) -> Iterator[T]:
-        """The batches. What the devices wait for them is `data`; while they are busy, nothing is lost."""
+        """Yields the batches. Time in which idle devices wait for one counts as `data`; while they are busy, no time is
+        lost."""
         iterator = iter(batches)
         while True:
             began = self._clock()
@@ -119,11 +120,11 @@ class Goodput:
         self._seconds[self._kind] += now - self._since
         self._since = now
 
-    # ------------------------------------------------------------------ what was counted
+    # ------------------------------------------------------------------ the counts
 
     def resume(self, record: Any) -> None:
-        """Continues the count of the sessions before. record: what `record` returned in the last of them; anything else
-        is as if there had been none."""
+        """Continues the counts of earlier sessions. record: what `record` returned in the last of them; anything else
+        is treated as if there had been none."""
         with contextlib.suppress(TypeError, KeyError, ValueError, AttributeError, OverflowError):
             seconds = {kind: float(record["seconds"].get(kind, 0.0)) for kind in KINDS}
             until, first_start = float(record["until"]), float(record["first_start"])
@@ -138,8 +139,8 @@ class Goodput:
             self._reached_before, self._reached = reached, max(reached, self._reached)
 
     def record(self) -> dict[str, Any]:
-        """What was counted, for status.json: goodput, the share of `steps`; first_start and until, in seconds since
-        1970; starts, how many sessions there were; reached_step, up to which steps are not new; seconds, by kind."""
+        """The counts, for status.json: goodput, the share of `steps`; first_start and until, in seconds since 1970;
+        starts, the number of sessions; reached_step, up to which steps are not new; seconds, by kind."""
         with self._lock:
             self._count()
             seconds = dict(self._seconds)
@@ -153,7 +154,7 @@ class Goodput:
         )
 
     def shares(self) -> dict[str, float]:
-        """Since the call before, for a line of metrics: shares of the time, 0 .. 1, by the names of LOGGED."""
+        """Shares of the time since the previous call, 0 .. 1, by the names of LOGGED, for a line of metrics."""
         with self._lock:
             self._count()
             seconds = self._seconds | {"all": sum(self._seconds.values())}
@@ -163,7 +164,7 @@ class Goodput:
 
 
 class _Busy:
-    """Whether the devices have something to do. A thread waits for them, so that nobody else has to."""
+    """Tracks whether the devices are busy. A thread waits for them, so that no other code has to."""
 
     def __init__(self, clock: Callable[[], float]):
         self._clock, self._changed = clock, threading.Condition()
@@ -181,7 +182,7 @@ class _Busy:
             self._changed.notify()
 
     def idle_since(self) -> float | None:
-        """The time, by the clock, when the devices had done all that they were given; None while they have not."""
+        """The time, by the clock, at which the devices finished all dispatched steps; None while they are busy."""
         with self._changed:
             return self._idle_since
 
@@ -199,7 +200,7 @@ class _Busy:
                 if self._closed:
                     return
                 result = self._waiting[0]
-            with contextlib.suppress(Exception):  # whoever reads the step's metrics is told
+            with contextlib.suppress(Exception):  # the reader of the step's metrics gets the error
                 jax.block_until_ready(result)
             with self._changed:
                 del self._waiting[0], result

@@ -1,11 +1,11 @@
-"""Where the time of a run went, as a table; see goodput.py. launch.pod prints it too, so it needs no package.
+"""A table of where the time of a run went; see goodput.py. launch.pod prints it too, so it needs no package.
 
-steps        trains steps that the run had not come to before
-repeated     trains steps again, of which a session before, or a rollback, has lost the result
-data         the devices have nothing to do, because the next batch is not read yet
+steps        trains steps that the run had not reached before
+repeated     trains steps again whose result was lost with an earlier session, or in a rollback
+data         the devices are idle, because the next batch has not been read yet
 saves        a checkpoint is copied to the host, or training waits for one; it is written beside the steps
 evaluation   evaluates the validation split
-compile      compiles the step
+compile      compiles the training step
 restore      verifies and reads checkpoints, or makes the first state
 start        opens the corpus and the logs
 profile      starts a trace, or writes it
@@ -43,9 +43,9 @@ class _Row:
 
 
 def table(record: dict[str, Any]) -> str:
-    """What `Goodput.record` returns, as a person reads it: a line for each kind that took time, the longest first but
-    for `steps`. The record may be of another version, which has other kinds. Raises KeyError, TypeError, ValueError or
-    AttributeError for what is not a record."""
+    """Formats what `Goodput.record` returns: a line for each kind that took time, `steps` first, then the longest
+    first. The record may come from another version, which has other kinds. Raises KeyError, TypeError, ValueError or
+    AttributeError for anything that is not a record."""
     seconds = {kind: float(record["seconds"].get(kind, 0.0)) for kind in KINDS}
     wall = max(sum(seconds.values()), 1e-9)
     rows = [_Row(KINDS[kind], seconds[kind], seconds[kind] / wall) for kind in KINDS]

@@ -1,9 +1,9 @@
 """One run's folder, and the lock that keeps a second run out of it, on this host or another.
 
 The lock is a file, WORKDIR/lock: who holds it, and a number that its holder counts up while it lives. On one host the
-kernel's own lock on that file (flock) decides: it is dropped when its process ends, however it ends. Between hosts, and
-in a bucket, a holder whose number has stood still for LEASE_SECONDS is dead. In a bucket each write says which version
-it replaces, and of two that would take the lock at once, one is refused.
+kernel's own lock on that file (flock) decides: it is released when its process ends, however it ends. Between hosts,
+and in a bucket, a holder whose number has not changed for LEASE_SECONDS is dead. In a bucket each write names the
+version that it replaces, so if two processes try to take the lock at once, one is refused.
 """
 
 import contextlib
@@ -29,23 +29,23 @@ from tvq_pod.host.terminal import say, tell
 
 LOCK_NAME = "lock"
 BEAT_SECONDS = 10.0  # between signs of life
-LEASE_SECONDS = 60.0  # without one, a holder is dead
-RECORD_BYTES = 512  # of the lock
+LEASE_SECONDS = 60.0  # without a sign of life for this long, a holder is dead
+RECORD_BYTES = 512  # size of the lock file
 
 
 def make_workdir(workdir: epath.Path) -> None:
-    """Makes the folder if need be. Raises UserError if it can't be made."""
+    """Makes the folder if it does not exist. Raises UserError if it can't be made."""
     with _usable(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
 def locked(workdir: epath.Path) -> Iterator[None]:
-    """Makes the folder if need be, and holds its lock until the end of the block.
+    """Makes the folder if it does not exist, and holds its lock until the end of the block.
 
-    A lock whose holder is dead is taken over, and said so. Should another run take ours over, which it does only if we
-    gave no sign of life for long, this process ends. Raises UserError if another run has it, or the folder can't be
-    made.
+    A lock whose holder is dead is taken over, with a message. If another run takes over our lock, which happens only
+    after we gave no sign of life for too long, this process ends. Raises UserError if another run holds the lock, or
+    the folder can't be made.
     """
     made = not workdir.exists()
     make_workdir(workdir)
@@ -59,12 +59,12 @@ def locked(workdir: epath.Path) -> Iterator[None]:
         with _usable(workdir):
             if not lock.write(own | dict(beat=0)):
                 raise _in_use(workdir, lock.read())
-        if takes_over:  # so may another host: the last to write has it
+        if takes_over:  # another host may do so, too: the last one to write has it
             time.sleep(BEAT_SECONDS / 5)
             if (now := lock.read()).get("token") != own["token"]:
                 raise _in_use(workdir, now)
         if before:
-            say(f"takes over the lock {workdir / LOCK_NAME} from {_who(before)}, which is dead")
+            say(f"taking over the lock {workdir / LOCK_NAME} from {_who(before)}, which is dead")
         ended = threading.Event()
         beating = threading.Thread(target=_beat, args=(lock, own, ended), daemon=True)
         beating.start()
@@ -86,27 +86,28 @@ def locked(workdir: epath.Path) -> Iterator[None]:
 
 
 class _FileLock:
-    """The record in a local folder, which may be one of a network's; holds the kernel's lock on it."""
+    """The record in a local folder, which may be on a network file system; holds the kernel's lock on it."""
 
     def __init__(self, workdir: epath.Path, opened: contextlib.ExitStack):
-        """Raises UserError if a process of this host has it."""
+        """Raises UserError if a process of this host holds the lock."""
         self.path = workdir / LOCK_NAME
         with _usable(workdir):
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         opened.callback(os.close, self._file)
         try:
             is_ours = lock_descriptor(self._file, blocking=False)
-        except OSError as error:  # some network file systems
+        except OSError as error:  # some network file systems have no locks
             raise UserError(f"--workdir={workdir}: can't be locked ({error.strerror}); give another folder") from None
         if not is_ours:
             raise _in_use(workdir, self.read())
 
     def is_free_of(self, holder: dict) -> bool:
-        """Whether the kernel knows that the holder is dead: it was of this host, and its lock is ours now."""
+        """Whether the kernel knows that the holder is dead: it was on this host, and we have its lock now."""
         return holder.get("host") == _host()
 
     def age(self) -> float:
-        """Seconds since the record was written, by the clock of where it lies: hosts' clocks may differ, and be set."""
+        """Seconds since the record was written, by the file system's clock: hosts' clocks may differ, and may be
+        changed."""
         probe = self.path.with_name(f"{LOCK_NAME}.probe-{secrets.token_hex(4)}")
         probe.write_text("now")
         now = probe.stat().mtime
@@ -120,14 +121,14 @@ class _FileLock:
             return {}
 
     def write(self, holder: dict) -> bool:
-        """Writes in place and at once, so that no reader finds an empty file: the kernel's lock is on this very
-        file."""
+        """Writes in place, since the kernel's lock is on this very file, and at once, so that no reader finds it
+        empty."""
         if os.pwrite(self._file, _record(holder), 0) != RECORD_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return True
 
     def is_gone(self) -> bool:
-        """Whether the file was deleted or replaced: what is locked is not what others find any more."""
+        """Whether the file was deleted or replaced, so that our lock is no longer on the file that others find."""
         try:
             return not os.path.samestat(os.stat(self.path), os.fstat(self._file))
         except FileNotFoundError:
@@ -135,7 +136,7 @@ class _FileLock:
 
 
 class _BucketLock:
-    """The record in a bucket, read and written past all caches."""
+    """The record in a bucket, read and written without caches."""
 
     def __init__(self, workdir: epath.Path):
         self.path = workdir / LOCK_NAME
@@ -143,11 +144,12 @@ class _BucketLock:
         self._version = None
 
     def is_free_of(self, holder: dict) -> bool:
-        """Nothing is known but what the record says."""
+        """False: nothing is known beyond the record."""
         return False
 
     def age(self) -> float:
-        """Unknown: whoever wants to take the lock over must watch it for as long as a lease."""
+        """Zero, since it is unknown: a process that wants to take over the lock must watch it for as long as a
+        lease."""
         return 0.0
 
     def read(self) -> dict:
@@ -156,11 +158,11 @@ class _BucketLock:
         return _holder(found.value.decode(errors="replace"))
 
     def is_gone(self) -> bool:
-        """Never: the next write brings it back, or says that another was there first."""
+        """False: the next write restores it, or reports that another process was faster."""
         return False
 
     def write(self, holder: dict) -> bool:
-        """Whether the record was still the one that was read last; if not, nothing is written."""
+        """Writes if the record is still the one that was read last, and returns whether it is."""
         written = self._store.write(LOCK_NAME, _record(holder), if_equal=self._version).result()
         if not written.generation:
             return False
@@ -169,14 +171,14 @@ class _BucketLock:
 
 
 def _is_dead(lock: _FileLock | _BucketLock, holder: dict) -> bool:
-    """Whether a holder that did not say goodbye is dead; waits for as long as that is not certain."""
+    """Whether a holder that did not release the lock is dead; waits until that is certain."""
     if lock.is_free_of(holder):
         return True
-    # Two beats at least: by a clock that was set forward a living holder looks old.
+    # Two beats at least: if a clock was set forward, the record of a live holder looks old.
     wait = min(max(LEASE_SECONDS - lock.age(), 2 * BEAT_SECONDS), LEASE_SECONDS)
     began = time.monotonic()
     while (left := wait - (time.monotonic() - began)) > 0:
-        say(f"{lock.path} is held by {_who(holder)}: waits {left:.0f} s to see whether it lives")
+        say(f"{lock.path} is held by {_who(holder)}: waiting {left:.0f} s to see whether it is alive")
         time.sleep(min(BEAT_SECONDS, left))
         if lock.read() != holder:
             return False
@@ -190,11 +192,11 @@ def _beat(lock: _FileLock | _BucketLock, own: dict, ended: threading.Event) -> N
         try:
             now = lock.read()
             if now and now.get("token") != own["token"]:
-                _end(f"error: the lock {lock.path} was taken over by {_who(now)}; ends")
+                _end(f"error: the lock {lock.path} was taken over by {_who(now)}; exiting")
             if lock.is_gone():
-                _end(f"error: the lock {lock.path} was deleted; ends, since another run may have the folder now")
+                _end(f"error: the lock {lock.path} was deleted; exiting, since another run may be using the folder now")
             lock.write(own | dict(beat=beat))
-        except (OSError, ValueError):  # the network, or a full disk: the next beat may come through
+        except (OSError, ValueError):  # the network, or a full disk: the next beat may succeed
             continue
 
 
@@ -209,7 +211,7 @@ def _record(holder: dict) -> bytes:
 
 
 def _holder(record: str) -> dict:
-    """Who holds the lock; empty if nobody does, or only a part of the record was written."""
+    """The lock's holder; empty if there is none, or if only a part of the record was written."""
     with contextlib.suppress(KeyError, TypeError, ValueError):
         checked = json.loads(record)
         if checked["crc32"] == _crc32(checked["holder"]):
@@ -222,7 +224,7 @@ def _crc32(holder: dict) -> int:
 
 
 def _host() -> str:
-    """This machine, as long as it runs."""
+    """A name for this machine that changes when it is rebooted."""
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
 
@@ -242,6 +244,6 @@ def _in_use(workdir: epath.Path, holder: dict) -> UserError:
 def _usable(workdir: epath.Path):
     try:
         yield
-    except (OSError, ValueError) as error:  # tensorstore's, of a bucket, are ValueErrors
+    except (OSError, ValueError) as error:  # tensorstore raises ValueErrors for a bucket
         why = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
         raise UserError(f"--workdir={workdir}: can't be used ({why}); give a folder that can be written") from None

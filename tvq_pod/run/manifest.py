@@ -1,4 +1,4 @@
-"""A folder's manifest: size and CRC-32C of each of its files, so that damage is noticed before anything is believed.
+"""A folder's manifest: the size and CRC-32C of each of its files, so that damage is noticed before a file is used.
 
     FOLDER/manifest.json    {"files": {"params/d/0a1b...": [size, crc32c], ...}, "crc32c": of the text of "files"}
 
@@ -30,17 +30,17 @@ def write_manifest(folder: epath.Path) -> None:
 
 
 def fingerprint(folder: epath.Path) -> str:
-    """What the folder's files are known by: 8 hexadecimal digits, of their names, sizes and checksums. The manifest
-    must be a good one."""
+    """A fingerprint of the folder's files: 8 hexadecimal digits, from their names, sizes and checksums. The manifest
+    must be good."""
     return f"{json.loads((folder / NAME).read_text())['crc32c']:08x}"
 
 
 def problems(folder: epath.Path, part: int = 0, of: int = 1) -> list[str]:
-    """What is wrong with the folder, a line each: files that are missing, cut off or changed since its manifest was
-    written, or a manifest that is missing or damaged itself. Empty if all is well.
+    """The folder's problems, a line each: files that are missing, truncated or changed since its manifest was written,
+    or a manifest that is missing or damaged itself. Empty if there are none.
 
-    part, of: looks at the part-th of so many equal parts of the files, for processes that share the work. Raises
-    OSError if a file can't be read, but for a fault of the disk itself, which is damage.
+    part, of: checks part `part` of `of` equal parts of the files, for processes that share the work. Raises OSError if
+    a file can't be read, except for a fault of the disk itself, which is damage.
     """
     try:
         manifest = json.loads((folder / NAME).read_text())
@@ -85,7 +85,7 @@ def _on_threads(folder: epath.Path, names: list[str]) -> list[list[int] | str]:
 
 
 def _size_and_crc(path: epath.Path) -> list[int] | str:
-    """Size and CRC of a file; or what is wrong with it."""
+    """The size and CRC of a file; or what is wrong with it."""
     try:
         size, crc = 0, 0
         with path.open("rb") as file:

@@ -20,25 +20,26 @@ from tvq_pod.host.terminal import say
 from tvq_pod.run.event_files import Events
 
 LOG_2 = math.log(2.0)
-FLUSH_SECONDS = 10.0  # that a checkpoint waits for a bucket to have the lines before it
+FLUSH_SECONDS = 10.0  # the longest a checkpoint waits until a bucket has the lines before it
 
 
 def bits_per_byte(nats_per_token: float, tokens_per_byte: float) -> float:
-    """Cross-entropy per byte of text, whatever the vocabulary."""
+    """The cross-entropy in bits per byte of text, which does not depend on the vocabulary."""
     return nats_per_token / LOG_2 * tokens_per_byte
 
 
 def check_packages(settings: MetricsSettings) -> None:
-    """Raises UserError if W&B is asked for and not installed."""
+    """Raises UserError if W&B is requested and not installed."""
     if settings.wandb_project:
         require("wandb", f"config.metrics.wandb_project={settings.wandb_project}: W&B")
 
 
 class MetricsWriter:
-    """Appends numbers of a run to its folder. A bucket gets them in the background.
+    """Appends numbers of a run to files in its folder. They are uploaded to a bucket in the background.
 
     A run that is killed between a log and a checkpoint logs those steps again when it resumes: of two lines with the
-    same step and split, the later one counts. Their losses agree: every checkpoint has a line, so no mean spans one.
+    same step and split, the later one counts. Their losses agree: a line is written at every checkpoint, so no mean
+    spans one.
     """
 
     def __init__(
@@ -56,8 +57,8 @@ class MetricsWriter:
             self._wandb = Wandb(workdir, settings.wandb_project, config)
 
     def write(self, step: int, split: str, values: dict) -> None:
-        """One line, and one point per number: step, split, and values: numbers, lists of them (one for each unit of the
-        model), or texts, which only the line has. What is not finite is null in the line."""
+        """Writes one line, and one point per number. values: numbers, lists of numbers (one for each unit of the
+        model), or texts, which only the line has. Numbers that are not finite are null in the line."""
         if self._file is None:
             return
         line = {name: finite(value) for name, value in values.items()}
@@ -69,7 +70,7 @@ class MetricsWriter:
             self._wandb.log(points, step)
 
     def flush(self) -> bool:
-        """Waits, at most FLUSH_SECONDS, until a bucket has every line that was written. Returns whether it has. Any
+        """Waits, at most FLUSH_SECONDS, until a bucket has every line that was written, and returns whether it has. Any
         thread may call this."""
         if not isinstance(self._file, BucketFile):
             return True
@@ -78,7 +79,7 @@ class MetricsWriter:
         return self._file.flush(FLUSH_SECONDS)
 
     def close(self) -> None:
-        """Flushes everything."""
+        """Flushes and closes all writers."""
         if self._file is not None:
             self._file.close()
         if self._events:
@@ -88,13 +89,13 @@ class MetricsWriter:
 
 
 def lines_of(workdir: epath.Path, split: str) -> dict[int, dict]:
-    """The lines of a split in metrics.jsonl, by step; of two with the same step, the later one. Those
-    that were cut off are left out."""
+    """The lines of a split in metrics.jsonl, by step; of two with the same step, the later one. Truncated lines are
+    left out."""
     return {line["step"]: line for line in all_lines(workdir) if line["split"] == split}
 
 
 def all_lines(workdir: epath.Path) -> list[dict]:
-    """The lines of metrics.jsonl, in order. Those that were cut off are left out."""
+    """The lines of metrics.jsonl, in order. Truncated lines are left out."""
     lines, path = [], workdir / "metrics.jsonl"
     for text in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -104,7 +105,7 @@ def all_lines(workdir: epath.Path) -> list[dict]:
 
 
 def finite(value):
-    """The value as JSON has it: null in place of numbers that are not finite, also within lists."""
+    """The value for JSON: None in place of numbers that are not finite, also within lists."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, list):
@@ -121,7 +122,7 @@ def _points(values: dict):
 
 
 class LocalFile:
-    """A text file that is appended to. What a full disk does not take is kept, and written with what comes next."""
+    """A text file that is appended to. Text that can't be written to a full disk is kept, and written with the next."""
 
     def __init__(self, path: epath.Path):
         torn = False
@@ -131,7 +132,7 @@ class LocalFile:
                 torn = file.read() != b"\n"
         self._path, self._warned = path, False
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
-        self._pending = b"\n" if torn else b""  # the process before us was killed while it wrote
+        self._pending = b"\n" if torn else b""  # the previous process was killed while it was writing
 
     def write(self, data: bytes) -> None:
         if not self._pending.strip():
@@ -145,17 +146,17 @@ class LocalFile:
             self._warned = True
 
     def close(self) -> None:
-        """Writes what is left, if it can."""
+        """Writes the text that was kept, if it can, and closes the file."""
         if self._pending:
             self.write(b"")
         self._file.close()
 
 
 class Wandb:
-    """A run of W&B, which continues wherever the training does: its id is in WORKDIR/wandb_id.
+    """A W&B run that continues wherever the training does: its id is in WORKDIR/wandb_id.
 
-    W&B takes rows in increasing order only, and a training may come to a step again, after a kill or when it goes back.
-    So the training's step is a value of its own, `step`, which charts have as their x axis. A row has the step's number
+    W&B accepts rows in increasing order only, but training may reach a step again, after a kill or when it goes back.
+    So the training step is a separate value, `step`, which is the x axis of the charts. The row's number is the step,
     too, unless that row or a later one was sent before.
     """
 
@@ -178,7 +179,7 @@ class Wandb:
         except errors.CommError as error:
             why = " ".join(str(error).split())[:200]
             say(f"WARNING: W&B can't be reached ({why}): its run is kept in {settings['dir']}/wandb for `wandb sync`")
-            wandb.teardown()  # which takes the run's id for one that is in use
+            wandb.teardown()  # it considers the run's id to be in use
             self._run = wandb.init(**settings, mode="offline")
         except errors.Error as error:
             raise _refused(project, error) from None
@@ -187,28 +188,29 @@ class Wandb:
         self._run.define_metric("*", step_metric="step")
 
     def log(self, points: dict[str, float], step: int) -> None:
-        """Numbers by name. Never the reason why a training ends."""
+        """Sends numbers, by name. An error here never ends the training."""
         try:
             self._run.log(points | dict(step=step), step=self._next_row(step))
         except Exception as error:
             if not self._failed:
-                say(f"WARNING: W&B does not take numbers any more ({' '.join(str(error).split())[:200]})")
+                say(f"WARNING: W&B no longer accepts numbers ({' '.join(str(error).split())[:200]})")
             self._failed = True
 
     def _next_row(self, step: int) -> int:
-        """The row of what is logged of a step: the same as long as the step is the same."""
+        """The row for numbers of a step: the same as long as the step is the same."""
         if step != self._step:
             self._step, self._row = step, max(step, self._row + 1)
         return self._row
 
     def close(self) -> None:
-        """Waits until all is sent."""
+        """Waits until everything is sent."""
         with contextlib.suppress(Exception):
             self._run.finish()
 
 
 def _wandb_id(workdir: epath.Path) -> str:
-    """The run's id, made at its first start. It lies in the run's folder: whoever finds that continues the run."""
+    """The run's id, made at its first start. It is kept in the run's folder, so any start from that folder continues
+    the run."""
     path = workdir / "wandb_id"
     if path.exists() and (known := path.read_text().strip()):
         return known
@@ -218,7 +220,7 @@ def _wandb_id(workdir: epath.Path) -> str:
 
 
 def _wandb_folder(workdir: epath.Path) -> str:
-    """Where W&B keeps files of its own: in the run's folder, if it is one of this machine."""
+    """The folder for W&B's own files: the run's folder, if it is local."""
     return tempfile.mkdtemp(prefix="tvq_pod-wandb-") if is_bucket(workdir) else os.path.abspath(workdir)
 
 

@@ -1,4 +1,4 @@
-"""How orbax names its files and threads. It documents none of this; after an upgrade, look here first."""
+"""Orbax's names of files and threads. It documents none of this; after an upgrade, look here first."""
 
 import threading
 
@@ -9,11 +9,11 @@ from tvq_pod.host.paths import is_bucket
 CHECKED_WITH = {"orbax-checkpoint": "0.12.8"}
 COMMITTED = "commit_success.txt"  # in a bucket, the last file of a step: nothing can be renamed there
 ADDED_LAST = ("_CHECKPOINT_METADATA", COMMITTED)  # files that orbax adds to a step once all others are written
-JSON_FILE = "metadata"  # of an item that JsonCheckpointHandler wrote, in the item's folder
+JSON_FILE = "metadata"  # written by JsonCheckpointHandler in the folder of an item
 
 
 def is_complete(step: epath.Path) -> bool:
-    """Whether the folder that has a step's name has all of the step. A local one gets its name last."""
+    """Whether the folder of a step is complete. A local folder gets the step's name last."""
     return not is_bucket(step) or (step / COMMITTED).exists()
 
 
@@ -23,7 +23,8 @@ def uncommit(step: epath.Path) -> None:
 
 
 def drafts(name: str = "*") -> str:
-    """A glob pattern of the folders in which steps are written before they get their names: of step `name`, or all."""
+    """A glob pattern for the folders in which steps are written before they get their names: of step `name`, or of
+    all."""
     return f"{name}.orbax-checkpoint-tmp*"
 
 

@@ -1,5 +1,6 @@
-"""The package versions that a run uses: WORKDIR/packages.jsonl has one line for each start with other packages than the
-start before, with `step`, `time` (seconds since 1970) and `packages`, which maps each name to its version.
+"""The package versions that a run uses: WORKDIR/packages.jsonl has one line for each start whose packages differ from
+those of the previous start, with `step`, `time` (seconds since 1970) and `packages`, which maps each name to its
+version.
 
     python -m tvq_pod.run.packages        prints the versions that matter, on one line
 
@@ -18,7 +19,7 @@ from etils import epath
 from tvq_pod.host.files import write_whole
 from tvq_pod.host.terminal import say
 
-# Those that decide a run's numbers, or the format of what it writes.
+# The packages that affect a run's numbers, or the format of its files.
 MATTER = (
     "python",
     "jax",
@@ -34,26 +35,26 @@ MATTER = (
 
 
 def installed() -> dict[str, str]:
-    """The version of Python and of every package that is installed, by its normalized name. Imports none of them."""
+    """The version of Python and of every installed package, by its normalized name. Imports none of them."""
     versions = {"python": platform.python_version()}
     for distribution in importlib.metadata.distributions():  # of two with one name, Python imports the first
-        metadata = distribution.metadata  # which is parsed whenever it is asked for
+        metadata = distribution.metadata  # parsed on every access
         if name := metadata["Name"]:
             versions.setdefault(re.sub(r"[-_.]+", "-", name).lower(), metadata["Version"])
     return versions
 
 
 def summary(versions: dict[str, str]) -> str:
-    """The versions that matter, for people: `python 3.11.7, jax 0.10.2, …`; packages that are missing are left out."""
+    """The versions that matter, on one line: `python 3.11.7, jax 0.10.2, …`; packages that are missing are left out."""
     return ", ".join(f"{name} {versions[name]}" for name in MATTER if name in versions)
 
 
 def record(workdir: epath.Path, step: int, versions: dict[str, str] | None = None) -> None:
-    """Adds a line to packages.jsonl if the packages are not those of the last start, and prints a warning if one of
-    those that matter has another version.
+    """Adds a line to packages.jsonl if the packages are not those of the last start, and prints a warning if a version
+    that matters has changed.
 
-    step: from which the run continues. versions: what is installed, if not given. A file that cannot be read or written
-    is a warning too, and never ends the run.
+    step: the step that the run resumes from. versions: by default the installed ones. A file that can't be read or
+    written causes a warning, and never ends the run.
     """
     versions = installed() if versions is None else versions
     path = workdir / "packages.jsonl"
@@ -68,17 +69,17 @@ def record(workdir: epath.Path, step: int, versions: dict[str, str] | None = Non
                 f"WARNING: package versions differ from the start at step {last['step']}: {', '.join(changes)}; the "
                 f"numbers may differ in their last bits. The earlier versions are in {path}"
             )
-        if text and not text.endswith("\n"):  # a line that was cut off
+        if text and not text.endswith("\n"):  # a truncated line
             text += "\n"
         line = json.dumps(dict(step=step, time=time.time(), packages=dict(sorted(versions.items()))))
         write_whole(path, text + line + "\n")
-    except Exception as error:  # also what a bucket's client raises
+    except Exception as error:  # a bucket's client has its own errors
         why = " ".join(str(error).split()) or type(error).__name__
         say(f"WARNING: {path} cannot be updated ({why}); training continues")
 
 
 def _last_line(text: str) -> dict:
-    """The last one that is complete, or {}."""
+    """The last complete line, or {}."""
     for line in reversed(text.splitlines()):
         try:
             found = json.loads(line)

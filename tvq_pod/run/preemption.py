@@ -4,8 +4,8 @@ SIGTERM (the machine is about to be taken back), SIGINT (Ctrl-C) and SIGHUP (the
 and end, within bounded time. SIGUSR1 asks it to save and continue. Signals that the process was started to ignore, as
 nohup does with SIGHUP, stay ignored.
 
-A thread reads signals from a pipe that python's own handler writes to: the main thread may sit in a computation, where
-python code does not run.
+A thread reads signals from a pipe that Python's own handler writes to: the main thread may be inside a computation,
+where Python code does not run.
 """
 
 import os
@@ -16,24 +16,25 @@ import threading
 from tvq_pod.host.terminal import tell
 
 PREEMPTED = 75  # exit code: saved, run me again (EX_TEMPFAIL of sysexits.h)
-SAVE, STOP = "save", "stop"  # what a signal asks for; to stop is to save and end
+SAVE, STOP = "save", "stop"  # what a signal asks for; stopping is saving and ending
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Preemption:
     """Watches for signals from now on.
 
-    Attributes: requested, whether the process was asked to stop; signal_name, by which signal, as "SIGTERM".
+    Attributes: requested, whether the process was asked to stop; signal_name, the signal that asked, as "SIGTERM".
 
     Before `can_save` is set there is nothing to save: a request to stop ends the process at once, with exit code 75, or
-    130 after SIGINT; a request to save is kept. After, the run has grace_seconds to save and end by itself; once they
-    are over the process ends with exit code 1, and at a second request to stop at once, with 128 + the signal's number.
+    130 after SIGINT; a request to save is kept. After that, the run has grace_seconds to save and end by itself; when
+    they are over, the process ends with exit code 1. A second request to stop ends it at once, with 128 + the signal's
+    number.
     """
 
     signal_name = ""
 
     def __init__(self, grace_seconds: float = 120.0):
-        """To be called in the main thread. grace_seconds may be changed later."""
+        """Must be called in the main thread. grace_seconds may be changed later."""
         self.grace_seconds = grace_seconds
         self.can_save = False
         self._stop, self._save = threading.Event(), threading.Event()
@@ -44,7 +45,7 @@ class Preemption:
             if number in (signal.SIGINT, signal.SIGHUP) and signal.getsignal(number) == signal.SIG_IGN:
                 continue
             signal.signal(number, lambda number, frame: None)  # so that the pipe is written to
-            signal.siginterrupt(number, False)  # a run that continues should not find its reads broken off
+            signal.siginterrupt(number, False)  # so that the reads of a run that continues are not interrupted
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
 
@@ -92,7 +93,7 @@ class Preemption:
     def _too_long(self, name: str) -> None:
         _end(
             f"not saved within config.checkpoint.grace_seconds={self.grace_seconds:g} of {name} (another process of "
-            "the job may be gone): ends without",
+            "the job may be gone): the process ends without saving",
             1,
         )
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: one line per log, with speed and time left."""
+"""The progress of a run on the terminal: one line per log, with speed and time left."""
 
 import contextlib
 import time
@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 
 
 def hours(seconds: float) -> str:
-    """h:mm:ss."""
+    """Formats a duration as h:mm:ss."""
     seconds = round(seconds)
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
 class Speed:
-    """Tokens per second and time left, from the times at which steps were seen to be done."""
+    """Tokens per second and time left, from the times at which steps were found done."""
 
     def __init__(
         self,
@@ -24,15 +24,15 @@ class Speed:
         chips: float = 1.0,
         seconds_at_peak: float | None = None,
     ):
-        """chips: that share the tokens. seconds_at_peak: that a step takes at the chips' peak, for MFU; None: it is
-        not known."""
+        """chips: how many share the tokens. seconds_at_peak: the time that a step takes at the chips' peak, for MFU;
+        None: it is unknown."""
         self._clock, self._tokens_per_step, self._num_steps = clock, tokens_per_step, num_steps
         self._chips, self._seconds_at_peak = chips, seconds_at_peak
         self._begin = self._latest = (first_step, clock())
 
     def seen(self, step: int) -> dict:
         """Call when `step` is done. Returns tokens_per_second, tokens_per_second_per_chip and, if the chips' peak is
-        known, mfu, 0 .. 1, since the call before; and eta_seconds from the average over the session, evaluations and
+        known, mfu, 0 .. 1, since the previous call; and eta_seconds from the average over the session, evaluations and
         saves included."""
         now = (step, self._clock())
         latest = _rate(self._latest, now)
@@ -48,12 +48,12 @@ class Speed:
         )
 
     def restart(self, step: int) -> None:
-        """Call when the run continues from another step than the last that was seen."""
+        """Call when the run continues from another step than the last one seen."""
         self._begin = self._latest = (step, self._clock())
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What the block takes (an evaluation) is left out of the speed of the steps around it."""
+        """Leaves the time of the block (an evaluation) out of the speed of the steps around it."""
         began = self._clock()
         yield
         step, at = self._latest

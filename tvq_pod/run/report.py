@@ -1,6 +1,6 @@
-"""The report of a run, WORKDIR/eval/report.html: one file with curves, tables, pictures, samples and settings.
+"""The report of a run, WORKDIR/eval/report.html: one file with curves, tables, figures, samples and settings.
 
-It shows what is in the run's folder, and computes nothing: what --mode=eval, lm_eval and sample have found is there.
+It shows what is in the run's folder, including the results of --mode=eval, lm_eval and sample, and computes nothing.
 """
 
 import contextlib
@@ -42,8 +42,8 @@ pre { background: #f4f4f4; padding: 0.7rem; white-space: pre-wrap; overflow-wrap
 
 
 def write_report(settings: Settings, workdir: epath.Path) -> epath.Path:
-    """Writes the report, and returns its path. Raises UserError if the folder has nothing to report or can't be
-    written, and if matplotlib is not installed."""
+    """Writes the report, and returns its path. Raises UserError if the folder has nothing to report or can't be written
+    to, or if matplotlib is not installed."""
     require("matplotlib", "--mode=report: drawing curves")
     lines, folder = all_lines(workdir), workdir / "eval"
     sections = [*_curves(lines), *_evaluations(folder), *_tasks(folder), *_samples(workdir / "samples")]
@@ -76,7 +76,7 @@ def _summary(settings: Settings, workdir: epath.Path, lines: Sequence[dict]) -> 
     if status.get("error"):
         facts.append(("error", str(status["error"])))
     yield table(("", ""), facts)
-    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # it may be of another version
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # it may come from another version
         yield preformatted(goodput_table(status["goodput"]))
     newest = {line["split"]: line for line in lines if line["split"] not in NOT_EVALUATIONS}
     if newest:
@@ -98,7 +98,7 @@ def _curves(lines: Sequence[dict]) -> Iterator[Element]:
 
 
 def _evaluations(folder: epath.Path) -> Iterator[Element]:
-    """Every table of the folder, with the picture of the same name."""
+    """Every table in the folder, with the figure of the same name."""
     paths = sorted((path for path in _files(folder) if path.suffix == ".tsv"), key=_by_step, reverse=True)
     if paths:
         yield element("h2", "Evaluations")
@@ -154,7 +154,7 @@ def _settings(settings: Settings) -> Iterator[Element]:
     given, default = _flat(tree_of(settings), "config"), _flat(tree_of(Settings()), "config")
     changed = [(name, value, default.get(name, "")) for name, value in given.items() if default.get(name) != value]
     yield element("h2", "Settings")
-    yield element("h3", "Other than the defaults")
+    yield element("h3", "Changed from the defaults")
     yield table(("setting", "value", "default"), changed)
     yield element("details", element("summary", "all settings"), table(("setting", "value"), list(given.items())))
 
@@ -184,7 +184,7 @@ def _text_of(path: epath.Path) -> str:
 
 
 def _json_of(path: epath.Path) -> dict:
-    """What a file has; {} if it is not there or has no JSON object."""
+    """The JSON object in a file; {} if the file does not exist or has no JSON object."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):

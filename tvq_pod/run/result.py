@@ -1,16 +1,16 @@
 """The last line of --mode=train on stdout, for programs that start runs: `result: {json}`.
 
     ended           finished; preempted (saved after SIGTERM or SIGHUP); stopped (saved after SIGINT); failed
-    exit_code       of the process, and exit_status, the same in words
-    first_step      that this start resumed from; step, that the run has reached; num_steps
-    loss            of the training line logged last, nats a token; bits_per_byte
-    validation      the run's own last evaluation, as its line in metrics.jsonl has it; null if there was none
-    tokens          that the run has consumed up to `step`, all its starts together
-    wall_seconds    of this start
+    exit_code       the process's exit code, and exit_status, the same in words
+    first_step      the step that this start resumed from; step, the step that the run has reached; num_steps
+    loss            loss of the last training line, in nats per token; bits_per_byte
+    validation      the run's own last evaluation, as in its line in metrics.jsonl; null if there was none
+    tokens          tokens that the run has consumed up to `step`, in all its starts together
+    wall_seconds    duration of this start
     workdir
 
-Process 0 prints it, once nothing can be refused any more, also of a run that has nothing left to train. A process that
-is ended at once (kill -9, a second signal, a deadline) prints none. Numbers that are not finite are null.
+Process 0 prints it, also for a run that has nothing left to train, but not if the run is refused at its start. A
+process that is ended at once (kill -9, a second signal, a deadline) prints none. Numbers that are not finite are null.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ LOGGED = ("loss", "bits_per_byte")
 
 
 class RunResult(contextlib.AbstractContextManager):
-    """Prints the line when a session ends. Enter it before all else, so that it is the last to end."""
+    """Prints the line when a session ends. Enter it before everything else, so that it is the last to exit."""
 
     def __init__(self, workdir: epath.Path, num_steps: int, status: Status, preemption: Preemption, enabled: bool):
         """enabled: False on all processes but 0."""
@@ -43,18 +43,18 @@ class RunResult(contextlib.AbstractContextManager):
         self._validation: dict | None = None
 
     def begin(self, first_step: int, schedule: Callable[[], DataSchedule], evaluated: dict[int, float | None]) -> None:
-        """From now on there is a result. schedule: returns the data schedule in use. evaluated: losses of the run's own
-        evaluations so far, by step."""
+        """Call when the run can no longer be refused: from now on there is a result. schedule: returns the data
+        schedule in use. evaluated: losses of the run's own evaluations so far, by step."""
         self._first_step, self._schedule = first_step, schedule
         if self._enabled and evaluated:
             newest = max(evaluated)
-            with contextlib.suppress(Exception):  # a bucket that is out of reach
+            with contextlib.suppress(Exception):  # a bucket that can't be reached
                 for line in all_lines(self._workdir):
                     if (line["split"], line["step"], line.get("loss")) == ("validation", newest, evaluated[newest]):
                         self._validation = line
 
     def evaluated(self, step: int, numbers: dict) -> None:
-        """The run has evaluated its state at `step`."""
+        """Call when the run has evaluated its state at `step`."""
         self._validation = dict(step=step, **numbers)
 
     def __exit__(self, kind, error, trace):
@@ -80,7 +80,7 @@ class RunResult(contextlib.AbstractContextManager):
             wall_seconds=round(time.monotonic() - self._began, 3),
             workdir=str(self._workdir),
         )
-        with contextlib.suppress(OutputError):  # nobody reads it: all is saved
+        with contextlib.suppress(OutputError):  # nobody reads it, and everything is saved
             print(f"result: {json.dumps(result)}", flush=True)
 
     def _ending(self, kind: type[BaseException] | None, error: BaseException | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Where a run resumes, and what it reads there: from its newest good checkpoint, at a start and after bad steps.
+"""Decides where a run resumes and what it reads from there: at a start and after bad steps, it continues from its
+newest good checkpoint.
 
-Data of steps that went wrong is skipped: the data schedule, which says what each step reads, goes around it.
+The data of bad steps is skipped: the data schedule, which says what each step reads, leaves it out.
 """
 
 import dataclasses
@@ -16,14 +17,15 @@ from tvq_pod.run.skipped import Skip, Skipped
 
 @dataclasses.dataclass
 class BadStretch(Exception):
-    """So many steps in a row were bad that the run must go back."""
+    """Too many steps in a row were bad, so the run must go back."""
 
     last_step: int
     n_bad: int
 
 
 def check_good(metrics: dict, step: int, settings: BadStepsSettings) -> None:
-    """Waits for the step. Raises BadStretch if it is one bad step too many. metrics: see `make_train_step`."""
+    """Waits for the step, and raises BadStretch if there are too many bad steps in a row. metrics: see
+    `make_train_step`."""
     n_bad = int(metrics["n_bad"])
     if n_bad >= settings.rollback_after:
         raise BadStretch(step, n_bad)
@@ -41,12 +43,12 @@ class Rollback:
         settings: BadStepsSettings,
         fingerprint: str = "",
     ):
-        """fingerprint: of the data that the run reads now."""
+        """fingerprint: the fingerprint of the data that the run reads now."""
         self._checkpoints, self._skipped, self._train, self._settings = checkpoints, skipped, train, settings
         self._fingerprint = fingerprint
 
     def check_belongs(self, step: int, record: dict) -> None:
-        """Raises UserError if a checkpoint is of another run, or of other streams and they may not start over.
+        """Raises UserError if a checkpoint belongs to another run, or to other streams that may not start over.
 
         record: see `run_record`.
         """
@@ -57,8 +59,8 @@ class Rollback:
             self._checkpoints.check_streams(step, self._train)
 
     def schedule_at(self, step: int | None) -> DataSchedule:
-        """The data schedule that leads on from a checkpoint, or for None from the beginning. Stretches that have been
-        skipped since, and a change of the batch, of the data or of the context schedule, are in it."""
+        """The data schedule that continues from a checkpoint, or for None from the beginning. It includes stretches
+        that have been skipped since, and a change of the batch, of the data or of the context schedule."""
         sizes = self._train.batch_size, self._train.update_len
         if step is None:
             schedule = DataSchedule.begin(*sizes)
@@ -76,17 +78,18 @@ class Rollback:
         return "" if self._checkpoints.record(step).get(FINGERPRINT) == self._fingerprint else self._fingerprint
 
     def go_back(self, bad: BadStretch, schedule: DataSchedule) -> int | None:
-        """The newest good step before a stretch of bad ones; None for the seed. From now on their data is skipped.
+        """Finds the newest good step before a stretch of bad ones, None for the seed, and makes the run skip their data
+        from now on.
 
-        schedule: the one in use. Raises UserError if the run has gone back too often.
+        schedule: the one in use. Raises UserError if the run has already gone back as often as it may.
         """
         limit = self._settings.max_rollbacks
         before = bad.last_step - bad.n_bad
         if self._skipped.count() >= limit:
             raise UserError(
                 f"config.bad_steps.max_rollbacks={limit}: steps {before + 1} to {bad.last_step} were bad, and the run "
-                f"has gone back so often ({self._skipped.path} says where); fix the data or the settings, or allow "
-                "more"
+                f"has already gone back this many times ({self._skipped.path} lists them); fix the data or the "
+                "settings, or allow more"
             )
         self._checkpoints.wait()
         self._checkpoints.undo(after=before)
@@ -96,7 +99,7 @@ class Rollback:
         skip = Skip(phase.first_step, phase.batch_size, phase.update_len, first, last - first + 1, phase.data)
         self._skipped.add(skip, steps=(before + 1, bad.last_step), back_to=step or 0)
         say(
-            f"BAD: steps {before + 1} to {bad.last_step} could not be applied; goes back to step {step or 0} and skips "
-            f"updates {first} to {last} of every stream"
+            f"BAD: steps {before + 1} to {bad.last_step} could not be applied; going back to step {step or 0} and "
+            f"skipping updates {first} to {last} of every stream"
         )
         return step

@@ -1,4 +1,4 @@
-"""WORKDIR/skipped.jsonl: stretches of data that a run has gone back from and reads no more, a line each.
+"""WORKDIR/skipped.jsonl: stretches of data that a run went back from and no longer reads, a line each.
 
 A line is on disk before the run continues without its data, so a run that is killed and started again skips it too.
 """
@@ -17,9 +17,9 @@ from tvq_pod.parallel.processes import on_process_zero, text_from_process_zero
 
 @dataclasses.dataclass(frozen=True)
 class Skip:
-    """`count` updates, from `update` on, of the streams of one phase (see Phase).
+    """A skipped stretch: `count` updates, from `update` on, of the streams of one phase (see Phase).
 
-    data: the phase's; None: any, in lines of older versions."""
+    data: the data of the phase; None: any, in lines of older versions."""
 
     first_step: int
     batch_size: int
@@ -30,27 +30,27 @@ class Skip:
 
 
 class Skipped:
-    """What a run has skipped so far: process 0's file, known to all processes."""
+    """The stretches that a run has skipped so far: process 0's file, known to all processes."""
 
     def __init__(self, workdir: epath.Path):
         self.path = workdir / "skipped.jsonl"
         text = text_from_process_zero(self.path.read_text() if self.path.exists() else "")
         fields = [field.name for field in dataclasses.fields(Skip) if field.name != "data"]
-        # A line without its end was cut off by a kill, before anything came of it.
+        # A line without its end was truncated by a kill, before it had any effect.
         try:
             lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
             self._skips = [Skip(**{name: int(line[name]) for name in fields}, data=line.get("data")) for line in lines]
         except (KeyError, TypeError, ValueError):
             raise UserError(
-                f"--workdir={workdir}: {self.path} is damaged, and says which data the run leaves out; fix it by hand"
+                f"--workdir={workdir}: {self.path} is damaged, and lists the data to be left out; fix it by hand"
             ) from None
 
     def count(self) -> int:
-        """How often the run has gone back."""
+        """The number of times that the run has gone back."""
         return len(self._skips)
 
     def put_into(self, schedule: DataSchedule) -> DataSchedule:
-        """The schedule without what has been skipped of its streams."""
+        """The schedule without the stretches of its streams that have been skipped."""
         phase = schedule.now
         for skip in self._skips:
             if (skip.first_step, skip.batch_size, skip.update_len) == (
@@ -62,7 +62,8 @@ class Skipped:
         return schedule
 
     def add(self, skip: Skip, steps: tuple[int, int], back_to: int) -> None:
-        """One more. steps: the first and the last of the bad ones; back_to: the step that the run resumes from."""
+        """Adds a stretch. steps: the first and the last of the bad steps; back_to: the step that the run resumes
+        from."""
         self._skips.append(skip)
         line = dataclasses.asdict(skip) | dict(bad_steps=list(steps), back_to=back_to, time=time.time())
         on_process_zero(lambda: self._append(json.dumps(line) + "\n"))

@@ -1,4 +1,4 @@
-"""What a start of a run leaves behind before its first step: its settings, its vocabulary, the packages it uses."""
+"""The files that a start of a run writes before its first step: its settings, its vocabulary, the packages it uses."""
 
 from etils import epath
 
@@ -11,10 +11,10 @@ from tvq_pod.run import config_history, packages
 
 
 def record_start(workdir: epath.Path, settings: Settings, vocab: Vocab, step: int, rate: config_history.Rate) -> None:
-    """Says what has changed since the last start, and keeps it; and says which stages of the schedules of contexts and
-    of the mixture hold. On process 0, once nothing can be refused any more.
+    """Prints and records what has changed since the last start, and prints which stages of the schedules of contexts
+    and of the mixture hold. Call it on process 0, once the run can no longer be refused.
 
-    step: that the run resumes from; 0: it begins. rate: see `config_history.tell`.
+    step: the step that the run resumes from; 0: it begins. rate: see `config_history.tell`.
     """
     config_history.tell(workdir, settings, step, rate)
     is_done = step >= settings.train.num_steps

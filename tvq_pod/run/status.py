@@ -1,16 +1,16 @@
-"""WORKDIR/status.json: what a run is doing, in one small file, for whoever looks from outside (launch.pod does).
+"""WORKDIR/status.json: what a run is doing, in one small file, for other programs such as launch.pod.
 
     state         starting, training, preempted (saved: run me again), done, or failed
     step, num_steps, loss, bits_per_byte, tokens_per_second, eta_seconds     as last logged
-    saved_step    the newest step that is on disk; saved_at when, in seconds since 1970, as are the times below
+    saved_step    the newest step on disk; saved_at, when it was saved, in seconds since 1970, as all times below
     started_at    when this session began
-    time          when the run last got on: it logged a step, or its state changed
+    time          when the run last made progress: it logged a step, or its state changed
     alive_at      when the file was written: every 10 seconds, also while a run compiles or evaluates
     goodput       where the time of all sessions went; see goodput.py
     error         why it failed, in one line
     run_id        the environment's TVQ_POD_RUN_ID: which launch it belongs to
 
-A process that is killed leaves what it wrote last.
+A process that is killed leaves the file as it last wrote it.
 """
 
 import contextlib
@@ -33,13 +33,14 @@ EVERY_SECONDS = 10.0  # changes of state are written at once
 
 
 class Status(contextlib.AbstractContextManager):
-    """Writes the file from beginning to end of a session: how it ends is in it too. Only process 0's does anything.
+    """Writes the file from the beginning to the end of a session, and also how it ends. Does nothing on processes other
+    than 0.
 
-    Never the reason why a run ends: what can't be written is left out.
+    It never causes a run to end: what can't be written is left out.
     """
 
     def __init__(self, workdir: epath.Path, num_steps: int, enabled: bool = True, goodput: Goodput | None = None):
-        """goodput: counts this session's time; one that begins now if not given."""
+        """goodput: counts this session's time; by default one that begins now."""
         self._path = workdir / "status.json" if enabled else None
         self.goodput = goodput or Goodput()
         self._values: dict[str, Any] = dict(
@@ -55,14 +56,14 @@ class Status(contextlib.AbstractContextManager):
 
     @property
     def values(self) -> dict[str, Any]:
-        """What is known: the fields of the file."""
+        """The current values of the file's fields."""
         return dict(self._values)
 
     def begin(self) -> None:
-        """From now on the file is written: a mistake that was refused before touches nothing. What the sessions before
-        have counted of the run's time continues from there."""
+        """Starts writing the file: a run that is refused before this leaves the file untouched. Continues the earlier
+        sessions' counts of the run's time."""
         if self._path is not None:
-            with contextlib.suppress(Exception):  # there is none, or it is not a status
+            with contextlib.suppress(Exception):  # the file does not exist, or is not a status
                 before = json.loads(self._path.read_text())
                 self.goodput.resume(before.get("goodput"))
                 if before["saved_step"] == self._values.get("saved_step"):
@@ -73,13 +74,13 @@ class Status(contextlib.AbstractContextManager):
             self._writer.start()
 
     def update(self, step: int, **values) -> None:
-        """A step that was trained. Numbers that are not finite are null. The file has it within EVERY_SECONDS: training
-        does not wait for a bucket."""
+        """Records a step that was trained. Numbers that are not finite are null. The file is written within
+        EVERY_SECONDS: training does not wait for a bucket."""
         values = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._values.update(state="training", step=step, time=time.time(), **values)
 
     def saved(self, step: int | None) -> None:
-        """The newest step that is on disk; None if there is none."""
+        """Records the newest step on disk; None if there is none."""
         if step != self._values.get("saved_step"):
             self._values.update(saved_step=step, saved_at=time.time())
         if step is not None:
@@ -108,7 +109,7 @@ class Status(contextlib.AbstractContextManager):
             return
         try:
             text = json.dumps(self._values | dict(alive_at=time.time(), goodput=self.goodput.record())) + "\n"
-            with contextlib.suppress(Exception):  # a full disk, a bucket out of reach: the next time, perhaps
+            with contextlib.suppress(Exception):  # a full disk, or no network: the next write may succeed
                 write_whole(self._path, text)
         finally:
             self._lock.release()

@@ -1,7 +1,7 @@
-"""The folder of a run's checkpoints: which steps there are, and how one is set aside or removed.
+"""The folder of a run's checkpoints: which steps exist, and how one is set aside or removed.
 
 WORKDIR/checkpoints/STEP                 appears under its name only when it is complete
-WORKDIR/checkpoints/STEP.damaged         a step whose files are not what its manifest says: set aside, never deleted
+WORKDIR/checkpoints/STEP.damaged         a step whose files do not match its manifest: set aside, never deleted
 WORKDIR/checkpoints/STEP.undone          a step that the run went back from (see rollback.py, step_back.py)
 """
 
@@ -21,8 +21,8 @@ from tvq_pod.run import orbax_files
 
 
 def newest_record(workdir: epath.Path) -> tuple[epath.Path, dict] | None:
-    """The newest step's folder and its record, for what can be refused early: only the record's file is read, and it is
-    not verified. None if there is no step, or its record can't be read."""
+    """The newest step's folder and its record, for early checks: only the record's file is read, and it is not
+    verified. None if there is no step, or its record can't be read."""
     path = epath.Path(workdir) / "checkpoints"
     with contextlib.suppress(OSError, ValueError):
         newest = path / str(max(StepFolders(path).steps()))
@@ -31,7 +31,7 @@ def newest_record(workdir: epath.Path) -> tuple[epath.Path, dict] | None:
 
 
 def stale_steps(steps: list[int], settings: CheckpointSettings, losses: dict[int, float]) -> list[int]:
-    """The steps that need not stay. losses: validation loss of those steps that were evaluated."""
+    """The steps that need not be kept. losses: the validation losses of steps that were evaluated."""
     if not settings.keep:
         return []
     kept = set(sorted(steps)[-settings.keep :])
@@ -56,23 +56,24 @@ class StepFolders:
         return sorted(int(step.name) for step in named if orbax_files.is_complete(step))
 
     def entries(self, pattern: str) -> Iterator[epath.Path]:
-        """What is in the folder, by name. (epath's glob would take `[` in the folder's own path for a pattern.)"""
+        """The entries of the folder whose names match a pattern. (epath's glob would treat `[` in the folder's own path
+        as a pattern.)"""
         names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
         return (self.path / name for name in names if fnmatch.fnmatchcase(name, pattern))
 
     def aside(self) -> list[str]:
-        """The names of the steps that were set aside, by step and in the order of their names."""
+        """The names of the steps that were set aside, sorted by step and then by name."""
         names = [path.name for path in self.entries("*.undone*")] + [path.name for path in self.entries("*.damaged*")]
         return sorted(names, key=lambda name: (int(step) if (step := name.partition(".")[0]).isdecimal() else -1, name))
 
     def set_aside(self, step: int, why: str) -> None:
-        """Renames a step, to STEP.why, and says so."""
+        """Renames a step to STEP.why, and prints a line about it."""
         target = free_name(self.path / f"{step}.{why}")
         (self.path / str(step)).rename(target)
         tell(f"{why.upper()}: checkpoint {self.path / str(step)} is set aside as {target.name}")
 
     def delete(self, step: int) -> None:
-        """By another name first: a kill in between leaves no half of a step behind."""
+        """Deletes a step, and renames it first: a kill in between does not leave half of a step behind."""
         doomed = self.path / f"{step}.deleting"
         if not is_bucket(self.path):
             (self.path / str(step)).rename(doomed)
@@ -82,7 +83,7 @@ class StepFolders:
             (self.path / str(step)).rmtree(missing_ok=True)
 
     def tidy(self) -> None:
-        """Removes what a killed or failed save, or deletion, left behind."""
+        """Removes what a killed or failed save or deletion left behind."""
         for pattern in (orbax_files.drafts(), "*.deleting"):
             for path in self.entries(pattern):
                 with contextlib.suppress(OSError):  # a thread of the failed save may still write there

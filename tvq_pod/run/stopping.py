@@ -1,6 +1,6 @@
-"""A signal to one process, and all save, or save and stop, at the same place.
+"""Makes all processes save, or save and stop, at the same place after a signal to one of them.
 
-Asked over the network of jax's coordination service, beside the devices: a vote that is counted on them is known only
+They agree through jax's coordination service, not on the devices: votes that are counted on the devices are known only
 once the steps in their queue are done.
 """
 
@@ -20,18 +20,18 @@ HOUR_MS = 3_600_000
 
 
 class StopTogether:
-    """Where to save or to stop, once any process was asked to.
+    """Finds the place to save or to stop once any process was asked to.
 
-    All processes call `now` at the same places, in the same order. Whoever is asked tells the others; then each holds
-    still for the time of a message, says how many places it has passed, and the first that nobody has passed is where
-    all do it. There may be many requests, one round of messages after the other, until one is to stop.
+    All processes call `now` at the same places, in the same order. The process that was asked tells the others; then
+    each pauses for the time of a message, says how many places it has passed, and all act at the first place that none
+    has passed. There may be many requests, one round of messages after the other, until one is to stop.
     """
 
     def __init__(self, preemption: Preemption, timeout_seconds: float):
-        """timeout_seconds: for the others to say where they are; one that is gone is noticed elsewhere."""
+        """timeout_seconds: how long the others may take to answer; a process that is gone is noticed elsewhere."""
         self._preemption, self._timeout_ms = preemption, int(timeout_seconds * 1000)
         self._lock = threading.Lock()
-        self._round = 0  # of messages: the one that is being waited for
+        self._round = 0  # the round of messages that is being waited for
         self._passed = 0
         self._saves: set[int] = set()  # places to save at
         self._last: int | None = None  # the place to stop at
@@ -42,7 +42,8 @@ class StopTogether:
             threading.Thread(target=self._ask, daemon=True).start()
 
     def now(self) -> str | None:
-        """What is to be done at this place, on all processes alike: STOP, which is to save and end, SAVE, or None."""
+        """Returns what to do at this place, the same on all processes: STOP, which is to save and end, SAVE, or
+        None."""
         if not self._client:
             return STOP if self._preemption.requested else SAVE if self._preemption.take_save() else None
         with self._lock:
@@ -53,10 +54,10 @@ class StopTogether:
             return SAVE if place in self._saves else None
 
     def close(self) -> None:
-        """Once the last place is passed. A process that ends otherwise must end by os._exit: python can't end a thread
-        that waits inside jax without aborting."""
+        """Ends the threads. Call it once the last place is passed. A process that does not must end by os._exit: Python
+        can't end a thread that waits inside jax without aborting."""
         if self._client:
-            with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is done, and gone: nobody is to be told
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone, so there is nobody to tell
                 self._say(NO_MORE)
             self._listener.join(timeout=10)
 
@@ -69,7 +70,7 @@ class StopTogether:
         while True:
             wanted = self._preemption.wait()
             with self._lock:
-                is_due = wanted == SAVE and max(self._saves, default=-1) >= self._passed  # another was asked as well
+                is_due = wanted == SAVE and max(self._saves, default=-1) >= self._passed  # another was asked, too
             try:
                 if not is_due:
                     self._say(wanted)
@@ -77,11 +78,11 @@ class StopTogether:
                 _say_no_agreement(error)
 
     def _say(self, wanted: str) -> None:
-        """Tells all processes, in the first round in which no other has said something else."""
+        """Tells all processes, in the first round in which no other process has said something else."""
         for number in itertools.count(self._round):
             key = f"{ASKED}/{number}"
             try:
-                self._others.key_value_set(key, wanted)  # the first one to say something there is heard
+                self._others.key_value_set(key, wanted)  # the first process to set the key is heard
                 return
             except jax.errors.JaxRuntimeError as error:
                 if "ALREADY_EXISTS" not in str(error):
@@ -93,7 +94,7 @@ class StopTogether:
         while True:
             asked = self._asked()
             if asked == NO_MORE:
-                return  # one has passed the last place, and so must all
+                return  # one process has passed the last place, so all must
             if asked is not None:
                 self._agree(asked)
                 self._round += 1
@@ -115,14 +116,14 @@ class StopTogether:
                 _say_no_agreement(error)
 
     def _asked(self) -> str | None:
-        """Waits for what the others say, for an hour at most."""
+        """Waits for a request from any process, for an hour at most."""
         try:
             return self._others.blocking_key_value_get(f"{ASKED}/{self._round}", HOUR_MS)
         except jax.errors.JaxRuntimeError as error:
-            return None if "DEADLINE_EXCEEDED" in str(error) else NO_MORE  # process 0 is gone, or the job over
+            return None if "DEADLINE_EXCEEDED" in str(error) else NO_MORE  # process 0 is gone, or the job is over
 
 
 def _say_no_agreement(error: Exception) -> None:
-    """The run continues; who was asked to end does so when its grace is over."""
+    """Prints a warning. The run continues; a process that was asked to end does so when its grace period is over."""
     why = " ".join(str(error).split())[:200]
-    tell(f"WARNING: the processes could not agree where to save ({why})")
+    tell(f"WARNING: the processes could not agree on where to save ({why})")

@@ -1,9 +1,9 @@
-"""Traces of some training steps, for xprof: WORKDIR/profile/plugins/profile/step_N/process_I.xplane.pb; and beside
-them operations.tsv, which says what line of the code made each operation of the step.
+"""Traces of some training steps, for xprof: WORKDIR/profile/plugins/profile/step_N/process_I.xplane.pb; and beside them
+operations.tsv, which gives the line of code that each operation of the step comes from.
 
-docs/profiling.md says how to read them. Names in a trace: the steps, `train` with their numbers; what the host does
-besides, by the kinds of goodput_table.py; and operations of the devices, by the paths of modules and named scopes that
-the plan has too.
+docs/profiling.md says how to read them. Names in a trace: `train` with a number, for each step; what else the host
+does, by the kinds of goodput_table.py; and the devices' operations, by the paths of modules and named scopes, which are
+also in the plan.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from tvq_pod.host.terminal import say, tell
 from tvq_pod.run.goodput import Goodput
 from tvq_pod.run.goodput_table import PROFILE
 
-WRITE_SECONDS = 120.0  # that the end of a run waits for a trace to be in a bucket
+WRITE_SECONDS = 120.0  # the longest the end of a run waits for a trace to be in a bucket
 
 
 def check_hosts(settings: ProfileSettings) -> None:
-    """Raises UserError if a process is to trace that the job does not have."""
+    """Raises UserError if the settings name a process that the job does not have."""
     last = jax.process_count() - 1
     missing = [index for index in settings.traced_hosts() or () if index > last]
     if settings.at_step and missing:
@@ -37,7 +37,7 @@ def check_hosts(settings: ProfileSettings) -> None:
 
 
 def start_server(port: int) -> None:
-    """From now on xprof can capture traces of this process, at this port. Raises UserError if the port can't be had."""
+    """Lets xprof capture traces of this process at this port. Raises UserError if the port can't be opened."""
     try:
         with socket.socket() as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -49,26 +49,26 @@ def start_server(port: int) -> None:
 
 
 class Profiler:
-    """Traces the steps that the settings name, if this process is one of those that trace.
+    """Traces the steps chosen by the settings, if this process is one that traces.
 
-    A trace begins when the devices have done the step before, and ends when they have done its last step, so it has
-    whole steps only; the devices wait for that, at its two ends.
+    A trace begins when the devices have done the previous step, and ends when they have done its last step, so it has
+    complete steps only; at both ends the devices wait.
     """
 
     def __init__(self, workdir: epath.Path, settings: ProfileSettings, goodput: Goodput):
         hosts = settings.traced_hosts()
         self._is_on = settings.at_step > 0 and (hosts is None or jax.process_index() in hosts)
         self._workdir, self._settings, self._goodput = workdir, settings, goodput
-        self._first_step: int | None = None  # of the trace that is being taken
+        self._first_step: int | None = None  # of the current trace
         self._last_step = 0
-        self._folder = ""  # of this machine, where it is written
-        self._unended = False  # the trace before could not be written
+        self._folder = ""  # on this machine, where the trace is written
+        self._unended = False  # the previous trace could not be written
         self._writer: threading.Thread | None = None
 
     @contextlib.contextmanager
     def step(self, step: int, before: dict | None) -> Iterator[None]:
-        """In the block the devices are given the step that makes `step`. before: metrics of the step before, or None
-        if there was none."""
+        """Wraps the block that dispatches the step that makes `step`. before: metrics of the previous step, or None if
+        there was none."""
         if self._is_on and self._first_step is None and self._settings.begins_at(step):
             self._begin(step, before)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -84,11 +84,11 @@ class Profiler:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(path, table())
-            except Exception as error:  # each store has its own; and what compilers write may change
+            except Exception as error:  # each kind of storage has its own; and what compilers write may change
                 _warn(path, error)
 
     def end_step(self, step: int, metrics: dict) -> None:
-        """The devices were given the step. metrics: of it."""
+        """Call when the step was dispatched. metrics: the step's metrics."""
         if self._first_step is not None and step >= self._last_step:
             jax.block_until_ready(metrics)
             self.end()
@@ -96,22 +96,22 @@ class Profiler:
     def _begin(self, step: int, before: dict | None) -> None:
         jax.block_until_ready(before)
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # it slows the steps that it is to show
+        options.python_tracer_level = 0  # it would slow down the steps
         with self._goodput.on(PROFILE):
             try:
-                if self._unended:  # jax takes no other trace until it could write that one
+                if self._unended:  # jax starts no other trace until it has written that one
                     jax.profiler.stop_trace()
                     self._discard()
                 self._folder = tempfile.mkdtemp(prefix="tvq_pod-profile-")
                 jax.profiler.start_trace(self._folder, profiler_options=options)
-            except Exception as error:  # a full disk; or somebody captures a trace by --profiler_port
+            except Exception as error:  # a full disk; or somebody is capturing a trace with --profiler_port
                 self._discard(self._unended)
                 tell(f"WARNING: the trace of step {step} is not taken ({' '.join(str(error).split())[:200]})")
                 return
         self._first_step, self._last_step = step, step + self._settings.num_steps - 1
 
     def end(self) -> None:
-        """Ends the trace that is being taken, if there is one, and writes it in the background."""
+        """Ends the current trace, if there is one, and writes it in the background."""
         if self._first_step is None:
             return
         step, self._first_step = self._first_step, None
@@ -127,15 +127,15 @@ class Profiler:
         path = target / f"process_{jax.process_index()}.xplane.pb"
         self._writer = threading.Thread(target=_move, args=(pathlib.Path(self._folder), path), daemon=True)
         self._writer.start()
-        self._folder = ""  # it is the writer's now
+        self._folder = ""  # the writer owns it now
 
     def close(self) -> None:
-        """Ends the trace that is being taken, and waits until all are written."""
+        """Ends the current trace, and waits until all are written."""
         self.end()
         self._wait()
 
     def _discard(self, unended: bool = False) -> None:
-        """Deletes the local folder. unended: jax still has the trace that belongs there."""
+        """Deletes the local folder. unended: jax still has the trace that belongs in it."""
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._unended = unended
@@ -146,13 +146,13 @@ class Profiler:
 
 
 def _move(folder: pathlib.Path, path: epath.Path) -> None:
-    """The one trace of a local folder, to where it belongs, which may be a bucket."""
+    """Moves the one trace in a local folder to `path`, which may be in a bucket."""
     try:
         (found,) = folder.rglob("*.xplane.pb")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, found.read_bytes())
         say(f"trace: {path}")
-    except Exception as error:  # each store has its own
+    except Exception as error:  # each kind of storage has its own
         _warn(path, error)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

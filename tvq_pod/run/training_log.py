@@ -1,4 +1,4 @@
-"""Lines of training: means over some steps, to metrics.jsonl, to status.json, and to the terminal."""
+"""Lines of training metrics: means over some steps, written to metrics.jsonl, status.json, and the terminal."""
 
 import contextlib
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from tvq_pod.run.progress import Speed, hours
 from tvq_pod.run.status import Status
 
 STATUS_VALUES = ("loss", "bits_per_byte", "tokens_per_second", "mfu", "eta_seconds")
-DETAIL = "detail"  # of a step's metrics: norms by layer; a line of its own, with this as its split
+DETAIL = "detail"  # in a step's metrics: norms by layer, which get a line of their own, with this as its split
 SHORT = {DATA: "data", SAVES: "saves", EVALUATION: "eval"}  # on the progress line
 
 
 class TrainingLog:
-    """Collects each step's metrics. A line is fetched from the device only once the device has its next step to do."""
+    """Collects each step's metrics. A line is fetched from the device only after the next step was dispatched."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class TrainingLog:
         tokens_per_byte: float,
         detail_every_steps: int = 0,
     ):
-        """tokens_per_byte: of the training split, for bits per byte."""
+        """tokens_per_byte: the training split's, for bits per byte."""
         self._writer, self._status, self._speed = writer, status, speed
         self._num_steps, self._every_steps, self._tokens_per_byte = num_steps, every_steps, tokens_per_byte
         self._detail_every_steps = detail_every_steps
@@ -42,7 +42,8 @@ class TrainingLog:
         self._detail: tuple[int, dict] | None = None  # a line of norms that is due
 
     def add(self, step: int, metrics: dict) -> None:
-        """A step was given to the device; metrics: see `make_train_step`. Writes the line that was due before it."""
+        """Adds a step that was dispatched, and writes the line that was due before it. metrics: see
+        `make_train_step`."""
         self.write_due()
         self._interval.append({name: value for name, value in metrics.items() if name != DETAIL})
         if DETAIL in metrics and step % self._detail_every_steps == 0:
@@ -51,12 +52,12 @@ class TrainingLog:
             self.end_line(step)
 
     def end_line(self, step: int) -> None:
-        """A line is due at `step`, the last that was added, whatever the interval."""
+        """Makes a line due at `step`, the last one added, whatever the interval."""
         if self._interval:
             self._waiting, self._interval = (step, self._interval), []
 
     def write_due(self) -> None:
-        """Writes the line that is due, if one is, and the norms of a step: waits for the step."""
+        """Writes the line and the norms that are due, if any, and waits for their step."""
         if self._detail is not None:
             (step, norms), self._detail = self._detail, None
             self._writer.write(step, DETAIL, {name: norm.tolist() for name, norm in jax.device_get(norms).items()})
@@ -71,27 +72,28 @@ class TrainingLog:
         say(f"step {step:>{len(str(self._num_steps))}}/{self._num_steps}  {in_words(values)}")
 
     def paused(self) -> contextlib.AbstractContextManager[None]:
-        """What the block takes (an evaluation) is left out of the speed of the steps around it. Call it once the step
-        before is done."""
+        """Leaves the time of the block (an evaluation) out of the speed of the steps around it. Call it once the
+        previous step is done."""
         return self._speed.paused()
 
     def restart(self, step: int) -> None:
-        """The run continues from another step: what was collected since the last line is of steps that do not count."""
+        """Call when the run continues from another step: what was collected since the last line is discarded, since its
+        steps do not count."""
         self._interval, self._waiting, self._detail = [], None, None
         self._speed.restart(step)
-        self._status.goodput.shares()  # what was before is in no line
+        self._status.goodput.shares()  # the time before is in no line
 
 
 def peak_memory() -> dict[str, int]:
-    """peak_memory_bytes: the most that any device of this process has held at a time, where its runtime counts; nothing
-    on a CPU, which does not. No device is asked."""
+    """Returns peak_memory_bytes, the most memory that any device of this process has used, if its runtime counts;
+    nothing on a CPU, which does not. The devices are not interrupted."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
     return dict(peak_memory_bytes=max(peaks)) if peaks else {}
 
 
 def in_words(values: dict) -> str:
-    """A line's values, as a person reads them."""
+    """A line's values, as text for the terminal."""
     mfu = f"MFU {values['mfu']:.1%}  " if "mfu" in values else ""
     memory = f"{values['peak_memory_bytes'] / 2**30:.2f} GiB  " if "peak_memory_bytes" in values else ""
     shares = " ".join(f"{short} {values[LOGGED[kind]]:.0%}" for kind, short in SHORT.items())
@@ -104,7 +106,7 @@ def in_words(values: dict) -> str:
 
 
 def means(metrics: Sequence[dict]) -> dict:
-    """Means over the steps that were applied; the newest digest, and how many steps were not."""
+    """Means over the steps that were applied, the newest digest, and the number of steps that were not applied."""
     good = [m for m in metrics if not m["n_bad"]]
     found = {
         name: np.mean([m[name] for m in good or metrics], axis=0, dtype=np.float64).tolist()

@@ -1,13 +1,14 @@
-"""The backward kernel: blocks from the last to the first, the weights made again from the logarithm of their sum.
+"""The backward kernel: it processes blocks from the last to the first, and recomputes the weights from the logarithm of
+their sum.
 
 With P a query's weights, dO the gradient of its output and delta = sum(dO * out),
 
     dS = P * (dO V^T - delta)        dV += P^T dO        dq = dS k        dk += dS^T (q + u)
 
-for window, block and cache alike; to the cache's values, which are means, belongs the gradient of sums,
-dC += (P / count)^T dO. The cache's gradient runs backwards as its sums run forwards: dC is that of the sums after
-block r; the values that left after it take their code's row; then, if the document is the same, dC is kept for the sums
-before. A block's own keys and values have gradients from two blocks, from itself and from the next, whose window it is.
+for window, block and cache alike; for the cache's values, which are means, the gradient of their sums is dC += (P /
+count)^T dO. The cache's gradient runs backward as its sums run forward: dC is that of the sums after block r; the
+values that left after it take their code's row; then, if the document is the same, dC is kept for the sums before. A
+block's own keys and values have gradients from two blocks, itself and the next, whose window it is.
 """
 
 import functools
@@ -35,19 +36,19 @@ from tvq_pod.nn.pallas.tile import (
     upside_down,
 )
 
-SMALL_SUMS = ("u", "v_bias", "at_reach")  # rows of `small_sums`, of eight
+SMALL_SUMS = ("u", "v_bias", "at_reach")  # rows of `small_sums`, which has eight
 OF_PARTS = ("q_gradient", "k_gradient", "by_distance_gradient", "small_sums", "k_window_gradient")  # to be summed
 
 
 def backward(shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """x: the operands, see core.py; those of `forward`, its `out` and `log_total`, `means` of `caches_again`, and
-    d_out, the gradient of what forward returns (gated, if there are gates). With d_mean float32 [B, H, S, V], the
-    gradient of `mean`, those of the state are made too.
+    """Runs the kernel. x: the operands, see core.py; those of `forward`, its `out` and `log_total`, the `means` of
+    `caches_again`, and d_out, the gradient of forward's result (gated, if there are gates). With d_mean float32 [B, H,
+    S, V], the gradient of `mean`, those of the state are computed, too.
 
     Returns the gradients q [R, B, H, G, L, K], k [R, B, H, L, K], v [R, B, H, L, V], gate; by_distance float32
-    [B, H, L, K], a row's; small_sums float32 [R, B, H, G, I, 8, K], a tile's, of SMALL_SUMS; and for the state
-    k_window, v_window, float32 like theirs, and first_mean. Those of q and k are float32 where other devices have more
-    to add to them.
+    [B, H, L, K], one per row; small_sums float32 [R, B, H, G, I, 8, K], one per tile, with the rows SMALL_SUMS; and for
+    the state k_window, v_window, float32 and shaped like them, and first_mean. Those of q and k are float32 if other
+    devices add to them.
     """
     kernel = functools.partial(_backward_kernel, shape, "d_mean" in x)
     made = backward_operands(shape, x).run(kernel, "tvq_backward", shape, x, shape.multiply_adds(3, 2))
@@ -59,7 +60,7 @@ def _sum_of_parts(x: jax.Array) -> jax.Array:
 
 
 def backward_operands(shape: Shape, x: dict) -> Operands:
-    """Arrays, or ShapeDtypeStructs, as the backward kernel takes them."""
+    """The operands of the backward kernel, from arrays or ShapeDtypeStructs."""
     operands, order = Operands(), lambda r: shape.n_blocks - 1 - r
     pieces, columns, copy = Pieces(shape, order), Pieces(shape, order, "columns"), Pieces(shape, order, "copy")
     take_sources(operands, pieces, shape, x)
@@ -86,7 +87,7 @@ def backward_operands(shape: Shape, x: dict) -> Operands:
     operands.give("small_sums", (parts, *queries, shape.n_tiles, 8, d_k), f32, copy.sums_of_tile(d_k))
 
     operands.hold("k_window", (length, d_k), shape.dtype)
-    operands.hold("values", (2, length, width), shape.dtype)  # of even and of odd blocks, as the next three
+    operands.hold("values", (2, length, width), shape.dtype)  # for even and odd blocks, as are the next three
     operands.hold("d_k", (2, length, d_k), f32)
     operands.hold("d_v", (2, length, width), f32)
     operands.hold("d_distance", (length, d_k), f32)
@@ -175,7 +176,7 @@ def _activated(shape: Shape, values) -> jax.Array:
 
 
 def _take_from_sums(shape: Shape, ref, block) -> None:
-    """The gradient of what leaves after this block, and of the sums before it."""
+    """Takes the gradient of the values that leave after this block, and of the sums before it."""
     kept = (ref.kept[block, ref.row] > 0).astype(jnp.float32)
     leaving = one_hot(ref.leaving[...], shape.n_code, shape.dtype)
     for columns in chunks(shape.width):
@@ -185,7 +186,7 @@ def _take_from_sums(shape: Shape, ref, block) -> None:
 
 
 def _of_tile(shape: Shape, ref, now, before) -> None:
-    """All gradients of one tile's queries: its own are written, the others added to."""
+    """Computes all gradients for one tile of queries: writes its own, and adds to the others."""
     dtype, first = shape.dtype, ref.tile * shape.tile
     q = ref.q[...]
     q_content, q_position = q + ref.u[...], q + ref.v_bias[...]
@@ -199,7 +200,7 @@ def _of_tile(shape: Shape, ref, now, before) -> None:
             ref.gate_gradient[:, columns] = (d_out * out * slope).astype(dtype)
             narrow = (d_out * gate).astype(dtype)
             ref.d_before_gate[:, columns] = narrow
-            d_out = narrow.astype(jnp.float32)  # as the matmuls see it: the two terms of dS must cancel
+            d_out = narrow.astype(jnp.float32)  # in the matmuls' precision: the two terms of dS must cancel
         delta += jnp.sum(d_out * out, axis=1, keepdims=True)
     d_out = ref.d_before_gate if shape.is_gated else ref.d_out
 

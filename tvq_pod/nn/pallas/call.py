@@ -1,13 +1,13 @@
-"""How the kernels meet their operands: the grid, the shapes of the pieces that a grid step sees, and names for them.
+"""The kernels' interface to their operands: the grid, the shapes of the pieces for a grid step, and their names.
 
 The grid is (row b, key head h, part p of the values' width, block r, query head g of that key head, tile i of the
-block). Rows, heads and parts are independent of each other; blocks come in order, forward or backward, and what one
-block leaves to the next stays in VMEM scratch. All query heads and tiles of a block read one copy of its keys, values
+block). Rows, heads and parts are independent of each other; blocks run in order, forward or backward, and what one
+block passes to the next stays in VMEM scratch. All query heads and tiles of a block read one copy of its keys, values
 and cache.
 
-A part has some of the columns of the values, of the gates and of the output. It makes all scores and weights itself,
-which takes matmuls of width K only. What its columns add to the gradients of the scores, it adds to the gradients of
-queries and keys: these are linear in the gradients of the scores, so those of all parts are summed afterwards.
+A part has some of the columns of the values, of the gates and of the output. It computes all scores and weights itself,
+which takes matmuls of width K only. Its columns contribute to the gradients of the scores, and so to those of queries
+and keys, which are linear in them: the gradients of all parts are summed afterward.
 """
 
 import dataclasses
@@ -21,16 +21,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-COLUMNS = 512  # of values at a time: a matmul's result must not outgrow what registers and VMEM hold between steps
+COLUMNS = 512  # columns of values at a time: a matmul's result must not outgrow registers and VMEM
 GRID = ("row", "key_head", "part", "step", "query_head", "tile")
 PARALLEL = GRID[:3]
 
 
 @dataclasses.dataclass(frozen=True)
 class Core:
-    """What kernels run on. vmem_bytes: of vector memory; 0: not a TPU, they are run as ordinary JAX operations.
-    n_per_device: cores that share the grid of a kernel, along one of its parallel dimensions. can_turn: it has a rotate
-    by another shift in every row."""
+    """The core that kernels run on. vmem_bytes: its vector memory; 0: it is not a TPU, and kernels run as ordinary JAX
+    operations. n_per_device: cores that share the grid of a kernel, along one of its parallel dimensions. can_turn:
+    whether it can rotate each row by a different shift."""
 
     vmem_bytes: int
     n_per_device: int = 1
@@ -38,18 +38,18 @@ class Core:
 
     @property
     def usable_bytes(self) -> int:
-        """What a kernel may take; the compiler keeps some of it."""
+        """The memory that a kernel may use; the compiler reserves some."""
         return self.vmem_bytes * 7 // 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What the kernels are compiled for, on one device.
+    """The sizes that the kernels are compiled for, on one device.
 
-    tile: queries that a grid step takes; it divides block_len, which is also mem_len. n_parts: of the d_v columns of
+    tile: queries per grid step; it divides block_len, which is also mem_len. n_parts: parts of the d_v columns of
     values. is_summed: several devices share the columns or the query heads, and their gradients are summed. has_cache:
-    agg_cache. through_cache: grad_thru_cache. is_gated: values and gates come as projected, and their SiLU is the
-    kernels' work.
+    agg_cache. through_cache: grad_thru_cache. is_gated: values and gates are raw projections, and the kernels compute
+    their SiLU.
     """
 
     n_blocks: int
@@ -72,24 +72,24 @@ class Shape:
 
     @property
     def n_tiles(self) -> int:
-        """Tiles of a block."""
+        """The number of tiles in a block."""
         return self.block_len // self.tile
 
     @property
     def width(self) -> int:
-        """Columns of values that a part has."""
+        """The number of value columns in a part."""
         return self.d_v // self.n_parts
 
     @property
     def partial_dtype(self):
-        """Type of the gradients of queries and keys as a part makes them: float32 where they are still to be summed, so
-        that they are rounded once. Beside the values they are narrow."""
+        """The dtype of a part's gradients of queries and keys: float32 if they will be summed, so that they are rounded
+        only once. They are narrow compared with the values."""
         return jnp.dtype(jnp.float32) if self.is_summed or self.n_parts > 1 else self.dtype
 
     @property
     def computed_bytes(self) -> int:
-        """Room for what a grid step computes: five times the scores of a tile, and four times some columns of values;
-        and 2 MiB for what is small."""
+        """The memory for a grid step's intermediate results: five times the scores of a tile, four times some columns
+        of values, and 2 MiB for small arrays."""
         columns = 2 * self.block_len + (self.n_code if self.has_cache else 0)
         return 4 * self.tile * (5 * columns + 4 * min(self.width, COLUMNS)) + 2**21
 
@@ -99,8 +99,8 @@ class Shape:
         return self.n_rows, self.n_key_head, self.n_parts, self.n_blocks, self.n_per_key_head, self.n_tiles
 
     def multiply_adds(self, of_keys: int, of_values: int) -> int:
-        """Multiply-adds of all matmuls. of_keys, of_values: how many a query's window, block and cache meet that are as
-        wide as keys and as values. The cache's sums are one more, of values."""
+        """The multiply-adds of all matmuls. of_keys, of_values: the number of matmuls over a query's window, block and
+        cache with the width of keys and of values. The cache's sums are one more, with the width of values."""
         n_blocks, n_code = self.n_rows * self.n_key_head * self.n_blocks, self.n_code if self.has_cache else 0
         columns = self.n_per_key_head * self.block_len * (2 * self.block_len + n_code)
         per_column = of_keys * self.d_k * self.n_parts + of_values * self.d_v
@@ -108,18 +108,18 @@ class Shape:
 
 
 class Pieces:
-    """Block specs by what an array is indexed with. Every piece is a matrix; the axes before it have size 1.
+    """Block specs, by the kind of an array's indices. Every piece is a matrix; the axes before it have size 1.
 
-    block_at: the block that the grid's step r is at. of: what a part has of the array: all of it; its "columns", the
-    last axis having n_parts times as many; or a "copy", the array having an axis for the parts in front.
+    block_at: the block of the grid's step r. of: what a part gets of the array: "all" of it; its "columns", of which
+    the last axis has n_parts times as many; or a "copy", if the array has a leading axis for the parts.
     """
 
     def __init__(self, shape: Shape, block_at: Callable = lambda r: r, of: Literal["all", "columns", "copy"] = "all"):
         self._shape, self._block_at, self._of = shape, block_at, of
 
     def _piece(self, n_axes: int, height: int, width: int, index: Callable) -> pl.BlockSpec:
-        """index(b, h, r, g, i): the place of a piece of an array of n_axes, for all but its last axis if that is not
-        cut."""
+        """Makes a block spec. index(b, h, r, g, i): the index of a piece in an array of n_axes, without the last axis
+        if that is not cut."""
         sizes = (*[None] * (n_axes - 2 + (self._of == "copy")), height, width)
 
         def index_map(b, h, p, r, g, i, *_):
@@ -131,23 +131,23 @@ class Pieces:
         return pl.BlockSpec(sizes, index_map)
 
     def of_tile(self, width: int) -> pl.BlockSpec:
-        """The part of [R, B, H, G, L, width] that is the rows of a tile."""
+        """The rows of a tile in [R, B, H, G, L, width]."""
         return self._piece(6, self._shape.tile, width, lambda b, h, r, g, i: (r, b, h, g, i))
 
     def of_tile_as_row(self) -> pl.BlockSpec:
-        """The part of [R, B, H, G, 1, L] that is one number for each query of a tile."""
+        """One number for each query of a tile, in [R, B, H, G, 1, L]."""
         return self._piece(6, 1, self._shape.tile, lambda b, h, r, g, i: (r, b, h, g, 0, i))
 
     def of_tile_in_any_head(self) -> pl.BlockSpec:
-        """The part of [R, B, 1, L] that is the same, for all heads alike."""
+        """One number for each query of a tile, the same for all heads, in [R, B, 1, L]."""
         return self._piece(4, 1, self._shape.tile, lambda b, h, r, g, i: (r, b, 0, i))
 
     def sums_of_tile(self, width: int) -> pl.BlockSpec:
-        """The part of [R, B, H, G, I, 8, width] that is eight rows for each tile."""
+        """Eight rows for each tile, in [R, B, H, G, I, 8, width]."""
         return self._piece(7, 8, width, lambda b, h, r, g, i: (r, b, h, g, i, 0))
 
     def of_block(self, height: int, width: int, back: int = 0) -> pl.BlockSpec:
-        """A block of [R, B, H, height, width]. back: so many blocks earlier; the first again where there is none."""
+        """A block of [R, B, H, height, width]. back: how many blocks earlier; the first block if there is none."""
         return self._piece(5, height, width, lambda b, h, r, g, i: (jnp.maximum(r - back, 0) if back else r, b, h, 0))
 
     def of_state(self, height: int, width: int) -> pl.BlockSpec:
@@ -173,20 +173,21 @@ class Operands:
         self._of_stacks: list[pl.BlockSpec] = []
 
     def take(self, name: str, array: jax.Array, spec: pl.BlockSpec) -> None:
-        """An input. One with an axis more than its pieces is a stack of layers' arrays: this layer's is read."""
+        """Adds an input. An array with one axis more than its pieces is a stack over layers, of which this layer's is
+        read."""
         assert spec.block_shape is not None
         self.inputs[name] = array, self._of_layer(spec) if array.ndim > len(spec.block_shape) else spec
 
     def give(self, name: str, shape: tuple[int, ...], dtype, spec: pl.BlockSpec) -> None:
-        """An output."""
+        """Adds an output."""
         self.outputs[name] = jax.ShapeDtypeStruct(shape, dtype), spec
 
     def hold(self, name: str, shape: tuple[int, ...], dtype) -> None:
-        """An array in VMEM that stays from grid step to grid step."""
+        """Adds an array in VMEM that persists between grid steps."""
         self.scratch[name] = pltpu.VMEM(shape, dtype)
 
     def _in_pieces(self) -> list[tuple[jax.ShapeDtypeStruct, pl.BlockSpec]]:
-        """Inputs and outputs that travel, of this layer."""
+        """This layer's inputs and outputs that are moved between memories."""
         found = []
         for array, spec in (*self.inputs.values(), *self.outputs.values()):
             if spec.block_shape is not None:
@@ -195,7 +196,7 @@ class Operands:
         return found
 
     def _into_stacks(self, x: dict) -> dict[int, int]:
-        """Lets outputs be written into the stacks that x has for them. Returns which input is which output's memory."""
+        """Aliases outputs with the stacks that x has for them. Returns the output for each aliased input."""
         aliases = {}
         for place, (name, (output, spec)) in enumerate(self.outputs.items()):
             if (stack := x.get(f"{name}_stack")) is not None:
@@ -205,7 +206,7 @@ class Operands:
         return aliases
 
     def _of_layer(self, spec: pl.BlockSpec) -> pl.BlockSpec:
-        """The same piece, of the array that this layer has in a stack."""
+        """The same piece, in this layer's array within a stack."""
         block_shape, index_map = spec.block_shape, spec.index_map
         assert block_shape is not None
         assert index_map is not None
@@ -214,9 +215,9 @@ class Operands:
         return of_stack
 
     def needed_bytes(self, shape: Shape, scarce: bool = True) -> int:
-        """An estimate, from above, of what the kernel takes of VMEM: twice the pieces, since the next ones travel
-        meanwhile; the scratch; and what is computed, for which half the room will do where VMEM is scarce. Gradients
-        of the state are written at once and take more. The last two axes of an array are padded to whole tiles."""
+        """An upper estimate of the kernel's VMEM: twice the pieces, since the next ones are moved in the meantime; the
+        scratch; and intermediate results, for which half the room is enough if VMEM is scarce. Gradients of the state
+        are written at once and take more. The last two axes of an array are padded to full tiles."""
         pieces = [(spec.block_shape, array.dtype) for array, spec in self._in_pieces()]
         held = [(memory.shape, memory.dtype) for memory in self.scratch.values()]
         there = sum(2 * _padded_bytes(*piece) for piece in pieces) + sum(_padded_bytes(*array) for array in held)
@@ -224,12 +225,12 @@ class Operands:
         return there + more + shape.computed_bytes // (2 if scarce else 1)
 
     def run(self, kernel: Callable, name: str, shape: Shape, x: dict, multiply_adds: int) -> dict[str, jax.Array]:
-        """The outputs of kernel(refs) over the grid. refs has as attributes the operands; `kept`, int32 [R, B], in
-        scalar memory; and the place in the grid, row, key_head, part, step (of blocks), query_head and tile.
+        """Runs kernel(refs) over the grid, and returns its outputs. The attributes of refs are the operands; `kept`,
+        int32 [R, B], in scalar memory; and the grid indices row, key_head, part, step (of blocks), query_head and tile.
 
         x: has kept; layer, int32 [1], if some operands are stacks; and under NAME_stack, the stack that output NAME is
-        to be written into. multiply_adds: of all matmuls over the grid. The compiler is told of them, and of what
-        travels."""
+        written into. multiply_adds: those of all matmuls over the grid. They are passed to the compiler as a cost
+        estimate, with the bytes that are moved."""
         aliases = self._into_stacks(x)
         names = [*self.inputs, *self.outputs, *self.scratch]
 
@@ -253,7 +254,7 @@ class Operands:
             out_shape=list(shapes),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=tuple("parallel" if name in PARALLEL else "arbitrary" for name in GRID),
-                # In what is left over, XLA keeps arrays from one operation to the next: a step of one layer of
+                # XLA uses the remaining VMEM to keep arrays between operations: a step of one layer of
                 # configs/throughput.py takes 2.44 ms then, kernels left out, and 2.53 where they may have all
                 vmem_limit_bytes=min(shape.core.usable_bytes, self.needed_bytes(shape, scarce=False)),
             ),

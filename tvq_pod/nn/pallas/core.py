@@ -1,11 +1,11 @@
-"""The attention core of all blocks, by the kernels, with its gradient: what attn.py calls with `attention="pallas"`.
+"""The attention core for all blocks, by the kernels, with its gradient: attn.py calls it with `attention="pallas"`.
 
-It does what attend.py, cache.py and scores.py do, and the SiLU of values and gates besides. What is small is made by
-XLA (start.py). Gradients go to queries, u, v, keys, values, gates, the relative table and the state; reverse mode only.
-For the backward pass the output and the logarithm of each query's sum are kept, and the caches are made again.
+It does what attend.py, cache.py and scores.py do, and also computes the SiLU of values and gates. XLA computes the
+small arrays (start.py). Gradients go to queries, u, v, keys, values, gates, the relative table and the state; reverse
+mode only. The output and the logarithm of each query's sum are kept for the backward pass, which recomputes the caches.
 
-Devices may share the rows, the blocks, the heads, and the columns of values. Each runs the kernels on what it has.
-Gradients of what several of them use are sums over those devices.
+Devices may share the rows, the blocks, the heads, and the columns of values. Each runs the kernels on its part.
+Gradients of arrays that several of them use are sums over these devices.
 
 Shapes: N shards of R blocks of L, B rows, H key heads, G query heads for each, M = L, S codes, K, V.
 """
@@ -29,12 +29,12 @@ STATE = ("k_window", "v_window", "first_mean")
 CONSTANT = (
     "codes", "positions", "sees_cache", "leaving", "kept", "log_counts", "inverse", "inverse_after", "first_count"
 )  # fmt: skip
-OF_SHARD = (*STATE, "first_count", "mean", "d_mean", *(f"{name}_gradient" for name in STATE))  # an axis N in front
+OF_SHARD = (*STATE, "first_count", "mean", "d_mean", *(f"{name}_gradient" for name in STATE))  # with a leading axis N
 
 
 @functools.cache
 def axes_of(value: str) -> dict[str, tuple]:
-    """Names of the axes of every operand and result of the kernels. value: that of V."""
+    """The names of the axes of the kernels' operands and results. value: the name of V."""
     rows, blocks = ("batch", "key_heads"), ("blocks", "batch", "key_heads")
     of_shard, queries = ("shards", *rows), (*blocks, "heads")
     k, v, gate = (*blocks, "token", "key"), (*blocks, "token", value), (*queries, "token", value)
@@ -72,7 +72,7 @@ def fused_attention(
     """Attends all blocks of an update.
 
     q: [N R, B, H, G, L, K]. present: z int32 [N R, B, H, L], k_hat [N R, B, H, L, K], v [N R, B, H, L, V], doc_ids
-    int32 [N R, B, L]. gate: [N R, B, H, G, L, V], or None. With a gate, it and v come as projected: values are
+    int32 [N R, B, L]. gate: [N R, B, H, G, L, V], or None. With a gate, it and v are raw projections: values are
     silu(v), and the output is multiplied by silu(gate). biases: u and v [Q, K], r [H, M + 1, K], codes [H, S, K].
     state: as `VQAttention.initial_state` returns it.
     Returns [N R, B, H, G, L, V] in the dtype of q, and the state after the last block.
@@ -92,9 +92,9 @@ def operands(
     state: dict,
     stacked: dict | None = None,
 ) -> tuple[dict, dict, dict]:
-    """What the kernels take, for the arguments of `fused_attention`, in which config.block_len is L: x, which has a
-    gradient always; others: STATE, which has one if somebody asks, and CONSTANT, which never has; and the next state,
-    without the cache's mean if the kernels make it. stacked: see `start`."""
+    """The kernels' operands for the arguments of `fused_attention`, in which config.block_len is L: x, which always has
+    a gradient; others: STATE, which has one on request, and CONSTANT, which never has one; and the next state, without
+    the cache's mean if the kernels compute it. stacked: see `start`."""
     c, r = config, biases["r"]
     others, new_state = start(c, present, state, gate is not None, stacked)
     u, v_bias = (biases[name].reshape(*q.shape[2:4], 1, c.d_k) for name in ("u", "v"))
@@ -113,8 +113,8 @@ def operands(
 
 
 def with_mean(new_state: dict, mean: jax.Array | None) -> dict:
-    """The next state of `operands`, with the mean as the forward kernel returns it: of several shards, start.py has
-    made the cache."""
+    """The next state of `operands`, with the mean that the forward kernel returns; with several shards, start.py has
+    computed the cache."""
     if mean is None or len(mean) > 1:
         return new_state
     return new_state | dict(aggcache=new_state["aggcache"] | dict(upper_div_lower=mean[0]))
@@ -132,7 +132,7 @@ def _forward(config, x, others):
     others = {name: primal.value for name, primal in others.items()}
     made = core_forward(config, x, others)
     kept = dict(out=made["out"], log_total=made["log_total"])
-    asked = ({},) if to_state else ()  # what is kept has arrays as leaves: so the answer is in its structure
+    asked = ({},) if to_state else ()  # the leaves of what is kept must be arrays, so the structure has the answer
     return (made["gated" if "gate" in x else "out"], made.get("mean")), (x, others, kept, asked)
 
 
@@ -147,10 +147,11 @@ def _backward(config, residuals, cotangents):
 
 
 def core_forward(config: TransformerConfig, x: dict, others: dict) -> dict:
-    """What the forward kernel returns. x, others: see `operands`.
+    """Runs the forward kernel. x, others: see `operands`.
 
-    Any operand may also be a stack of such arrays for all layers, with an axis of n_layer in front; others then has
-    layer, int32 [1]. If others has out_stack or mean_stack, that result is the stack, with this layer's array written.
+    Any operand may also be a stack of such arrays for all layers, with a leading axis of n_layer; others then has
+    layer, int32 [1]. If others has out_stack or mean_stack, that result is the stack, with this layer's array written
+    into it.
     """
     return _on_each_device(forward, forward_operands, config, x | others)
 
@@ -158,8 +159,8 @@ def core_forward(config: TransformerConfig, x: dict, others: dict) -> dict:
 def core_backward(
     config: TransformerConfig, x: dict, others: dict, kept: dict, d_out, d_mean: jax.Array | None, to_state: bool
 ) -> tuple[dict, dict]:
-    """The gradients of x and, to_state, of STATE. x, others: as for `core_forward`. kept: its out and log_total. d_out,
-    d_mean: the gradients of its output, gated if there are gates, and of its mean; None for zeros."""
+    """Computes the gradients of x and, if to_state, of STATE. x, others: as for `core_forward`. kept: its out and
+    log_total. d_out, d_mean: the gradients of its output, gated if there are gates, and of its mean; None for zeros."""
     given = x | others | kept | dict(d_out=d_out)
     if config.agg_cache:
         given |= _on_each_device(caches_again, caches_operands, config, x | others)
@@ -186,7 +187,7 @@ _core.defvjp(_forward, _backward, symbolic_zeros=True)
 def _on_each_device(
     function, operands, config: TransformerConfig, x: dict[str, jax.Array], are_sums: bool = False
 ) -> dict[str, jax.Array]:
-    """function(shape, x), of what each device has. operands: those of the kernel. are_sums: see Placement."""
+    """Runs function(shape, x) on each device's part. operands: those of the kernel. are_sums: see Placement."""
     device_kind, n_per_key_head = placement().device_kind(), x["q"].shape[3]
 
     axes = axes_of(config.value_names[1])
@@ -203,14 +204,14 @@ def _on_each_device(
 
     def of_device(x):
         shape = shape_of(config, device_kind, x["q"].shape, x["v"].shape[-1], "gate" in x)
-        n_shards = x["k_window"].shape[-5]  # on a device, 1
+        n_shards = x["k_window"].shape[-5]  # 1 on a device
         own = {
             name: lax.index_in_dim(array, 0, shard_axis(name, array), keepdims=False)
             if name.removesuffix("_stack") in OF_SHARD
             else array
             for name, array in x.items()
         }
-        if "d_mean" in x:  # devices that share the query heads all have it, and each takes its share
+        if "d_mean" in x:  # all devices that share the query heads have it, and each takes its share
             own["d_mean"] *= shape.n_per_key_head / n_per_key_head
         if "d_mean" in x and config.agg_cache:
             own["inverse_last"] = x["inverse_after"][-1]

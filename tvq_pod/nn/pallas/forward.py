@@ -1,8 +1,8 @@
-"""The forward kernel, and the one that makes the caches again for the backward pass.
+"""The forward kernel, and the one that recomputes the caches for the backward pass.
 
-Block r attends to its window, which is block r - 1, to itself, and to the cache of all before. Then the window leaves,
-and its values are added to the cache's sums. Sums (float32, [S, V]) and the activated values of two blocks stay in
-VMEM; neither windows nor the caches of blocks are ever in HBM.
+Block r attends to its window, which is block r - 1, to itself, and to the cache of all earlier blocks. Then the window
+leaves, and its values are added to the cache's sums. Sums (float32, [S, V]) and the activated values of two blocks stay
+in VMEM; neither windows nor the caches of blocks are ever in HBM.
 """
 
 import dataclasses
@@ -18,16 +18,16 @@ from tvq_pod.nn.pallas.tile import as_column, as_row, chunks, dot, one_hot, scor
 
 
 def forward(shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """x: the operands, see core.py. Returns out [R, B, H, G, L, V], before the gate; gated, the same times the gate's
-    SiLU, if there are gates; log_total float32 [R, B, H, G, 1, L], of each query's sum of weights; with a cache, mean
-    float32 [B, H, S, V], of the cache after the last block."""
+    """Runs the kernel. x: the operands, see core.py. Returns out [R, B, H, G, L, V], before the gate; gated, the same
+    times the gate's SiLU, if there are gates; log_total float32 [R, B, H, G, 1, L], the logarithm of each query's sum
+    of weights; with a cache, mean float32 [B, H, S, V], the cache's after the last block."""
     kernel, multiply_adds = functools.partial(_forward_kernel, shape), shape.multiply_adds(1, 1)
     made = forward_operands(shape, x).run(kernel, "tvq_forward", shape, x, multiply_adds)
-    return made | dict(log_total=made["log_total"][0])  # every part has made the same
+    return made | dict(log_total=made["log_total"][0])  # the same in every part
 
 
 def forward_operands(shape: Shape, x: dict) -> Operands:
-    """Arrays, or ShapeDtypeStructs, as the forward kernel takes them."""
+    """The operands of the forward kernel, from arrays or ShapeDtypeStructs."""
     operands, pieces, columns, copy = Operands(), Pieces(shape), Pieces(shape, of="columns"), Pieces(shape, of="copy")
     take_sources(operands, pieces, shape, x)
     operands.take("k_before_first", x["k_window"], pieces.of_state(shape.block_len, shape.d_k))
@@ -51,7 +51,7 @@ def forward_operands(shape: Shape, x: dict) -> Operands:
 
 
 def take_sources(operands: Operands, pieces: Pieces, shape: Shape, x: dict) -> None:
-    """What keys are made of, and what decides which of them a query sees."""
+    """Adds the operands that keys are made from, and those that decide which keys a query sees."""
     operands.take("k", x["k"], pieces.of_block(shape.block_len, shape.d_k))
     operands.take("by_distance", x["by_distance"], pieces.of_head(shape.block_len, shape.d_k))
     operands.take("at_reach", x["at_reach"], pieces.of_head(1, shape.d_k))
@@ -63,18 +63,18 @@ def take_sources(operands: Operands, pieces: Pieces, shape: Shape, x: dict) -> N
 
 
 def take_queries(operands: Operands, pieces: Pieces, shape: Shape, x: dict) -> None:
-    """Queries, and what is added to them."""
+    """Adds the queries, and the vectors that are added to them."""
     operands.take("q", x["q"], pieces.of_tile(shape.d_k))
     for name in ("u", "v_bias"):
         operands.take(name, x[name], pieces.of_query_head(shape.d_k))
 
 
 def take_sums(operands: Operands, shape: Shape, x: dict) -> None:
-    """What the cache's running sums are made of."""
+    """Adds the operands of the cache's running sums."""
     pieces, columns = Pieces(shape), Pieces(shape, of="columns")
     operands.take("v", x["v"], columns.of_block(shape.block_len, shape.width))
     operands.take("v_window", x["v_window"], columns.of_state(shape.block_len, shape.width))
-    operands.hold("values", (2, shape.block_len, shape.width), shape.dtype)  # of even and of odd blocks
+    operands.hold("values", (2, shape.block_len, shape.width), shape.dtype)  # for even and odd blocks
     if shape.has_cache:
         operands.take("leaving", x["leaving"], pieces.of_block(1, shape.block_len))
         operands.take("inverse", x["inverse"], pieces.of_block(1, shape.n_code))
@@ -95,8 +95,8 @@ def _forward_kernel(shape: Shape, ref) -> None:
         if shape.has_cache:
             ref.means[...] = (ref.sums[...] * as_column(ref.inverse[...])).astype(shape.dtype)
 
-    # A tile needs no values of the tiles after it, but as something that a weight of 0 can be multiplied with. So the
-    # vector unit activates them tile by tile, while the matrix unit is busy.
+    # A tile needs the values of later tiles only as factors of weights that are 0. So the vector unit activates values
+    # tile by tile, while the matrix unit is busy.
     q, first = ref.q[...], ref.tile * shape.tile
     rows = pl.ds(pl.multiple_of(first, shape.tile), shape.tile)
     for columns in chunks(shape.width):
@@ -139,19 +139,19 @@ def ends(shape: Shape, ref) -> tuple[jax.Array, jax.Array]:
 
 
 def _start_sums(shape: Shape, ref) -> None:
-    """The window's values, and the cache's sums, as the state has them."""
+    """Initializes the window's values and the cache's sums from the state."""
     ref.values[1] = ref.v_window[...]
     if shape.has_cache:
         ref.sums[...] = ref.first_mean[...] * as_column(ref.first_count[...])
 
 
 def activated(shape: Shape, values: jax.Array) -> jax.Array:
-    """Values as attention takes them: SiLU of what was projected, if there are gates."""
+    """The values for attention: the SiLU of the projection, if there are gates."""
     return silu(values).astype(shape.dtype) if shape.is_gated else values
 
 
 def _add_leaving(shape: Shape, ref):
-    """The window leaves: the cache's sums after this block, some columns at a time."""
+    """Adds the window, which leaves after this block, to the cache's sums, some columns at a time."""
     kept = (ref.kept[ref.step, ref.row] > 0).astype(jnp.float32)
     leaving = one_hot(ref.leaving[...], shape.n_code, shape.dtype)
     for columns in chunks(shape.width):
@@ -162,14 +162,14 @@ def _add_leaving(shape: Shape, ref):
 
 
 def caches_again(shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Returns means [R, B, H, S, V], in `dtype`: those that each block meets."""
+    """Returns means [R, B, H, S, V], in `dtype`: those of the cache that each block attends to."""
     shape = one_step_a_block(shape)
     kernel, multiply_adds = functools.partial(_caches_kernel, shape), shape.multiply_adds(0, 0)
     return caches_operands(shape, x).run(kernel, "tvq_caches", shape, x, multiply_adds)
 
 
 def caches_operands(shape: Shape, x: dict) -> Operands:
-    """Arrays, or ShapeDtypeStructs, as the kernel takes them that makes the caches again."""
+    """The operands of the kernel that recomputes the caches, from arrays or ShapeDtypeStructs."""
     shape, operands = one_step_a_block(shape), Operands()
     take_sums(operands, shape, x)
     means = shape.n_blocks, shape.n_rows, shape.n_key_head, shape.n_code, shape.d_v
@@ -178,7 +178,7 @@ def caches_operands(shape: Shape, x: dict) -> Operands:
 
 
 def one_step_a_block(shape: Shape) -> Shape:
-    """The grid of kernels that queries have no part in."""
+    """The grid of kernels without queries."""
     return dataclasses.replace(shape, n_per_key_head=1, tile=shape.block_len)
 
 

@@ -1,8 +1,8 @@
-"""What a shard's own values add to the cache's sums before its last block, and the gradient of that.
+"""The sums that a shard's own values add to the cache before its last block, and their gradient.
 
-Shards must know their totals before any of them can run the forward kernel (start.py); and the gradient of a total is
-known when all of them have run the backward kernel. So both are kernels of their own, of one matmul a block. XLA would
-move the activated values, the slope of SiLU and the one-hot matrices through memory.
+Shards must know their totals before any of them can run the forward kernel (start.py), and the gradient of a total is
+known only after all of them have run the backward kernel. So both are separate kernels, with one matmul per block. XLA
+would move the activated values, the slope of SiLU and the one-hot matrices through memory.
 """
 
 import functools
@@ -17,16 +17,16 @@ from tvq_pod.nn.pallas.tile import chunks, dot, dot_at, one_hot, silu_and_slope
 
 
 def leaving_sums(shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """x: v [R, B, H, L, V], or a stack of layers'; leaving int32 [R, B, H, 1, L], the codes of a block's tokens, -1 for
-    those that don't count, as all of the last block; kept, layer: see `Operands.run`. Returns total float32
-    [B, H, S, V]."""
+    """Computes the sums. x: v [R, B, H, L, V], or a stack over layers; leaving int32 [R, B, H, 1, L], the codes of a
+    block's tokens, -1 for those that don't count, such as all of the last block; kept, layer: see `Operands.run`.
+    Returns total float32 [B, H, S, V]."""
     shape = one_step_a_block(shape)
     kernel = functools.partial(_sums_kernel, shape)
     return sums_operands(shape, x).run(kernel, "tvq_leaving", shape, x, _multiply_adds(shape))
 
 
 def sums_operands(shape: Shape, x: dict) -> Operands:
-    """Arrays, or ShapeDtypeStructs, as `leaving_sums` takes them."""
+    """The operands of `leaving_sums`, from arrays or ShapeDtypeStructs."""
     shape, operands = one_step_a_block(shape), Operands()
     _take(operands, shape, x)
     total, columns = (shape.n_rows, shape.n_key_head, shape.n_code, shape.d_v), Pieces(shape, of="columns")
@@ -35,14 +35,15 @@ def sums_operands(shape: Shape, x: dict) -> Operands:
 
 
 def leaving_gradient(shape: Shape, x: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """x: that of `leaving_sums`, and d_total [B, H, S, V] in `dtype`. Returns v_gradient [R, B, H, L, V]."""
+    """Computes the gradient. x: that of `leaving_sums`, and d_total [B, H, S, V] in `dtype`. Returns v_gradient [R, B,
+    H, L, V]."""
     shape = one_step_a_block(shape)
     kernel = functools.partial(_gradient_kernel, shape)
     return gradient_operands(shape, x).run(kernel, "tvq_leaving_backward", shape, x, _multiply_adds(shape))
 
 
 def gradient_operands(shape: Shape, x: dict) -> Operands:
-    """Arrays, or ShapeDtypeStructs, as `leaving_gradient` takes them."""
+    """The operands of `leaving_gradient`, from arrays or ShapeDtypeStructs."""
     shape, operands = one_step_a_block(shape), Operands()
     _take(operands, shape, x)
     columns = Pieces(shape, of="columns")
@@ -54,7 +55,7 @@ def gradient_operands(shape: Shape, x: dict) -> Operands:
 
 
 def _multiply_adds(shape: Shape) -> int:
-    """Multiply-adds of all blocks but the last."""
+    """The multiply-adds of all blocks except the last."""
     return shape.n_rows * shape.n_key_head * (shape.n_blocks - 1) * shape.n_code * shape.block_len * shape.d_v
 
 

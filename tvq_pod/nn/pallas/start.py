@@ -1,7 +1,7 @@
-"""What the kernels start with, made by XLA: counts, positions, and the state before the first block of every shard.
+"""The kernels' initial inputs, computed by XLA: counts, positions, and the state before the first block of every shard.
 
-Where the blocks of an update are spread over devices, the kernels of each run from the state that its shard starts
-with (sequence.py). So nothing is added to the caches of a shard's blocks afterwards: what the shards before it leave
+If the blocks of an update are sharded over devices, the kernels of each run from the state that its shard starts with
+(sequence.py). So nothing is added to the caches of a shard's blocks afterward: the cache after the earlier shards
 enters as the first sum.
 """
 
@@ -24,13 +24,14 @@ from tvq_pod.nn.window import leaving_chunks
 def start(
     config: TransformerConfig, present: dict, state: dict, is_gated: bool, stacked: dict | None = None
 ) -> tuple[dict, dict]:
-    """present, state: see `fused_attention` in core.py. is_gated: values are still to be activated. stacked: where the
-    values lie in a stack of layers', v of all layers, and layer, int32 [1]: kernels read them there.
+    """Computes the inputs. present, state: see `fused_attention` in core.py. is_gated: values are not activated yet.
+    stacked: if the values are in a stack over layers, v for all layers, and layer, int32 [1]: kernels read them from
+    there.
 
     Returns operands of the kernels: k_window [N, B, H, M, K], v_window [N, B, H, M, V], positions and kept; with
-    agg_cache first_mean [N, B, H, S, V] and first_count [N, B, H, 1, S], whose product is the first sum, and what is
-    made of counts. And the state after the last block, in which the cache's means are those before the update if there
-    is one shard.
+    agg_cache first_mean [N, B, H, S, V] and first_count [N, B, H, 1, S], whose product is the first sum, and arrays
+    derived from counts. Also returns the state after the last block, in which the cache's means are those before the
+    update if there is one shard.
     """
     c = config
     heads, value = c.value_names
@@ -64,7 +65,7 @@ def start(
 
 
 def _start(c: TransformerConfig, is_gated: bool, present: dict, state: dict, axis: str | None) -> tuple[dict, dict]:
-    """`start`, of one shard."""
+    """`start`, for one shard."""
     ids_alone = state | dict(xlcache=dict(doc_ids=state["xlcache"]["doc_ids"]))
     own_total = present.get("own_total")  # [1, B, H, S, V], if there are several shards
     present = {name: x for name, x in present.items() if name != "own_total"}
@@ -84,14 +85,14 @@ def _start(c: TransformerConfig, is_gated: bool, present: dict, state: dict, axi
     else:
         assert own_total is not None
         latest, kept, z, counts, lower_after = counts_of_shard(cache, leaving, c.reduction, axis)
-        # the chunk that leaves first is the window: the shard before has made it
+        # the chunk that leaves first is the window, which the previous shard has computed
         of_last_document = jnp.where((latest[1] == latest[-1])[:, None, None], z[0], -1)
         onehot = jax.nn.one_hot(of_last_document, c.n_code, dtype=window["v"].dtype)
         total = jnp.einsum("bhls,bhlv->bhsv", onehot, window["v"], preferred_element_type=jnp.float32)
         total = total + own_total[0]
         first_sums = cache["upper_div_lower"] * cache["lower"][..., None]
         first_mean, sums_after = exclusive_scan(first_sums, total, latest[-1] == latest[0], axis)
-        first_count = jnp.ones_like(counts[0])  # what came is the sum already
+        first_count = jnp.ones_like(counts[0])  # `first_mean` is already a sum
         after = dict(
             upper_div_lower=sums_after / jnp.maximum(lower_after, 1.0)[..., None],
             lower=lower_after,
@@ -120,7 +121,7 @@ def _activated(v: jax.Array, is_gated: bool) -> jax.Array:
 
 
 def _of_shard(x: jax.Array, axis: str | None) -> jax.Array:
-    """x with an axis N in front. axis None: of all shards, whose shapes alone are asked for unless there is one."""
+    """x with a leading axis N. axis None: for all shards; unless there is one, only the shapes matter."""
     return jnp.broadcast_to(x, (1 if axis else placement().n_shards("blocks"), *x.shape))
 
 
@@ -128,8 +129,8 @@ def _of_shard(x: jax.Array, axis: str | None) -> jax.Array:
 def own_sums(
     config: TransformerConfig, is_gated: bool, v: jax.Array, z: jax.Array, doc_ids: jax.Array, stacked: dict
 ) -> jax.Array:
-    """The sum for each code of a shard's own values that leave during its blocks, of all its blocks but the last:
-    those of the document that the last of them has. Float32 [N, B, H, S, V].
+    """The sum for each code of a shard's own values that leave during its blocks, which are those of all its blocks
+    except the last, in the document of the last of these. Float32 [N, B, H, S, V].
 
     v [N R, B, H, L, V], z [N R, B, H, L], doc_ids [N R, B, L]; stacked: see `start`.
     """
@@ -152,7 +153,7 @@ own_sums.defvjp(_own_sums_forward, _own_sums_backward)
 
 
 def _on_shards(config: TransformerConfig, is_gated: bool, function, operands, x: dict) -> dict:
-    """A kernel of leaving.py, of what each device has. x: v, or a stack with layer; z; doc_ids; d_total."""
+    """Runs a kernel of leaving.py on each device's part. x: v, or a stack with layer; z; doc_ids; d_total."""
     heads, value = config.value_names
     blocks, device_kind = ("blocks", "batch", heads), placement().device_kind()
     n_shards, n_blocks = placement().n_shards("blocks"), len(x["z"])
@@ -170,7 +171,7 @@ def _on_shards(config: TransformerConfig, is_gated: bool, function, operands, x:
     def of_device(x):
         own = {name: array for name, array in x.items() if name not in ("z", "doc_ids")}
         ids, z = x["doc_ids"], x["z"]
-        counted = ids[:-1] == ids[-2:-1, :, -1:]  # nothing of the last block leaves
+        counted = ids[:-1] == ids[-2:-1, :, -1:]  # no token of the last block leaves
         leaving = jnp.concatenate([jnp.where(counted[:, :, None], z[:-1], -1), jnp.full_like(z[:1], -1)])
         own |= dict(leaving=leaving[:, :, :, None], kept=jnp.ones(leaving.shape[:2], jnp.int32))
         if "d_total" in own:
@@ -178,7 +179,7 @@ def _on_shards(config: TransformerConfig, is_gated: bool, function, operands, x:
         q_shape = *leaving.shape[:3], 1, leaving.shape[3], config.d_k
         shape = shape_of(config, device_kind, q_shape, own["v"].shape[-1], is_gated)
         made = function(sized(shape, operands, own), own)
-        n_here = n_shards * len(z) // n_blocks  # all, where shapes alone are asked for
+        n_here = n_shards * len(z) // n_blocks  # all, where only the shapes matter
         return {name: jnp.broadcast_to(a, (n_here, *a.shape)) if name == "total" else a for name, a in made.items()}
 
     return placement().on_each_device(of_device, axes_with_layers)(x)

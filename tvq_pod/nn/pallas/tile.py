@@ -1,7 +1,7 @@
-"""What the kernels compute on one tile of queries, and the shapes that a TPU's vector unit wants.
+"""The kernels' computations on one tile of queries, in shapes that suit a TPU's vector unit.
 
-A tile is t queries of a block, from place `first` on. Its scores are three matrices, float32: window [t, L], block
-[t, L] and cache [t, S]. Numbers that belong to a query come as a row [1, t] and are used as a column [t, 1].
+A tile is t queries of a block, from index `first` on. Its scores are three matrices, float32: window [t, L], block [t,
+L] and cache [t, S]. Numbers that belong to a query are passed as a row [1, t] and used as a column [t, 1].
 """
 
 from typing import NamedTuple
@@ -18,78 +18,78 @@ LANES = 128
 
 
 def chunks(width: int) -> list[slice]:
-    """The columns of values, some at a time."""
+    """Slices of the columns of values, some at a time."""
     return [slice(begin, min(begin + COLUMNS, width)) for begin in range(0, width, COLUMNS)]
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a @ b, float32."""
+    """Computes a @ b, float32."""
     return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def dot_bt(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a @ b.T, float32."""
+    """Computes a @ b.T, float32."""
     return lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def dot_at(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a.T @ b, float32."""
+    """Computes a.T @ b, float32."""
     return lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def as_column(row: jax.Array) -> jax.Array:
-    """[1, n] -> [n, 1]: a transpose of whole lanes is one that the hardware has."""
+    """Transposes a row [1, n] to [n, 1], which the hardware can do for full lanes."""
     return jnp.transpose(jnp.broadcast_to(row, (LANES, row.shape[1])))[:, :1]
 
 
 def as_row(column: jax.Array) -> jax.Array:
-    """[n, 1] -> [1, n]."""
+    """Transposes a column [n, 1] to [1, n]."""
     return jnp.transpose(jnp.broadcast_to(column, (column.shape[0], LANES)))[:1]
 
 
 def silu(x: jax.Array) -> jax.Array:
-    """x sigmoid(x), float32."""
+    """Computes x sigmoid(x), float32."""
     half = 0.5 * x.astype(jnp.float32)
     return half + half * jnp.tanh(half)
 
 
 def silu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x sigmoid(x), and its derivative, sigmoid(x) (1 + x (1 - sigmoid(x))); float32."""
+    """Computes x sigmoid(x), and its derivative, sigmoid(x) (1 + x (1 - sigmoid(x))); float32."""
     x = x.astype(jnp.float32)
     sigmoid = 0.5 + 0.5 * jnp.tanh(0.5 * x)
     return x * sigmoid, sigmoid * (1.0 + x * (1.0 - sigmoid))
 
 
 def one_hot(shortcodes: jax.Array, n_code: int, dtype) -> jax.Array:
-    """Shortcodes [1, L], -1 for none -> [S, L], 1 where the token has the code."""
+    """One-hot matrix [S, L], 1 where the token has the code, of shortcodes [1, L], -1 for none."""
     code = lax.broadcasted_iota(jnp.int32, (n_code, shortcodes.shape[1]), 0)
     return (code == shortcodes).astype(dtype)
 
 
 class Scores(NamedTuple):
-    """The matrices of one tile: for the window, for the block, and for the cache, or None without a cache."""
+    """The score matrices of one tile: for the window, for the block, and for the cache, or None without a cache."""
 
     window: jax.Array
     block: jax.Array
     cache: jax.Array | None
 
     def there(self) -> list[jax.Array]:
-        """Those that there are."""
+        """The matrices that are not None."""
         return [scores for scores in self if scores is not None]
 
 
 def places(shape: Shape, first: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Places of a tile's queries and of a block's keys in the block, int32 [t, L] each."""
+    """Indices in the block of a tile's queries and of the block's keys, int32 [t, L] each."""
     size = shape.tile, shape.block_len
     return first + lax.broadcasted_iota(jnp.int32, size, 0), lax.broadcasted_iota(jnp.int32, size, 1)
 
 
 def scores_of_tile(shape: Shape, ref, q_content, q_position, k_window, first) -> Scores:
-    """q_content, q_position [t, K]: queries plus u and plus v. k_window [L, K]. The other operands are those of the
-    kernels: k, codes, by_distance, at_reach, positions, sees_cache, log_counts.
+    """Computes the scores of a tile. q_content, q_position [t, K]: queries plus u and plus v. k_window [L, K]. The
+    other operands are those of the kernels: k, codes, by_distance, at_reach, positions, sees_cache, log_counts.
 
-    The query at place a of its block sees distance d at column M + a - d of window and block, so row a of the biases by
-    distance is turned right by a: `by_distance` has distance -m mod L in row m, and `turn` does the rest.
+    The query at index a in its block sees distance d at column M + a - d of window and block, so row a of the biases by
+    distance is rotated right by a: `by_distance` has distance -m mod L in row m, and `turn` does the rest.
     """
     turned = turn(shape, dot_bt(q_position, ref.by_distance[...]), first)
     farthest = jnp.sum(q_position.astype(jnp.float32) * ref.at_reach[...].astype(jnp.float32), axis=1, keepdims=True)
@@ -111,10 +111,10 @@ def scores_of_tile(shape: Shape, ref, q_content, q_position, k_window, first) ->
 
 
 def turn(shape: Shape, x: jax.Array, first: jax.Array) -> jax.Array:
-    """x [t, L], float32, with row a turned right by first + a.
+    """Rotates row a of x [t, L], float32, right by first + a.
 
-    A TPU from v5 on has an instruction for it. The others turn all rows by each power of two, and each row takes the
-    turns that are bits of its a.
+    TPUs from v5 on have an instruction for it. Others rotate all rows by each power of two, and each row takes the
+    rotations that are bits of its a.
     """
     if shape.core.can_turn:
         return pltpu.roll(x, first, 1, stride=1, stride_axis=0)
@@ -126,16 +126,17 @@ def turn(shape: Shape, x: jax.Array, first: jax.Array) -> jax.Array:
 
 
 def turned_back(shape: Shape, d_turned: jax.Array, first: jax.Array) -> jax.Array:
-    """The inverse of the turn in `scores_of_tile`, rows upside down: [t, L] float32 -> [t, L].
+    """Inverts the rotation in `scores_of_tile`, with the rows in reverse order: [t, L] float32 -> [t, L].
 
-    `turn` turns each row one further right than the row before it. Upside down, one further left is that.
+    `turn` rotates each row one step further right than the row before it. With the rows in reverse order, this is one
+    step further left.
     """
     shift = lax.rem(2 * shape.block_len - first - shape.tile + 1, shape.block_len)
     return turn(shape, upside_down(shape, d_turned), shift)
 
 
 def upside_down(shape: Shape, x: jax.Array) -> jax.Array:
-    """[t, n] -> float32 [t, n], the last row first: by a matmul, since no instruction does it. Exact in `dtype`."""
+    """Reverses the rows of x [t, n], float32: with a matmul, since there is no instruction for it. Exact in `dtype`."""
     row, column = (lax.broadcasted_iota(jnp.int32, (shape.tile, shape.tile), axis) for axis in (0, 1))
     flip = (row + column == shape.tile - 1).astype(shape.dtype)
     precision = lax.Precision.HIGHEST if shape.dtype == jnp.float32 else None
