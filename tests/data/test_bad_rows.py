@@ -48,15 +48,15 @@ def not_utf8_strings() -> pyarrow.Array:
 
 JSON_ROWS = [b'{"text": "good"}', None, b'{"text": "also"}']
 BAD_JSON = {
-    "null in place of text": b'{"text": null}', "without the field text": b'{"body": "x"}',
-    "another type than text": b'{"text": [1, "x"]}', "not UTF-8": b'{"text": "caf\xe9"}',
+    "null instead of text": b'{"text": null}', "without the field text": b'{"body": "x"}',
+    "not text": b'{"text": [1, "x"]}', "not UTF-8": b'{"text": "caf\xe9"}',
     "half of a surrogate pair": SURROGATE.encode(), "not JSON": b'{"text": "x', "nested too deeply": b"[" * 100_000,
 }  # fmt: skip
 CASES = [
     *((writer, suffix, why, [bad if row is None else row for row in JSON_ROWS])
       for writer, suffix in ((write_jsonl, ".jsonl"), (write_array_record, ".array_record"))
       for why, bad in BAD_JSON.items()),
-    (write_parquet, ".parquet", "null in place of text", ["good", None, "also"]),
+    (write_parquet, ".parquet", "null instead of text", ["good", None, "also"]),
 ]  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def test_many_bad_rows_are_counted_by_reason_with_the_first_three_places(tmp_pat
     rows = [b'{"text": null}'] * 5 + [b"{"] * 2 + [b'{"text": "good"}']
     make(write_jsonl(tmp_path / "docs.jsonl", rows), tmp_path, bad_rows="skip")
     said = capsys.readouterr().err
-    assert "5 left out, null in place of text: docs.jsonl:1, docs.jsonl:2, docs.jsonl:3, ...\n" in said
+    assert "5 left out, null instead of text: docs.jsonl:1, docs.jsonl:2, docs.jsonl:3, ...\n" in said
     assert "2 left out, not JSON: docs.jsonl:6, docs.jsonl:7\n" in said
 
 
@@ -168,11 +168,11 @@ def test_a_column_without_text_is_named_or_all_its_rows_are_left_out(tmp_path, c
     write_parquet(tmp_path / "a.parquet", ["good"])
     write_parquet(tmp_path / "b.parquet", [1, 2, 3])
     write_parquet(tmp_path / "c.parquet", ["x"], name="body")
-    with pytest.raises(UserError, match=r"config.data.text_field=text: .*b.parquet has int64 there, and no text"):
+    with pytest.raises(UserError, match=r"config.data.text_field=text: .*b.parquet has int64 there instead of text"):
         texts(tmp_path)
     make(tmp_path, tmp_path.parent, bad_rows="skip")
     said = capsys.readouterr().err
-    assert "3 left out, another type than text: b.parquet:1, b.parquet:2, b.parquet:3\n" in said
+    assert "3 left out, not text: b.parquet:1, b.parquet:2, b.parquet:3\n" in said
     assert "1 left out, without the field text: c.parquet:1\n" in said
 
 

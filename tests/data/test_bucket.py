@@ -149,9 +149,9 @@ def test_objects_folders_and_globs_stand_in_lists_with_local_paths(put, tmp_path
     assert texts(f"{where}/y[1].txt") == ["odd"]
     assert texts(f"{where}/x/1.txt,{where}/x,{where}/*.txt") == ["1", "2", "4", "y", "odd"]
     for source, message in (
-        (f"{where}/nowhere", "is not there"), (f"{where}/z*.txt", r"no file or folder matches gs://.*z\*.txt"),
-        (f"{where}/y.txt,{where}/z", "z does not exist"), ("gs://nobucket/x", "is not there"),
-        ("gs://nobucket", "is not there"),
+        (f"{where}/nowhere", "does not exist"), (f"{where}/z*.txt", r"no file or folder matches gs://.*z\*.txt"),
+        (f"{where}/y.txt,{where}/z", "z does not exist"), ("gs://nobucket/x", "does not exist"),
+        ("gs://nobucket", "does not exist"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=rf"config.data.source=gs://.*{message}"):
             texts(source)
@@ -307,7 +307,7 @@ def test_an_object_that_changes_after_it_was_listed_is_named_and_not_read(put, u
     else:
         put(**{"b.txt": "other!" if change == "same size" else "a longer text than before"})
     assert bytes(next(read).text) == b"first"
-    with pytest.raises(UserError, match=r"^config.data.source=gs://.*/b.txt: has changed, or is gone, since it was"):
+    with pytest.raises(UserError, match=r"^config.data.source=gs://.*/b.txt: has changed or was deleted since it was"):
         next(read)
 
 
@@ -379,7 +379,7 @@ def test_objects_are_added_to_a_store_and_changed_ones_refused(put, unreliable, 
     assert added(tmp_path / "corpus", **settings).fingerprint == now.fingerprint
     put(**{"b.lines": objects["b.lines"] + b"one more\n"})
     with pytest.raises(
-        UserError, match=r"^config.data.source=gs://.*: b.lines had [0-9,]+ bytes when .* took it"
+        UserError, match=r"^config.data.source=gs://.*: b.lines had [0-9,]+ bytes when .* read it"
     ) as error:
         added(where, **settings)
     assert "\n" not in str(error.value)
@@ -423,4 +423,4 @@ def test_the_program_prepares_from_a_bucket_and_refuses_one_that_is_not_there(pu
     assert "reads 30 files as text" in err
     code, out, err = finish(start(*flags, "--source=gs://nobucket/x", "--config.data.store=other"))
     assert (code, out, err.count("\n")) == (1, "", 1)
-    assert "config.data.source=gs://nobucket/x: is not there" in err
+    assert "config.data.source=gs://nobucket/x: does not exist" in err

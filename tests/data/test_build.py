@@ -121,7 +121,7 @@ def test_a_prepare_that_is_killed_goes_on_where_it_was(corpus, tmp_path, monkeyp
     last = preparing(corpus, path, name)
     _, err = last.communicate()
     assert last.returncode == 0, err
-    assert int(err.split("goes on after ")[1].split()[0]) >= 41
+    assert int(err.split("resumes after ")[1].split()[0]) >= 41
     assert_same(TokenStore(path), undisturbed(tmp_path, monkeypatch, corpus, vocab if name != "bytes" else None))
     assert not list(tmp_path.glob("s.*"))
     assert not (path / "progress.json").exists()
@@ -133,7 +133,7 @@ def test_a_corpus_that_changed_meanwhile_is_read_anew(corpus, tmp_path, monkeypa
     kill_after(preparing(corpus, path, seconds=0.03), path, 20)
     (corpus / "03.txt").write_text("o" + TEXTS[3][1:])  # of the same length
     _, err = preparing(corpus, path).communicate()
-    assert "is not what it was when" in err
+    assert "has changed since" in err
     assert_same(TokenStore(path), undisturbed(tmp_path, monkeypatch, corpus, None))
 
 
@@ -155,7 +155,7 @@ def test_a_draft_that_is_damaged_is_made_anew(corpus, tmp_path, monkeypatch, dam
     process = preparing(corpus, path)
     _, err = process.communicate()
     assert process.returncode == 0, err
-    assert "begins anew" in err
+    assert "starting over" in err
     assert_same(TokenStore(path), undisturbed(tmp_path, monkeypatch, corpus, None))
 
 
@@ -167,7 +167,7 @@ def test_two_at_once_make_one_store(corpus, tmp_path, monkeypatch):
     second = preparing(corpus, tmp_path / "s")
     _, err = second.communicate()
     assert first.wait() == second.returncode == 0
-    assert "waits: another process prepares" in err
+    assert "waiting: another process is preparing" in err
     assert_same(TokenStore(tmp_path / "s"), undisturbed(tmp_path, monkeypatch, corpus, None))
 
 
@@ -189,7 +189,7 @@ def test_a_version_that_calls_flock_itself_and_this_one_wait_for_each_other(tmp_
         began = time.monotonic()
         with place.only_one(tmp_path / "s"), (tmp_path / "s.lock").open("w") as other:
             assert time.monotonic() - began >= 0.3
-            assert "waits: another process prepares" in capfd.readouterr().err
+            assert "waiting: another process is preparing" in capfd.readouterr().err
             with pytest.raises(BlockingIOError):
                 fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert not list(tmp_path.iterdir())

@@ -166,7 +166,7 @@ def test_binary_files_are_left_out_of_a_folder_of_texts_whatever_their_names(tmp
     assert store.meta["splits"]["train"]["n_bytes"] == len(TEXT.encode())
     said = capsys.readouterr().err
     for number, kind in enumerate(NO_TEXT):
-        assert f"1 left out, {kind}, and no text: {number}.txt" in said
+        assert f"1 left out, {kind}, not text: {number}.txt" in said
 
 
 @pytest.mark.parametrize("kind", NO_TEXT)
@@ -176,7 +176,7 @@ def test_a_single_binary_file_is_refused(tmp_path, kind, name):
     if kind == "a Parquet file":
         assert texts(tmp_path / name) == ["x"]
     else:
-        with pytest.raises(UserError, match=rf"config.data.format=auto: .*{name} is (compressed|{kind}), and no text"):
+        with pytest.raises(UserError, match=rf"config.data.format=auto: .*{name} is (compressed|{kind}), not text"):
             texts(tmp_path / name)
     for format in ("lines", "jsonl"):
         with pytest.raises(UserError, match=rf"config.data.source=.*{name}: is {kind}, and no"):
@@ -198,7 +198,7 @@ def test_a_big_compressed_text_lies_on_disk_and_has_the_same_bytes(tmp_path, mon
     assert isinstance(document.text, memoryview)
     assert bytes(document.text).decode() == TEXT
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"config.data.source=.*a.txt.xz: has more than .*set TMPDIR to a folder"):
+    with pytest.raises(UserError, match=r"config.data.source=.*a.txt.xz: holds over .*set TMPDIR to a folder"):
         texts(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", None)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

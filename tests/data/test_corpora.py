@@ -34,15 +34,15 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
 
 @pytest.mark.parametrize("glob", ["", "/x"])
 def test_a_glob_that_is_no_pattern_is_named(tmp_path, glob):
-    with pytest.raises(UserError, match=rf"^config.data.glob={glob}: is no pattern"):
+    with pytest.raises(UserError, match=rf"^config.data.glob={glob}: is not a pattern"):
         texts(source=str(tmp_path), format="folder", glob=glob)
 
 
 def test_what_is_compressed_is_no_text(tmp_path):
     (tmp_path / "texts.zip").write_bytes(b"PK...")
-    with pytest.raises(UserError, match=r"config.data.format=auto: .*texts.zip is compressed, and no text"):
+    with pytest.raises(UserError, match=r"config.data.format=auto: .*texts.zip is compressed, not text"):
         texts(source=str(tmp_path / "texts.zip"))
-    with pytest.raises(UserError, match=r"is not there"):
+    with pytest.raises(UserError, match=r"does not exist"):
         texts(source="x" * 5000)
 
 
@@ -79,7 +79,7 @@ def test_each_json_line_has_a_document(tmp_path):
     [
         ("{", r"config.data.source=.*: line 2 is not JSON"),
         ('{"body": "x"}', "config.data.text_field=text: line 2 of .* has no such field"),
-        ('{"text": 3}', "config.data.text_field=text: line 2 of .* has no text there"),
+        ('{"text": 3}', "config.data.text_field=text: line 2 of .* has a number there instead of text"),
         ("3", "config.data.text_field=text: line 2 of .* has no such field"),
     ],
 )
@@ -91,9 +91,9 @@ def test_a_bad_json_line_is_named(tmp_path, line, message):
 
 
 def test_a_corpus_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"config.data.source=.*nowhere: is not there"):
+    with pytest.raises(UserError, match=r"config.data.source=.*nowhere: does not exist"):
         texts(source=str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"config.data.source=: is not there"):
+    with pytest.raises(UserError, match=r"config.data.source=: does not exist"):
         texts()
     with pytest.raises(UserError, match=r"must be a folder, as config.data.format=folder says"):
         texts(source=str(tmp_path / "nowhere"), format="folder")

@@ -148,7 +148,7 @@ def test_a_step_far_into_training_is_what_reading_up_to_it_gives():
 
 
 def test_fewer_tokens_than_rows_is_an_error():
-    with pytest.raises(UserError, match=r"config.train.batch_size=9: the corpus has only 8 tokens"):
+    with pytest.raises(UserError, match=r"config.train.batch_size=9: is more than the 8 tokens of the corpus"):
         made_streams(corpus([4, 4]), 9)
 
 

@@ -53,7 +53,7 @@ def test_a_folder_is_read_once_however_many_links_lead_to_it_and_by_its_own_name
     (corpus / "l2").symlink_to(tmp_path / "elsewhere")
     (corpus / "l3").symlink_to(tmp_path / "elsewhere/inner")
     assert names(corpus) == ["a.txt", "b/c.txt", "b/d/e.md", "l1/inner/y.txt", "l1/x.txt"]
-    assert "leaves out 3 links to folders that are read already: a_link, l2, l3" in said(corpus)
+    assert "leaves out 3 links to folders that are already read: a_link, l2, l3" in said(corpus)
 
 
 def test_links_in_a_circle_end(corpus):
@@ -63,8 +63,8 @@ def test_links_in_a_circle_end(corpus):
     (corpus / "gone.txt").symlink_to("nowhere.txt")
     assert names(corpus) == ["a.txt", "b/c.txt", "b/d/e.md"]
     text = said(corpus)
-    assert "leaves out 2 links to a folder that they lie in: b/d/up, b/parent" in text
-    assert "leaves out 2 links that lead nowhere" in text
+    assert "leaves out 2 links to a folder that contains them: b/d/up, b/parent" in text
+    assert "leaves out 2 broken links" in text
 
 
 # ------------------------------------------------- what is hidden, and what is no text
@@ -73,7 +73,7 @@ def test_hidden_files_and_folders_are_left_out_unless_asked_for(corpus):
     before = ["a.txt", "b/c.txt", "b/d/e.md"]
     assert names(corpus) == before
     hidden = ".DS_Store, .git, b/.ipynb_checkpoints"
-    assert f"leaves out 3 hidden (config.data.hidden=True takes them): {hidden}" in said(corpus)
+    assert f"leaves out 3 hidden (config.data.hidden=True includes them): {hidden}" in said(corpus)
     shown = [".DS_Store", ".git/config", "a.txt", "b/.ipynb_checkpoints/n.txt", "b/c.txt", "b/d/e.md"]
     assert names(corpus, hidden=True) == shown
     assert names(corpus / ".git") == ["config"]  # asked for by its name
@@ -84,7 +84,7 @@ def test_what_was_read_and_what_was_not_is_said_by_kind(corpus):
     os.mkfifo(corpus / "pipe")
     text = said(corpus, glob="**/*")
     assert "reads 7 files as text: 5 .txt (a.txt, b/c.txt, f.txt, ...); 1 .md (b/d/e.md); 1 without a suffix" in text
-    assert "leaves out 2 that are no text, by their names: b/pic.PNG, lib.zip" in text
+    assert "leaves out 2 that are not text, by their names: b/pic.PNG, lib.zip" in text
     assert "leaves out 1 neither a file nor a folder: pipe" in text
     text = said(corpus, glob="*", exclude="lib.*")
     assert "leaves out 4 that config.data.glob does not match: b/c.txt, b/pic.PNG, b/d/e.md, ..." in text
@@ -101,8 +101,8 @@ def test_exclude_is_a_glob(corpus, exclude, left):
 
 def test_an_exclude_that_leaves_nothing_out_is_named(corpus):
     text = said(corpus, exclude="*.{txt,md}, d, x/*")
-    unused = [line.split(": ")[1] for line in text.splitlines() if line.endswith("leaves nothing out")]
-    assert unused == [f"{pattern} leaves nothing out" for pattern in ("*.{txt", "md}", "x/*")]
+    unused = [line.split(": ")[1] for line in text.splitlines() if line.endswith("matches nothing")]
+    assert unused == [f"{pattern} matches nothing" for pattern in ("*.{txt", "md}", "x/*")]
 
 
 def test_exclude_holds_for_what_a_glob_matches(corpus):
@@ -115,7 +115,7 @@ def test_exclude_holds_for_what_a_glob_matches(corpus):
 
 @pytest.mark.parametrize("exclude", ["/etc/*", "a**/x", "../x"])
 def test_an_exclude_that_is_no_pattern_is_named(corpus, exclude):
-    with pytest.raises(UserError, match=r"^config.data.exclude=.*: is no pattern"):
+    with pytest.raises(UserError, match=r"^config.data.exclude=.*: is not a pattern"):
         names(corpus, exclude=exclude)
 
 
@@ -198,7 +198,7 @@ def test_stores_and_runs_in_the_corpus_are_left_out(corpus):
     write(corpus, "run/config.json", "run/checkpoints/10/x", "run/samples/1.txt")
     assert names(corpus) == ["a.txt", "b/c.txt", "b/d/e.md"]
     assert "leaves out 2 stores or runs of this program: mine/store, run" in said(corpus)
-    with pytest.raises(UserError, match=r"mine/store: is a store or a run of this program, and no text"):
+    with pytest.raises(UserError, match=r"mine/store: is a store or a run of this program, not text"):
         names(corpus / "mine/store")
 
 

@@ -23,7 +23,7 @@ def test_a_run_goes_on_with_what_it_began_with(corpus, tmp_path, capsys, monkeyp
         (corpus / f"more{n}.txt").write_text(f"something new, number {n}. " * (3 + n % 5))
     now = append(settings, epath.Path(workdir))
     assert now.n_parts == 2
-    assert "runs that began before go on with the parts that there were" in capsys.readouterr().err
+    assert "runs that began earlier continue with the old parts" in capsys.readouterr().err
 
     begun = DataSchedule.begin(B, T)
     found = trained(settings_of(corpus, 9, store=str(store)), workdir)

@@ -176,6 +176,6 @@ def test_a_store_in_a_bucket_goes_on_where_it_was(corpus, tmp_path, server, monk
     again = preparing(corpus, "gs://bucket/prepared")
     _, err = again.communicate()
     assert again.returncode == 0, err
-    assert "goes on after" in err
+    assert "resumes after" in err
     assert_same(TokenStore("gs://bucket/prepared"), undisturbed(tmp_path, monkeypatch, corpus, None))
     assert not files.exists(progress)

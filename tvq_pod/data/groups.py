@@ -1,7 +1,7 @@
-"""Where the documents of a split begin, in groups of documents that follow each other in the store.
+"""The starts of a split's documents, in groups of consecutive documents.
 
-A training order needs one number a group, not one a document: the starts of a group's documents are read when a row
-comes to it.
+A training order needs one number per group, not one per document: the starts of a group's documents are read when a row
+reaches the group.
 """
 
 import dataclasses
@@ -15,16 +15,16 @@ GROUP = 2**14  # documents
 
 
 class Ranges(Protocol):
-    """An array of which ranges can be read."""
+    """An array whose ranges can be read."""
 
     def __getitem__(self, places: slice, /) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DocumentStarts:
-    """array: int64 [n_documents + 1], where each document begins in the split's tokens, and the end; on disk, or in
-    memory. documents: int64 [G + 1], the first document of each of G groups, and n_documents. tokens: int64 [G + 1],
-    where each group begins, and the end."""
+    """The starts of documents in a split's tokens. array: int64 [n_documents + 1], the start of each document, and the
+    end; on disk or in memory. documents: int64 [G + 1], the first document of each of G groups, and n_documents.
+    tokens: int64 [G + 1], the start of each group, and the end."""
 
     array: Ranges | tensorstore.TensorStore
     documents: np.ndarray
@@ -32,23 +32,23 @@ class DocumentStarts:
 
     @staticmethod
     def of(starts: np.ndarray, size: int = GROUP) -> "DocumentStarts":
-        """Of starts [n_documents + 1] in memory, in groups of `size` documents."""
+        """Builds them from starts [n_documents + 1] in memory, in groups of `size` documents."""
         documents = group_bounds(len(starts) - 1, size)
         return DocumentStarts(starts, documents, np.asarray(starts, np.int64)[documents])
 
     @property
     def n_groups(self) -> int:
-        """How many groups there are."""
+        """The number of groups."""
         return len(self.documents) - 1
 
     @property
     def n_documents(self) -> int:
-        """How many documents there are."""
+        """The number of documents."""
         return int(self.documents[-1])
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all documents, their end-of-documents included."""
+        """The number of tokens of all documents, end-of-document tokens included."""
         return int(self.tokens[-1])
 
     @functools.cached_property
@@ -57,7 +57,7 @@ class DocumentStarts:
         return self._read(0, self.n_documents + 1)
 
     def of_group(self, group: int) -> np.ndarray:
-        """The starts of a group's n documents, and their end: int64 [n + 1]."""
+        """Returns the starts of a group's n documents, and their end: int64 [n + 1]."""
         return self._read(int(self.documents[group]), int(self.documents[group + 1]) + 1)
 
     def _read(self, begin: int, end: int) -> np.ndarray:
@@ -65,11 +65,11 @@ class DocumentStarts:
 
 
 def in_memory(array: np.ndarray | tensorstore.TensorStore) -> np.ndarray:
-    """The elements of an array that may be on disk."""
+    """Returns the elements of an array that may be on disk."""
     return array if isinstance(array, np.ndarray) else np.asarray(array.read().result())
 
 
 def group_bounds(n_documents: int, size: int) -> np.ndarray:
-    """The first document of each group of `size` documents, the last of which may have fewer; and n_documents: int64
-    [G + 1]."""
+    """Returns the first document of each group of `size` documents, and n_documents: int64 [G + 1]. The last group may
+    have fewer."""
     return np.append(np.arange(0, n_documents, size, dtype=np.int64), n_documents)
