@@ -103,7 +103,7 @@ def test_a_split_that_is_asked_for_is_held_out_by_hash(folder):
             (f"stories/{split}:{n}", text, None) for n, text in enumerate(expected, 1)
         ]
     assert [split for _, _, split in found(f"hf:{folder}:train,hf:{folder}:test")] == ["train"] * 3 + ["test"] * 2
-    with pytest.raises(UserError, match=rf"source=hf:{folder}:dev: this split does not exist; give one of train, validation, test"):
+    with pytest.raises(UserError, match=rf"source=hf:{folder}:dev: this split does not exist; give one of train, v"):
         texts(f"hf:{folder}:dev")
     with pytest.raises(UserError, match=r"must be hf:NAME_OR_FOLDER, optionally followed by :SPLIT or :CONFIG:SPLIT"):
         texts("hf:a:b:c:d")
@@ -175,7 +175,7 @@ def test_rows_without_text_are_bad_as_those_of_parquet_are(tmp_path):
             DataSettings(source=source, text_field=field, bad_rows="skip")
         )]  # fmt: skip
         assert [not problem for problem in problems] == [bool(text) for text in expected.split(",")]
-    with pytest.raises(UserError, match=r"config.data.text_field=other: hf:.* does not have this column, only text, meta, n"):
+    with pytest.raises(UserError, match=r"config.data.text_field=other: hf:.* does not have this column, only text"):
         texts(source, text_field="other")
     data = DataSettings(source=source, text_field="raw", bad_rows="skip")
     assert [bytes(document.text) for document in documents(data)] == [b"caf\xe9", b"", b""]

@@ -28,7 +28,7 @@ def test_a_vocabulary_is_trained_where_there_is_none_and_kept_beside_the_store(c
     names = ["store.vocab.model", "store.vocab.model.json"]
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == names
     train_vocab(settings, epath.Path(tmp_path / "run"))
-    assert "store.vocab.model is there already" in capsys.readouterr().err
+    assert "store.vocab.model already exists" in capsys.readouterr().err
     store = open_store(settings, epath.Path(tmp_path / "run"))
     assert store.vocab().name == SentencePieceVocab(tmp_path / "run/store.vocab.model").name
     at_once = open_store(settings, epath.Path(tmp_path / "other"))

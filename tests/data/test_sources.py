@@ -116,7 +116,7 @@ def test_several_paths_and_globs_are_read_in_their_order_each_file_once(tmp_path
     assert texts("c,d", holdout="hash") == ["cd"]  # what is there is no list
     for source, message in (
         ("a.txt,nowhere", r"config.data.source=a.txt,nowhere: nowhere does not exist"),
-        ("a.txt,x*.txt", r"no file or folder matches x\*.txt"), (",", "does not exist"), ("a.txt,b.py", "b.py does not"),
+        ("a.txt,x*.txt", r"no file or folder matches x\*.txt"), (",", "not exist"), ("a.txt,b.py", "b.py does not"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             texts(source)

@@ -45,7 +45,7 @@ def test_eval_and_inspect_know_the_average_of_the_weights(trained, tmp_path):
     shutil.copytree(trained[0], workdir)
     flags = ["--config.train.num_steps=45", "--config.train.ema_decay=0.9", "--config.sample.length=0"]
     _, err = run(f"--workdir={workdir}", *flags)
-    assert "checkpoint 40 has no moving average of the weights; it starts at them" in err
+    assert "checkpoint 40 has no moving average; it starts from the weights" in err
     during = metrics_of(workdir, "validation")[-1]
     assert (during["step"], during["weights"]) == (45, "ema")
     found = {}

@@ -16,7 +16,7 @@ def test_prepare_makes_a_store_that_training_uses(tmp_path, config_file):
     assert (tmp_path / "store/store.json").exists()
     assert not (tmp_path / "run").exists()
     _, err = run(*flags, "--mode=prepare")
-    assert "is there already" in err
+    assert "already exists" in err
     training = start(*flags)
     lines = said_until(training, "store ")
     assert training.wait() == 75, lines

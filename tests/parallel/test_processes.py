@@ -168,7 +168,7 @@ def test_what_would_leave_a_process_alone_is_refused(monkeypatch):
         processes.check_slices(1)
     processes.check_slices(2)
     monkeypatch.setenv("MEGASCALE_NUM_SLICES", "two")
-    with pytest.raises(UserError, match=r"contradicts MEGASCALE_NUM_SLICES=two of the environment; unset MEGASCALE"):
+    with pytest.raises(UserError, match=r"contradicts MEGASCALE_NUM_SLICES=two in the environment; unset MEGASCALE"):
         processes.check_slices(2)
     monkeypatch.delenv("MEGASCALE_NUM_SLICES")
     monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", "10.0.0.9:8080")

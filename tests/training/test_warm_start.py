@@ -209,7 +209,7 @@ def test_the_first_layers_are_taken_and_others_are_of_the_seed(
         ),
         (
             dict(init_layers=1, init_optimizer=True),
-            "config.init_optimizer=True: step 40 of HERE has the state of all 2 layers, and only 1 are taken",
+            "config.init_optimizer=True: step 40 of HERE has the state of all 2 layers, but only 1 are taken",
         ),
         (dict(data=dict(vocab="sentencepiece")), "config.data.vocab=sentencepiece: would be trained again"),
     ],
@@ -383,7 +383,7 @@ def test_the_first_start_alone_needs_the_other_run(corpus, tmp_path, made_up, ca
     ]
     for init_from, is_another in (("elsewhere", True), (f"{tmp_path}/a@4", True), (f"{tmp_path}/a", False)):
         train_made_up(with_fields(settings, init_from=init_from), tmp_path / "b")
-        warned = f"WARNING: config.init_from={init_from}: counts on the first start only" in capsys.readouterr().err
+        warned = f"WARNING: config.init_from={init_from}: only applies to the first start" in capsys.readouterr().err
         assert warned == is_another
 
 
