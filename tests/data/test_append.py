@@ -145,7 +145,7 @@ def test_what_can_not_be_added_is_refused_in_one_line(lines, tmp_path):
     refused(r"config.data.test_share=0.3: the store .* was prepared with 0.1", test_share=0.3)
     refused(r"config.data.holdout=test: means test for .*held out by hash", holdout="test")
     refused(r"config.data.source=stdlib: --append adds files", source="stdlib", format="auto")
-    refused(r"config.data.source=.*: holds .*which would be read as text", source=tmp_path)
+    refused(r"config.data.source=.*: contains .*which would be read as text", source=tmp_path)
     with (lines / "a.txt").open("a") as file:
         file.write("a line more\n")
     refused(r"config.data.source=.*: a.txt had [0-9,]+ bytes when .* read it, and has [0-9,]+ now")
@@ -250,7 +250,7 @@ def test_a_store_of_a_version_without_parts_is_read_and_added_to(tmp_path, monke
     read = b"".join(bytes((part[0][part[0] >= N_SPECIAL] - N_SPECIAL).astype(np.uint8)) for part in known.values())
     assert sorted(read.decode()) == sorted("".join(TEXTS[:12]))
     for same in ("corpus", "corpus/", f"{tmp_path}/corpus"):
-        with pytest.raises(UserError, match=rf"config.data.source={same}: an older version made s of it"):
+        with pytest.raises(UserError, match=rf"config.data.source={same}: an older version made s from it"):
             added(same, "s")
     before = files_below("s")
     (tmp_path / "more").mkdir()

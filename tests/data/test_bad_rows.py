@@ -129,7 +129,7 @@ def test_fields_of_fields_are_reached_with_dots(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     for path in (jsonl, records, tmp_path / "a.parquet"):
         assert texts(path, text_field="meta.text") == ["t0", "t1", "t2"]
-        with pytest.raises(UserError, match=r"config.data.text_field=meta.body: .*has no such"):
+        with pytest.raises(UserError, match=r"config.data.text_field=meta.body: .*does not have this"):
             texts(path, text_field="meta.body")
         assert texts(path, text_field="meta.n", bad_rows="skip") == []
     dotted = [dict({"meta.text": "whole name"}, meta=dict(text="part"))]

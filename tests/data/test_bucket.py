@@ -169,8 +169,8 @@ def test_splits_of_a_bucket_are_splits(put):
 def test_a_run_or_store_in_the_corpus_is_refused(put):
     where = put(**{"a.txt": "text"})
     for settings, workdir, message in (
-        (settings_for(where), f"{where}/run", r"holds the token store gs://.*/run/store"),
-        (settings_for(where, store="gs://bucket/else"), f"{where}/run", r"holds --workdir=gs://.*/run"),
+        (settings_for(where), f"{where}/run", r"contains the token store gs://.*/run/store"),
+        (settings_for(where, store="gs://bucket/else"), f"{where}/run", r"contains --workdir=gs://.*/run"),
     ):
         with pytest.raises(UserError, match=message):
             check_source(settings, epath.Path(workdir))

@@ -182,7 +182,7 @@ def test_rows_without_text_are_bad_as_those_of_parquet_are(tmp_path):
 
 
 def test_a_run_inside_the_folder_is_refused(folder):
-    with pytest.raises(UserError, match=r"source=hf:.*: holds the token store .*stories/run/store"):
+    with pytest.raises(UserError, match=r"source=hf:.*: contains the token store .*stories/run/store"):
         check_source(settings_for(f"hf:{folder}"), epath.Path(folder / "run"))
 
 

@@ -211,10 +211,10 @@ def test_a_run_or_store_that_would_be_read_as_text_is_refused(corpus, tmp_path, 
         (corpus / "link").symlink_to(inside)
     settings = settings_for(corpus)
     for check in (check_source, open_store):
-        with pytest.raises(UserError, match=r"config.data.source=.*: holds the token store .*/run/store, which"):
+        with pytest.raises(UserError, match=r"config.data.source=.*: contains the token store .*/run/store, which"):
             check(settings, epath.Path(inside / "run"))
     elsewhere = settings_for(corpus, store=str(tmp_path / "store"))
-    with pytest.raises(UserError, match=r"config.data.source=.*: holds --workdir=.*run, which would be read as text"):
+    with pytest.raises(UserError, match=r"config.data.source=.*: contains --workdir=.*run, which would be read"):
         check_source(elsewhere, epath.Path(inside / "run"))
     for place, changes in ((".runs/1", {}), ("runs/1", dict(exclude="runs")), ("runs/1", dict(exclude="*/runs,runs"))):
         assert open_store(settings_for(corpus, **changes), epath.Path(inside / place)).meta["splits"]

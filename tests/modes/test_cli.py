@@ -205,7 +205,7 @@ def test_each_mistake_is_one_line_and_costs_nothing(folder, config_file):
         (config, fresh, f"--config.data.source={folder / 'blank.txt'}"): ("config.data.source=", "is empty"),
         (config, fresh, f"--config.data.source={folder / 'nowhere'}"): ("config.data.source=", "does not exist"),
         (config, fresh, "--config.data.source="): ("config.data.source=", "does not exist"),
-        (config, f"--workdir={configs}/run", f"--config.data.source={configs}"): ("holds the token store",),
+        (config, f"--workdir={configs}/run", f"--config.data.source={configs}"): ("contains the token store",),
         (config, fresh, "--mode=trian"): ("mode", "trian"),
         (config, fresh, "stray"): ("stray",),
         (config, fresh, "--mode=eval"): ("--workdir=", "has no checkpoint"),

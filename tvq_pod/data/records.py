@@ -78,7 +78,7 @@ def _json_text(row: bytes, where: str, path: str, field: str) -> bytes:
     else:
         for name in field.split("."):
             if not isinstance(value, dict) or name not in value:
-                problem = f"{where} of {path} has no such field"
+                problem = f"{where} of {path} does not have this field"
                 raise _BadRow(f"without the field {field}", of_field, problem)
             value = value[name]
     if not isinstance(value, str):
