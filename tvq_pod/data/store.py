@@ -262,8 +262,9 @@ class TokenStore:
             with self._damage():
                 found = bytes(self._open(part, f"{split}/{NAMES}").read().result()).decode().split("\n")[:-1]
                 if len(found) != n_documents:
-                    where = self.path / part.folder / split / NAMES
-                    raise ValueError(f"{where} does not have the documents of store.json")
+                    raise ValueError(
+                        f"{self.path / part.folder / split / NAMES} does not have the documents of store.json"
+                    )
             names += found
         return names
 

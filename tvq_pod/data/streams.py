@@ -43,7 +43,7 @@ class Segment:
 
 
 class Plan(Protocol):
-    """Which tokens a row reads."""
+    """Says which tokens a row reads."""
 
     def segments(self, row: int, begin: int, end: int) -> Iterator[Segment]:
         """Yields the segments of tokens [begin, end) of a row's stream, in order; fewer only where the row ends."""
@@ -146,7 +146,7 @@ class _Round(NamedTuple):
 
 
 class _Counted(NamedTuple):
-    """For each row of a round: the number of its first piece in the line, its first document id, and that of the next
+    """Numbers for each row of a round: of its first piece in the line, its first document id, and that of the next
     round; int64 [B] each."""
 
     first_pieces: np.ndarray

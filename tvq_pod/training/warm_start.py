@@ -103,7 +103,7 @@ class WarmStart:
 
     @property
     def _is_all(self) -> bool:
-        """Whether the models have equally many layers, and all of them are taken."""
+        """True if both models have equally many layers, and all of them are taken."""
         return self._n_taken == self._n_source == self._settings.model.n_layer
 
     def check_vocab(self, vocab_name: str) -> None:
