@@ -88,7 +88,7 @@ def test_heads_are_split_if_there_are_several_and_values_if_there_is_one(eight_d
 def test_sizes_that_do_not_fit_are_named(eight_devices):
     assert sizes(make_mesh(MeshSettings(data=8))) == dict(slice=1, data=8, sequence=1, model=1)
     assert sizes(make_mesh(MeshSettings(sequence=2, slices=2))) == dict(slice=2, data=2, sequence=2, model=1)
-    with pytest.raises(UserError, match=r"config.mesh.data=3: .*must have 8 devices.*give 8, or -1"):
+    with pytest.raises(UserError, match=r"config.mesh.data=3: .*must use all 8 devices.*give 8, or -1"):
         make_mesh(MeshSettings(data=3))
     with pytest.raises(UserError, match=r"config.mesh.data=-1: with sequence=3, .*sequence \* model = 3 must divide 8"):
         make_mesh(MeshSettings(sequence=3))

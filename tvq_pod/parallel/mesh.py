@@ -33,7 +33,7 @@ def make_mesh(settings: MeshSettings, devices: list | None = None) -> jax.shardi
         each = "" if settings.slices == 1 else f" in each of {settings.slices} slices"
         raise UserError(
             f"config.mesh.data={settings.data}: with sequence={settings.sequence}, model={settings.model} "
-            f"the mesh must have all {len(slices[0])} devices{each}; " + _advice(len(slices[0]), rest)
+            f"the mesh must use all {len(slices[0])} devices{each}; " + _advice(len(slices[0]), rest)
         )
     inner = _innermost(slices[0], data)
     shape = (data // inner, inner, settings.sequence, settings.model)
