@@ -249,7 +249,7 @@ def test_a_run_whose_mixture_has_another_vocabulary_is_refused(tmp_path, their_s
     source = saved_with(tmp_path / "theirs", their_state, **{VOCAB: "pieces", "config.model.n_vocab": "264"})
     store_of(tmp_path / "store", [bytes([65 + n]) * 99 for n in range(20)])
     ours = with_fields(THEIRS, init_from=str(source), data=dict(mixture=f"{tmp_path}/store=1"), model=dict(n_vocab=264))
-    with pytest.raises(UserError, match=r"^config.data.vocab=bytes: step 20 of .* was made with pieces; give that run's"):
+    with pytest.raises(UserError, match=r"^config.data.vocab=bytes: step 20 of .* was made with pieces; give that run"):
         train(ours, epath.Path(tmp_path / "ours"), NoSignals())
     assert not (tmp_path / "ours/checkpoints").exists()
 
