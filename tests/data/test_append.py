@@ -145,10 +145,10 @@ def test_what_can_not_be_added_is_refused_in_one_line(lines, tmp_path):
     refused(r"config.data.test_share=0.3: the store .* was prepared with 0.1", test_share=0.3)
     refused(r"config.data.holdout=test: means test for .*held out by hash", holdout="test")
     refused(r"config.data.source=stdlib: --append adds files", source="stdlib", format="auto")
-    refused(r"config.data.source=.*: holds .*which would be read as text", source=tmp_path)
+    refused(r"config.data.source=.*: contains .*which would be read as text", source=tmp_path)
     with (lines / "a.txt").open("a") as file:
         file.write("a line more\n")
-    refused(r"config.data.source=.*: a.txt had [0-9,]+ bytes when .* took it, and has [0-9,]+ now")
+    refused(r"config.data.source=.*: a.txt had [0-9,]+ bytes when .* read it, and has [0-9,]+ now")
     assert files_below(tmp_path / "s") == before
     assert TokenStore(tmp_path / "s").fingerprint == store.fingerprint
 
@@ -161,7 +161,7 @@ def test_a_file_of_the_name_and_the_size_of_another_is_named(lines, tmp_path, ca
     (other / "a.txt").write_text("x" * (size - 1) + "\n")
     added(other, tmp_path / "s", format="lines")
     said = capsys.readouterr().err
-    assert f"1 files have the name and the size of files that {tmp_path}/s has from elsewhere" in said
+    assert f"1 files have the name and size of files that {tmp_path}/s read from another place" in said
     assert f"({other}/a.txt)" in said
 
 
@@ -201,7 +201,7 @@ def test_a_file_that_is_replaced_while_its_parts_wait_ends_the_prepare(tmp_path,
         source.write_text(source.read_text().replace("document", "DOCUMENT"))
 
     monkeypatch.setattr(part_workers_module, "write_part", replaced_after)
-    with pytest.raises(UserError, match=r"config.data.source=.*a.txt: has changed while it was read"):
+    with pytest.raises(UserError, match=r"config.data.source=.*a.txt: changed while it was read"):
         made(source, tmp_path / "s", format="lines")
     assert len(written_parts) == 1
     assert not TokenStore.exists(tmp_path / "s")
@@ -218,7 +218,7 @@ def test_a_file_that_changes_while_it_is_read_ends_the_prepare_of_one_part(tmp_p
 
     with monkeypatch.context() as patch:
         patch.setattr(open_module, "documents_of", replaced_after_the_first)
-        with pytest.raises(UserError, match=r"config.data.source=.*a.txt: has changed while it was read"):
+        with pytest.raises(UserError, match=r"config.data.source=.*a.txt: changed while it was read"):
             made(source, tmp_path / "s", format="lines")
     assert not TokenStore.exists(tmp_path / "s")
     assert_equal(
@@ -250,7 +250,7 @@ def test_a_store_of_a_version_without_parts_is_read_and_added_to(tmp_path, monke
     read = b"".join(bytes((part[0][part[0] >= N_SPECIAL] - N_SPECIAL).astype(np.uint8)) for part in known.values())
     assert sorted(read.decode()) == sorted("".join(TEXTS[:12]))
     for same in ("corpus", "corpus/", f"{tmp_path}/corpus"):
-        with pytest.raises(UserError, match=rf"config.data.source={same}: an older version made s of it"):
+        with pytest.raises(UserError, match=rf"config.data.source={same}: an older version made s from it"):
             added(same, "s")
     before = files_below("s")
     (tmp_path / "more").mkdir()

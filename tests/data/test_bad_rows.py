@@ -48,15 +48,15 @@ def not_utf8_strings() -> pyarrow.Array:
 
 JSON_ROWS = [b'{"text": "good"}', None, b'{"text": "also"}']
 BAD_JSON = {
-    "null in place of text": b'{"text": null}', "without the field text": b'{"body": "x"}',
-    "another type than text": b'{"text": [1, "x"]}', "not UTF-8": b'{"text": "caf\xe9"}',
+    "null instead of text": b'{"text": null}', "without the field text": b'{"body": "x"}',
+    "not text": b'{"text": [1, "x"]}', "not UTF-8": b'{"text": "caf\xe9"}',
     "half of a surrogate pair": SURROGATE.encode(), "not JSON": b'{"text": "x', "nested too deeply": b"[" * 100_000,
 }  # fmt: skip
 CASES = [
     *((writer, suffix, why, [bad if row is None else row for row in JSON_ROWS])
       for writer, suffix in ((write_jsonl, ".jsonl"), (write_array_record, ".array_record"))
       for why, bad in BAD_JSON.items()),
-    (write_parquet, ".parquet", "null in place of text", ["good", None, "also"]),
+    (write_parquet, ".parquet", "null instead of text", ["good", None, "also"]),
 ]  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def test_fields_of_fields_are_reached_with_dots(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     for path in (jsonl, records, tmp_path / "a.parquet"):
         assert texts(path, text_field="meta.text") == ["t0", "t1", "t2"]
-        with pytest.raises(UserError, match=r"config.data.text_field=meta.body: .*has no such"):
+        with pytest.raises(UserError, match=r"config.data.text_field=meta.body: .*does not have this"):
             texts(path, text_field="meta.body")
         assert texts(path, text_field="meta.n", bad_rows="skip") == []
     dotted = [dict({"meta.text": "whole name"}, meta=dict(text="part"))]

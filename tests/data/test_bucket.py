@@ -169,8 +169,8 @@ def test_splits_of_a_bucket_are_splits(put):
 def test_a_run_or_store_in_the_corpus_is_refused(put):
     where = put(**{"a.txt": "text"})
     for settings, workdir, message in (
-        (settings_for(where), f"{where}/run", r"holds the token store gs://.*/run/store"),
-        (settings_for(where, store="gs://bucket/else"), f"{where}/run", r"holds --workdir=gs://.*/run"),
+        (settings_for(where), f"{where}/run", r"contains the token store gs://.*/run/store"),
+        (settings_for(where, store="gs://bucket/else"), f"{where}/run", r"contains --workdir=gs://.*/run"),
     ):
         with pytest.raises(UserError, match=message):
             check_source(settings, epath.Path(workdir))
@@ -307,7 +307,7 @@ def test_an_object_that_changes_after_it_was_listed_is_named_and_not_read(put, u
     else:
         put(**{"b.txt": "other!" if change == "same size" else "a longer text than before"})
     assert bytes(next(read).text) == b"first"
-    with pytest.raises(UserError, match=r"^config.data.source=gs://.*/b.txt: has changed, or is gone, since it was"):
+    with pytest.raises(UserError, match=r"^config.data.source=gs://.*/b.txt: has changed or was deleted since it was"):
         next(read)
 
 
@@ -379,7 +379,7 @@ def test_objects_are_added_to_a_store_and_changed_ones_refused(put, unreliable, 
     assert added(tmp_path / "corpus", **settings).fingerprint == now.fingerprint
     put(**{"b.lines": objects["b.lines"] + b"one more\n"})
     with pytest.raises(
-        UserError, match=r"^config.data.source=gs://.*: b.lines had [0-9,]+ bytes when .* took it"
+        UserError, match=r"^config.data.source=gs://.*: b.lines had [0-9,]+ bytes when .* read it"
     ) as error:
         added(where, **settings)
     assert "\n" not in str(error.value)

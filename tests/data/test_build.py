@@ -133,7 +133,7 @@ def test_a_corpus_that_changed_meanwhile_is_read_anew(corpus, tmp_path, monkeypa
     kill_after(preparing(corpus, path, seconds=0.03), path, 20)
     (corpus / "03.txt").write_text("o" + TEXTS[3][1:])  # of the same length
     _, err = preparing(corpus, path).communicate()
-    assert "is not what it was when" in err
+    assert "has changed since" in err
     assert_same(TokenStore(path), undisturbed(tmp_path, monkeypatch, corpus, None))
 
 
@@ -167,7 +167,7 @@ def test_two_at_once_make_one_store(corpus, tmp_path, monkeypatch):
     second = preparing(corpus, tmp_path / "s")
     _, err = second.communicate()
     assert first.wait() == second.returncode == 0
-    assert "waits: another process prepares" in err
+    assert "waiting: another process is preparing" in err
     assert_same(TokenStore(tmp_path / "s"), undisturbed(tmp_path, monkeypatch, corpus, None))
 
 
@@ -189,7 +189,7 @@ def test_a_version_that_calls_flock_itself_and_this_one_wait_for_each_other(tmp_
         began = time.monotonic()
         with place.only_one(tmp_path / "s"), (tmp_path / "s.lock").open("w") as other:
             assert time.monotonic() - began >= 0.3
-            assert "waits: another process prepares" in capfd.readouterr().err
+            assert "waiting: another process is preparing" in capfd.readouterr().err
             with pytest.raises(BlockingIOError):
                 fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert not list(tmp_path.iterdir())

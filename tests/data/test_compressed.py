@@ -179,7 +179,7 @@ def test_a_single_binary_file_is_refused(tmp_path, kind, name):
         with pytest.raises(UserError, match=rf"config.data.format=auto: .*{name} is (compressed|{kind}), and not text"):
             texts(tmp_path / name)
     for format in ("lines", "jsonl"):
-        with pytest.raises(UserError, match=rf"config.data.source=.*{name}: is {kind}, and no"):
+        with pytest.raises(UserError, match=rf"config.data.source=.*{name}: is {kind}, not "):
             texts(tmp_path / name, format=format)
 
 
@@ -198,7 +198,7 @@ def test_a_big_compressed_text_lies_on_disk_and_has_the_same_bytes(tmp_path, mon
     assert isinstance(document.text, memoryview)
     assert bytes(document.text).decode() == TEXT
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"config.data.source=.*a.txt.xz: has more than .*set TMPDIR to a folder"):
+    with pytest.raises(UserError, match=r"config.data.source=.*a.txt.xz: holds over .*set TMPDIR to a folder"):
         texts(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", None)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

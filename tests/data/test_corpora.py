@@ -78,9 +78,9 @@ def test_each_json_line_has_a_document(tmp_path):
     ("line", "message"),
     [
         ("{", r"config.data.source=.*: line 2 is not JSON"),
-        ('{"body": "x"}', "config.data.text_field=text: line 2 of .* has no such field"),
-        ('{"text": 3}', "config.data.text_field=text: line 2 of .* has no text there"),
-        ("3", "config.data.text_field=text: line 2 of .* has no such field"),
+        ('{"body": "x"}', "config.data.text_field=text: line 2 of .* does not have this field"),
+        ('{"text": 3}', "config.data.text_field=text: line 2 of .* has a number there instead of text"),
+        ("3", "config.data.text_field=text: line 2 of .* does not have this field"),
     ],
 )
 def test_a_bad_json_line_is_named(tmp_path, line, message):

@@ -103,9 +103,9 @@ def test_a_split_that_is_asked_for_is_held_out_by_hash(folder):
             (f"stories/{split}:{n}", text, None) for n, text in enumerate(expected, 1)
         ]
     assert [split for _, _, split in found(f"hf:{folder}:train,hf:{folder}:test")] == ["train"] * 3 + ["test"] * 2
-    with pytest.raises(UserError, match=rf"source=hf:{folder}:dev: has no such split, but train, validation, test;"):
+    with pytest.raises(UserError, match=rf"source=hf:{folder}:dev: this split does not exist; give one of train, v"):
         texts(f"hf:{folder}:dev")
-    with pytest.raises(UserError, match=r"must be hf:NAME_OR_FOLDER, with :SPLIT or :CONFIG:SPLIT"):
+    with pytest.raises(UserError, match=r"must be hf:NAME_OR_FOLDER, optionally followed by :SPLIT or :CONFIG:SPLIT"):
         texts("hf:a:b:c:d")
 
 
@@ -123,7 +123,7 @@ def test_splits_of_other_names_are_held_out_by_hash_and_that_is_said(tmp_path):
     )
     assert found(f"hf:{tmp_path}/any") == [("any/train:1", "train", None), ("any/extra:1", "extra", None)]
     said = "\n".join(files_of(DataSettings(source=f"hf:{tmp_path}/any")).lines())
-    assert "held out by hash, since 1 files name no split (any/extra)" in said
+    assert "held out by hash, since the names of 1 files give no split (any/extra)" in said
 
 
 def test_a_configuration_is_chosen_by_its_name(with_card):
@@ -167,7 +167,7 @@ def test_rows_without_text_are_bad_as_those_of_parquet_are(tmp_path):
     (tmp_path / "any").mkdir()
     pyarrow.parquet.write_table(table, tmp_path / "any/a.parquet")
     source = f"hf:{tmp_path}/any"
-    with pytest.raises(UserError, match=r"^config.data.text_field=text: row 2 of hf:.*/any:train has no text there;"):
+    with pytest.raises(UserError, match=r"^config.data.text_field=text: row 2 of hf:.*/any:train has null there;"):
         texts(source)
     for field, expected in (("text", "a,,b"), ("meta.text", "x,,"), ("kind", "k,k,l"), ("n", ",,"), ("other", ",,")):
         assert ",".join(texts(source, text_field=field, bad_rows="skip")) == expected
@@ -175,14 +175,14 @@ def test_rows_without_text_are_bad_as_those_of_parquet_are(tmp_path):
             DataSettings(source=source, text_field=field, bad_rows="skip")
         )]  # fmt: skip
         assert [not problem for problem in problems] == [bool(text) for text in expected.split(",")]
-    with pytest.raises(UserError, match=r"config.data.text_field=other: hf:.* has no such column, but text, meta, n"):
+    with pytest.raises(UserError, match=r"config.data.text_field=other: hf:.* does not have this column, only text"):
         texts(source, text_field="other")
     data = DataSettings(source=source, text_field="raw", bad_rows="skip")
     assert [bytes(document.text) for document in documents(data)] == [b"caf\xe9", b"", b""]
 
 
 def test_a_run_inside_the_folder_is_refused(folder):
-    with pytest.raises(UserError, match=r"source=hf:.*: holds the token store .*stories/run/store"):
+    with pytest.raises(UserError, match=r"source=hf:.*: contains the token store .*stories/run/store"):
         check_source(settings_for(f"hf:{folder}"), epath.Path(folder / "run"))
 
 

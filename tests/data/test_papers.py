@@ -56,7 +56,7 @@ def test_a_zip_that_can_not_be_read_is_not_called_damaged(enwik8, tmp_path, offs
 
 def test_an_enwik8_that_is_none_is_named(enwik8, tmp_path):
     (tmp_path / "short").write_bytes(enwik8[:-1])
-    with pytest.raises(UserError, match=r"short: has 999 bytes, and enwik8 1,000; download it again"):
+    with pytest.raises(UserError, match=r"short: has 999 bytes, but enwik8 has 1,000; download it again"):
         found(tmp_path / "short", "enwik8")
     content = bytearray((tmp_path / "enwik8.zip").read_bytes())
     content[300] ^= 1
@@ -68,7 +68,7 @@ def test_an_enwik8_that_is_none_is_named(enwik8, tmp_path):
         found(tmp_path / "cut.zip", "enwik8")
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("enwik9", b"")
-    with pytest.raises(UserError, match=r"other.zip has no enwik8 in it"):
+    with pytest.raises(UserError, match=r"other.zip does not contain enwik8"):
         found(tmp_path / "other.zip", "enwik8")
     with pytest.raises(UserError, match=r"must be a file, as config.data.format=enwik8 says"):
         found(tmp_path, "enwik8")
@@ -154,26 +154,26 @@ def test_an_image_is_its_pixels_one_after_the_other(imagenet64, tmp_path):
 
 def test_as_many_images_must_be_there_as_were_published(imagenet64, tmp_path, monkeypatch):
     monkeypatch.undo()
-    with pytest.raises(UserError, match=r"have 30 images, and ImageNet64 1,281,167"):
+    with pytest.raises(UserError, match=r"have 30 images, but those of ImageNet64 have 1,281,167"):
         found(tmp_path, "imagenet64")
 
 
 def test_an_imagenet64_that_is_not_whole_is_named(imagenet64, tmp_path):
     (tmp_path / "part1/train_data_batch_2.npz").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"train_data_batch_2.npz of ImageNet64 \(npz\) not there"):
+    with pytest.raises(UserError, match=r"train_data_batch_2.npz of ImageNet64 \(npz\); download"):
         found(tmp_path, "imagenet64")
     path = tmp_path / "part1/train_data_batch_2.npz"
     for data, message in (
-        (np.zeros([3, 3072], np.uint8), r"data is uint8 \[3, 3072\], and must be uint8 \[images, 12288\]"),
+        (np.zeros([3, 3072], np.uint8), r"data is uint8 \[3, 3072\], but must be uint8 \[images, 12288\]"),
         (np.zeros([3, 12288], np.float32), r"data is float32 \[3, 12288\]"),
         (np.zeros([12288], np.uint8), r"data is uint8 \[12288\]"),
-        (np.zeros([4, 12288], np.uint8), r"have 31 images, and ImageNet64 30"),
+        (np.zeros([4, 12288], np.uint8), r"have 31 images, but those of ImageNet64 have 30"),
     ):
         write_npz(path, data)
         with pytest.raises(UserError, match=message):
             found(tmp_path, "imagenet64")
     np.savez_compressed(path, labels=np.arange(3))
-    with pytest.raises(UserError, match=r"train_data_batch_2.npz has no data.npy in it"):
+    with pytest.raises(UserError, match=r"train_data_batch_2.npz does not contain data.npy"):
         found(tmp_path, "imagenet64")
     path.write_bytes(b"no zip")
     with pytest.raises(UserError, match=r"train_data_batch_2.npz is damaged"):

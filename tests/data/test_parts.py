@@ -277,7 +277,7 @@ def test_a_part_in_the_place_of_another_of_its_size_is_named(tmp_path):
     assert store.n_parts == 4
     shutil.rmtree(store.path / "part-00001")
     shutil.copytree(store.path / "part-00002", store.path / "part-00001")
-    with pytest.raises(UserError, match=r"^config.data.store=.*part-00001 is damaged, or is another part"):
+    with pytest.raises(UserError, match=r"^config.data.store=.*part-00001 is damaged or is another part"):
         opened(store.path)
 
 

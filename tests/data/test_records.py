@@ -69,9 +69,9 @@ def test_parquet(tmp_path, compression):
 
 def test_parquet_that_has_no_text_is_named(tmp_path):
     write_parquet(tmp_path / "a.parquet", ["fine", None])
-    with pytest.raises(UserError, match=r"config.data.text_field=text: row 2 of .*a.parquet has no text there"):
+    with pytest.raises(UserError, match=r"config.data.text_field=text: row 2 of .*a.parquet has null there"):
         texts_of(tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"config.data.text_field=body: .*a.parquet has no such column, but text, id"):
+    with pytest.raises(UserError, match=r"config.data.text_field=body: .*a.parquet does not have this column, only"):
         texts_of(tmp_path / "a.parquet", text_field="body")
     content = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "cut.parquet").write_bytes(content[:-20])
@@ -93,7 +93,7 @@ def test_a_folder_of_such_files_is_read_in_the_order_of_their_paths(tmp_path):
         texts_of(tmp_path)
     assert texts_of(tmp_path, format="parquet") == ["5"]
     assert texts_of(tmp_path, glob="**/*.gz") == ["1", "2"]
-    with pytest.raises(UserError, match=r"has no file that ends with .jsonl or .* left out: 4 that config.data.glob"):
+    with pytest.raises(UserError, match=r"has no file whose name ends with .jsonl.* left out: 4 that config.data.glob"):
         texts_of(tmp_path, format="jsonl", glob="*.txt")
 
 

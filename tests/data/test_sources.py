@@ -59,11 +59,11 @@ def test_json_lines_have_several_names(tmp_path, name):
 
 @pytest.mark.parametrize(("text", "why"), [
     ('[{"text": "a"},\n {"text": "b"}]\n', "it is one JSON array"), ('{\n "text": "a"\n}\n', "its first line is no"),
-    ("\n\n  [1]", "it is one JSON array"), ('"text"\n', "its first line is no JSON object"),
+    ("\n\n  [1]", "it is one JSON array"), ('"text"\n', "its first line is not a JSON object"),
 ])  # fmt: skip
 def test_json_that_is_not_in_lines_is_told_what_would_be_right(tmp_path, text, why):
     write(tmp_path, **{"a.json": ROW, "b.json": text})
-    with pytest.raises(UserError, match=rf"source=.*b.json: is not JSON lines, since {why}.*; write one object a line"):
+    with pytest.raises(UserError, match=rf"source=.*b.json: is not JSON lines: {why}.*; write one object per line"):
         texts(tmp_path)
     assert texts(tmp_path, format="folder") == [ROW, text]
     assert texts(tmp_path, exclude="b.*") == ["a text"]
@@ -84,7 +84,7 @@ def test_json_lines_with_text_in_them_are_not_read_as_text_because_of_a_text_bes
 
 def test_a_folder_of_files_that_are_no_text_is_not_read_for_what_is_about_them(tmp_path):
     write(tmp_path, **{"data-00000-of-00001.arrow": "x", "state.json": "{}", "dataset_info.json": "{}"})
-    with pytest.raises(UserError, match=rf"\(data-00000-of-00001.arrow\), and besides.*; give hf:{tmp_path}$"):
+    with pytest.raises(UserError, match=rf"\(data-00000-of-00001.arrow\), and otherwise.*; give hf:{tmp_path}$"):
         texts(tmp_path)
     assert texts(tmp_path, format="text") == ["{}", "{}"]
 
@@ -159,7 +159,7 @@ def test_a_single_text_file_is_one_document_whose_last_lines_are_held_out(tmp_pa
         "test",
     ] * 2
     write(tmp_path, **{"a.jsonl": ROW})
-    with pytest.raises(UserError, match=r"config.data.holdout=position: is for text files, and .* as jsonl"):
+    with pytest.raises(UserError, match=r"config.data.holdout=position: is for text files, but .* as jsonl"):
         found(tmp_path / "a.jsonl", holdout="position")
 
 
@@ -238,9 +238,9 @@ def test_a_folder_of_which_some_files_have_no_split_is_held_out_by_hash_and_says
     write(tmp_path, **OWN, **{"notes.txt": "n"})
     assert {split for _, _, split in found(tmp_path)} == {None}
     said = "\n".join(files_of(DataSettings(source=str(tmp_path))).lines())
-    assert "held out by hash, since 1 files name no split (notes.txt), though others do" in said
+    assert "held out by hash, since the names of 1 files give no split (notes.txt), although others do" in said
     assert {split for _, _, split in found(tmp_path, exclude="notes.txt")} == set(SPLITS)
-    with pytest.raises(UserError, match=r"config.data.holdout=names: 1 files name no split \(notes.txt\)"):
+    with pytest.raises(UserError, match=r"config.data.holdout=names: the names of 1 files give no split \(notes.txt\)"):
         found(tmp_path, holdout="names")
 
 
@@ -255,7 +255,7 @@ def test_a_readme_beside_splits_of_text_is_left_out(tmp_path):
 def test_a_folder_of_training_and_other_files_says_that_it_is_held_out_by_hash(tmp_path):
     write(tmp_path, **{"train/a.txt": "a", "eval/b.txt": "b"})
     said = "\n".join(files_of(DataSettings(source=str(tmp_path))).lines())
-    assert "held out by hash, since 1 files name no split (eval/b.txt)" in said
+    assert "held out by hash, since the names of 1 files give no split (eval/b.txt)" in said
 
 
 def test_a_package_with_tests_in_it_has_no_splits(tmp_path):
@@ -275,9 +275,9 @@ def test_a_store_may_be_for_evaluation_only_and_is_not_trained_on(tmp_path, file
     store = open_store(given, epath.Path(tmp_path / "run"))
     assert [store.meta["splits"][split]["n_documents"] for split in SPLITS] == [0, 0, 2]
     assert len(store.split("test").lengths) == 2
-    with pytest.raises(UserError, match=r"config.data.store=.*run/store: is only for evaluation, since"):
+    with pytest.raises(UserError, match=r"config.data.store=.*run/store: is for evaluation only, since"):
         store.split("train")
-    with pytest.raises(UserError, match=r"is only for evaluation"):
+    with pytest.raises(UserError, match=r"is for evaluation only"):
         Mixture.open(f"{store.path}=1").split("train")
 
 

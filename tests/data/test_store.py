@@ -100,7 +100,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
 
 
 def test_nothing_to_train_on_is_an_error_and_leaves_nothing(tmp_path):
-    with pytest.raises(UserError, match=r"config.data.source=stdlib: has no document to train on"):
+    with pytest.raises(UserError, match=r"config.data.source=stdlib: has no documents for training"):
         store_of(tmp_path / "s", [])
     assert list(tmp_path.iterdir()) == []
 
@@ -200,5 +200,5 @@ def test_an_array_of_another_length_is_damage_also_in_a_store_without_checksums_
         TokenStore(store.path).split("train")
     older = {name: value for name, value in store.meta.items() if name not in ("arrays", "crc32c")}
     (store.path / "store.json").write_text(json.dumps(older | dict(crc32c=store_module.crc32c_of(older))))
-    with pytest.raises(UserError, match=r"has not the documents of store.json"):
+    with pytest.raises(UserError, match=r"does not have the documents of store.json"):
         TokenStore(store.path).split("train")

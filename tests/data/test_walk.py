@@ -53,7 +53,7 @@ def test_a_folder_is_read_once_however_many_links_lead_to_it_and_by_its_own_name
     (corpus / "l2").symlink_to(tmp_path / "elsewhere")
     (corpus / "l3").symlink_to(tmp_path / "elsewhere/inner")
     assert names(corpus) == ["a.txt", "b/c.txt", "b/d/e.md", "l1/inner/y.txt", "l1/x.txt"]
-    assert "leaves out 3 links to folders that are read already: a_link, l2, l3" in said(corpus)
+    assert "leaves out 3 links to folders that are already read: a_link, l2, l3" in said(corpus)
 
 
 def test_links_in_a_circle_end(corpus):
@@ -63,8 +63,8 @@ def test_links_in_a_circle_end(corpus):
     (corpus / "gone.txt").symlink_to("nowhere.txt")
     assert names(corpus) == ["a.txt", "b/c.txt", "b/d/e.md"]
     text = said(corpus)
-    assert "leaves out 2 links to a folder that they lie in: b/d/up, b/parent" in text
-    assert "leaves out 2 links that lead nowhere" in text
+    assert "leaves out 2 links to a folder that contains them: b/d/up, b/parent" in text
+    assert "leaves out 2 broken links" in text
 
 
 # ------------------------------------------------- what is hidden, and what is no text
@@ -73,7 +73,7 @@ def test_hidden_files_and_folders_are_left_out_unless_asked_for(corpus):
     before = ["a.txt", "b/c.txt", "b/d/e.md"]
     assert names(corpus) == before
     hidden = ".DS_Store, .git, b/.ipynb_checkpoints"
-    assert f"leaves out 3 hidden (config.data.hidden=True takes them): {hidden}" in said(corpus)
+    assert f"leaves out 3 hidden (config.data.hidden=True includes them): {hidden}" in said(corpus)
     shown = [".DS_Store", ".git/config", "a.txt", "b/.ipynb_checkpoints/n.txt", "b/c.txt", "b/d/e.md"]
     assert names(corpus, hidden=True) == shown
     assert names(corpus / ".git") == ["config"]  # asked for by its name
@@ -101,8 +101,8 @@ def test_exclude_is_a_glob(corpus, exclude, left):
 
 def test_an_exclude_that_leaves_nothing_out_is_named(corpus):
     text = said(corpus, exclude="*.{txt,md}, d, x/*")
-    unused = [line.split(": ")[1] for line in text.splitlines() if line.endswith("leaves nothing out")]
-    assert unused == [f"{pattern} leaves nothing out" for pattern in ("*.{txt", "md}", "x/*")]
+    unused = [line.split(": ")[1] for line in text.splitlines() if line.endswith("matches nothing")]
+    assert unused == [f"{pattern} matches nothing" for pattern in ("*.{txt", "md}", "x/*")]
 
 
 def test_exclude_holds_for_what_a_glob_matches(corpus):
@@ -211,10 +211,10 @@ def test_a_run_or_store_that_would_be_read_as_text_is_refused(corpus, tmp_path, 
         (corpus / "link").symlink_to(inside)
     settings = settings_for(corpus)
     for check in (check_source, open_store):
-        with pytest.raises(UserError, match=r"config.data.source=.*: holds the token store .*/run/store, which"):
+        with pytest.raises(UserError, match=r"config.data.source=.*: contains the token store .*/run/store, which"):
             check(settings, epath.Path(inside / "run"))
     elsewhere = settings_for(corpus, store=str(tmp_path / "store"))
-    with pytest.raises(UserError, match=r"config.data.source=.*: holds --workdir=.*run, which would be read as text"):
+    with pytest.raises(UserError, match=r"config.data.source=.*: contains --workdir=.*run, which would be read"):
         check_source(elsewhere, epath.Path(inside / "run"))
     for place, changes in ((".runs/1", {}), ("runs/1", dict(exclude="runs")), ("runs/1", dict(exclude="*/runs,runs"))):
         assert open_store(settings_for(corpus, **changes), epath.Path(inside / place)).meta["splits"]

@@ -45,7 +45,7 @@ def test_eval_and_inspect_know_the_average_of_the_weights(trained, tmp_path):
     shutil.copytree(trained[0], workdir)
     flags = ["--config.train.num_steps=45", "--config.train.ema_decay=0.9", "--config.sample.length=0"]
     _, err = run(f"--workdir={workdir}", *flags)
-    assert "checkpoint 40 has no moving average of the weights; it starts at them" in err
+    assert "checkpoint 40 has no moving average; it starts from the weights" in err
     during = metrics_of(workdir, "validation")[-1]
     assert (during["step"], during["weights"]) == (45, "ema")
     found = {}
@@ -228,7 +228,7 @@ def test_each_mistake_is_one_line_and_costs_nothing(folder, config_file):
         (config, fresh, "--config.optimizer.schedule=wsd", "--config.optimizer.decay_steps=36"): (
             "config.optimizer.decay_steps=36", "have 41 steps, and config.train.num_steps=40"),
         (config, fresh, "--mode=train_vocab"): ("config.data.vocab=bytes", "must be sentencepiece"),
-        ("--config=configs/enwik8.py", fresh, f"--source={folder / 'blank.txt'}"): ("has 2 bytes, and enwik8",),
+        ("--config=configs/enwik8.py", fresh, f"--source={folder / 'blank.txt'}"): ("has 2 bytes, but enwik8",),
         ("--config=configs/imagenet64.py", fresh, "--config.sample.length=9"): ("sample.length=9", "12288, an image"),
         (config, fresh, "--split=test"): ("--split", "is for --mode=eval"),
         (config, fresh, "--step=-1"): ("--step=-1",),

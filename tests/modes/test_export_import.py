@@ -205,8 +205,8 @@ def test_each_mistake_is_one_line_and_changes_nothing(out, tmp_path, config_file
         (fresh, "--mode=import", f"--from={out.parent / 'run'}"): f"--from={out.parent / 'run'}: has no model.safetens",
         (fresh, "--mode=import", given, "--config.model.n_code=9"): "config.model.n_code=9: the model in ",
         (fresh, "--mode=import", given, config): "config.model.d_model=16: the model in ",
-        (run_of_out, "--mode=import", given): f"{run_of_out}: exists already",
-        (f"--workdir={tmp_path / 'taken'}", "--mode=import", given): f"--workdir={tmp_path / 'taken'}: exists already",
+        (run_of_out, "--mode=import", given): f"{run_of_out}: already exists",
+        (f"--workdir={tmp_path / 'taken'}", "--mode=import", given): f"--workdir={tmp_path / 'taken'}: already exists",
         (f"--workdir={tmp_path / '[1]'}", "--mode=import", given): f"--workdir={tmp_path / '[1]'}: the full path",
     }  # fmt: skip
     before = contents(out.parent) | contents(tmp_path)
@@ -258,10 +258,10 @@ def test_buckets_are_exported_to_and_imported_from(out, tmp_path, server, monkey
     assert {name: files.cat(f"bucket/out/{name}") for name in files_of(out)} == files_of(out)
     code, _, err = finish(start(f"--workdir={out.parent / 'run'}", "--mode=export", "--to=gs://bucket/out"))
     assert code == 1
-    assert err.splitlines()[-1].startswith("error: --to=gs://bucket/out: exists already")
+    assert err.splitlines()[-1].startswith("error: --to=gs://bucket/out: already exists")
     run("--workdir=gs://bucket/imported", "--mode=import", "--from=gs://bucket/out")
     run("--workdir=gs://bucket/imported", "--mode=export", f"--to={tmp_path / 'again'}")
     assert files_of(tmp_path / "again") == files_of(out)
     code, _, err = finish(start("--workdir=gs://bucket/imported", "--mode=import", "--from=gs://bucket/out"))
     assert code == 1
-    assert err.splitlines()[-1].startswith("error: --workdir=gs://bucket/imported: exists already")
+    assert err.splitlines()[-1].startswith("error: --workdir=gs://bucket/imported: already exists")

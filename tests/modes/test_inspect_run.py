@@ -107,5 +107,5 @@ def test_an_array_of_another_shape_is_no_damage(run):
     abstract = jax.eval_shape(lambda: state).params
     abstract["embedding"] = jax.ShapeDtypeStruct([300, 8], abstract["embedding"].dtype)
     read = inspect_run._reader(workdir / "checkpoints/3/params", abstract)
-    with pytest.raises(UserError, match=r"\['embedding'\] can't be read \(it has the shape \(259, 8\), and \(300, 8\)"):
+    with pytest.raises(UserError, match=r"\['embedding'\] can't be read \(it has the shape \(259, 8\), but \(300, 8\)"):
         read("['embedding']")

@@ -93,7 +93,7 @@ def test_a_stop_string_ends_a_sample_as_text_and_as_json(workdir, capsys):
     ("how", "flags", "message"),
     [
         (dict(logprobs=True), {}, "config.sample.logprobs=True: text has no place for them; give --output=FILE"),
-        ({}, dict(output="{folder}"), "--output={folder}: exists already, and is not replaced; give a new file"),
+        ({}, dict(output="{folder}"), "--output={folder}: already exists, and is not replaced; give a new file"),
         ({}, dict(output="{folder}/none/x"), "--output={folder}/none/x: the folder {folder}/none does not exist"),
         ({}, dict(prompt_file="{folder}/none"), "--prompt_file={folder}/none: can't be read"),
         ({}, dict(prompt_file="{folder}/bad.jsonl"), "--prompt_file={folder}/bad.jsonl: line 2 has no text prompt"),

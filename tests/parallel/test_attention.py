@@ -98,7 +98,7 @@ def test_auto_goes_back_to_xla_if_the_kernels_turn_out_wrong(mesh, monkeypatch, 
     monkeypatch.setattr(trial, "largest_excess", lambda config: next(excesses))
     assert with_tried_attention(settings, mesh) is settings
     assert with_tried_attention(settings_of(attention="xla"), mesh).model.attention == "xla"
-    for problem in ("something that they compute is off by 50%", "off by nan%"):
+    for problem in ("one of their results is off by 50%", "off by nan%"):
         assert with_tried_attention(settings, mesh).model.attention == "xla"
         said = capsys.readouterr().err
         assert "the kernels of config.model.attention=auto do not work on cpu" in said

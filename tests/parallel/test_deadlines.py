@@ -76,7 +76,7 @@ LINES = dict(
     frozen="error: --wait_timeout_seconds=4: an agreement of all processes has not ended within 4 s",
     restore="error: config.checkpoint.restore_timeout_seconds=4: verifying the checkpoints in",
     save="error: config.checkpoint.timeout_seconds=2: a save of",
-    first="error: --wait_timeout_seconds=4: what process 0 does for all has not ended within 4 s",
+    first="error: --wait_timeout_seconds=4: the work of process 0 has not ended within 4 s",
     gather="error: --wait_timeout_seconds=4: gathering the parameters has not ended",
     evaluation="error: --wait_timeout_seconds=4: a step of the evaluation has not ended",
 )

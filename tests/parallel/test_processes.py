@@ -105,7 +105,7 @@ def test_ctrl_c_while_a_corpus_is_prepared_ends_all_processes_with_one_line_each
         fcntl.flock(held, fcntl.LOCK_EX)
         job = launched("--processes=2", "--devices_per_process=1", "--", *flags, start_new_session=True)
         assert job.stdout
-        while not (line := job.stdout.readline()).startswith("waits: another process prepares"):
+        while not (line := job.stdout.readline()).startswith("waiting: another process is preparing"):
             assert line
         os.killpg(job.pid, signal.SIGUSR1)
         said = (line for line in job.stdout if "[Gloo]" not in line)  # which says when processes have met
@@ -168,7 +168,7 @@ def test_what_would_leave_a_process_alone_is_refused(monkeypatch):
         processes.check_slices(1)
     processes.check_slices(2)
     monkeypatch.setenv("MEGASCALE_NUM_SLICES", "two")
-    with pytest.raises(UserError, match=r"contradicts MEGASCALE_NUM_SLICES=two of the environment; unset MEGASCALE"):
+    with pytest.raises(UserError, match=r"contradicts MEGASCALE_NUM_SLICES=two in the environment; unset MEGASCALE"):
         processes.check_slices(2)
     monkeypatch.delenv("MEGASCALE_NUM_SLICES")
     monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", "10.0.0.9:8080")

@@ -68,7 +68,7 @@ def check_all(config_file, tmp_path, bucket, message):
 
 def test_a_bucket_that_does_not_exist_is_not_made(config_file, tmp_path, server, monkeypatch):
     files = reached_at(monkeypatch, server)
-    check_all(config_file, tmp_path, "gs://nowhere/run", "there is no bucket gs://nowhere;")
+    check_all(config_file, tmp_path, "gs://nowhere/run", "the bucket gs://nowhere does not exist;")
     assert [name.rstrip("/") for name in files.ls("")] == ["bucket"]
     err = refused_in_one_line("--workdir=gs://bucket/nothing", "--mode=eval")
     assert err.startswith("error: --workdir=gs://bucket/nothing: has no config.json")

@@ -126,7 +126,7 @@ def test_what_is_saved_in_a_folder_that_is_refused_could_indeed_not_be_read(tmp_
     checkpoints.wait()
     with pytest.raises(UserError, match="can't be read"):
         checkpoints.restore(5, abstract_train_state(SETTINGS, mesh))
-    with pytest.raises(UserError, match=r"the full path .* has \[, with which no checkpoint can be read back"):
+    with pytest.raises(UserError, match=r"the full path .* has \[, so checkpoints could not be read back"):
         check_saving("--workdir", f"{tmp_path}/lr[1e-3]")
     checkpoints.close()
 

@@ -242,7 +242,7 @@ def test_switched_on_it_starts_at_the_weights_and_switched_off_it_is_dropped_eac
     capsys.readouterr()
 
     state = state_of(averaged, tmp_path / "plain", mesh)
-    assert "config.train.ema_decay=0.7: checkpoint 2 has no moving average of the weights; it starts at them" in (
+    assert "config.train.ema_decay=0.7: checkpoint 2 has no moving average; it starts from the weights" in (
         capsys.readouterr().err
     )
     assert sha256_of(state.ema) == sha256_of(state.params)

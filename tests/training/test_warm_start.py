@@ -205,11 +205,11 @@ def test_the_first_layers_are_taken_and_others_are_of_the_seed(
         ),
         (
             dict(optimizer=dict(name="lion"), init_optimizer=True),
-            "config.init_optimizer=True: step 40 of HERE has the state of adamw, and config.optimizer.name=lion; give",
+            "config.init_optimizer=True: step 40 of HERE has the state of adamw, but config.optimizer.name=lion; give",
         ),
         (
             dict(init_layers=1, init_optimizer=True),
-            "config.init_optimizer=True: step 40 of HERE has the state of all 2 layers, and only 1 are taken",
+            "config.init_optimizer=True: step 40 of HERE has the state of all 2 layers, but only 1 are taken",
         ),
         (dict(data=dict(vocab="sentencepiece")), "config.data.vocab=sentencepiece: would be trained again"),
     ],
@@ -249,7 +249,7 @@ def test_a_run_whose_mixture_has_another_vocabulary_is_refused(tmp_path, their_s
     source = saved_with(tmp_path / "theirs", their_state, **{VOCAB: "pieces", "config.model.n_vocab": "264"})
     store_of(tmp_path / "store", [bytes([65 + n]) * 99 for n in range(20)])
     ours = with_fields(THEIRS, init_from=str(source), data=dict(mixture=f"{tmp_path}/store=1"), model=dict(n_vocab=264))
-    with pytest.raises(UserError, match=r"^config.data.vocab=bytes: step 20 of .* was made with pieces; give the voc"):
+    with pytest.raises(UserError, match=r"^config.data.vocab=bytes: step 20 of .* was made with pieces; give that run"):
         train(ours, epath.Path(tmp_path / "ours"), NoSignals())
     assert not (tmp_path / "ours/checkpoints").exists()
 
@@ -383,7 +383,7 @@ def test_the_first_start_alone_needs_the_other_run(corpus, tmp_path, made_up, ca
     ]
     for init_from, is_another in (("elsewhere", True), (f"{tmp_path}/a@4", True), (f"{tmp_path}/a", False)):
         train_made_up(with_fields(settings, init_from=init_from), tmp_path / "b")
-        warned = f"WARNING: config.init_from={init_from}: counts on the first start only" in capsys.readouterr().err
+        warned = f"WARNING: config.init_from={init_from}: only applies to the first start" in capsys.readouterr().err
         assert warned == is_another
 
 

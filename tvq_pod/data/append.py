@@ -1,4 +1,4 @@
-"""Adding new files of a corpus to a store that is there: as new parts, which leave the old ones as they are."""
+"""Adding new files of a corpus to an existing store, as new parts; the old parts stay as they are."""
 
 import dataclasses
 import json
@@ -18,13 +18,13 @@ from tvq_pod.errors import UserError
 from tvq_pod.host.paths import is_bucket
 from tvq_pod.host.terminal import say
 
-SAME = ("validation_share", "test_share", "invalid_utf8")  # settings that must be those of the store
+SAME = ("validation_share", "test_share", "invalid_utf8")  # settings that must match the store's
 
 
 def append(settings: Settings, workdir: epath.Path) -> TokenStore:
-    """Adds the files of config.data.source that the store does not have. Goes on where a process before was killed.
+    """Adds the files of config.data.source that the store does not have. Resumes where an earlier process was killed.
 
-    Raises UserError if there is no store, a file of it has changed, or the settings do not fit it.
+    Raises UserError if the store does not exist, one of its files has changed, or the settings do not fit it.
     """
     data, path = settings.data, store_path(settings, workdir)
     if data.mixture:
@@ -39,16 +39,16 @@ def append(settings: Settings, workdir: epath.Path) -> TokenStore:
         check_made_with(data, store, made)
         found = files_of(data)
         if found is None:
-            raise UserError(f"config.data.source={data.source}: --append adds files, and this corpus is none")
+            raise UserError(f"config.data.source={data.source}: --append adds files, and this corpus has none")
         held_out = store.meta.get("holdout", "names" if store.meta.get("own_splits") else "hash")
         if found.holdout != held_out:
             raise UserError(
-                f"config.data.holdout={data.holdout}: means {found.holdout} for {data.source}, and the documents of "
+                f"config.data.holdout={data.holdout}: means {found.holdout} for {data.source}, but the documents of "
                 f"{path} are held out by {held_out}; give config.data.holdout={held_out}, or another config.data.store"
             )
         new = _new_files(store, found.files, data)
         if not new:
-            say(f"{path}: has all {len(found.files):,} files of {data.source}; nothing is added")
+            say(f"{path}: already has all {len(found.files):,} files of {data.source}; nothing is added")
             return store
         say(f"adding {len(new):,} of {len(found.files):,} files of {data.source} to {path}, as {found.format}")
         found = dataclasses.replace(found, files=new)
@@ -81,8 +81,8 @@ def _entries(store: TokenStore) -> list[dict]:
 
 
 def _new_files(store: TokenStore, files: list[File], data: DataSettings) -> list[File]:
-    """Files that the store does not have; says which are taken for files of the store that lay elsewhere. Raises
-    UserError if one has changed since."""
+    """Returns the files that the store does not have, and says which files it takes for files that the store read from
+    another place. Raises UserError if a file has changed since the store read it."""
     known = _files_of(store, data)
     paths = {entry["path"]: entry["size"] for entry in known}
     names = {(entry["name"], entry["size"]) for entry in known}  # the corpus may have moved
@@ -91,22 +91,22 @@ def _new_files(store: TokenStore, files: list[File], data: DataSettings) -> list
         size, path, name = size_of(file), as_text(address_of(file)), as_text(file.name)
         if paths.get(path, size) != size:
             raise UserError(
-                f"config.data.source={data.source}: {file.name} had {paths[path]:,} bytes when {store.path} took "
-                f"it, and has {size:,} now; --append adds only new files; keep what is new in a file of its own"
+                f"config.data.source={data.source}: {file.name} had {paths[path]:,} bytes when {store.path} read "
+                f"it, and has {size:,} now; --append adds only new files; put new text into a file of its own"
             )
         if path not in paths:
             (moved if file.kind != "hf" and (name, size) in names else new).append(file)
     if moved:
         first = ", ".join(file.path for file in moved[:3])
         say(
-            f"{len(moved):,} files have the name and the size of files that {store.path} has from elsewhere, and are "
-            f"taken for them ({first}{', ...' if len(moved) > 3 else ''}); what is new needs another name"
+            f"{len(moved):,} files have the name and size of files that {store.path} read from another place, and "
+            f"are skipped as the same ({first}{', ...' if len(moved) > 3 else ''}); a new file needs another name"
         )
     return new
 
 
 def _files_of(store: TokenStore, data: DataSettings) -> list[dict]:
-    """What `signature` kept of the store's files."""
+    """The entries of the store's files, as `signature` wrote them."""
     known = []
     for part in store.parts:
         path = store.path / part.folder / FILES
@@ -117,7 +117,7 @@ def _files_of(store: TokenStore, data: DataSettings) -> list[dict]:
                 raise UserError(f"config.data.store={store.path}: {path} is missing, so the store is damaged") from None
             if _places(store.meta["made_with"].get("source", "")) & _places(data.source):
                 raise UserError(
-                    f"config.data.source={data.source}: an older version made {store.path} of it, and did not keep "
+                    f"config.data.source={data.source}: an older version made {store.path} from it, and did not record "
                     "which files it read; give only the new files, by a glob or in a folder of their own"
                 ) from None
         except (OSError, ValueError) as error:
@@ -126,5 +126,5 @@ def _files_of(store: TokenStore, data: DataSettings) -> list[dict]:
 
 
 def _places(source: str) -> set[str]:
-    """Where the paths of a source lead to."""
+    """The real locations of a source's paths."""
     return {place if is_bucket(place) else os.path.realpath(place) for place in source.split(",") if place}

@@ -30,7 +30,8 @@ class ArrayWriter:
         threads: concurrent.futures.Executor,
         written: dict | None = None,
     ):
-        """written: what `commit` returned; the array is cut to that, and goes on. Raises ValueError if it can't."""
+        """written: what `commit` returned; the array is cut to that length and continued. Raises ValueError if that is
+        impossible."""
         self._dtype = np.dtype(dtype)
         self._shard_len = stores.SHARD_BYTES // self._dtype.itemsize
         self._threads = threads
@@ -117,7 +118,7 @@ class ArrayWriter:
         return hashlib.sha256(values.astype(self._dtype.newbyteorder("<"), copy=False).data).digest()
 
     def commit(self) -> dict:
-        """Writes all there is. Returns what it takes to go on from here."""
+        """Writes all values so far. Returns what is needed to resume from here."""
         while self._waiting:
             self._digests.append(self._waiting.popleft().result())
         if self._n:
@@ -135,7 +136,7 @@ class ArrayWriter:
 
 @contextlib.contextmanager
 def named_errors() -> Iterator[None]:
-    """What can't be written in here is a UserError that names the setting."""
+    """Turns a failed write inside the block into a UserError that names the setting."""
     try:
         yield
     except (OSError, ValueError) as error:

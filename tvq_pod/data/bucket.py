@@ -1,7 +1,7 @@
-"""Objects in a bucket, gs://, as files of a corpus: which there are, and their bytes, some of which are fetched ahead.
+"""Objects in a bucket, gs://, as files of a corpus: listing them, and reading their bytes, partly ahead of need.
 
-gcsfs lists, globs and fetches, and tries a request that fails six times, for half a minute. A listing is a snapshot:
-an object is read in the version that was listed, or not at all.
+gcsfs lists, globs and fetches, and tries a failing request six times, for half a minute. A listing is a snapshot: an
+object is read in the version that was listed, or not at all.
 """
 
 import concurrent.futures
@@ -22,21 +22,21 @@ from tvq_pod.errors import UserError
 from tvq_pod.host.extras import require
 from tvq_pod.host.paths import BUCKET
 
-HEAD_BYTES = 2**18  # of an object that are fetched first: all of a small one
-BLOCK_BYTES = 2**22  # that are fetched at a time, after that
-BLOCKS_AHEAD = 4  # of an object that is read in order
-OBJECTS_AHEAD = 16  # whose heads are fetched before they are asked for
+HEAD_BYTES = 2**18  # fetched first from an object: all of a small one
+BLOCK_BYTES = 2**22  # fetched at a time after that
+BLOCKS_AHEAD = 4  # fetched ahead from an object that is read in order
+OBJECTS_AHEAD = 16  # whose heads are fetched before they are needed
 
 T = TypeVar("T")
 
 
 @functools.cache
 def filesystem():
-    """gcsfs, which asks the bucket for each listing anew. Call `cache_clear()` if the environment has changed."""
+    """Returns gcsfs, without its cache of listings. Call `cache_clear()` if the environment has changed."""
     require("gcsfs", "config.data.source=gs://: a bucket")
     import fsspec
 
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # a page for each try; what it raises says as much
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a page per try; its exception says as much
     return fsspec.filesystem("gs", use_listings_cache=False, skip_instance_cache=True)
 
 
@@ -55,12 +55,12 @@ def _asked(source: str, call: Callable[[], T]) -> T:
     return retried(source, call, _may_pass, "let this account list and read objects there, or log in as another")
 
 
-# ------------------------------------------------- which objects there are
+# ------------------------------------------------- listing objects
 @dataclasses.dataclass(frozen=True, slots=True)
 class Object:
-    """An object as it was when it was listed. It has what is used here of a pathlib.Path.
+    """An object as it was when it was listed. It has those methods of pathlib.Path that are used here.
 
-    path: gs://BUCKET/NAME. size: in bytes. version: which the bucket calls the generation; "" where it has none.
+    path: gs://BUCKET/NAME. size: in bytes. version: what the bucket calls the generation; "" if it has none.
     """
 
     path: str
@@ -72,16 +72,17 @@ class Object:
 
     @property
     def suffix(self) -> str:
-        """As of a path."""
+        """The end of the name, as `pathlib.Path.suffix` gives it."""
         return os.path.splitext(self.path)[1]
 
     def stat(self) -> types.SimpleNamespace:
-        """Its size, and a number that is another one when its content is."""
+        """The object's size, and a number that changes with its content."""
         return types.SimpleNamespace(st_size=self.size, st_mtime_ns=int(self.version or 0))
 
     def open(self, mode: str = "rb", in_order: bool = True) -> io.BufferedReader:
-        """Its content, fetched as it is read. in_order: whether what comes next is fetched ahead. Raises UserError,
-        also later, if the bucket can't be reached, or the object is not what it was when it was listed."""
+        """Opens the content, which is fetched as it is read. in_order: whether the next blocks are fetched ahead.
+        Raises UserError, also during reads, if the bucket can't be reached, or the object has changed since it was
+        listed."""
         assert mode == "rb", mode
         content = (_AHEAD.get(self) or _Blocks(self)) if in_order else _Ranges(self)
         return io.BufferedReader(_Reader(self.size, content), 2**16)
@@ -94,19 +95,19 @@ def _object(info: dict) -> Object:
     path = BUCKET + info["name"]
     if info.get("contentEncoding"):
         raise UserError(
-            f"config.data.source={path}: is stored with Content-Encoding {info['contentEncoding']}, with which it has "
-            f"no size; run `gcloud storage objects update --clear-content-encoding {path}`, and it is decompressed here"
+            f"config.data.source={path}: is stored with Content-Encoding {info['contentEncoding']}, so its size is "
+            f"unknown; run `gcloud storage objects update --clear-content-encoding {path}`; it is decompressed here"
         )
     return Object(path, int(info["size"]), str(info.get("generation") or ""))
 
 
 def found_at(path: str) -> Object | str | None:
-    """What is at gs://BUCKET/NAME: an object; the path itself if it is a folder of objects; None if there is nothing.
+    """Returns what is at gs://BUCKET/NAME: an object; the path itself for a folder of objects; None for nothing.
 
     Raises UserError if the bucket can't be reached."""
     name = path.removeprefix(BUCKET).strip("/")
     try:
-        if "/" not in name:  # a bucket: it can be listed by whoever may list it
+        if "/" not in name:  # a bucket: permission to list it is enough
             _asked(path, lambda: filesystem().call("GET", "b/{}/o", name, maxResults=1, json_out=True))
             return path
         info = _asked(path, lambda: filesystem().info(path.rstrip("/")))
@@ -116,8 +117,8 @@ def found_at(path: str) -> Object | str | None:
 
 
 def found_by(pattern: str, hidden: bool) -> list[Object | str]:
-    """What a glob matches, in the order of the paths: objects, and paths of folders. hidden: also what is hidden and
-    not asked for by a part of the pattern. Raises UserError as `found_at` does."""
+    """Returns what a glob matches, in the order of the paths: objects, and paths of folders. hidden: whether hidden
+    ones match although no part of the pattern begins with a dot. Raises UserError as `found_at` does."""
     try:
         infos = _asked(pattern, lambda: filesystem().glob(pattern, detail=True)).values()
     except FileNotFoundError:
@@ -132,7 +133,7 @@ def found_by(pattern: str, hidden: bool) -> list[Object | str]:
 
 
 def found_below(folder: str) -> dict[str, Object]:
-    """The objects below a folder, by their paths below it. Raises UserError as `found_at` does."""
+    """Returns the objects below a folder, by their paths relative to it. Raises UserError as `found_at` does."""
     folder = folder.rstrip("/")
     try:
         infos = _asked(folder, lambda: filesystem().find(folder, detail=True))
@@ -144,9 +145,9 @@ def found_below(folder: str) -> dict[str, Object]:
     }
 
 
-# ------------------------------------------------- what is in them
+# ------------------------------------------------- reading objects
 class _Piece:
-    """Some bytes of an object, which another thread fetches from the beginning on."""
+    """Some bytes of an object, which another thread starts to fetch at once."""
 
     def __init__(self, of: Object, begin: int, end: int):
         self._of, self._begin, self._end = of, begin, end
@@ -164,26 +165,26 @@ class _Piece:
         return found
 
     def get(self) -> bytes:
-        """Waits for them. Raises UserError as `Object.open` says."""
+        """Waits for the bytes. Raises UserError as `Object.open` says."""
         try:
             found = _asked(self._of.path, self._result)
         except FileNotFoundError:
             found = b""
         if len(found) != self._end - self._begin:
             raise UserError(
-                f"config.data.source={self._of.path}: has changed, or is gone, since it was listed; start again with "
-                "a corpus that nobody writes to"
+                f"config.data.source={self._of.path}: has changed or was deleted since it was listed; start again "
+                "with a corpus that nobody writes to"
             )
         return found
 
     def cancel(self) -> None:
-        """Does not fetch them, if that has not begun."""
+        """Cancels the fetch if it has not begun."""
         if self._future:
             self._future.cancel()
 
 
 class _Blocks:
-    """The bytes of an object that is read in order, in blocks of which some are fetched ahead."""
+    """The bytes of an object that is read in order, in blocks, some of which are fetched ahead."""
 
     def __init__(self, of: Object):
         self._of, self._last = of, -1
@@ -191,15 +192,15 @@ class _Blocks:
         self._n = 0 if not of.size else 1 + -(-max(0, of.size - HEAD_BYTES) // BLOCK_BYTES)
 
     def begin(self, number: int) -> None:
-        """Fetches a block, if there is one of this number, and it is not being fetched."""
+        """Starts to fetch a block, if it exists and is not being fetched yet."""
         if number < self._n and number not in self._pieces:
             begin = HEAD_BYTES + (number - 1) * BLOCK_BYTES if number else 0
             self._pieces[number] = _Piece(self._of, begin, min(self._of.size, HEAD_BYTES + number * BLOCK_BYTES))
 
     def read(self, place: int, n: int) -> bytes | memoryview:
-        """At most n bytes from `place` on, at least one."""
+        """Returns between 1 and n bytes from `place` on."""
         number = 0 if place < HEAD_BYTES else 1 + (place - HEAD_BYTES) // BLOCK_BYTES
-        in_order = place > 0 and number in (self._last, self._last + 1)  # at 0, it may be only the head that is wanted
+        in_order = place > 0 and number in (self._last, self._last + 1)  # at 0, perhaps only the head is wanted
         self._last = number
         ahead = range(number, number + 1 + (BLOCKS_AHEAD if in_order else 0))
         for old in self._pieces.keys() - {0, *ahead}:
@@ -210,27 +211,27 @@ class _Blocks:
         return memoryview(self._pieces[number].get())[begin : begin + n]
 
     def close(self) -> None:
-        """Whatever is not being fetched yet is not."""
+        """Cancels all fetches that have not begun."""
         for piece in self._pieces.values():
             piece.cancel()
         self._pieces.clear()
 
 
 class _Ranges:
-    """The bytes of an object that is read here and there: what is asked for and no more, in pieces side by side."""
+    """The bytes of an object that is read at random places: exactly those asked for, in pieces fetched in parallel."""
 
     def __init__(self, of: Object):
         self._of = of
 
     def read(self, place: int, n: int) -> bytes:
-        """n bytes from `place` on."""
+        """Returns n bytes from `place` on."""
         end = min(place + n, self._of.size)
         pieces = [_Piece(self._of, at, min(at + BLOCK_BYTES, end)) for at in range(place, end, BLOCK_BYTES)]
         return b"".join(piece.get() for piece in pieces)
 
 
 class _Reader(io.RawIOBase):
-    """Either of them as a file."""
+    """A file over `_Blocks` or `_Ranges`."""
 
     def __init__(self, size: int, content: _Blocks | _Ranges):
         self._size, self._content, self._place = size, content, 0
@@ -258,11 +259,11 @@ class _Reader(io.RawIOBase):
         return len(found)
 
 
-_AHEAD: dict[Object, _Blocks] = {}  # whose heads are being fetched
+_AHEAD: dict[Object, _Blocks] = {}  # objects whose heads are being fetched
 
 
 class Placed(Protocol):
-    """What is at a place."""
+    """Anything with a place."""
 
     @property
     def at(self) -> Place: ...
@@ -272,7 +273,7 @@ P = TypeVar("P", bound=Placed)
 
 
 def read_ahead(files: Iterable[P]) -> Iterator[P]:
-    """Files in their order; the heads of those objects in a bucket that come next are fetched meanwhile."""
+    """Yields files in their order, while the heads of the next objects in a bucket are fetched."""
     waiting: deque[P] = deque()
     left = iter(files)
     try:

@@ -1,4 +1,4 @@
-"""Building a token store: documents are checked, split, encoded and written, from where a killed process stopped.
+"""Building a token store: documents are checked, split, encoded and written, resuming where a killed process stopped.
 
 A store of one part is made here. One of several is made in build_parts.py.
 """
@@ -25,10 +25,10 @@ from tvq_pod.parallel.processes import is_process_zero
 def make_store(
     path: epath.PathLike, corpus, vocab: Vocab, data: DataSettings, files: str = "", **more: str
 ) -> TokenStore:
-    """Writes a store of the documents that corpus() gives; goes on where another process was broken off.
+    """Writes a store of the documents that corpus() gives; resumes where another process was interrupted.
 
-    files: which files these are of (see `signature`); "": of none. more: what else is kept in store.json. Raises
-    UserError if there is something else at `path`, or no document is left to train on.
+    files: the `signature` of the files that the documents come from, or "" if they come from none. more: further
+    entries of store.json. Raises UserError if there is something else at `path`, or no document is left to train on.
     """
     settings = made_with(data)
     counts_words = data.format == "pg19"
@@ -64,7 +64,7 @@ def make_store(
 
 
 def progress_bar() -> tqdm.tqdm:
-    """Bytes of text that were taken."""
+    """A progress bar of the bytes of text taken so far."""
     return tqdm.tqdm(
         unit="B", unit_scale=True, file=sys.stderr, disable=not is_process_zero(), delay=1,
         mininterval=0.5 if sys.stderr.isatty() else 30,
@@ -72,7 +72,7 @@ def progress_bar() -> tqdm.tqdm:
 
 
 class _Taken(NamedTuple):
-    """A document. number, crc: see `Batch`, of the last document of one; 0 for others."""
+    """A document. number, crc: those of its `Batch` for a batch's last document; 0 for others."""
 
     name: str
     text: bytes | memoryview

@@ -1,4 +1,4 @@
-"""Documents on their way into a store: each is checked and given its split, in batches, since many may be tiny."""
+"""Checking documents on their way into a store and giving each its split, in batches, since many may be tiny."""
 
 import hashlib
 import itertools
@@ -20,16 +20,17 @@ from tvq_pod.data.writer import SplitWriter
 from tvq_pod.host.terminal import say
 
 BATCH_BYTES = 2**20  # of text; a batch with a longer document has no other after it
-BATCH_SECONDS = 1.0  # after which a batch ends, however slowly its documents come
-PROBES, PROBE_BYTES = 3, 2**14  # documents, and how much of each, that must come back from their tokens
-MARGIN = 2**12  # a share of 2**64, by which a float may differ from it
+BATCH_SECONDS = 1.0  # after which a batch ends, however few documents have come
+PROBES, PROBE_BYTES = 3, 2**14  # how many documents, and how much of each, must come back from their tokens
+MARGIN = 2**12  # of 2**64: how far a float may be off
 
 _name, _text, _problem = (itemgetter(Document._fields.index(field)) for field in ("name", "text", "problem"))
 
 
 class Batch(NamedTuple):
-    """Documents that go into the store. names, texts, splits: of each. n_bytes: of all that were read for it. number,
-    crc: of all the corpus' documents up to its end, how many, and a CRC-32C of their names and texts."""
+    """Documents that go into the store. names, texts, splits: one for each document. n_bytes: the bytes of all
+    documents read for this batch. number, crc: how many documents of the corpus were read up to the batch's end, and
+    a CRC-32C of their names and texts."""
 
     names: list[str]
     texts: list[bytes | memoryview]
@@ -40,30 +41,30 @@ class Batch(NamedTuple):
 
 
 class Report:
-    """What was done about documents that are empty, not UTF-8, or have no text."""
+    """Counts of documents that are empty, not UTF-8, or have no text."""
 
     def __init__(self):
         self.empty, self.odd = Names(), Names()
-        self.left_out: dict[str, Names] = {}  # by the reason
+        self.left_out: dict[str, Names] = {}  # by reason
 
     def leave_out(self, reason: str, name: str) -> None:
         """Counts a document that is left out."""
         self.left_out.setdefault(reason, Names()).add(name)
 
     def to_json(self) -> dict:
-        """As lists and dicts."""
+        """Returns the report as lists and dicts."""
         left_out = {why: names.to_json() for why, names in self.left_out.items()}
         return dict(empty=self.empty.to_json(), odd=self.odd.to_json(), left_out=left_out)
 
     def add(self, other: dict) -> None:
-        """Counts what another report has, as its `to_json` gave it."""
+        """Adds the counts of another report, given as its `to_json`."""
         self.empty.extend(Names.from_json(other["empty"]))
         self.odd.extend(Names.from_json(other["odd"]))
         for why, names in other["left_out"].items():
             self.left_out.setdefault(why, Names()).extend(Names.from_json(names))
 
     def say(self, vocab: Vocab, data: DataSettings) -> None:
-        """For people."""
+        """Prints the report."""
         for why, names in self.left_out.items():
             say(f"  leaves out {names.count:,} ({why}): {names}")
         if self.empty.count:
@@ -80,8 +81,8 @@ def _documents(n: int, kind: str = "") -> str:
 
 
 class Checked:
-    """Batches of a corpus' documents. Attributes: report; own_splits, whether the corpus itself says of each document
-    in which split it is; number, crc: see Batch."""
+    """An iterable of a corpus's documents, in batches. Attributes: report; own_splits: whether the corpus itself gives
+    every document its split; number, crc: see Batch."""
 
     def __init__(self, corpus: Documents, vocab: Vocab, data: DataSettings, counts: bool = True):
         """counts: whether a CRC-32C is computed."""
@@ -90,7 +91,7 @@ class Checked:
         self._surely_train = _train_bound(data)
 
     def pass_over(self, n: int, crc: int) -> bool:
-        """Passes over n documents that were taken before. Returns whether they are the same."""
+        """Skips n documents that were taken earlier. Returns whether they are the same."""
         while self.number < n:
             document = next(self._corpus, None)
             if document is None:
@@ -137,7 +138,7 @@ class Checked:
         return Batch(list(map(_name, documents)), texts, self._splits(documents), n_bytes, self.number, self.crc)
 
     def _usable(self, document: Document) -> Document | None:
-        """A document as it is encoded; None leaves it out."""
+        """Returns a document as it is to be encoded; None leaves it out."""
         if document.problem:
             self.report.leave_out(document.problem, document.name)
             return None
@@ -161,19 +162,19 @@ class Checked:
 
 
 def _train_bound(data: DataSettings) -> bytes:
-    """A text whose SHA-256 is greater is in the training split; `split_of` decides of others."""
+    """Returns a bound: a text whose SHA-256 is greater is in the training split; `split_of` decides for others."""
     bound = math.ceil((data.validation_share + data.test_share) * 2**64) + MARGIN
     return bound.to_bytes(8) if bound < 2**64 else b"\xff" * 32
 
 
 def _is_plain(document: Document) -> bool:
-    """Whether there is nothing to be done about a document; quick."""
+    """Returns whether a document is ASCII text without a problem; a quick test."""
     text = document.text
     return bool(isinstance(text, bytes) and text and text.isascii() and not document.problem)
 
 
 def _are_utf8(texts: list[bytes | memoryview]) -> bool:
-    """Whether all of a few texts are, which is asked of all at once; no character has a newline in it."""
+    """Returns whether all of some texts are UTF-8. They are tested in one piece: no character contains a newline."""
     if len(texts[-1]) > BLOCK_BYTES:  # it may be a file of any size
         return False
     try:
@@ -184,7 +185,8 @@ def _are_utf8(texts: list[bytes | memoryview]) -> bool:
 
 
 def write_batch(batch: Batch, splits: dict[str, SplitWriter], vocab: Vocab, counts_words: bool = False) -> None:
-    """Encodes the documents of a batch and adds them to their splits. counts_words: of documents that are held out."""
+    """Encodes the documents of a batch and adds them to their splits. counts_words: whether the words of held-out
+    documents are counted."""
     are_small = max(map(len, batch.texts), default=0) <= PIECE_BYTES
     for split in SPLITS:
         takes_words = counts_words and split != "train"
@@ -204,7 +206,7 @@ def write_batch(batch: Batch, splits: dict[str, SplitWriter], vocab: Vocab, coun
 
 
 def _encoded(texts: list[bytes | memoryview], n_bytes: np.ndarray, vocab: Vocab) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of texts, an end-of-document after each; and how many each has, int64 [n]."""
+    """Returns the token ids of texts, with an end-of-document after each, and how many each has, int64 [n]."""
     if vocab.takes_any_bytes:
         ids, n_tokens = vocab.encode(b"\0".join([*texts, b""])), n_bytes + 1
         ids[np.cumsum(n_tokens) - 1] = END_OF_DOC
@@ -216,8 +218,8 @@ def _encoded(texts: list[bytes | memoryview], n_bytes: np.ndarray, vocab: Vocab)
 
 
 def probe(batch: Batch, vocab: Vocab, n_most: int) -> int:
-    """Warns of a vocabulary that changes text: bits per byte are of the text as it was. n_most: how many of the batch's
-    documents are tried. Returns how many may still be tried of the next."""
+    """Warns of a vocabulary that changes text, since bits per byte count the bytes of the original. n_most: how many of
+    the batch's documents are tried. Returns how many of the next batch's may still be tried."""
     for name, whole in list(zip(batch.names, batch.texts, strict=True))[:n_most]:
         text = bytes(whole[:PROBE_BYTES]).decode("utf-8", errors="ignore")
         found = decoded(vocab.encode(text.encode()), vocab)

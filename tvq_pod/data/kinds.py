@@ -1,4 +1,4 @@
-"""What a file is: what its name says, and whether a .json file has rows in it."""
+"""Kinds of files, by their names, and whether a .json file holds rows."""
 
 import json
 import os
@@ -9,9 +9,9 @@ from tvq_pod.data.compressed import SUFFIXES as COMPRESSED_SUFFIXES
 from tvq_pod.data.compressed import opened
 from tvq_pod.errors import UserError
 
-SUFFIXES = {  # of files of many documents; any other file is text, or BINARY
+SUFFIXES = {  # of files of many documents; any other file is text or BINARY
     "jsonl": (".jsonl", ".ndjson", ".jsonlines"),
-    "json": (".json",),  # JSON lines, if that is what is in it
+    "json": (".json",),  # if it holds JSON lines
     "parquet": (".parquet", ".pq"),
     "arrayrecord": (".array_record", ".arrayrecord"),
 }
@@ -29,15 +29,15 @@ BINARY = (
     *(".feather", ".orc", ".avro", ".tfrecord", ".sqlite", ".sqlite3"),
 )
 SHARD = re.compile(r"-\d+-of-\d+$")
-HEAD_BYTES = 2**16  # of a .json file that are looked at
-ABOUT = re.compile(  # files that say something about the files of records beside them
+HEAD_BYTES = 2**16  # of a .json file that are examined
+ABOUT = re.compile(  # files that describe the files of records beside them
     r"(readme|license|licence|copying|notice|citation|changelog|authors)(\.\w+)?|_success|_metadata|_common_metadata"
     r"|dataset_infos?\.json|dataset_dict\.json|state\.json|features\.json|sha256sums?|md5sums?|checksums?(\.\w+)?",
 )
 
 
 def plain_name(name: str) -> str:
-    """A file's name in small letters, without what says that it is compressed, or one of several."""
+    """Returns a file's name in lowercase, without a compression suffix and without -N-of-M."""
     name = SHARD.sub("", os.path.basename(name).lower())
     for suffix in COMPRESSED_SUFFIXES:
         if name.endswith(suffix) and name != suffix:
@@ -46,13 +46,13 @@ def plain_name(name: str) -> str:
 
 
 def suffix_of(name: str) -> str:
-    """The end of a file's name that says its kind, as it is counted: .txt, .json.gz."""
+    """Returns the suffix that a file is counted under: .txt, .json.gz."""
     plain, name = plain_name(name), SHARD.sub("", os.path.basename(name).lower())
     return os.path.splitext(plain)[1] + (os.path.splitext(name)[1] if name != plain else "")
 
 
 def kind_of(name: str) -> str:
-    """What a file's name says that it is: a key of SUFFIXES, "binary", or "text" for any other."""
+    """Returns the kind of a file by its name: a key of SUFFIXES, "binary", or "text" for any other."""
     plain = plain_name(name)
     suffix = os.path.splitext(plain)[1]
     if suffix in BINARY:
@@ -61,34 +61,34 @@ def kind_of(name: str) -> str:
 
 
 def is_about(name: str) -> bool:
-    """Whether a file says something about the files of records beside it, by its name."""
+    """Returns whether a file describes the files of records beside it, by its name."""
     return ABOUT.fullmatch(os.path.basename(name).lower()) is not None
 
 
 def check_json_lines(path: Place) -> None:
-    """Raises UserError if what is in a .json file is one value over several lines."""
+    """Raises UserError if a .json file holds one value over several lines."""
     line, is_whole = _first_line(path)
     why = ""
     if line.startswith(b"["):
         why = "it is one JSON array"
     elif line and (not line.startswith(b"{") or (is_whole and _object_of(line) is None)):
-        why = "its first line is no JSON object"
+        why = "its first line is not a JSON object"
     if why:
         raise UserError(
-            f"config.data.source={path}: is not JSON lines, since {why}; write one object a line, as `jq -c .[] FILE` "
-            "does with an array, or leave it out with config.data.exclude, or give config.data.format=text to read "
-            "it as text"
+            f"config.data.source={path}: is not JSON lines: {why}; write one object per line (`jq -c .[] FILE` does "
+            "so for an array), leave it out with config.data.exclude, or give config.data.format=text to read it "
+            "as text"
         )
 
 
 def first_row(path: Place) -> dict:
-    """The object in the first line of a .json file, or {} if that is none."""
+    """Returns the object in the first line of a .json file, or {} if that line is not one."""
     line, is_whole = _first_line(path)
     return (_object_of(line) or {}) if is_whole else {}
 
 
 def _first_line(path: Place) -> tuple[bytes, bool]:
-    """The first line that is not blank, and whether that is all of it."""
+    """Returns the first line that is not blank, and whether it is complete."""
     with opened(path) as file:
         head = file.read(HEAD_BYTES)
     line, newline, _ = head.lstrip(b"\xef\xbb\xbf \t\r\n").partition(b"\n")

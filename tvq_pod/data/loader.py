@@ -1,4 +1,4 @@
-"""From a plan to global arrays: each process reads its rows ahead, in threads, and joins them with the others'."""
+"""Global batches: each process reads the rows of a plan ahead, in threads, and joins them with the others'."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from tvq_pod.parallel.sharding import batch_sharding
 
 
 def local_part(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> tuple[list[int], list[range]]:
-    """The rows, and the ranges of tokens, of a global batch [B, T] that this process's devices hold, both in order.
+    """Returns the rows, and the ranges of tokens, of a global batch [B, T] that this process's devices hold, in order.
 
     A host of a TPU slice is a rectangle of chips: its tokens need not be one range.
     """
@@ -27,7 +27,7 @@ def local_part(sharding: jax.sharding.Sharding, shape: tuple[int, int]) -> tuple
 def joined(
     sharding: jax.sharding.Sharding, shape: tuple[int, int], rows: list[int], tokens: list[range], part: np.ndarray
 ):
-    """The global array [B, T] of which this process has `part`: its rows, and its ranges of tokens end to end."""
+    """Returns the global array [B, T]. part: this process's rows, with its ranges of tokens concatenated."""
     first_row = {row: place for place, row in enumerate(rows)}
     bounds = np.cumsum([0, *map(len, tokens)])
     first_token = {range_.start: int(bound) for range_, bound in zip(tokens, bounds, strict=False)}
@@ -44,10 +44,10 @@ def joined(
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """All that feeding the devices needs. split: whose tokens are read. plan: what each row reads of them. mesh: where
-    batches [B, T] of batch_size rows and update_len tokens lie. threads: that read. ahead: batches that may wait to be
-    used. update_of: which update of the rows a step reads (see Phase); None: step n reads update n. cuts_of: how many
-    contexts have ended before a step (see Phase); None: none ever."""
+    """All that is needed to feed the devices. split: the tokens to read. plan: what each row reads of them. mesh: where
+    batches [B, T] of batch_size rows and update_len tokens are placed. threads: the number that read. ahead: how many
+    batches are read ahead. update_of: which update of the rows a step reads (see Phase); None: step n reads update n.
+    cuts_of: how many contexts have ended before a step (see Phase); None: none."""
 
     split: Split
     plan: Plan
@@ -62,9 +62,9 @@ class Feed:
     def host_batches(
         self, rows: Sequence[int], first_step: int, last_step: int, tokens: Sequence[range] | None = None
     ) -> Generator[dict, None, None]:
-        """Batches of some rows, as NumPy arrays [len(rows), T], for steps first_step .. last_step - 1.
+        """Yields batches of some rows, as NumPy arrays [len(rows), T], for steps first_step .. last_step - 1.
 
-        tokens: ranges of the T that are read; None reads all.
+        tokens: the ranges of the T tokens to read; None reads all.
         """
         steps = first_step, last_step, tokens, self.update_of, self.cuts_of
         source = BatchSource(self.split.tokens, self.plan, rows, self.update_len, *steps)
@@ -74,8 +74,8 @@ class Feed:
             yield from batches
 
     def batches(self, first_step: int, last_step: int) -> Generator[dict, None, None]:
-        """Batches of all rows as global arrays [B, T], spread over the mesh: inputs, targets, doc_ids int32, loss_mask
-        float32. See `read_row` for their meaning."""
+        """Yields batches of all rows as global arrays [B, T], sharded over the mesh: inputs, targets, doc_ids int32,
+        loss_mask float32. See `read_row` for their meaning."""
         sharding, shape = batch_sharding(self.mesh), (self.batch_size, self.update_len)
         rows, tokens = local_part(sharding, shape)
         with contextlib.closing(self.host_batches(rows, first_step, last_step, tokens)) as batches:

@@ -1,4 +1,4 @@
-"""The token store of a run: opened, made first if it is not there, or refused."""
+"""Opening the token store of a run, which is made first if it does not exist, and refused if it does not fit."""
 
 import os
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from tvq_pod.parallel.processes import on_process_zero
 
 
 def check_source(settings: Settings, workdir: epath.Path) -> None:
-    """Raises UserError if a store can't be made: no corpus, no text in it, no place for it. Writes nothing."""
+    """Raises UserError if a store can't be made: no corpus, no text in it, or no place for it. Writes nothing."""
     if settings.data.mixture:
         return
     path = store_path(settings, workdir)
@@ -39,13 +39,13 @@ def check_source(settings: Settings, workdir: epath.Path) -> None:
 
 
 def check_outside(settings: Settings, workdir: epath.Path) -> None:
-    """Raises UserError if the corpus holds the run's own folder or store."""
+    """Raises UserError if the corpus contains the run's own folder or store."""
     path, found = store_path(settings, workdir), files_of(settings.data)
     for walked in found.walks if found else ():
         for name, folder in ((f"the token store {path}", path), (f"--workdir={workdir}", workdir)):
             if place_of(os.fspath(folder), walked, Rules(settings.data)) is not None:
                 raise UserError(
-                    f"config.data.source={settings.data.source}: holds {name}, which would be read as text; "
+                    f"config.data.source={settings.data.source}: contains {name}, which would be read as text; "
                     "give another --workdir or config.data.store, or leave it out with config.data.exclude"
                 )
 
@@ -62,16 +62,16 @@ def _check_text(data: DataSettings) -> None:
 
 
 def tell_files(data: DataSettings) -> None:
-    """Says which files are read, and which are left out and why."""
+    """Prints which files are read, and which are left out and why."""
     if found := files_of(data):
         for line in found.lines():
             say(line)
 
 
 def open_store(settings: Settings, workdir: epath.Path, may_make: bool = True) -> TokenStore | Mixture:
-    """The run's token store, made first if it is not there and may_make; or its mixture of stores.
+    """Opens the run's token store, which is made first if it does not exist and may_make is set, or its mixture.
 
-    Raises UserError if it was made from something else than the settings say, or has more tokens than the model knows.
+    Raises UserError if the store was made with other settings, or its vocabulary is larger than the model's.
     """
     data, path = settings.data, store_path(settings, workdir)
     if data.mixture:
@@ -80,7 +80,9 @@ def open_store(settings: Settings, workdir: epath.Path, may_make: bool = True) -
         store = TokenStore(path)
         _check_same_corpus(data, store)
     elif not may_make:
-        raise UserError(f"config.data.store={path}: is not seen on this host; every process must reach the same folder")
+        raise UserError(
+            f"config.data.store={path}: does not exist on this host; give a folder that every process can reach"
+        )
     else:
         check_source(settings, workdir)
         with only_one(path):
@@ -90,13 +92,13 @@ def open_store(settings: Settings, workdir: epath.Path, may_make: bool = True) -
                 vocab = vocab_for(settings, workdir)
                 _make(path, vocab, data)
         store = TokenStore(path)
-        _check_same_corpus(data, store)  # it may be another process that made it
+        _check_same_corpus(data, store)  # another process may have made it
     check_vocab_fits(settings, store.n_vocab)
     return store
 
 
 def _make(path: epath.Path, vocab: Vocab, data: DataSettings) -> None:
-    """Writes the store, of one part or of several, as the corpus alone decides."""
+    """Writes the store, in one part or several, which depends on the corpus alone."""
     found = files_of(data)
     if found is None:
         make_store(path, lambda: documents(data), vocab, data)
@@ -113,7 +115,7 @@ def _make(path: epath.Path, vocab: Vocab, data: DataSettings) -> None:
 
 
 def open_on_all(settings: Settings, workdir: epath.Path) -> TokenStore | Mixture:
-    """`open_store` on all processes of a job: process 0 makes the store if need be, while the others wait."""
+    """Opens the store on all processes of a job: process 0 makes it if necessary, while the others wait."""
     on_process_zero(lambda: open_store(settings, workdir))
     return open_store(settings, workdir, may_make=False)
 
@@ -135,7 +137,8 @@ def describe(store: TokenStore | Mixture) -> None:
 
 
 def words_of(store: TokenStore | Mixture, split: str) -> int:
-    """Words of a split, for word-level perplexity: what the authors of PG-19 counted; 0 for other corpora."""
+    """Returns the number of words of a split, for word-level perplexity, as the authors of PG-19 counted them; 0 for
+    other corpora."""
     entry = store.meta["splits"][split]
     if not store.meta.get("counts_words") or not entry.get("n_words"):
         return 0
@@ -150,7 +153,7 @@ def _check_same_corpus(data: DataSettings, store: TokenStore) -> None:
 
 
 def check_made_with(data: DataSettings, store: TokenStore, made: dict) -> None:
-    """Raises UserError for the first setting that is not what a store was made with."""
+    """Raises UserError for the first setting that differs from what a store was made with."""
     if differs := _differing(data, store, made):
         name, value = differs
         raise UserError(
@@ -160,7 +163,7 @@ def check_made_with(data: DataSettings, store: TokenStore, made: dict) -> None:
 
 
 def _differing(data: DataSettings, store: TokenStore, made: dict) -> tuple[str, object] | None:
-    """The first setting that is not what a store was made with, and what it was; None if there is none."""
+    """Returns the first setting that differs from what a store was made with, and its old value; None if none does."""
     for name, value in (dict(vocab=store.vocab_name) | made).items():
         given = _vocab_name(data, store) if name == "vocab" else getattr(data, name)
         if given != value:
@@ -169,8 +172,8 @@ def _differing(data: DataSettings, store: TokenStore, made: dict) -> tuple[str, 
 
 
 def _vocab_name(data: DataSettings, store: TokenStore) -> str:
-    """Of the vocabulary that the settings say. Where its file is gone, or was made here, the store's own copy is what
-    it was."""
+    """Returns the name of the vocabulary that the settings give. If its file is gone, or was trained here, that is the
+    store's own copy."""
     of_pieces = store.vocab_name.startswith("sentencepiece:")
     if data.vocab == TRAINED:
         return store.vocab_name if of_pieces and store.n_vocab == data.vocab_size else f"{TRAINED}:{data.vocab_size}"
@@ -179,6 +182,6 @@ def _vocab_name(data: DataSettings, store: TokenStore) -> str:
 
 
 def run_vocab(settings: Settings, workdir: epath.Path) -> Vocab:
-    """The run's vocabulary: its own copy of the file, if it has one."""
+    """Returns the run's vocabulary: its own copy of the file, if it has one."""
     own = kept_vocab(workdir)
     return own if own.file_name or settings.data.vocab == ByteVocab.name else load_vocab(settings.data.vocab)

@@ -1,9 +1,9 @@
-"""The paper's three data sets, as their publishers give them out; each says itself what is held out.
+"""The paper's three data sets, as published; each defines its own held-out documents.
 
 enwik8 (mattmahoney.net/dc/textdata): one file, 100,000,000 bytes of Wikipedia; 90 / 5 / 5 million bytes.
-PG-19 (github.com/google-deepmind/pg19): folders train, validation and test, a file a book, and metadata.csv.
+PG-19 (github.com/google-deepmind/pg19): folders train, validation and test, a file per book, and metadata.csv.
 ImageNet64 (Chrabaszcz and others, arXiv 1707.08819): npz files of 64 x 64 images, a row of 12,288 bytes each: all red
-values, row by row, all green, all blue. A document is an image pixel by pixel: red, green, blue.
+values, row by row, all green, all blue. A document is an image, pixel by pixel: red, green, blue.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ BAD_ZIP = (zipfile.BadZipFile, zlib.error, EOFError)
 
 
 def enwik8(path: pathlib.Path) -> Documents:
-    """Each split is one document. Raises UserError if the file, or what is in the zip, is not enwik8."""
+    """Yields one document per split. Raises UserError if the file, or the content of the zip, is not enwik8."""
     here = f"config.data.source={path}"
     whole = content(path)
     if zipfile.is_zipfile(path):
@@ -43,8 +43,8 @@ def enwik8(path: pathlib.Path) -> Documents:
             raise UserError(f"{here}: the zip is damaged ({error}); download it again") from None
     if len(whole) != sum(ENWIK8_BYTES.values()):
         raise UserError(
-            f"{here}: has {len(whole):,} bytes, and enwik8 {sum(ENWIK8_BYTES.values()):,}; download it again, or give "
-            "config.data.format=lines or folder for another text"
+            f"{here}: has {len(whole):,} bytes, but enwik8 has {sum(ENWIK8_BYTES.values()):,}; download it again, or "
+            "give config.data.format=lines or folder for another text"
         )
     at = 0
     for split, n_bytes in ENWIK8_BYTES.items():
@@ -53,22 +53,22 @@ def enwik8(path: pathlib.Path) -> Documents:
 
 
 def _member(archive: zipfile.ZipFile, name: str, path: pathlib.Path) -> IO[bytes]:
-    """A file in a zip, open. Raises UserError if it is not there, or can't be read without a password or at all."""
+    """Opens a file in a zip. Raises UserError if it does not exist, is encrypted, or has an unknown compression."""
     try:
         info = archive.getinfo(name)
     except KeyError:
-        raise UserError(f"config.data.source: {path} has no {name} in it") from None
+        raise UserError(f"config.data.source: {path} does not contain {name}") from None
     if info.flag_bits & ENCRYPTED:
         raise UserError(f"config.data.source: {path} is encrypted; give one that is not")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UserError(
-            f"config.data.source: {path} is compressed by method {info.compress_type}; pack it with deflate"
+            f"config.data.source: {path} is compressed by method {info.compress_type}; compress it with deflate"
         )
     return archive.open(info)
 
 
 def pg19(root: pathlib.Path) -> Documents:
-    """Each book is a document. Raises UserError if a folder or metadata.csv is missing, or books that it lists."""
+    """Yields one document per book. Raises UserError if a folder, metadata.csv or a book listed there is missing."""
     here = f"config.data.source={root}"
     listed = _pg19_listed(root)
     for split in PG19_BOOKS:
@@ -78,7 +78,7 @@ def pg19(root: pathlib.Path) -> Documents:
         books = sorted(folder.glob("*.txt"))
         for book in books:
             if book.stem not in listed:
-                raise UserError(f"{here}: {book} is not in metadata.csv; is it of another data set?")
+                raise UserError(f"{here}: {book} is not in metadata.csv; remove it if it is from another data set")
         listed -= {book.stem for book in books}
     if listed:
         some = ", ".join(sorted(listed)[:3])
@@ -100,23 +100,24 @@ def _pg19_listed(root: pathlib.Path) -> set[str]:
 
 
 def pg19_words(split: str, n_books: int, counted: int) -> int:
-    """Words of a split, for word-level perplexity: the authors' own count, if all their books are there."""
+    """Returns the number of words of a split, for word-level perplexity: the authors' own count if no book is
+    missing."""
     return PG19_WORDS[split] if n_books == PG19_BOOKS[split] else counted
 
 
 def imagenet64(root: pathlib.Path) -> Documents:
-    """Each image is a document. Raises UserError if a file is missing, damaged, or has no images of 64 x 64."""
+    """Yields one document per image. Raises UserError if a file is missing, damaged, or not of 64 x 64 images."""
     found = {path.name: path for path in ([root] if root.is_file() else sorted(root.rglob("*.npz")))}
     missing = [name for name in (*TRAIN_FILES, TEST_FILE) if name not in found]
     if missing:
-        raise UserError(f"config.data.source={root}: {', '.join(missing)} of ImageNet64 (npz) not there")
+        raise UserError(f"config.data.source={root}: lacks {', '.join(missing)} of ImageNet64 (npz); download them")
     counts = {path: _n_images(path) for path in (found[name] for name in (*TRAIN_FILES, TEST_FILE))}
     for split, names in (("train", TRAIN_FILES), ("test", (TEST_FILE,))):
         n_images = sum(counts[found[name]] for name in names)
         if n_images != IMAGES[split]:
             raise UserError(
-                f"config.data.source={root}: {names[0]} and its like have {n_images:,} images, and ImageNet64 "
-                f"{IMAGES[split]:,}; download them again"
+                f"config.data.source={root}: the {split} files ({names[0]}, ...) have {n_images:,} images, but those "
+                f"of ImageNet64 have {IMAGES[split]:,}; download them again"
             )
     return _images(found)
 
@@ -136,7 +137,7 @@ def _n_images(path: pathlib.Path) -> int:
 
 
 def _rows(path: pathlib.Path):
-    """The rows of `data`, uint8 [12288], a few at a time: a whole file takes 1.6 GB."""
+    """Yields the rows of `data`, uint8 [12288]; a few are read at a time, since a file takes 1.6 GB."""
     with _Images(path) as images:
         for begin in range(0, images.shape[0], IMAGES_AT_ONCE):
             yield from images.read(min(IMAGES_AT_ONCE, images.shape[0] - begin))
@@ -164,11 +165,11 @@ class _Images:
             if len(self.shape) != 2 or self.shape[1] != IMAGE_BYTES or dtype != np.uint8 or is_fortran:
                 order = " in Fortran order" if is_fortran else ""
                 raise ValueError(
-                    f"data is {dtype} {list(self.shape)}{order}, and must be uint8 [images, {IMAGE_BYTES}]"
+                    f"data is {dtype} {list(self.shape)}{order}, but must be uint8 [images, {IMAGE_BYTES}]"
                 )
 
     def read(self, n: int) -> np.ndarray:
-        """The next n images, uint8 [n, 12288]."""
+        """Returns the next n images, uint8 [n, 12288]."""
         with _damage_named(self._path):
             read = self._file.read(n * IMAGE_BYTES)
             if len(read) < n * IMAGE_BYTES:

@@ -1,5 +1,5 @@
-"""Writing one part of a store, by one worker on its own: what it needs can be sent to another process or machine, and
-what it writes depends on nothing else."""
+"""Writing one part of a store, by one worker on its own: its task can be sent to another process or machine, and its
+output depends on nothing else."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,8 +20,8 @@ from tvq_pod.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class PartTask:
-    """folder: where the part will be. listing: of its files alone. signature: theirs when the corpus was cut. data: how
-    they are read. n_bytes: of the files."""
+    """One part to write. folder: where the part will be. listing: of its files alone. signature: the files' signature
+    when the corpus was cut. data: how they are read. n_bytes: the size of the files."""
 
     folder: str
     listing: Listing
@@ -33,17 +33,18 @@ class PartTask:
     def of(
         folder: epath.Path, files: list[File], signature: str, listing: Listing, data: DataSettings, n_bytes: int
     ) -> "PartTask":
-        """Of some files of a listing."""
+        """Returns the task for some files of a listing."""
         mine = dataclasses.replace(listing, files=files, left_out={}, walks=[], note="")
         return PartTask(str(folder), mine, signature, data, n_bytes)
 
     @property
     def made_with(self) -> dict:
-        """All that its documents depend on, besides the vocabulary: also what `auto` meant for all files."""
+        """All that its documents depend on besides the vocabulary, including what `auto` meant for all files."""
         return made_with(self.data) | dict(format=self.listing.format, holdout=self.listing.holdout)
 
     def is_done(self, vocab: Vocab) -> bool:
-        """Whether the part is there, of these files as they were cut. Of a Hugging Face dataset that is not known."""
+        """Returns whether the part exists and was made from these files as they were cut; False for a Hugging Face
+        dataset, for which that is not known."""
         if any(file.kind == "hf" for file in self.listing.files):
             return False
         folder = epath.Path(self.folder)
@@ -56,14 +57,14 @@ class PartTask:
 
 
 def write_part(task: PartTask, vocab: Vocab, tell: Callable[[int], object]) -> None:
-    """Writes a part. tell: is called with the bytes of text that were taken since it was called last; what it raises
-    ends the part. Raises UserError for documents that can't be taken, or files that change meanwhile."""
-    with only_one(task.folder):  # a worker of before, whose main process was killed, may not have ended yet
+    """Writes a part. tell: called with the bytes of text taken since its last call; an exception it raises ends the
+    part. Raises UserError for documents that can't be taken, or files that change meanwhile."""
+    with only_one(task.folder):  # a worker whose main process was killed may not have ended yet
         if task.is_done(vocab):
             return
         check_unchanged(task.listing, task.signature)
         folder = epath.Path(task.folder)
-        if folder.exists():  # of other files, or damaged
+        if folder.exists():  # made from other files, or damaged
             folder.rmtree()
         with StoreWriter(folder, vocab, task.made_with, is_part=True) as writer:
             checked = Checked(documents_of(task.listing, task.data), vocab, task.data, counts=False)

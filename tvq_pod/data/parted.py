@@ -1,4 +1,4 @@
-"""Arrays that lie in the parts of a store, or in several stores, read as one."""
+"""Arrays from the parts of a store, or from several stores, read as one."""
 
 import bisect
 import itertools
@@ -11,8 +11,8 @@ from tvq_pod.data.groups import DocumentStarts, in_memory
 
 
 class PartedArray:
-    """One-dimensional arrays, end to end. A range is read from the arrays that have it, however many there are:
-    TensorStore's own concatenation looks at each for every read."""
+    """One-dimensional arrays, concatenated. A read touches only the arrays that hold the range; TensorStore's own
+    concatenation looks at every array for every read."""
 
     def __init__(self, arrays: Sequence["tensorstore.TensorStore | PartedArray"]):
         self._arrays: list[tensorstore.TensorStore] = []
@@ -22,10 +22,10 @@ class PartedArray:
         self.shape, self.dtype = (self._bounds[-1],), self._arrays[0].dtype
 
     def __getitem__(self, places: slice) -> tensorstore.TensorStore:
-        """Elements [begin, end)."""
+        """Returns elements [begin, end)."""
         begin, end, step = places.indices(self.shape[0])
         if step != 1:
-            raise IndexError(f"a range without steps is read, not {places}")
+            raise IndexError(f"a slice must have step 1, not {places}")
         first = min(bisect.bisect_right(self._bounds, begin), len(self._arrays)) - 1
         found = []
         bounds = itertools.pairwise(self._bounds[first:])
@@ -36,7 +36,7 @@ class PartedArray:
         return found[0] if len(found) == 1 else tensorstore.concat(found, axis=0)
 
     def read(self) -> tensorstore.Future:
-        """All elements."""
+        """Reads all elements."""
         return self[:].read()
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
@@ -47,7 +47,7 @@ Array = tensorstore.TensorStore | PartedArray
 
 
 class _Starts:
-    """Where the documents of parts begin in the tokens of all, and the end: int64 [n_documents + 1]."""
+    """The start of each document of all parts in their concatenated tokens, and the end: int64 [n_documents + 1]."""
 
     def __init__(self, parts: Sequence[DocumentStarts]):
         self._parts = parts
@@ -55,13 +55,13 @@ class _Starts:
         self._tokens = [0, *itertools.accumulate(part.n_tokens for part in parts)]
 
     def __getitem__(self, places: slice) -> np.ndarray:
-        """Elements [begin, end)."""
+        """Returns elements [begin, end)."""
         begin, end, _ = places.indices(self._documents[-1] + 1)
         found, at = [], begin
         place = bisect.bisect_right(self._documents, begin) - 1
         while at < end:
             if at == self._documents[place] and (at == end - 1 or place == len(self._parts)):
-                found.append(np.array([self._tokens[place]], np.int64))  # where a part begins is known
+                found.append(np.array([self._tokens[place]], np.int64))  # the start of a part is known
                 break
             first, stop = self._documents[place], min(end, self._documents[place + 1])
             found.append(in_memory(self._parts[place].array[at - first : stop - first]) + self._tokens[place])
@@ -70,7 +70,7 @@ class _Starts:
 
 
 def joined(parts: Sequence[DocumentStarts]) -> DocumentStarts:
-    """The documents of parts, none of which is empty, end to end; no group has documents of two."""
+    """Returns the concatenated documents of parts, none of which is empty; no group spans two parts."""
     if len(parts) == 1:
         return parts[0]
     documents = [0, *itertools.accumulate(part.n_documents for part in parts)]
@@ -83,5 +83,5 @@ def joined(parts: Sequence[DocumentStarts]) -> DocumentStarts:
 
 
 def end_to_end(arrays: Sequence[Array]) -> Array:
-    """Arrays as one."""
+    """Returns arrays concatenated into one."""
     return arrays[0] if len(arrays) == 1 else PartedArray(arrays)

@@ -1,4 +1,4 @@
-"""Where a store grows: what may be there before, and that only one process at a time writes there."""
+"""The folder where a store is made: what may already be in it, and a lock so that only one process writes there."""
 
 import contextlib
 import os
@@ -17,32 +17,32 @@ from tvq_pod.host.terminal import say
 
 @contextlib.contextmanager
 def only_one(path: epath.PathLike) -> Iterator[None]:
-    """Waits while another process of this host makes the store at `path`. Buckets can't be locked so: there the run's
-    own lock must do."""
+    """Waits while another process on this host makes the store at `path`. A bucket can't be locked this way; there, the
+    run's own lock has to suffice."""
     path = epath.Path(path)
     if is_bucket(path):
         yield
         return
     path = followed(path)
     file = path.with_name(f"{path.name}.lock")
-    # The kernel's own lock or an error: the package's replacement would outlive a process that is killed.
+    # The kernel's own lock or an error: the package's fallback lock would outlive a killed process.
     lock = filelock.FileLock(file, fallback_to_soft=False)
     with named_errors():
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(blocking=False)
         except filelock.Timeout:
-            say(f"waits: another process prepares {path}")
+            say(f"waiting: another process is preparing {path}")
             lock.acquire()
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)  # before it is released: whoever waits finds its file gone, and makes the next
+        file.unlink(missing_ok=True)  # before the release: a waiting process sees its file gone and makes a new one
         lock.release()
 
 
 def adopted(path: epath.PathLike, vocab: Vocab, made_with: dict) -> TokenStore | None:
-    """A store that was whole when its writer was killed, and only lacked its name; None if there is none."""
+    """Returns a store that was complete, but not yet renamed, when its writer was killed; None if there is none."""
     path = followed(path)
     draft = path.with_name(f"{path.name}.preparing")
     if is_bucket(path) or not TokenStore.exists(draft):
@@ -58,7 +58,8 @@ def adopted(path: epath.PathLike, vocab: Vocab, made_with: dict) -> TokenStore |
 
 
 def followed(path: epath.PathLike) -> epath.Path:
-    """Where a symbolic link leads to, or the path itself if it is none. Raises UserError if that is nothing."""
+    """Returns the target of a symbolic link, or the path itself if it is not a link. Raises UserError if the target
+    does not exist."""
     if is_bucket(path) or not os.path.islink(path):
         return epath.Path(path)
     target = os.path.realpath(path)
@@ -71,7 +72,7 @@ def followed(path: epath.PathLike) -> epath.Path:
 
 
 def check_free(path: epath.PathLike) -> None:
-    """Raises UserError if there is something at `path`: a store is made only where nothing is."""
+    """Raises UserError if there is something at `path`: a store is only made where nothing exists."""
     path = followed(path)
     if not path.exists() or (path / "progress.json").exists():
         return

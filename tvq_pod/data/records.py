@@ -1,7 +1,7 @@
-"""Corpora in files of many documents: JSON lines, Parquet and ArrayRecord, plain or compressed. Read as streams, in the
-order of their paths.
+"""Corpora in files of many documents: JSON lines, Parquet and ArrayRecord, plain or compressed. They are read as
+streams, in the order of their paths.
 
-A row that has no text is bad, whatever the format: config.data.bad_rows says whether it is an error or left out.
+A row without text is bad in every format: config.data.bad_rows says whether it is an error or left out.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ from tvq_pod.data.text import numbered_lines
 from tvq_pod.errors import UserError
 from tvq_pod.host.extras import require
 
-ROWS = 64  # of a Parquet file that are read at a time
+ROWS = 64  # read from a Parquet file at a time
 SKIP = "or give config.data.bad_rows=skip"
 
 
 class _BadRow(Exception):
-    """why: of what kind, for a count. setting, problem: for an error."""
+    """A row without text. why: the kind of problem, for counts. setting, problem: for an error."""
 
     def __init__(self, why: str, setting: str, problem: str):
         super().__init__(why)
@@ -34,7 +34,7 @@ class _BadRow(Exception):
 
 
 def _bad(bad: _BadRow, name: str, file: File, data: DataSettings) -> Document:
-    """A document that is left out. Raises UserError if bad rows are an error."""
+    """Returns a document that is left out. Raises UserError if bad rows are an error."""
     if data.bad_rows == "error":
         remedy = "give the field that has it" if "text_field" in bad.setting else "fix it"
         raise UserError(f"{bad.setting}: {bad.problem}; {remedy}, {SKIP}")
@@ -43,9 +43,9 @@ def _bad(bad: _BadRow, name: str, file: File, data: DataSettings) -> Document:
 
 # ------------------------------------------------- JSON
 def jsonl(listing: Listing, data: DataSettings) -> Documents:
-    """Each line is a JSON object whose `config.data.text_field` is a document; blank lines are passed over."""
+    """Yields the `config.data.text_field` of each line, a JSON object, as a document; blank lines are skipped."""
     for file in read_ahead(listing.files):
-        if file.object and file.kind == "json":  # of which the listing has looked at the first ones
+        if file.object and file.kind == "json":  # the listing has only checked the first ones
             check_json_lines(file.at)
         with opened_lines(file.at, "JSON lines") as lines:
             for number, line in numbered_lines(lines, file):
@@ -63,12 +63,12 @@ def _json_document(row: bytes, where: str, name: str, file: File, data: DataSett
 
 
 def _json_text(row: bytes, where: str, path: str, field: str) -> bytes:
-    """The UTF-8 bytes of an object's field. Raises _BadRow if there is none."""
+    """Returns the UTF-8 bytes of an object's field. Raises _BadRow if it has no text."""
     here, of_field = f"config.data.source={path}", f"config.data.text_field={field}"
     try:
         value = json.loads(row)
     except UnicodeDecodeError as error:
-        raise _BadRow("not UTF-8", here, f"{where} is not UTF-8 ({error.reason}), and so is not JSON") from None
+        raise _BadRow("not UTF-8", here, f"{where} is not UTF-8 ({error.reason}), so it is not JSON") from None
     except ValueError as error:
         raise _BadRow("not JSON", here, f"{where} is not JSON ({error})") from None
     except RecursionError:
@@ -78,16 +78,16 @@ def _json_text(row: bytes, where: str, path: str, field: str) -> bytes:
     else:
         for name in field.split("."):
             if not isinstance(value, dict) or name not in value:
-                problem = f"{where} of {path} has no such field"
+                problem = f"{where} of {path} does not have this field"
                 raise _BadRow(f"without the field {field}", of_field, problem)
             value = value[name]
     if not isinstance(value, str):
-        why = "null in place of text" if value is None else "another type than text"
-        raise _BadRow(why, of_field, f"{where} of {path} has no text there, but {_kind(value)}")
+        why = "null instead of text" if value is None else "not text"
+        raise _BadRow(why, of_field, f"{where} of {path} has {_kind(value)} there instead of text")
     try:
         return value.encode()
     except UnicodeEncodeError:
-        problem = f"{where} has half of a surrogate pair, which is no character"
+        problem = f"{where} has half of a surrogate pair, which is not a character"
         raise _BadRow("half of a surrogate pair", here, problem) from None
 
 
@@ -98,7 +98,7 @@ def _kind(value: object) -> str:
 
 # ------------------------------------------------- Parquet
 def parquet(listing: Listing, data: DataSettings) -> Documents:
-    """Each row's column `config.data.text_field` is a document."""
+    """Yields the column `config.data.text_field` of each row as a document."""
     require("pyarrow", f"config.data.source={listing.source}: Parquet")
     for file in read_ahead(listing.files):
         yield from _parquet_rows(file, data)
@@ -125,20 +125,20 @@ def _parquet_rows(file: File, data: DataSettings) -> Documents:
 
 
 def _rows(table, file: File) -> range:
-    """The numbers of the rows that are read, from 1."""
+    """Returns the numbers of the rows that are read, from 1."""
     groups = range(file.begin, table.num_row_groups if file.end is None else file.end)
     n_rows = sum(table.metadata.row_group(group).num_rows for group in groups)
     return range(file.n_before + 1, file.n_before + n_rows + 1)
 
 
 def _batches(table, field: str, file: File) -> Iterator:
-    """A column, ROWS rows at a time; row group by row group, since pyarrow can't read all nested types across them."""
+    """Yields a column, ROWS rows at a time, by row group, since pyarrow can't read all nested types across groups."""
     for group in range(file.begin, table.num_row_groups if file.end is None else file.end):
         yield from table.iter_batches(ROWS, row_groups=[group], columns=[field])
 
 
 def as_parquet(path: Place):
-    """What pyarrow reads: the path, or what is in a compressed file."""
+    """Returns what pyarrow can read: the path, or the content of a compressed file."""
     import pyarrow
 
     with path.open("rb") as file:
@@ -149,7 +149,7 @@ def as_parquet(path: Place):
 
 
 def _without_text(schema, field: str, path: str) -> _BadRow | None:
-    """Why no row of this schema has text in the field; None if rows may have it."""
+    """Returns why no row of this schema has text in the field; None if rows may have text."""
     import pyarrow
 
     of_field, names = f"config.data.text_field={field}", schema.names
@@ -161,8 +161,8 @@ def _without_text(schema, field: str, path: str) -> _BadRow | None:
             found = kind.field(name) if pyarrow.types.is_struct(kind) and kind.get_field_index(name) >= 0 else None
     if found is None:
         n = names.count(first)
-        what = f"{n} columns {first}" if n > 1 else f"no such column, but {', '.join(names)}"
-        return _BadRow(f"without the field {field}", of_field, f"{path} has {what}")
+        what = f"has {n} columns {first}" if n > 1 else f"does not have this column, only {', '.join(names)}"
+        return _BadRow(f"without the field {field}", of_field, f"{path} {what}")
     kind = found.type.value_type if pyarrow.types.is_dictionary(found.type) else found.type
     if not _is_text(kind):
         return _BadRow("another type than text", of_field, f"{path} has {found.type} there, and not text")
@@ -170,18 +170,18 @@ def _without_text(schema, field: str, path: str) -> _BadRow | None:
 
 
 def _parts(schema, field: str) -> list[str]:
-    """A column, and in it the names of fields of structs."""
+    """Returns the name of a column, followed by the names of nested struct fields."""
     return [field] if field in schema.names else field.split(".")
 
 
 def _of_batch(batch, row: int, file: File, data: DataSettings) -> Documents:
-    """A document for each row of a record batch. row: of how many rows before them."""
+    """Yields a document for each row of a record batch. row: the number of rows before the batch."""
     of_field = f"config.data.text_field={data.text_field}"
     column, *nested = _parts(batch.schema, data.text_field)
     for number, text in enumerate(_texts(batch.column(column), nested), row + 1):
         name = f"{file.name}:{number}"
         if text is None:
-            null = _BadRow("null in place of text", of_field, f"row {number} of {file.path} has no text there")
+            null = _BadRow("null instead of text", of_field, f"row {number} of {file.path} has null there")
             yield _bad(null, name, file, data)
         else:
             yield Document(name, text, file.split, is_row=True)
@@ -196,7 +196,7 @@ def _is_text(kind) -> bool:
 
 
 def _texts(column, nested: list[str]) -> list[bytes | None]:
-    """Of a column, or of a field of its structs, of theirs, and so on."""
+    """Returns the texts of a column, or of a field nested in its structs."""
     import pyarrow
     from pyarrow import compute
 
@@ -209,7 +209,7 @@ def _texts(column, nested: list[str]) -> list[bytes | None]:
 
 # ------------------------------------------------- Hugging Face datasets
 def of_hub(file: File, data: DataSettings) -> Documents:
-    """Each row's column `config.data.text_field` is a document, as of Parquet."""
+    """Yields the column `config.data.text_field` of each row as a document, as `parquet` does."""
     row = 0
     for batch in hub.batches(hub.parse(file.path)):
         if bad := _without_text(batch.schema, data.text_field, file.path):
@@ -221,8 +221,8 @@ def of_hub(file: File, data: DataSettings) -> Documents:
 
 # ------------------------------------------------- ArrayRecord
 def arrayrecord(listing: Listing, data: DataSettings) -> Documents:
-    """Each record is a document; or, in a file whose first record is a JSON object, the `config.data.text_field` of it.
-    With an empty config.data.text_field, records are documents whatever they are."""
+    """Yields each record as a document; in a file whose first record is a JSON object, the `config.data.text_field` of
+    each. With an empty config.data.text_field, records are always documents as they are."""
     require("array_record", f"config.data.source={listing.source}: ArrayRecord")
     for file in read_ahead(listing.files):
         path, has_json = file.at, False
@@ -250,13 +250,13 @@ def _records(path: Place) -> Iterator[bytes]:
         with path.open("rb") as file:
             is_compressed = compression_of(file.read(SNIFFED))
         plain = path
-        if is_compressed or isinstance(path, Object):  # which the library can't read
+        if is_compressed or isinstance(path, Object):  # the library can't read these
             copy = files.enter_context(tempfile.NamedTemporaryFile())
             copy.write(content(path))
             copy.flush()
             plain = pathlib.Path(copy.name)
         reader = ArrayRecordReader(str(plain))
-        files.callback(reader.close)  # raises what was wrong
+        files.callback(reader.close)  # raises the reader's error
         for _ in range(reader.num_records()):
             yield reader.read()
 

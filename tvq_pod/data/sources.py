@@ -1,4 +1,4 @@
-"""What config.data.source stands for: which files are read, as what, and which of them are held out by their names."""
+"""Resolving config.data.source: which files are read, in what format, and which are held out by their names."""
 
 import collections
 import dataclasses
@@ -18,14 +18,14 @@ from tvq_pod.errors import UserError
 from tvq_pod.host.paths import is_bucket
 
 BUILT_IN = ("stdlib", "novels", "ansible", *GENERATED)
-LOOKED_AT = 8  # .json files that are looked at before a corpus is read, if each costs time
+LOOKED_AT = 8  # .json files to examine before a corpus is read, if each takes time
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class File:
-    """path: where it is. name: below the source. kind: what its name says: a key of SUFFIXES, "binary" or "text"; "hf"
-    for a split of a Hugging Face dataset. is_given: whether config.data.source names it. split: which its name says, if
-    names decide. object: in a bucket, what was listed there."""
+    """One file of a corpus, or a part of one. path: where it is. name: its path below the source. kind: by its name: a
+    key of SUFFIXES, "binary" or "text"; "hf" for a split of a Hugging Face dataset. is_given: whether
+    config.data.source names it. split: the one its name says, if names decide. object: in a bucket, what was listed."""
 
     path: str
     name: str
@@ -33,21 +33,21 @@ class File:
     is_given: bool
     split: str | None = None
     object: bucket.Object | None = None
-    begin: int = 0  # what is read of it: the lines that begin in these bytes, or these row groups
+    begin: int = 0  # the part to read: the lines that begin in these bytes, or these row groups
     end: int | None = None  # None: all of it
     n_before: int = 0  # lines that end before `begin`, or rows before that row group
 
     @property
     def at(self) -> bucket.Place:
-        """Where it is read."""
+        """The place to read it from."""
         return self.object or pathlib.Path(self.path)
 
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """format: text, lines, jsonl, parquet, arrayrecord or hf, of all files that are not hf by their kind. files: in the
-    order in which they are read. holdout: hash, position, names, validation or test. note: what should be known of
-    that. walks: of the source's folders. unused: patterns of config.data.exclude that leave nothing out."""
+    """The files of a corpus. format: text, lines, jsonl, parquet, arrayrecord or hf; it applies to all files whose kind
+    is not hf. files: in reading order. holdout: hash, position, names, validation or test. note: a remark about the
+    holdout, to print. walks: of the source's folders. unused: patterns of config.data.exclude that match nothing."""
 
     source: str
     format: str
@@ -59,20 +59,20 @@ class Listing:
     unused: list[str]
 
     def lines(self) -> Iterator[str]:
-        """What is read and what is left out, for people."""
+        """Yields lines to print about what is read and what is left out."""
         found: dict[str, Names] = {}
         for file in self.files:
             kind = "of datasets" if file.kind == "hf" else suffix_of(file.name) or "without a suffix"
             found.setdefault(kind, Names()).add(file.name)
         kinds = sorted(found.items(), key=lambda item: -item[1].count)
         by_kind = "; ".join(f"{names.count:,} {suffix} ({names})" for suffix, names in kinds[:8])
-        more = f"; {len(kinds) - 8} kinds more" if len(kinds) > 8 else ""
+        more = f"; {len(kinds) - 8} more kinds" if len(kinds) > 8 else ""
         what = "split" if self.format == "hf" else "file"
         yield f"  reads {len(self.files):,} {what}{'s' * (len(self.files) != 1)} as {self.format}: {by_kind}{more}"
         for reason, names in self.left_out.items():
             yield f"  leaves out {names.count:,} {reason}: {names}"
         for pattern in self.unused:
-            yield f"  config.data.exclude: {pattern} leaves nothing out"
+            yield f"  config.data.exclude: {pattern} matches nothing"
         if self.holdout == "names":
             n = collections.Counter(file.split for file in self.files)
             yield "  by their names, " + ", ".join(f"{n[split]:,} for {split}" for split in n if split)
@@ -86,9 +86,9 @@ class Listing:
 
 
 def listing(data: DataSettings) -> Listing:
-    """What is read of config.data.source, which is one or more paths, as config.data.format says.
+    """Lists the files to read from config.data.source, which is one or more paths, as config.data.format says.
 
-    Raises UserError if nothing is there, what is there is not of that format, or a folder can't be read.
+    Raises UserError if a path does not exist, nothing is in that format, or a folder can't be read.
     """
     rules = Rules(data)
     files, left_out, walks = _found(data, rules)
@@ -107,7 +107,7 @@ def listing(data: DataSettings) -> Listing:
     return Listing(data.source, format, *held_out, walks, list(rules.unused))
 
 
-# ------------------------------------------------- which files there are
+# ------------------------------------------------- finding files
 def _found(data: DataSettings, rules: Rules) -> tuple[list[File], dict[str, Names], list[Walk]]:
     files, left_out, walks = [], {}, []
     given = _given(data, rules, left_out)
@@ -121,7 +121,7 @@ def _found(data: DataSettings, rules: Rules) -> tuple[list[File], dict[str, Name
         elif hub.is_hub(path):
             name = hub.parse(path)
             here = _splits(name, is_one=len(given) == 1)
-            if name.folder:  # so that a run in it is refused
+            if name.folder:  # so that a run inside it is refused
                 walks.append(walk_nothing(name.folder))
         elif is_bucket(path):
             objects = bucket.found_below(path)
@@ -150,7 +150,8 @@ def _found(data: DataSettings, rules: Rules) -> tuple[list[File], dict[str, Name
 
 
 def _splits(name: hub.Name, is_one: bool) -> list[File]:
-    """The splits of a Hugging Face dataset. A single one that is asked for says nothing of what is held out."""
+    """Returns the splits of a Hugging Face dataset. The name of a single requested split does not decide what is held
+    out."""
     label = os.path.basename(name.dataset.rstrip("/")) + (f"/{name.config}" if name.config else "")
     found = []
     for split in hub.splits_of(name):
@@ -161,8 +162,8 @@ def _splits(name: hub.Name, is_one: bool) -> list[File]:
 
 
 def _given(data: DataSettings, rules: Rules, left_out: dict[str, Names]) -> list[str | bucket.Object]:
-    """What config.data.source names: a path that is there, or several with commas between them, and globs. What
-    config.data.exclude leaves out of a glob is added to `left_out`."""
+    """Returns what config.data.source names: one existing path, or several paths and globs separated by commas. What
+    config.data.exclude removes from a glob is added to `left_out`."""
     source = data.source
     if source and os.path.exists(source):
         return [source]
@@ -194,7 +195,7 @@ def _given(data: DataSettings, rules: Rules, left_out: dict[str, Names]) -> list
 
 
 def parts_of_source(source: str) -> list[str]:
-    """The paths, globs and names that config.data.source lists, unless it is one path as a whole."""
+    """Returns the paths, globs and names that config.data.source lists, if it is not a single path with commas."""
     return [part for part in (part.strip() for part in source.split(",")) if part]
 
 
@@ -207,9 +208,9 @@ def _wanted(data: DataSettings) -> str:
     )
 
 
-# ------------------------------------------------- what they are
+# ------------------------------------------------- their format
 def _guessed(data: DataSettings, files: list[File]) -> str:
-    """What "auto" stands for. Raises UserError if that can't be said."""
+    """Returns the format that "auto" stands for. Raises UserError if that is not clear."""
     files = [file for file in files if file.kind != "hf"] or files
     if files and files[0].kind == "hf":
         return "hf"
@@ -224,20 +225,20 @@ def _guessed(data: DataSettings, files: list[File]) -> str:
     kinds |= {"text"} if has_text else set()
     if len(kinds) > 1:
         raise UserError(
-            f"config.data.format=auto: {data.source} has files of several formats ({', '.join(sorted(kinds))}); say "
-            "which is meant, or choose files with config.data.glob or config.data.exclude"
+            f"config.data.format=auto: {data.source} has files of several formats ({', '.join(sorted(kinds))}); give "
+            "one of them, or choose files with config.data.glob or config.data.exclude"
         )
     return kinds.pop()
 
 
 def _has_rows(data: DataSettings, files: list[File]) -> bool:
-    """Whether a .json file, of the first ones, has rows of text in it."""
+    """Returns whether one of the first .json files holds rows of text."""
     found = [file for file in files if file.kind == "json" and not is_about(file.name)]
     return any(data.text_field.split(".")[0] in first_row(file.at) for file in found[:LOOKED_AT])
 
 
 def _refuse_only_about(data: DataSettings, files: list[File]) -> None:
-    """Raises UserError if all that could be read as text says something about other files, which are no text."""
+    """Raises UserError if the only text files describe other files, which are not text."""
     others = [file for file in files if file.kind == "binary"]
     if others and all(file.kind == "binary" or is_about(file.name) for file in files):
         is_saved = any(file.path.endswith(".arrow") for file in others)
@@ -269,7 +270,7 @@ def _guessed_of_one(file: File) -> str:
 
 
 def _of_format(format: str, files: list[File], left_out: dict[str, Names]) -> Iterator[File]:
-    """The files that are read; others are added to `left_out`."""
+    """Yields the files that are read; others are added to `left_out`."""
     is_one = len(files) == 1 and files[0].is_given
     for file in files:
         beside = is_about(file.name) and not is_one
@@ -290,22 +291,22 @@ def _of_format(format: str, files: list[File], left_out: dict[str, Names]) -> It
 
 
 def _refuse_all(data: DataSettings, format: str, left_out: dict[str, Names]) -> None:
-    """Raises UserError: there is no file to read."""
+    """Raises the UserError that there is no file to read."""
     found = "; ".join(f"{names.count:,} {reason} ({names})" for reason, names in left_out.items())
     found = f"; left out: {found}" if found else ""
     if format in ("text", "lines"):
         raise UserError(f"config.data.source={data.source}: is empty; give a corpus with text in it{found}")
     suffixes = (*SUFFIXES[format], *(SUFFIXES["json"] if format == "jsonl" else ()))
     raise UserError(
-        f"config.data.source={data.source}: has no file that ends with {' or '.join(suffixes)}, as "
-        f"config.data.format={data.format} says{found}"
+        f"config.data.source={data.source}: has no file whose name ends with {' or '.join(suffixes)}; give another "
+        f"config.data.format than {data.format}{found}"
     )
 
 
-# ------------------------------------------------- what is held out
+# ------------------------------------------------- the held-out files
 def _splits_by_name(files: list[File], is_folder: bool) -> list[str | None]:
-    """The splits that the files' names say: their paths below the source, or, if that is several paths, below the
-    folder that they have in common."""
+    """Returns the splits that the files' names say: their paths below the source, or, if the source is several paths,
+    below their common folder."""
     named = [file for file in files if file.kind != "hf"]
     names = [file.name for file in named]
     if not is_folder and len(named) > 1:
@@ -319,14 +320,14 @@ def _splits_by_name(files: list[File], is_folder: bool) -> list[str | None]:
 def _held_out(
     data: DataSettings, format: str, files: list[File], left_out: dict[str, Names], is_folder: bool
 ) -> tuple[list[File], dict[str, Names], str, str]:
-    """The files with their splits, those that are left out, what decides, and a note for people."""
+    """Returns the files with their splits, those that are left out, the holdout that applies, and a note to print."""
     holdout, note = data.holdout, ""
     if holdout == "position" and format != "text":
         raise UserError(
-            f"config.data.holdout=position: is for text files, and {data.source} is read as {format}; give hash"
+            f"config.data.holdout=position: is for text files, but {data.source} is read as {format}; give hash"
         )
     if holdout in ("validation", "test"):
-        note = f"all are held out for {holdout}: the store is only for evaluation"
+        note = f"all are held out for {holdout}: the store is for evaluation only"
         return [dataclasses.replace(file, split=holdout) for file in files], left_out, holdout, note
     if holdout == "auto" and len(files) == 1 and files[0].kind != "hf":
         is_held_out = not files[0].is_given and splits_by_name([files[0].name])[0] in ("validation", "test")
@@ -351,14 +352,14 @@ def _held_out(
                 without.add(file.name)
         if holdout == "names":
             raise UserError(
-                f"config.data.holdout=names: {without.count} files name no split ({without}); a folder or a word of "
-                "the name must be train, validation, valid, dev, val or test; leave others out with "
+                f"config.data.holdout=names: the names of {without.count} files give no split ({without}); a folder or "
+                "a word of the name must be train, validation, valid, dev, val or test; leave others out with "
                 "config.data.exclude, or give hash"
             )
         if "train" in splits and len(splits) > 1:
             note = (
-                f"held out by hash, since {without.count:,} files name no split ({without}), though others do; "
-                "config.data.exclude leaves files out"
+                f"held out by hash, since the names of {without.count:,} files give no split ({without}), although "
+                "others do; config.data.exclude leaves files out"
             )
     files = [dataclasses.replace(file, split=None) for file in files]
     return files, left_out, holdout if holdout == "position" else "hash", note

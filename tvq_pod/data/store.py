@@ -3,20 +3,20 @@
 A store of one part:
 
     STORE/store.json             vocabulary, sizes, fingerprint, and where groups of documents begin (see groups.py);
-                                 written last, so a store that has it is whole
+                                 written last, so a store that has it is complete
     STORE/vocab.model, .json     the SentencePiece model or Hugging Face tokenizer, if there is one
-    STORE/SPLIT/tokens           uint16 or uint32 [n_tokens]: documents end to end, each with an end-of-document
+    STORE/SPLIT/tokens           uint16 or uint32 [n_tokens]: documents, each with an end-of-document token
     STORE/SPLIT/starts           int64 [n_documents + 1]: where each begins; the last entry is n_tokens
     STORE/SPLIT/doc_bytes        int64 [n_documents]: bytes of each document's text, for bits per byte
-    STORE/SPLIT/names            uint8 [n]: names of documents, UTF-8, a line each; only of validation and test
+    STORE/SPLIT/names            uint8 [n]: names of documents, UTF-8, one per line; only validation and test
     STORE/files.json             the files that were read, for --append
 
 A store of several parts, one after the other:
 
-    STORE/store.json             the same of all, and of each part its folder, sizes, fingerprint and checksum
+    STORE/store.json             the same for all parts, and each part's folder, sizes, fingerprint and checksum
     STORE/part-00000             each part's own store.json, files.json and SPLIT/...
 
-A store of one part that was appended to has its first part where it was, beside the folders of the others.
+If a store of one part is appended to, its first part stays where it was, beside the folders of the others.
 
 Arrays are zarr3, in shards of compressed and checksummed chunks, through TensorStore. A missing or damaged chunk is an
 error when it is read, never zeros.
@@ -44,44 +44,44 @@ from tvq_pod.data.vocab import Vocab, kept_vocab
 from tvq_pod.errors import UserError
 from tvq_pod.host.paths import BUCKET, is_bucket
 
-# What documents depend on, besides the vocabulary
+# The settings that documents depend on, besides the vocabulary
 MADE_WITH = (
     *("source", "format", "text_field", "glob", "invalid_utf8", "validation_share", "test_share"),
     *("exclude", "hidden", "bad_rows", "holdout"),
 )
-RECALL_MADE_WITH = (  # the same, of a generated corpus
+RECALL_MADE_WITH = (  # the same, for a generated corpus
     *("recall_documents", "recall_held_out", "recall_bytes", "recall_pairs", "recall_keys", "recall_values"),
     *("recall_key_bytes", "recall_smaller", "recall_seed"),
 )
-# What stores of older versions don't say, with the values that settings must have to fit them
+# Settings that stores of older versions don't record, with the values that fit those stores
 LATER = dict(recall_smaller=0, exclude="", hidden=False, bad_rows="error", holdout="auto")
 SPLITS = ("train", "validation", "test")
-FORMAT, PARTED = 2, 3  # of store.json: of one part, and of several
-THREADS = 32  # that look at parts when a store is opened
+FORMAT, PARTED = 2, 3  # of store.json, for one part and for several
+THREADS = 32  # that check parts when a store is opened
 CHUNK_BYTES = 64 * 1024
 SHARD_BYTES = 16 * 1024 * 1024
 ZSTD_LEVEL = 3
 CACHE_BYTES = 256 * 1024 * 1024
 BUCKET_REQUESTS = 256  # at the same time: a batch reads a few places of a bucket for each row
 ARRAYS = ("tokens", "starts", "doc_bytes")
-FILES = "files.json"  # which files a store or part was made of
-NAMES = "names"  # an array of bytes that no batch depends on: no part of the fingerprint
+FILES = "files.json"  # which files a store or part was made from
+NAMES = "names"  # an array of bytes that no batch depends on, so it is not part of the fingerprint
 
 
 def made_with(data: DataSettings) -> dict:
-    """All that documents depend on, besides the vocabulary."""
+    """Returns all settings that documents depend on, besides the vocabulary."""
     names = (*MADE_WITH, *(RECALL_MADE_WITH if generated(data.format, data.source) else ()))
     return {name: getattr(data, name) for name in names}
 
 
 def same_settings(there: dict) -> dict:
-    """What a store or vocabulary was made with, settings included that its version did not have."""
+    """Returns the settings that a store or vocabulary was made with, including those that its version did not have."""
     later = {name: value for name, value in LATER.items() if name in MADE_WITH or "recall_bytes" in there}
     return later | there
 
 
 def kvstore(path: epath.PathLike) -> dict:
-    """What TensorStore calls a folder. (As a URL, a name with % or ? would be another.)"""
+    """Returns TensorStore's spec of a folder. (In a URL, % and ? in a name would have another meaning.)"""
     path = str(path)
     if is_bucket(path):
         bucket, _, folder = path.removeprefix(BUCKET).partition("/")
@@ -90,7 +90,7 @@ def kvstore(path: epath.PathLike) -> dict:
 
 
 def split_of(text: bytes | memoryview, validation_share: float, test_share: float) -> str:
-    """The split of a document: drawn by a hash of its content, so equal documents never face each other in two splits,
+    """Returns the split of a document, drawn by a hash of its content: equal documents are always in the same split,
     and adding documents moves none."""
     draw = int.from_bytes(hashlib.sha256(text).digest()[:8]) / 2**64
     if draw < validation_share:
@@ -99,24 +99,25 @@ def split_of(text: bytes | memoryview, validation_share: float, test_share: floa
 
 
 def arrays_of(split: str) -> tuple[str, ...]:
-    """The arrays of a split, by their names."""
+    """Returns the names of a split's arrays."""
     return ARRAYS if split == "train" else (*ARRAYS, NAMES)
 
 
 def array_metadata(path: epath.Path, name: str) -> bytes:
-    """Shape, dtype and codecs of an array, which have no checksum of their own."""
+    """Returns the shape, dtype and codecs of an array as stored; they have no checksum of their own."""
     return (path / name / "zarr.json").read_bytes()
 
 
 def crc32c_of(meta: dict) -> int:
-    """Of everything in a JSON object but itself."""
+    """Returns the CRC-32C of everything in a JSON object but its own entry crc32c."""
     others = {name: value for name, value in meta.items() if name != "crc32c"}
     return google_crc32c.value(json.dumps(others, sort_keys=True).encode())
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The documents of one store. first_document, n_documents: in the whole. weight: its share of the tokens read."""
+    """The documents of one store in a mixture. first_document, n_documents: their range in the mixture. weight: the
+    store's share of the tokens read."""
 
     first_document: int
     n_documents: int
@@ -125,7 +126,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Other weights of a mixture's stores: parts, from first_step on."""
+    """The weights of a mixture's stores, in `parts`, from first_step on."""
 
     first_step: int
     parts: tuple[Part, ...]
@@ -143,22 +144,22 @@ class Split:
 
     @property
     def starts(self) -> np.ndarray:
-        """Where documents begin, and their end, in memory: int64 [n_documents + 1]."""
+        """The start of each document, and the end, in memory: int64 [n_documents + 1]."""
         return self.documents.whole
 
     @functools.cached_property
     def doc_bytes(self) -> np.ndarray:
-        """Bytes of each document's text, in memory: int64 [n_documents]."""
+        """The number of bytes of each document's text, in memory: int64 [n_documents]."""
         return np.asarray(self.bytes_on_disk)
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each document, its end-of-document included: int64 [n_documents]."""
+        """The number of tokens of each document, including its end-of-document: int64 [n_documents]."""
         return np.diff(self.starts)
 
 
 class TokenStore:
-    """A store, open for reading. Raises UserError if there is none, or it is no store.
+    """A store, open for reading. Raises UserError if it does not exist, or is not a store.
 
     Attributes: path, vocab_name, n_vocab, fingerprint (SHA-256 of everything a batch can depend on), meta (store.json).
     """
@@ -188,31 +189,31 @@ class TokenStore:
 
     @staticmethod
     def exists(path: epath.PathLike) -> bool:
-        """Whether there is a whole store."""
+        """Returns whether there is a complete store."""
         return (epath.Path(path) / "store.json").is_file()
 
     def vocab(self) -> Vocab:
-        """The vocabulary that the tokens are in."""
+        """Returns the vocabulary of the tokens."""
         return kept_vocab(self.path)
 
     @property
     def recall_values(self) -> int:
-        """How many values a generated corpus draws from; 0: this is another corpus."""
+        """The number of values that a generated corpus draws from; 0 for another corpus."""
         made = self.meta.get("made_with", {})
         return made.get("recall_values", 0)
 
     def tokens_per_byte(self, split: str) -> float:
-        """Tokens, end-of-documents included, per byte of text."""
+        """Returns the number of tokens, end-of-document tokens included, per byte of text."""
         entry = self.meta["splits"][split]
         return entry["n_tokens"] / max(entry["n_bytes"], 1)
 
     def split(self, name: str) -> Split:
-        """Opens a split. Raises UserError if it has no document, or is damaged."""
+        """Opens a split. Raises UserError if it has no documents or is damaged."""
         if name not in self._splits:
             if not self.meta["splits"][name]["n_documents"]:
                 if name == "train":
                     raise UserError(
-                        f"config.data.store={self.path}: is only for evaluation, since it has no document to train on; "
+                        f"config.data.store={self.path}: is for evaluation only, since it has no training documents; "
                         "give another store, or a corpus with training documents"
                     )
                 raise UserError(
@@ -229,7 +230,7 @@ class TokenStore:
         return self._splits[name]
 
     def _part_of_split(self, name: str, part: "StorePart") -> tuple[tensorstore.TensorStore, DocumentStarts, Array]:
-        """Tokens, starts and doc_bytes."""
+        """Returns the tokens, starts and doc_bytes of a part."""
         tokens, starts, doc_bytes = (self._open(part, f"{name}/{array}") for array in ARRAYS)
         entry, n_documents = part.splits[name], part.splits[name]["n_documents"]
         sizes = tokens.shape[0], starts.shape[0], doc_bytes.shape[0]
@@ -237,11 +238,11 @@ class TokenStore:
             sizes != (entry["n_tokens"], n_documents + 1, n_documents)
             or starts[n_documents].read().result() != entry["n_tokens"]
         ):
-            raise ValueError(f"{self.path / part.folder / name} has not the documents of store.json")
+            raise ValueError(f"{self.path / part.folder / name} does not have the documents of store.json")
         return tokens, _documents(starts, entry), doc_bytes
 
     def _check_part(self, part: "StorePart") -> None:
-        """Raises ValueError if a part is gone, or another one is in its place."""
+        """Raises ValueError if a part does not exist, or another one is in its place."""
         if part.crc32c is None:
             return
         folder = self.path / part.folder
@@ -252,11 +253,11 @@ class TokenStore:
         except (ValueError, AttributeError):
             found = None
         if found != part.crc32c:
-            raise ValueError(f"{folder} is damaged, or is another part")
+            raise ValueError(f"{folder} is damaged or is another part")
 
     def names(self, split: str) -> list[str]:
-        """Names of a split's documents, in their order; in stores that don't have them, their numbers. Raises UserError
-        if the store is damaged."""
+        """Returns the names of a split's documents, in their order, or their numbers if the store has no names. Raises
+        UserError if the store is damaged."""
         names = []
         for part in self.parts:
             n_documents = part.splits[split]["n_documents"]
@@ -266,7 +267,9 @@ class TokenStore:
             with self._damage():
                 found = bytes(self._open(part, f"{split}/{NAMES}").read().result()).decode().split("\n")[:-1]
                 if len(found) != n_documents:
-                    raise ValueError(f"{self.path / part.folder / split / NAMES} has not the documents of store.json")
+                    raise ValueError(
+                        f"{self.path / part.folder / split / NAMES} does not have the documents of store.json"
+                    )
             names += found
         return names
 
@@ -281,24 +284,24 @@ class TokenStore:
 
     @functools.cached_property
     def parts(self) -> list["StorePart"]:
-        """In their order; a store of one part is one."""
+        """The parts in their order; a store of one part counts as one."""
         if self.meta["format"] == FORMAT:
             return [StorePart("", self.fingerprint, self.meta["splits"], self.meta.get("arrays", {}))]
         return [StorePart(**part) for part in self.meta["parts"]]
 
     @property
     def n_parts(self) -> int:
-        """How many parts it has."""
+        """The number of parts."""
         return len(self.parts)
 
     @property
     def versions(self) -> list[tuple[str, int]]:
-        """The store after each time that it was added to: its fingerprint, and how many parts it had."""
+        """The store's versions, one for each time that it was made or added to: fingerprint and number of parts."""
         before = [(fingerprint, n_parts) for fingerprint, n_parts in self.meta.get("before", [])]
         return [*before, (self.fingerprint, len(self.parts))]
 
     def as_of(self, fingerprint: str) -> "TokenStore | None":
-        """The store as it was when it had this fingerprint, before more was added to it; None if it never had."""
+        """Returns the store as it was when it had this fingerprint, before more was added; None if it never had it."""
         n_parts = dict(self.versions).get(fingerprint)
         if n_parts is None or fingerprint == self.fingerprint:
             return self if n_parts else None
@@ -327,8 +330,8 @@ class TokenStore:
 
 @dataclasses.dataclass(frozen=True)
 class StorePart:
-    """A part of a store, as store.json has it. folder: below the store's. splits, arrays: as in the store.json of a
-    part. crc32c: of that; None: it is the store's own, and folder is ""."""
+    """A part of a store, as in store.json. folder: its path below the store's. splits, arrays: as in the part's
+    store.json. crc32c: that file's; None: that file is the store's own, and folder is ""."""
 
     folder: str
     fingerprint: str
@@ -338,7 +341,7 @@ class StorePart:
 
 
 def totals(parts: list[dict]) -> dict:
-    """Sizes of each split of several parts together. parts: as in store.json."""
+    """Returns the total sizes of each split of several parts. parts: as in store.json."""
     names = ("n_documents", "n_tokens", "n_bytes", "n_words")
     return {
         split: {name: sum(part["splits"][split].get(name, 0) for part in parts) for name in names} for split in SPLITS
@@ -346,7 +349,8 @@ def totals(parts: list[dict]) -> dict:
 
 
 def _documents(starts: tensorstore.TensorStore, entry: dict) -> DocumentStarts:
-    """entry: of the split, in store.json. Stores of older versions don't say where groups begin."""
+    """Returns the starts of a split's documents. entry: the split's in store.json. Stores of older versions don't
+    record where groups begin."""
     groups = entry.get("groups")
     if groups is None:
         return DocumentStarts.of(in_memory(starts))
@@ -355,5 +359,5 @@ def _documents(starts: tensorstore.TensorStore, entry: dict) -> DocumentStarts:
 
 
 def store_path(settings: Settings, workdir: epath.Path) -> epath.Path:
-    """Where the run's token store is."""
+    """Returns the path of the run's token store."""
     return epath.Path(settings.data.store) if settings.data.store else workdir / "store"

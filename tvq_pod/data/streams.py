@@ -1,16 +1,16 @@
 """Streams: what each row of each batch reads, as a pure function of (corpus, seed, step, row).
 
-Training. The documents of an epoch, in an order drawn from (seed, epoch) (see order.py), are laid end to end; row r of
-B owns the part [r * N // B, (r + 1) * N // B) of these N tokens. A row's stream is its part of epoch 0, then of epoch
-1, and so on, with nothing in between and nothing left over: in an epoch every token is read once. Step n reads tokens
-[n * T, (n + 1) * T) of every stream. A document cut by the border of two rows is two pieces, each a document to its
-stream.
+Training. The documents of an epoch are concatenated in an order drawn from (seed, epoch) (see order.py); row r of B
+owns the part [r * N // B, (r + 1) * N // B) of these N tokens. A row's stream is its part of epoch 0, then of epoch 1,
+and so on, with nothing in between and nothing left over: in an epoch every token is read once. Step n reads tokens
+[n * T, (n + 1) * T) of every stream. A document cut at the border between two rows is two pieces, each a document to
+its stream.
 
-Evaluation. Whole documents are spread over rows, each row's end to end, so that all rows are about equally long; what a
-row lacks to the longest is padding.
+Evaluation. Complete documents are distributed over rows and concatenated there, so that all rows are about equally
+long; shorter rows are padded to the length of the longest.
 
-Both are plans: they answer which piece of which document is where. `read_row` turns the answer into arrays. No iterator
-state, no host count, no random number generator survives a call.
+Both are plans: they say which piece of which document is where. `read_row` turns that into arrays. No iterator state,
+host count or random number generator survives a call.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from tvq_pod.data.parted import Array
 from tvq_pod.data.vocab import END_OF_DOC, PAD
 from tvq_pod.errors import UserError
 
-PADDING = 0.05  # share of positions that evaluation may spend on it, where it may choose
+PADDING = 0.05  # share of positions that evaluation may spend on padding, if it has a choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,21 +43,21 @@ class Segment:
 
 
 class Plan(Protocol):
-    """Which tokens a row reads."""
+    """Says which tokens a row reads."""
 
     def segments(self, row: int, begin: int, end: int) -> Iterator[Segment]:
-        """The segments of tokens [begin, end) of a row's stream, in order; fewer tokens only where the row ends."""
+        """Yields the segments of tokens [begin, end) of a row's stream, in order; fewer only where the row ends."""
         ...
 
 
 class TrainStreams:
-    """The plan of training: endless.
+    """The plan of training, which is endless.
 
     Raises UserError if there are fewer tokens than rows.
     """
 
     def __init__(self, order: Order, batch_size: int, first_epoch: int = 0, rest: Line | None = None):
-        """rest: what is read before first_epoch begins (see `recut`)."""
+        """rest: the tokens to read before first_epoch begins (see `recut`)."""
         if order.n_tokens < batch_size:
             raise UserError(
                 f"config.train.batch_size={batch_size}: must be at most {order.n_tokens}, the number of tokens to "
@@ -66,10 +66,10 @@ class TrainStreams:
         self._order, self._batch_size, self._first_epoch, self._rest = order, batch_size, first_epoch, rest
         self._made_round = functools.lru_cache(maxsize=4)(self._make_round)
         self._counted: list[_Counted] = []
-        self._lock = threading.RLock()  # many threads read rows, and each round is to be made once
+        self._lock = threading.RLock()  # many threads read rows, but each round is made only once
 
     def segments(self, row: int, begin: int, end: int) -> Iterator[Segment]:
-        """See Plan. Document ids count up by one with every piece, from round to round."""
+        """See Plan. Document ids increase by one with every piece, across rounds."""
         while begin < end:
             index, offset = self._place(row, begin)
             round_ = self._round(index)
@@ -83,11 +83,11 @@ class TrainStreams:
                 at += piece.length
 
     def recut(self, consumed: int, batch_size: int) -> "TrainStreams":
-        """Other streams that read on where these have consumed so many tokens of each row.
+        """Returns streams of another batch size that continue after `consumed` tokens of each row.
 
-        What is left of the epoch, row by row in its order, is laid end to end and cut into the new rows; then the next
-        epoch begins. Rows differ by a token an epoch: where some have entered the next epoch and others not, the few
-        tokens that the others lack are left out, as is a rest of fewer tokens than rows.
+        The rest of the epoch, row by row in order, is concatenated and cut into the new rows; then the next epoch
+        begins. Row lengths differ by up to one token per epoch: if some rows have entered the next epoch and others
+        have not, the few tokens that the others lack are left out, as is a rest of fewer tokens than rows.
         """
         places = [self._place(row, consumed) for row in range(self._batch_size)]
         latest = max(index for index, _ in places)
@@ -101,7 +101,7 @@ class TrainStreams:
         return TrainStreams(self._order, batch_size, next_epoch, rest if rest.n_tokens >= batch_size else None)
 
     def _place(self, row: int, at: int) -> tuple[int, int]:
-        """Round, and offset in the row's part of it, of a place in the row's stream."""
+        """Returns the round of a place in a row's stream, and the offset in the row's part of that round."""
         n_before = 0
         if self._rest is not None:
             length = self._length(0, row)
@@ -139,15 +139,15 @@ class TrainStreams:
 
 
 class _Round(NamedTuple):
-    """An epoch, or what was left of one. borders: int64 [B + 1], where each row begins in the line, and its end."""
+    """An epoch, or the rest of one. borders: int64 [B + 1], where each row begins in the line, and the line's end."""
 
     line: Line
     borders: np.ndarray
 
 
 class _Counted(NamedTuple):
-    """Of a round, for each row: the number of its first piece in the line, its first document id, and the next round's;
-    int64 [B] each."""
+    """Numbers for each row of a round: of its first piece in the line, its first document id, and that of the next
+    round; int64 [B] each."""
 
     first_pieces: np.ndarray
     first_ids: np.ndarray
@@ -155,7 +155,7 @@ class _Counted(NamedTuple):
 
 
 def _taken(lengths: np.ndarray, max_tokens: int) -> np.ndarray:
-    """Documents in an order drawn once and for all, until they have max_tokens together; 0 takes all."""
+    """Returns documents in a fixed random order, until they have max_tokens together; 0 takes all."""
     order = draw(0, 0).permutation(len(lengths))
     return order[: int(np.searchsorted(np.cumsum(lengths[order]), max_tokens)) + 1] if max_tokens else order
 
@@ -165,19 +165,19 @@ def _padding(n_tokens: int, n_rows: int, row_len: float, update_len: int) -> flo
 
 
 class PackedDocuments:
-    """The plan of evaluation: each document whole, once, on one row.
+    """The plan of evaluation: each document once, complete, on one row.
 
-    Attributes: documents, the indices that were taken; n_rows; row_len, tokens of the longest row; n_tokens, of all;
-    longest, tokens of the longest document.
+    Attributes: documents: the indices of those taken; n_rows; row_len: tokens of the longest row; n_tokens: tokens of
+    all rows; longest: tokens of the longest document.
     """
 
     def __init__(self, starts: np.ndarray, n_rows: int, max_tokens: int = 0):
-        """starts: [n_documents + 1]. max_tokens: take documents, in an order drawn once and for all, until they have so
-        many tokens together; 0 takes all."""
+        """starts: [n_documents + 1]. max_tokens: take documents, in a fixed random order, until they have this many
+        tokens together; 0 takes all."""
         self._starts = starts
         lengths = np.diff(starts)
         self.documents = order = _taken(lengths, max_tokens)
-        # The longest first, each to the row that is shortest so far.
+        # Longest first, each to the row that is shortest so far.
         rows: list[list[int]] = [[] for _ in range(n_rows)]
         loads = [(0, row) for row in range(n_rows)]
         for document in order[np.argsort(-lengths[order], kind="stable")].tolist():
@@ -194,13 +194,13 @@ class PackedDocuments:
     def on_most_rows(
         starts: np.ndarray, most: int, multiple: int, update_len: int, max_tokens: int = 0
     ) -> "PackedDocuments":
-        """On as many rows as leave at most PADDING of the positions to padding, no more than `most`; on `multiple`, of
-        which the number of rows must be one, if there is no such number."""
+        """Packs documents on the largest number of rows with at most PADDING of padding: a multiple of `multiple`, and
+        at most `most`. If there is no such number, packs them on `multiple` rows."""
         lengths = np.diff(starts)
         lengths = lengths[_taken(lengths, max_tokens)]
         longest, n_tokens = int(lengths.max()), int(lengths.sum())
         for n_rows in range(most - most % multiple, multiple, -multiple):
-            # Whatever the order, a row is as long as the longest document, and not all are shorter than their mean.
+            # In any order, the longest row is no shorter than the longest document or the rows' mean.
             if _padding(n_tokens, n_rows, max(longest, n_tokens / n_rows), update_len) > PADDING:
                 continue
             plan = PackedDocuments(starts, n_rows, max_tokens)
@@ -209,11 +209,12 @@ class PackedDocuments:
         return PackedDocuments(starts, multiple, max_tokens)
 
     def document_of(self, row: int, segment: Segment) -> int:
-        """The index of the document that a segment of a row is of."""
+        """Returns the index of the document that a segment of a row belongs to."""
         return self._rows[row][segment.doc_id]
 
     def positions(self, begin: int, end: int) -> np.ndarray:
-        """Places in their documents of tokens [begin, end) of every row: int32 [n_rows, end - begin]; 0 on padding."""
+        """Returns the positions in their documents of tokens [begin, end) of every row: int32 [n_rows, end - begin]; 0
+        on padding."""
         places = np.zeros([self.n_rows, end - begin], np.int32)
         for row in range(self.n_rows):
             at = 0
@@ -223,16 +224,16 @@ class PackedDocuments:
         return places
 
     def padding(self, update_len: int) -> float:
-        """The share of positions that is padding, where rows are read in updates."""
+        """Returns the share of positions that is padding, if rows are read in updates."""
         return _padding(self.n_tokens, self.n_rows, self.row_len, update_len)
 
     def tokens_by_position(self, width: int) -> np.ndarray:
-        """Tokens at places [k * width, (k + 1) * width) of their documents, for each k: int64 [n]."""
+        """Returns the number of tokens at positions [k * width, (k + 1) * width) of documents for each k: int64 [n]."""
         lengths = np.diff(self._starts)[self.documents]
         return np.array([np.clip(lengths - begin, 0, width).sum() for begin in range(0, self.longest, width)])
 
     def segments(self, row: int, begin: int, end: int) -> Iterator[Segment]:
-        """See Plan. A document's id is its place in the row."""
+        """See Plan. A document's id is its index in the row."""
         bounds = self._bounds[row]
         place = int(np.searchsorted(bounds, begin, side="right")) - 1
         while place < len(self._rows[row]) and bounds[place] < end:
@@ -244,11 +245,11 @@ class PackedDocuments:
 
 
 def read_row(tokens: Array, plan: Plan, row: int, begin: int, end: int, cuts: int = 0) -> dict:
-    """The arrays of tokens [begin, end) of one row's stream, each [end - begin]:
+    """Reads tokens [begin, end) of one row's stream into arrays, each [end - begin]:
 
     inputs int32: the token before each target in its document; end-of-document at a document's first position.
     targets int32. doc_ids int32. loss_mask float32: 0 on padding, which has a document id of its own.
-    cuts: contexts of the stream that ended before these tokens (see Phase). Each counts as the end of a document in
+    cuts: how many contexts of the stream ended before these tokens (see Phase). Each counts as the end of a document in
     doc_ids, and nowhere else. Raises UserError if the store is damaged there.
     """
     return request_row(tokens, plan, row, begin, end, cuts)()
@@ -259,7 +260,7 @@ def request_row(
 ) -> Callable[[], dict[str, np.ndarray]]:
     """Starts to read tokens of a row. Returns a function that waits for them and returns what `read_row` does."""
     segments = list(plan.segments(row, begin, end))
-    # One token more at the front, where the document began earlier: it is the first input.
+    # If the document began earlier, one more token is read at the front: it is the first input.
     reads = [tokens[s.start - (not s.begins) : s.start + s.length].read() for s in segments]
 
     def finish() -> dict[str, np.ndarray]:
@@ -306,9 +307,9 @@ class BatchSource:
         update_of: Callable[[int], int] | None = None,
         cuts_of: Callable[[int], int] | None = None,
     ):
-        """rows: the global rows that this process reads. Steps first_step .. last_step - 1 are served. parts: ranges
-        of an update's tokens that are read; None reads all. update_of: which update of the streams a step
-        reads; None: step n reads update n. cuts_of: how many contexts have ended before a step; None: none ever."""
+        """rows: the global rows that this process reads. Steps first_step .. last_step - 1 are served. parts: the
+        ranges of an update's tokens to read; None reads all. update_of: which update of the streams a step reads; None:
+        step n reads update n. cuts_of: how many contexts have ended before a step; None: none."""
         self._tokens, self._plan = tokens, plan
         self._rows, self._update_len = rows, update_len
         self._parts = parts or [range(update_len)]

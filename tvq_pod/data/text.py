@@ -10,12 +10,12 @@ from tvq_pod.data.document import Document, Documents, content
 from tvq_pod.data.sources import File, Listing
 from tvq_pod.errors import UserError
 
-BLOCK_BYTES = 2**20  # of a document that are looked at at a time: it may be a file of any size
-SPLITS = ("train", "validation", "test")  # in the order in which parts of a text are held out by position
+BLOCK_BYTES = 2**20  # of a document to examine at a time: it may be a file of any size
+SPLITS = ("train", "validation", "test")  # in the order of their parts in a text that is held out by position
 
 
 def texts(listing: Listing, data: DataSettings) -> Documents:
-    """Each file is a document; by position, its parts are."""
+    """Yields each file as a document, or each of its parts if it is held out by position."""
     for file in read_ahead(listing.files):
         text = content(file.at)
         if kind := binary_kind(bytes(text[:SNIFFED])):
@@ -29,7 +29,7 @@ def texts(listing: Listing, data: DataSettings) -> Documents:
 
 
 def lines(listing: Listing) -> Documents:
-    """Each line of the files is a document; its line end is not part of it."""
+    """Yields each line of the files as a document, without its line end."""
     for file in read_ahead(listing.files):
         name, split = file.name, file.split
         with opened_lines(file.at, "lines of text") as found:
@@ -39,14 +39,14 @@ def lines(listing: Listing) -> Documents:
 
 
 def numbered_lines(opened: io.BufferedReader, file: File) -> Iterator[tuple[int, bytes]]:
-    """The lines of the part of a file that is read, each with its number in the file, from 1."""
+    """Yields the lines of a file, or of a part of one, each with its number in the file, from 1."""
     if file.end is None:
         yield from enumerate(opened, 1)
         return
     number, at = file.n_before, file.begin
     if at:
         opened.seek(at - 1)
-        rest = opened.readline()  # of the line before, which whoever reads the part before has
+        rest = opened.readline()  # of the previous line, which belongs to the part before
         number, at = number + (len(rest) > 1), at - 1 + len(rest)
     while at < file.end and (line := opened.readline()):
         number, at = number + 1, at + len(line)
@@ -56,8 +56,9 @@ def numbered_lines(opened: io.BufferedReader, file: File) -> Iterator[tuple[int,
 def parts(
     text: bytes | memoryview, validation_share: float, test_share: float
 ) -> Iterator[tuple[str, bytes | memoryview]]:
-    """(split, its part) of a text that is held out by position: the last bytes are for the test, those before them for
-    validation. Each part begins a line, or a character where there are no lines. Parts without a byte are left out."""
+    """Yields (split, its part) of a text that is held out by position: the last bytes are for test, those before them
+    for validation. Each part begins at the start of a line, or of a character if there are no lines. Empty parts are
+    left out."""
     n, n_test, n_validation = len(text), round(len(text) * test_share), round(len(text) * validation_share)
     test = _line_begin(text, n - n_test) if n_test else n
     validation = _line_begin(text, min(n - n_test - n_validation, test - 1)) if n_validation else test
@@ -67,7 +68,7 @@ def parts(
 
 
 def _line_begin(text: bytes | memoryview, at: int) -> int:
-    """The last place at or before `at` where a line begins; where a character does, if that is far away."""
+    """Returns the last place at or before `at` where a line begins, or, if that is far away, where a character does."""
     before = bytes(text[max(0, at - BLOCK_BYTES) : at])
     if (newline := before.rfind(b"\n")) >= 0 and at - len(before) + newline + 1 >= at // 2:
         return at - len(before) + newline + 1
@@ -78,7 +79,7 @@ def _line_begin(text: bytes | memoryview, at: int) -> int:
 
 
 def usable(document: Document, any_bytes: bool, data: DataSettings) -> tuple[bytes | memoryview | None, bool]:
-    """The text of a document as it is encoded, or None to leave it out; and whether it is not UTF-8.
+    """Returns the text of a document as it is to be encoded, or None to leave it out; and whether it is not UTF-8.
 
     any_bytes: whether the vocabulary takes any bytes. Raises UserError for what the settings call an error.
     """
@@ -98,7 +99,7 @@ def usable(document: Document, any_bytes: bool, data: DataSettings) -> tuple[byt
 
 
 def _not_utf8(text: bytes | memoryview) -> int | None:
-    """Where a text is not UTF-8; None if it is."""
+    """Returns the first place where a text is not UTF-8; None if it is UTF-8."""
     at = 0
     while at < len(text):
         part = bytes(text[at : at + BLOCK_BYTES])

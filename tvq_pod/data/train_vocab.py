@@ -1,5 +1,5 @@
-"""A SentencePiece vocabulary from a corpus' own training documents: byte-pair encoding with byte fallback, so that a
-text comes back from its tokens as it was, byte for byte."""
+"""Training a SentencePiece vocabulary on a corpus's own training documents: byte-pair encoding with byte fallback, so
+that tokens decode to exactly the original bytes."""
 
 import contextlib
 import io
@@ -24,14 +24,14 @@ from tvq_pod.parallel.deadlines import still_working
 from tvq_pod.parallel.processes import is_process_zero
 
 TRAINED = "sentencepiece"  # the vocabulary that is made here
-SAMPLE_BYTES = 200_000_000  # of lines that pairs are counted in; SentencePiece holds a few times that in memory
+SAMPLE_BYTES = 200_000_000  # of lines in which pairs are counted; SentencePiece needs a few times that much memory
 MAX_LINE_BYTES = 4096
 
 
 def train_sentencepiece(texts: Iterable[bytes | memoryview], vocab_size: int) -> bytes:
-    """The model file of vocab_size pieces: 0 pad, 1 end-of-document, 2 unknown, newline, the 256 bytes, and the rest.
+    """Returns a model file of vocab_size pieces: 0 pad, 1 end-of-document, 2 unknown, newline, 256 bytes, and the rest.
 
-    Nothing is normalized. Raises UserError if the texts have not so many different pairs, or nothing to train on.
+    Nothing is normalized. Raises UserError if the texts have too few different pairs, or are empty.
     """
     model, lines = io.BytesIO(), sample(_lines(texts), SAMPLE_BYTES)
     if not lines:
@@ -69,7 +69,7 @@ def train_sentencepiece(texts: Iterable[bytes | memoryview], vocab_size: int) ->
 
 
 def sample(lines: Iterable[str], n_bytes: int) -> list[str]:
-    """Of all lines, every one, or every second, fourth, ...: as many as are at most about n_bytes."""
+    """Returns all lines, or every second, fourth, ...: as many as fit into about n_bytes."""
     kept, size, stride = [], 0, 1
     for number, line in enumerate(lines):
         if number % stride:
@@ -83,7 +83,7 @@ def sample(lines: Iterable[str], n_bytes: int) -> list[str]:
 
 
 def _lines(texts: Iterable[bytes | memoryview]) -> Iterator[str]:
-    """Lines that are UTF-8, without their ends, long ones in parts."""
+    """Yields lines as text, without their ends and without bytes that are not UTF-8, long ones in parts."""
     for text in texts:
         at = 0
         while at < len(text):  # a mebibyte at a time: the text may be a file of any size
@@ -94,19 +94,19 @@ def _lines(texts: Iterable[bytes | memoryview]) -> Iterator[str]:
             for line in block.split(b"\n"):
                 for begin in range(0, len(line), MAX_LINE_BYTES):
                     part = line[begin : begin + MAX_LINE_BYTES].decode("utf-8", errors="ignore")
-                    part = part.replace("\u2585", "")  # SentencePiece passes over lines with that
+                    part = part.replace("\u2585", "")  # SentencePiece skips lines with that
                     if part:
                         yield part
 
 
 def trained_path(settings: Settings, workdir: epath.Path) -> epath.Path:
-    """Where the model of config.data.vocab=sentencepiece is: beside the store."""
+    """Returns the path of the model of config.data.vocab=sentencepiece, which is beside the store."""
     store = store_path(settings, workdir)
     return store.with_name(f"{store.name}.vocab.model")
 
 
 def vocab_for(settings: Settings, workdir: epath.Path) -> Vocab:
-    """The vocabulary; that of config.data.vocab=sentencepiece is trained, if it is not there."""
+    """Returns the vocabulary; for config.data.vocab=sentencepiece, it is trained first if it does not exist."""
     data = settings.data
     if data.vocab != TRAINED:
         return load_vocab(data.vocab)

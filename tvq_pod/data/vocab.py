@@ -1,11 +1,11 @@
 """Vocabularies: text to token ids and back.
 
-Ids are the same everywhere: 0 pad, 1 end-of-document, 2 unknown, and from 3 on what the vocabulary brings: the 256
-bytes, the pieces of a SentencePiece model, or the tokens of a Hugging Face tokenizer. A model or tokenizer with these
-three ids is taken as it is.
+Every vocabulary has the ids 0 pad, 1 end-of-document, 2 unknown, and from 3 on its own: the 256 bytes, the pieces of a
+SentencePiece model, or the tokens of a Hugging Face tokenizer. The ids of a model or tokenizer that already has these
+three are not shifted.
 
-A long text is encoded in pieces, cut before a space that a word follows: no common tokenizer joins what is left and
-right of there, and memory stays small.
+A long text is encoded in pieces to save memory. It is cut before a space followed by a word: no common tokenizer joins
+the text on both sides.
 """
 
 import codecs
@@ -25,7 +25,7 @@ from tvq_pod.host.extras import require
 PAD, END_OF_DOC, UNKNOWN = 0, 1, 2
 N_SPECIAL = 3
 MOST_UTF8_BYTES = 4  # of a character
-PIECE_BYTES = 2**20  # of a text that are encoded at a time
+PIECE_BYTES = 2**20  # of a text to encode at a time
 SPECIAL_NAMES = (("<pad>", "[PAD]"), ("</s>", "<eos>", "<|endoftext|>", "[SEP]"), ("<unk>", "[UNK]"))
 NOTHING = np.zeros([0], np.int32)
 ESCAPE = "\u2581".encode()  # how SentencePiece writes a space
@@ -33,13 +33,12 @@ SPACE_AND_WORD = re.compile(rb" (?=[^\s])")
 
 
 class Vocab(Protocol):
-    """What every vocabulary has.
+    """The interface of vocabularies.
 
-    name: what tells it from others; a store and a checkpoint keep it. n_vocab: ids are below it. takes_any_bytes:
-    whether text need not be UTF-8. file_name, file_bytes: of the file it was read from; None: it needs none.
-    offset: how much higher our ids are than those of that file. own_unknown: the file's id of unknown text, if any.
-    drops_space: whether a piece of a text that goes on after a space must come without that space. can_be_cut: whether
-    long texts may be encoded in pieces.
+    name: identifies it in stores and checkpoints. n_vocab: all ids are below it. takes_any_bytes: whether text need not
+    be UTF-8. file_name, file_bytes: the name and content of its file; None: it has no file. offset: how much higher our
+    ids are than those of that file. own_unknown: the file's id of unknown text, if any. drops_space: whether a space at
+    the beginning of a piece must be dropped. can_be_cut: whether long texts may be encoded in pieces.
     """
 
     name: str
@@ -57,29 +56,29 @@ class Vocab(Protocol):
     def file_name(self) -> str | None: ...
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Token ids, uint16 or uint32 [n], of a whole text or one of its `pieces`, without an end-of-document. Raises
-        UnicodeDecodeError."""
+        """Returns the token ids, uint16 or uint32 [n], of a text or one of its `pieces`, without an end-of-document.
+        Raises UnicodeDecodeError."""
         ...
 
     def decoder(self) -> "Decoder":
-        """A decoder for one stream of tokens."""
+        """Returns a decoder for one stream of tokens."""
         ...
 
 
 class Decoder(Protocol):
-    """Token ids to text, one by one."""
+    """Turns token ids into text, one by one."""
 
     def decode(self, token: int, final: bool = False) -> str:
-        """The text that `token` completes. Special tokens have none."""
+        """Returns the text that `token` completes. Special tokens have no text."""
         ...
 
 
 def pieces(text: bytes | memoryview, vocab: Vocab, at_most: int | None = None) -> Iterator[bytes]:
-    """Cuts a text of any length into pieces of at_most (PIECE_BYTES) bytes, to be encoded one by one; as nothing but
-    `text` decides where, the tokens are always the same.
+    """Cuts a text of any length into pieces of at most at_most (PIECE_BYTES) bytes, to be encoded one by one. The cuts
+    depend on `text` alone, so the tokens are always the same.
 
-    Where there is no space to cut at, characters are cut apart; but for a vocabulary that would give the next
-    piece a space of its own: its pieces become longer.
+    Without a space to cut at, the cut is between two characters; but a vocabulary that would begin the next piece with
+    a space of its own gets longer pieces instead.
     """
     at_most, at = at_most or PIECE_BYTES, 0
     while vocab.can_be_cut and len(text) - at > at_most:
@@ -92,7 +91,8 @@ def pieces(text: bytes | memoryview, vocab: Vocab, at_most: int | None = None) -
 
 
 def _cut(text: bytes | memoryview, at: int, at_most: int, only_at_spaces: bool) -> int:
-    """Length of the piece that begins at `at`: it ends before a space and a word, or else before a character."""
+    """Returns the length of the piece that begins at `at`: it ends before a space and a word, or else before a
+    character."""
     window = bytes(text[at : at + at_most + 1])
     end = len(window)
     while (place := window.rfind(b" ", max(1, at_most // 2), end)) > 0:
@@ -109,7 +109,7 @@ def _cut(text: bytes | memoryview, at: int, at_most: int, only_at_spaces: bool) 
 
 
 class ByteVocab:
-    """One token a byte."""
+    """A vocabulary of one token per byte."""
 
     name = "bytes"
     n_vocab = N_SPECIAL + 256
@@ -122,29 +122,29 @@ class ByteVocab:
     can_be_cut = True
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Token ids, uint16 [number of bytes], without an end-of-document."""
+        """Returns the token ids, uint16 [number of bytes], without an end-of-document."""
         return np.add(np.frombuffer(text, np.uint8), np.uint16(N_SPECIAL), dtype=np.uint16)
 
     def decoder(self) -> "ByteDecoder":
-        """A decoder for one stream of tokens."""
+        """Returns a decoder for one stream of tokens."""
         return ByteDecoder()
 
 
 class ByteDecoder:
-    """Token ids to text, one by one; an incomplete UTF-8 sequence waits for its rest."""
+    """Turns token ids into text, one by one; an incomplete UTF-8 sequence waits for its rest."""
 
     def __init__(self):
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def decode(self, token: int, final: bool = False) -> str:
-        """The text that `token` completes. Special tokens have none."""
+        """Returns the text that `token` completes. Special tokens have no text."""
         return self._utf8.decode(bytes([token - N_SPECIAL]) if token >= N_SPECIAL else b"", final)
 
 
 class SentencePieceVocab:
-    """The pieces of a SentencePiece model.
+    """A vocabulary of the pieces of a SentencePiece model.
 
-    Raises UserError if the file is missing or no SentencePiece model.
+    Raises UserError if the file is missing or not a SentencePiece model.
     """
 
     takes_any_bytes = False
@@ -164,15 +164,15 @@ class SentencePieceVocab:
         self.n_vocab = pieces.vocab_size() + self.offset
         self.name = f"sentencepiece:{hashlib.sha256(self.file_bytes).hexdigest()[:16]}"
         starts_with_space = [pieces.encode(text, out_type=str)[0][0] == ESCAPE.decode() for text in ("a", " a")]
-        self.drops_space = starts_with_space[0]  # it gives every text one of its own
-        self.can_be_cut = starts_with_space[1]  # else it takes spaces away
+        self.drops_space = starts_with_space[0]  # it adds a space to the beginning of every text
+        self.can_be_cut = starts_with_space[1]  # otherwise it removes spaces
         in_bytes = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in ESCAPE]
         self._escape = None if pieces.unk_id() in in_bytes or self.drops_space else in_bytes
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Token ids, uint32 [number of pieces], without an end-of-document. Raises UnicodeDecodeError."""
+        """Returns the token ids, uint32 [number of pieces], without an end-of-document. Raises UnicodeDecodeError."""
         if ESCAPE in text and self._escape:
-            # a text that has the very character that stands for a space: as bytes, it stays one
+            # The text has the character that SentencePiece writes for a space: encoded as bytes, it survives.
             parts = [self._pieces.encode(part.decode("utf-8")) for part in text.split(ESCAPE)]
             encoded = parts[0] + [id_ for part in parts[1:] for id_ in self._escape + part]
         else:
@@ -182,7 +182,7 @@ class SentencePieceVocab:
         return np.where(unknown, np.uint32(UNKNOWN), ids + np.uint32(self.offset))
 
     def decoder(self) -> "PieceDecoder":
-        """A decoder for one stream of tokens."""
+        """Returns a decoder for one stream of tokens."""
         return PieceDecoder(self._pieces.decode, self.offset)
 
     @property
@@ -191,9 +191,9 @@ class SentencePieceVocab:
 
 
 class HuggingFaceVocab:
-    """The tokens of a `tokenizers` file (tokenizer.json), its special tokens as plain text.
+    """A vocabulary of the tokens of a `tokenizers` file (tokenizer.json); special tokens in text are plain text.
 
-    Raises UserError if the file is missing or no tokenizer, or the package is not installed.
+    Raises UserError if the file is missing or not a tokenizer, or the package is not installed.
     """
 
     takes_any_bytes = False
@@ -227,11 +227,11 @@ class HuggingFaceVocab:
         try:
             parts = [self._ids(text) for text in ("the first word", " and", " two more")]
             self.can_be_cut = self._ids("the first word and two more") == [id_ for part in parts for id_ in part]
-        except UserError:  # it does not know these words: then nobody knows how it treats others
+        except UserError:  # it can't encode these words, so how it treats others is unknown
             self.can_be_cut = False
 
     def __getstate__(self) -> bytes:
-        return self.file_bytes  # the library's own pickle forgets encode_special_tokens
+        return self.file_bytes  # the library's own pickle loses encode_special_tokens
 
     def __setstate__(self, file_bytes: bytes) -> None:
         self.file_bytes = file_bytes
@@ -243,63 +243,63 @@ class HuggingFaceVocab:
         except Exception as error:  # the library raises nothing narrower
             raise UserError(
                 f"config.data.vocab: the tokenizer can't encode {text[:20]!r}... ({str(error)[:100]}); "
-                "give one that knows every text, as byte-level BPE does"
+                "give one that can encode any text, such as byte-level BPE"
             ) from None
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Token ids, uint32 [n], without an end-of-document. Raises UnicodeDecodeError, or UserError if the tokenizer
-        does not know the text."""
+        """Returns the token ids, uint32 [n], without an end-of-document. Raises UnicodeDecodeError, or UserError if the
+        tokenizer can't encode the text."""
         ids = np.asarray(self._ids(text.decode("utf-8")), np.uint32)
         unknown = np.zeros(ids.shape, bool) if self.own_unknown is None else ids == self.own_unknown
         shifted = ids + np.uint32(self.offset)
-        # a text may have what a tokenizer takes for pad or end-of-document: these are ours to give
+        # A text may contain what the tokenizer encodes as pad or end-of-document, ids that are reserved here.
         return np.where(unknown | (shifted < N_SPECIAL), np.uint32(UNKNOWN), shifted)
 
     def decoder(self) -> "PieceDecoder":
-        """A decoder for one stream of tokens."""
+        """Returns a decoder for one stream of tokens."""
         return PieceDecoder(lambda ids: self._tokenizer.decode(ids, skip_special_tokens=False), self.offset)
 
 
 class PieceDecoder:
-    """Token ids to text, one by one. Keeps only the pieces since the last whole character."""
+    """Turns token ids into text, one by one. Keeps only the pieces since the last complete character."""
 
     def __init__(self, to_text: Callable[[list[int]], str], offset: int):
-        """to_text: of the vocabulary's own ids, which are `offset` lower than ours."""
+        """to_text: decodes the vocabulary's own ids, which are `offset` lower than ours."""
         self._to_text, self._offset = to_text, offset
         self._recent: list[int] = []
         self._printed = ""
 
     def decode(self, token: int, final: bool = False) -> str:
-        """The text that `token` completes. Special tokens have none."""
+        """Returns the text that `token` completes. Special tokens have no text."""
         if token >= N_SPECIAL:
             self._recent.append(token - self._offset)
         text = self._to_text(self._recent)
         if text.endswith("\ufffd") and not final:  # in the middle of a character made of byte pieces
             return ""
         new = text[len(self._printed) :]
-        # The last piece stays as context: a space before a word shows only if something came before it.
+        # The last piece stays as context: a space before a word is decoded only if something precedes it.
         self._recent = self._recent[-1:]
         self._printed = self._to_text(self._recent)
         return new
 
 
 def decoder_after(before: np.ndarray, vocab: Vocab) -> Decoder:
-    """A decoder for what follows the tokens `before`, integers [n]: they decide whether it begins with a space."""
+    """Returns a decoder for the text after the tokens `before`, integers [n], on which a first space depends."""
     decoder = vocab.decoder()
-    for token in before[-MOST_UTF8_BYTES:].tolist():  # its last character may be as many tokens
+    for token in before[-MOST_UTF8_BYTES:].tolist():  # the last character may be this many tokens
         decoder.decode(token)
     return decoder
 
 
 def load_vocab(name: epath.PathLike) -> Vocab:
-    """A vocabulary by name: "bytes", or the path of a SentencePiece model or of a Hugging Face tokenizer (.json)."""
+    """Loads a vocabulary by name: "bytes", or the path of a SentencePiece model or a Hugging Face tokenizer (.json)."""
     if str(name) == ByteVocab.name:
         return ByteVocab()
     return HuggingFaceVocab(name) if str(name).endswith(".json") else SentencePieceVocab(name)
 
 
 def kept_vocab(folder: epath.Path) -> Vocab:
-    """The vocabulary whose file is kept in a folder, a store's or a run's; bytes, if there is none."""
+    """Loads the vocabulary whose file is in the folder of a store or run; bytes if there is no such file."""
     for kind in (SentencePieceVocab, HuggingFaceVocab):
         if (folder / kind.file_name).exists():
             return kind(folder / kind.file_name)
@@ -307,7 +307,7 @@ def kept_vocab(folder: epath.Path) -> Vocab:
 
 
 def keep_vocab(vocab: Vocab, folder: epath.Path) -> None:
-    """Writes a vocabulary's file into a folder, unless it is there: others may be reading it."""
+    """Writes a vocabulary's file into a folder, unless it already exists: others may be reading it."""
     if vocab.file_name and not _has(path := folder / vocab.file_name, vocab.file_bytes):
         path.write_bytes(vocab.file_bytes)
 
@@ -330,7 +330,7 @@ def _read(path: epath.PathLike) -> bytes:
 
 
 def decoded(tokens: np.ndarray, vocab: Vocab, before: np.ndarray = NOTHING) -> str:
-    """The text of token ids [n] that follow others, `before`; what is no text in it becomes U+FFFD."""
+    """Returns the text of token ids [n] that follow others, `before`; anything that is not text becomes U+FFFD."""
     decoder = decoder_after(before, vocab)
     parts = [decoder.decode(int(token)) for token in tokens]
     return "".join(itertools.chain(parts, [decoder.decode(PAD, final=True)]))

@@ -1,4 +1,4 @@
-"""The files below a folder: which are read, and which are left out, and why."""
+"""Finding the files below a folder: those to read, and those left out, with the reason."""
 
 import contextlib
 import dataclasses
@@ -16,20 +16,20 @@ from tvq_pod.data.document import Names
 from tvq_pod.errors import UserError
 from tvq_pod.host.paths import is_bucket
 
-HIDDEN = "hidden (config.data.hidden=True takes them)"
+HIDDEN = "hidden (config.data.hidden=True includes them)"
 EXCLUDED = "by config.data.exclude"
 UNMATCHED = "that config.data.glob does not match"
 LOST = "lost+found of a file system"
 OURS = "stores or runs of this program"
-NOWHERE = "links that lead nowhere"
-ABOVE = "links to a folder that they lie in"
-AGAIN = "links to folders that are read already"
+NOWHERE = "broken links"
+ABOVE = "links to a folder that contains them"
+AGAIN = "links to folders that are already read"
 SPECIAL = "neither a file nor a folder"
-Id = tuple[int, int]  # of a folder on this machine: its device and inode
+Id = tuple[int, int]  # a folder's device and inode on this machine
 
 
 class Rules:
-    """What the settings say of names: config.data.glob, exclude and hidden."""
+    """The settings that choose files by name: config.data.glob, exclude and hidden."""
 
     def __init__(self, data: DataSettings):
         """Raises UserError if one of them is not a glob."""
@@ -38,11 +38,11 @@ class Rules:
         excluded = [part.strip() for part in data.exclude.split(",")] if data.exclude else []
         self._paths = {part: _pattern("exclude", part.rstrip("/")) for part in excluded if "/" in part}
         self._names = {part: _pattern("exclude", part) for part in excluded if "/" not in part}
-        self.unused = dict.fromkeys(excluded)  # patterns of config.data.exclude that have left nothing out so far
+        self.unused = dict.fromkeys(excluded)  # patterns of config.data.exclude without a match so far
 
     def left_out(self, path: str, name: str) -> str | None:
-        """Why a file or folder is left out with all that is in it, or None. path: below the source. name: its last
-        part."""
+        """Returns why a file or folder is left out with its content, or None. path: relative to the source. name: its
+        last part."""
         if name.startswith(".") and not self._hidden:
             return HIDDEN
         if name == "lost+found":
@@ -50,7 +50,7 @@ class Rules:
         return EXCLUDED if self.excludes(path, name) else None
 
     def excludes(self, path: str, name: str) -> bool:
-        """Whether config.data.exclude leaves a file or folder out. path, name: as of `left_out`."""
+        """Returns whether config.data.exclude leaves a file or folder out. path, name: as in `left_out`."""
         for patterns, text in ((self._names, name), (self._paths, path)):
             for part, pattern in patterns.items():
                 if pattern.match(text):
@@ -59,7 +59,7 @@ class Rules:
         return False
 
     def matches(self, path: str) -> bool:
-        """Whether config.data.glob takes a file."""
+        """Returns whether config.data.glob matches a file."""
         return self._glob is None or self._glob.match(path) is not None
 
 
@@ -75,8 +75,8 @@ def _pattern(setting: str, glob: str) -> re.Pattern:
 
 @dataclasses.dataclass
 class Walk:
-    """What was found. files: paths below the folder, in order. left_out: names of files and folders, by the reason.
-    folders: those that were read, by their identity on this machine: where they are below the folder."""
+    """The result of a walk. files: paths relative to the folder, in order. left_out: names of files and folders, by
+    reason. folders: the paths of the folders that were read, relative to the folder, by their device and inode."""
 
     root: str
     files: list[str] = dataclasses.field(default_factory=list)
@@ -89,8 +89,8 @@ class Walk:
 
 
 def walk(root: str, rules: Rules) -> Walk:
-    """All files below a folder, also through links to folders, but no folder twice. Raises UserError if a folder can't
-    be read, since its files would be missing."""
+    """Finds all files below a folder, following links to folders, but reads no folder twice. Raises UserError if a
+    folder can't be read, since its files would be missing."""
     found = Walk(root)
     with _unreadable(root):
         own = os.stat(root)
@@ -98,7 +98,7 @@ def walk(root: str, rules: Rules) -> Walk:
     found.folders[_id_of(own)] = ""
     links: list[str] = []
     _walk_folder(found, rules, "", links)
-    while links:  # after all real folders, so that what is reached in two ways has its real name
+    while links:  # after all real folders, so that a folder reached in two ways has its real name
         links.sort(key=parts_of, reverse=True)
         path = links.pop()
         with _unreadable(os.path.join(root, path)):
@@ -115,16 +115,17 @@ def walk(root: str, rules: Rules) -> Walk:
 
 
 def walk_nothing(root: str) -> Walk:
-    """A folder whose files others read: only for `place_of`. Raises UserError as `walk` does."""
+    """Returns a Walk without files, for `place_of`: another library reads them. Raises UserError as `walk` does."""
     with _unreadable(root):
         return Walk(root, folders={_id_of(os.stat(root)): ""})
 
 
 def walk_names(root: str, names: Iterable[str], rules: Rules) -> Walk:
-    """The same of a folder in a bucket, where folders are only parts of names. names: of its objects, below it."""
+    """`walk` for a folder in a bucket, where folders are only parts of names. names: those of its objects, relative to
+    the folder."""
     found = Walk(root)
     files = {tuple(parts_of(name)) for name in names}
-    inside: dict[tuple[str, ...], set[str]] = {}  # the names of what lies in each folder
+    inside: dict[tuple[str, ...], set[str]] = {}  # the names in each folder
     for parts in files:
         for n in range(len(parts)):
             inside.setdefault(parts[:n], set()).add(parts[n])
@@ -155,12 +156,12 @@ def walk_names(root: str, names: Iterable[str], rules: Rules) -> Walk:
 
 
 def parts_of(path: str) -> list[str]:
-    """A path as its parts, by which paths are ordered."""
+    """Returns the parts of a path, by which paths are sorted."""
     return path.split("/")
 
 
 def _walk_folder(found: Walk, rules: Rules, top: str, links: list[str]) -> None:
-    """Adds what is below one folder; links to other folders are added to `links`."""
+    """Adds the files below one folder; links to other folders are added to `links`."""
     waiting = [top]
     while waiting:
         folder = waiting.pop()
@@ -198,7 +199,7 @@ def _walk_folder(found: Walk, rules: Rules, top: str, links: list[str]) -> None:
 
 
 def _left_out_kind(entry: os.DirEntry) -> str | None:
-    """What an entry is that is neither a file nor a folder, nor leads to one."""
+    """Returns the kind of an entry that is neither a file or folder nor a link to one; None for any other."""
     if not entry.is_symlink():
         return None if entry.is_file() else SPECIAL
     try:
@@ -218,7 +219,7 @@ def _refused(folder: str) -> UserError:
 
 
 def _is_ours(names: set[str]) -> bool:
-    has_data = "train" in names or any(name.startswith("part-00000") for name in names)  # also one that is begun
+    has_data = "train" in names or any(name.startswith("part-00000") for name in names)  # also an unfinished one
     is_store = has_data and not names.isdisjoint({"store.json", "progress.json"})
     return is_store or {"config.json", "checkpoints"} <= names
 
@@ -229,7 +230,7 @@ def _id_of(status: os.stat_result) -> Id:
 
 @contextlib.contextmanager
 def _unreadable(path: str) -> Iterator[None]:
-    """What the system refuses in here is a UserError that names the path."""
+    """Turns an OSError inside the block into a UserError that names the path."""
     try:
         yield
     except OSError as error:
@@ -241,8 +242,8 @@ def _missing(error: OSError, path: str) -> UserError:
 
 
 def place_of(path: str, walked: Walk, rules: Rules) -> str | None:
-    """Where a file or folder, which need not exist, is or would be read by a walk: its path below the source; None if
-    it would not be read."""
+    """Returns where a walk reads or would read a file or folder, which need not exist: its path relative to the source;
+    None if it would not be read."""
     if is_bucket(path) or is_bucket(walked.root):
         root, parts = walked.root.rstrip("/") + "/", []
         if not is_bucket(root) or not f"{path}/".startswith(root):
@@ -258,7 +259,7 @@ def place_of(path: str, walked: Walk, rules: Rules) -> str | None:
             for name in reversed(below):
                 top = f"{top}/{name}" if top else name
                 if rules.left_out(top, name) or os.path.isdir(os.path.join(walked.root, top)):
-                    return None  # it is there and was not read, or it would not be
+                    return None  # it was left out, or would be
                 break
             return top
         below.append(os.path.basename(folder))

@@ -1,4 +1,4 @@
-"""Other processes of this machine that help to prepare a store: how they start, and that they end with the main one."""
+"""Starting worker processes on this machine that help to prepare a store, and ending them with the main process."""
 
 import contextlib
 import gc
@@ -17,7 +17,8 @@ SPAWN = multiprocessing.get_context("spawn")  # jax has threads: a fork could ha
 
 @contextlib.contextmanager
 def main_left_alone() -> Iterator[None]:
-    """Processes that are started in here do not import the program's main module: it takes them seconds, for jax."""
+    """Keeps processes started inside the block from importing the program's main module, which takes seconds for
+    jax."""
     main = sys.modules["__main__"]
     hidden = {name: main.__dict__.pop(name) for name in ("__spec__", "__file__") if name in main.__dict__}
     try:
@@ -30,11 +31,11 @@ def main_left_alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_kept() -> Iterator[None]:
-    """Processes that are started in here do not get what a terminal or Slurm sends to all at once: the main process
-    decides, and they end with it, without a word."""
+    """Shields processes started inside the block from signals that a terminal or Slurm sends to all processes: the main
+    process handles them, and the workers end with it silently."""
     kept = {signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, kept)
-    quiet = "ignore:resource_tracker"  # what the main process leaves behind is cleaned up, and no news
+    quiet = "ignore:resource_tracker"  # what the main process leaves behind is cleaned up without a warning
     sys.warnoptions.append(quiet)
     try:
         resource_tracker.ensure_running()  # it unblocks SIGINT when it starts
@@ -46,9 +47,9 @@ def signals_kept() -> Iterator[None]:
 
 
 def begin_worker() -> None:
-    """What such a process does first."""
+    """Sets up a worker process; it calls this first."""
     gc.set_threshold(100_000)  # a batch of tiny documents is many objects
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process of its own
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has its own process
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -60,8 +61,8 @@ def _end_with_parent() -> None:
 
 
 def killed() -> UserError:
-    """What to raise when such a process was killed."""
+    """Returns the error to raise after a worker process was killed."""
     return UserError(
-        "config.data.prepare_processes: a process that encodes text was killed, perhaps for its memory; give "
-        "fewer, and start again"
+        "config.data.prepare_processes: a process that encodes text was killed, perhaps for lack of memory; give "
+        "fewer processes and start again"
     )

@@ -1,9 +1,9 @@
-"""Writing a token store, document by document, so that it can be broken off at any time and gone on with.
+"""Writing a token store, document by document, so that it can be interrupted at any time and resumed.
 
-The store grows in a folder NAME.preparing and gets its name when it is whole. Now and then what is there is written
-down, in progress.json: how many documents were taken, and how long each array was. Whoever goes on cuts the arrays
-to that and takes the documents that follow. In a bucket nothing can be renamed at once: there a store grows
-in its place, and is whole when it has its store.json.
+The store grows in a folder NAME.preparing, which is renamed when the store is complete. The number of documents taken
+and the length of each array are written to progress.json regularly. A process that resumes cuts the arrays to these
+lengths and takes the next documents. A folder in a bucket can't be renamed atomically: there the store grows in its
+final place, and is complete when it has its store.json.
 """
 
 import collections
@@ -59,8 +59,9 @@ class SplitWriter:
         self._arrays["tokens"].append(ids)
 
     def append_documents(self, ids: np.ndarray, n_tokens: np.ndarray, n_bytes: np.ndarray, names: list[str]) -> None:
-        """Adds whole documents between two others: their ids, end-of-documents included, end to end. n_tokens, n_bytes:
-        int64 [n], of each document. names: of each, if the split keeps names."""
+        """Adds complete documents, while no other is being written. ids: those of all documents, with their
+        end-of-document tokens. n_tokens, n_bytes: int64 [n], of each document. names: of each document; used if the
+        split keeps names."""
         first, begin = self._arrays["starts"].length, self._arrays["tokens"].length
         starts = begin + np.cumsum(n_tokens) - n_tokens
         self._groups += starts[-first % GROUP :: GROUP].tolist()
@@ -73,7 +74,7 @@ class SplitWriter:
         self._sums.update(n_bytes=int(n_bytes.sum()))
 
     def end(self, n_bytes: int, n_words: int = 0, name: str = "") -> None:
-        """Ends the document, of whose text these are the sizes; adds its end-of-document. name: kept if held out."""
+        """Ends the document and adds its end-of-document. n_bytes, n_words: of its text. name: kept if held out."""
         self._arrays["tokens"].add(END_OF_DOC)
         self._arrays["doc_bytes"].add(n_bytes)
         if NAMES in self._arrays:
@@ -82,7 +83,7 @@ class SplitWriter:
         self._begins = True
 
     def commit(self) -> dict:
-        """Between documents: writes all there is, and returns what it takes to go on from here."""
+        """Writes all documents so far and returns what is needed to resume here. Call it between documents."""
         arrays = {name: array.commit() for name, array in self._arrays.items()}
         return dict(arrays=arrays, sums=dict(self._sums), groups=list(self._groups))
 
@@ -103,15 +104,15 @@ class SplitWriter:
 
 
 class StoreWriter:
-    """Writes a store at `path`; a context, in which `splits` can be added to, until `finish`.
+    """Writes a store at `path`. It is a context manager, inside which `splits` can be added to until `finish`.
 
-    Attributes: splits, by name; n_taken and crc_taken, of the documents of the corpus that were taken before, by a
-    writer that was broken off: how many, and a CRC-32C of them all.
+    Attributes: splits: by name; n_taken, crc_taken: the number of documents that an interrupted writer took from the
+    corpus, and their CRC-32C.
     """
 
     def __init__(self, path: epath.PathLike, vocab: Vocab, made_with: dict, is_part: bool = False):
-        """made_with: all that the documents depend on, besides the vocabulary; kept in store.json. is_part: of a store
-        of several parts, which may have no document to train on, and needs no file of the vocabulary."""
+        """made_with: all that the documents depend on besides the vocabulary; kept in store.json. is_part: whether this
+        is one of several parts, which may have no training documents and needs no vocabulary file."""
         check_free(path)
         self._path, self._vocab, self._made_with, self._is_part = followed(path), vocab, made_with, is_part
         in_place = is_bucket(path) or os.path.ismount(self._path)
@@ -130,7 +131,7 @@ class StoreWriter:
                 raise
             say(f"WARNING: {self._draft} is damaged ({str(error)[:200]}): starts over")
             self._open(None)
-        if self._draft == self._path and not written:  # so that a folder with a beginning in it is known as ours
+        if self._draft == self._path and not written:  # marks the folder of an unfinished store as ours
             self._commit(0, 0)
         return self
 
@@ -146,7 +147,7 @@ class StoreWriter:
         }
 
     def begin_anew(self) -> None:
-        """Forgets what was there: the corpus is not what it was."""
+        """Discards everything written so far, after the corpus has changed."""
         self._progress.unlink(missing_ok=True)
         self._open(None)
 
@@ -158,14 +159,14 @@ class StoreWriter:
             say(f"{self._draft} was begun with other settings, or is damaged: starts over")
         except FileNotFoundError:
             pass
-        except OSError as error:  # it may be there, and be of use, another time
+        except OSError as error:  # it may be readable, and useful, later
             raise UserError(f"config.data.store: {self._progress} can't be read ({error.strerror or error})") from None
         except (ValueError, KeyError, TypeError, AttributeError):
             say(f"WARNING: {self._progress} is damaged: starts over")
         return None
 
     def may_commit(self, n_taken: int, crc_taken: int) -> None:
-        """Call between documents: writes down now and then how far it came: see the attributes."""
+        """Records the progress (see the attributes) every COMMIT_SECONDS. Call it between documents."""
         if time.monotonic() - self._committed >= COMMIT_SECONDS:
             self._commit(n_taken, crc_taken)
 
@@ -181,8 +182,8 @@ class StoreWriter:
         self._committed = time.monotonic()
 
     def finish(self, files: str = "", **more) -> TokenStore:
-        """Writes store.json, with `more` in it, and renames the store. files: the content of files.json; "": without.
-        Raises UserError if there is nothing in it."""
+        """Writes store.json, with the entries `more`, and renames the store. files: the content of files.json; "": no
+        such file. Raises UserError as `check_documents` does."""
         entries = {name: split.close() for name, split in self.splits.items()}
         if not self._is_part:
             check_documents(entries, self._made_with, more.get("own_splits", False))
@@ -209,23 +210,23 @@ class StoreWriter:
                 write_whole(self._draft / FILES, files)
             write_whole(self._draft / "store.json", json.dumps(meta, indent=2) + "\n")
             if self._draft != self._path:
-                os.rename(self._draft, self._path)  # onto an empty folder, too
+                os.rename(self._draft, self._path)  # also works onto an empty folder
             (self._path / "progress.json").unlink(missing_ok=True)
         return TokenStore(self._path)
 
     def __exit__(self, *error) -> None:
         self._threads.shutdown(cancel_futures=True)
         if self._draft != self._path and not self._progress.exists() and not TokenStore.exists(self._draft):
-            self._draft.rmtree(missing_ok=True)  # nothing to go on from
+            self._draft.rmtree(missing_ok=True)  # nothing to resume from
 
 
 def check_documents(entries: dict, made_with: dict, own_splits: bool) -> None:
-    """Raises UserError if there is no document in a store, or none to train on where its corpus did not mean that.
+    """Raises UserError if a store has no documents, or no training documents although its corpus did not say so.
     entries: of the splits, in store.json."""
     n_held_out = sum(entry["n_documents"] for entry in entries.values())
     if not entries["train"]["n_documents"] and not (n_held_out and own_splits):
         raise UserError(
-            f"config.data.source={made_with.get('source')}: has no document to train on, {n_held_out} to "
-            "validate and test; give a corpus with text in it, or smaller config.data.validation_share and "
+            f"config.data.source={made_with.get('source')}: has no documents for training, and {n_held_out} for "
+            "validation and test; give a corpus with text in it, or smaller config.data.validation_share and "
             "test_share"
         )

@@ -1,8 +1,9 @@
 """An object in a bucket that several processes append to, each from a thread of its own.
 
-Objects can't be appended to. So new bytes are uploaded as an object of their own, and the bucket joins the two (GCS
-calls this compose): an upload is as large as what is new, never as large as the file. The bucket joins them only if
-nobody else has written in the meantime. Whoever was late looks again, so that no writer overwrites another one's lines.
+Objects can't be appended to. So new bytes are uploaded as a separate object, and the bucket joins the two (GCS calls
+this compose): an upload is only as large as the new bytes, never as large as the file. The bucket joins them only if
+nobody else has written in the meantime. A writer that was late starts over, so that no writer overwrites another's
+lines.
 """
 
 import contextlib
@@ -15,21 +16,22 @@ from etils import epath
 
 from tvq_pod.host.terminal import say
 
-UPLOAD_SECONDS = 30.0  # from one upload to the next, unless somebody waits
-PIECE_BYTES = 1 << 20  # an upload is no larger, unless a single write is
-REQUEST_SECONDS = 20.0  # that the bucket has to answer
+UPLOAD_SECONDS = 30.0  # between uploads, unless a caller waits
+PIECE_BYTES = 1 << 20  # the largest upload, unless a single write is larger
+REQUEST_SECONDS = 20.0  # timeout of a request
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds after a failure
-CLOSE_SECONDS = 30.0  # that `close` waits for the last upload
+CLOSE_SECONDS = 30.0  # how long `close` waits for the last upload
 
 
 class BucketFile:
-    """Appends to an object in the background. What the bucket does not take is kept in memory and tried again.
+    """Appends to an object in the background. Data that the bucket does not take is kept in memory and tried again.
 
-    A request whose answer is lost is made again, so a piece may be in the file twice.
+    A request whose answer is lost is repeated, so a piece may be in the file twice.
     """
 
     def __init__(self, path: epath.Path, is_text: bool = True):
-        """path: gs://BUCKET/NAME. is_text: the file consists of lines; if it ends inside one, a new one is started."""
+        """path: gs://BUCKET/NAME. is_text: whether the file consists of lines; if it ends inside a line, a new line is
+        started."""
         self._path = path
         _, _, self._bucket_name, self._name = str(path).split("/", 3)
         self._token = secrets.token_hex(4)
@@ -42,19 +44,19 @@ class BucketFile:
         self._thread.start()
 
     def write(self, data: bytes) -> None:
-        """Returns at once. A write is never split over two uploads."""
+        """Queues data and returns at once. A write is never split over two uploads."""
         with self._changed:
             self._waiting.append(data)
 
     def flush(self, seconds: float) -> bool:
-        """Waits, at most so many seconds, until everything is in the bucket. Returns whether it is."""
+        """Waits until everything is in the bucket, for at most `seconds`. Returns whether it is."""
         with self._changed:
             self._hurry = True
             self._changed.notify_all()
             return self._changed.wait_for(lambda: not self._waiting, seconds)
 
     def close(self) -> None:
-        """Uploads the rest, and ends the thread. Says so if the bucket does not take it in time."""
+        """Uploads the rest and ends the thread. Warns if the bucket does not take it in time."""
         with self._changed:
             if self._closed:
                 return
@@ -79,11 +81,11 @@ class BucketFile:
                     continue
             try:
                 is_done = self._append(piece)
-            except Exception as error:  # of the network, of the bucket, of credentials that are refreshed
+            except Exception as error:  # from the network, the bucket, or refreshing credentials
                 failures += 1
                 if failures == 3:
                     why = " ".join(str(error).split())[:200]
-                    say(f"WARNING: {self._path} can't be written ({why}): what is new is kept, and tried again")
+                    say(f"WARNING: {self._path} can't be written ({why}): new data is kept and tried again")
                 time.sleep(min(FIRST_PAUSE * 2 ** (failures - 1), LONGEST_PAUSE))
                 continue
             failures = 0
@@ -93,7 +95,7 @@ class BucketFile:
                     self._changed.notify_all()
 
     def _next_piece(self) -> int:
-        """How many of the waiting writes go into the next upload."""
+        """Returns the number of waiting writes that go into the next upload."""
         size = 0
         for n, data in enumerate(self._waiting):
             size += len(data)
@@ -102,13 +104,14 @@ class BucketFile:
         return len(self._waiting)
 
     def _append(self, piece: bytes) -> bool:
-        """Whether the piece is in the file now; if not, another writer was faster. Raises what the client raises."""
-        from google.api_core.exceptions import PreconditionFailed  # which takes half a second
+        """Returns whether the piece is in the file now; if not, another writer was faster. Raises what the client
+        raises."""
+        from google.api_core.exceptions import PreconditionFailed  # this import takes half a second
         from google.cloud import storage
 
         if self._bucket is None:
             self._bucket = storage.Client(project=None).bucket(self._bucket_name)
-        once: dict[str, Any] = dict(timeout=REQUEST_SECONDS, retry=None)  # it is this class that tries again
+        once: dict[str, Any] = dict(timeout=REQUEST_SECONDS, retry=None)  # this class does the retries
         found = self._bucket.get_blob(self._name, **once)
         try:
             if found is None:

@@ -1,4 +1,4 @@
-"""Optional packages: what needs one asks for it here, before anything is read or written."""
+"""Optional packages: code that needs one asks for it here, before anything is read or written."""
 
 import importlib.util
 import pathlib
@@ -26,15 +26,15 @@ _IN_CLONE = (pathlib.Path(__file__).parents[2] / "pyproject.toml").is_file()
 
 
 def is_installed(package: str) -> bool:
-    """Whether an optional package can be imported; it is not imported."""
+    """Returns whether an optional package can be imported, without importing it."""
     return importlib.util.find_spec(package) is not None
 
 
 def require(package: str, what: str) -> None:
-    """Raises UserError, "WHAT needs pip install -e '.[EXTRA]'", unless an optional package is installed. Without a
-    clone of the project, the command in it is pip install 'tvq_pod[EXTRA]'.
+    """Raises UserError, "WHAT needs pip install -e '.[EXTRA]'", unless an optional package is installed. Outside a
+    clone of the project, the command is pip install 'tvq_pod[EXTRA]'.
 
-    package: a key of EXTRAS. what: the setting, its value, and what it is that needs the package, as in
+    package: a key of EXTRAS. what: the setting, its value, and what needs the package, for example
     "config.data.source=books.parquet: Parquet".
     """
     if not is_installed(package):
@@ -42,5 +42,5 @@ def require(package: str, what: str) -> None:
 
 
 def install(extra: str) -> str:
-    """The command that installs an extra of pyproject.toml."""
+    """Returns the command that installs an extra of pyproject.toml."""
     return f"pip install -e '.[{extra}]'" if _IN_CLONE else f"pip install 'tvq_pod[{extra}]'"

@@ -1,4 +1,4 @@
-"""Files and folders that are written completely or not at all, and files that could not be."""
+"""Writing files and folders completely or not at all, and reporting files that could not be written."""
 
 import contextlib
 import os
@@ -11,15 +11,15 @@ from tvq_pod.errors import UserError
 from tvq_pod.host.paths import is_bucket
 from tvq_pod.host.terminal import say
 
-if TYPE_CHECKING:  # launch writes files where no package but absl and filelock may be installed
+if TYPE_CHECKING:  # launch writes files on machines that may only have absl and filelock
     from etils import epath
 
 
 def write_whole(path: "epath.Path | pathlib.Path", content: str | bytes, sync: bool = False, mode: int = 0o666) -> None:
-    """Writes a file so that whoever reads it finds the old content or the new, never a part.
+    """Writes a file so that a reader finds either the old content or the new, never a part.
 
-    content: bytes, or text, which is written as UTF-8. sync: returns only when the disk has it, so that it outlives the
-    machine's sudden end. mode: of a file that is made, as in os.open. At most one process may write a path at a time.
+    content: bytes, or text, which is written as UTF-8. sync: returns only when the content is on disk, so that it
+    survives a crash of the machine. mode: of a new file, as in os.open. Only one process may write a path at a time.
     """
     data = content.encode() if isinstance(content, str) else content
     if is_bucket(path):  # an object appears at once
@@ -34,11 +34,11 @@ def write_whole(path: "epath.Path | pathlib.Path", content: str | bytes, sync: b
 
 @contextlib.contextmanager
 def replacing(path: "epath.Path | pathlib.Path", by_many: bool = False) -> Iterator[pathlib.Path]:
-    """The path of a draft, to be written in the block; then it takes the place of the local file `path`, at once.
+    """Yields the path of a draft to write in the block; then it replaces the local file `path` atomically.
 
-    by_many: several processes may write the file at the same time, so that each has a draft of its own. Otherwise all
-    drafts have one name, and what a killed process left there is written over by the next. An error in the block
-    removes the draft.
+    by_many: whether several processes may write the file at the same time, so that each needs its own draft. Otherwise
+    all drafts have one name, and the next process overwrites the draft of a killed one. An error in the block removes
+    the draft.
     """
     draft = pathlib.Path(f"{path}.writing-{os.getpid()}" if by_many else f"{path}.writing")
     try:
@@ -51,13 +51,13 @@ def replacing(path: "epath.Path | pathlib.Path", by_many: bool = False) -> Itera
 
 
 def check_vacant(setting: str, path: "epath.Path", written_last: str) -> None:
-    """Raises UserError if a folder that is to be made has something in it.
+    """Raises UserError if a folder that is to be made is not empty.
 
-    setting: the flag that it was given by. written_last: the name of what makes the folder complete; in a bucket, what
-    an attempt that was killed left there does not matter.
+    setting: the flag that gave it. written_last: the name of the file that makes the folder complete; in a bucket, only
+    that file counts, not what a killed attempt left behind.
     """
     if (path / written_last).exists() if is_bucket(path) else os.path.lexists(path) and not _is_empty_folder(path):
-        raise UserError(f"{setting}={path}: exists already, and nothing in it is replaced; give a new folder")
+        raise UserError(f"{setting}={path}: already exists, and nothing in it is replaced; give a new folder")
 
 
 def _is_empty_folder(path: "epath.Path") -> bool:
@@ -66,16 +66,16 @@ def _is_empty_folder(path: "epath.Path") -> bool:
 
 @contextlib.contextmanager
 def new_folder(setting: str, path: "epath.Path") -> "Iterator[epath.Path]":
-    """The path of a draft, which exists, to be filled in the block; then it becomes the folder `path`, at once.
+    """Yields the path of an existing draft to fill in the block; then it becomes the folder `path` atomically.
 
-    In a bucket nothing can be renamed, so there the draft is `path` itself, and what makes it complete must be written
-    last. An error in the block removes a local draft; a process that is killed leaves it, PATH.writing-NUMBER. Raises
-    UserError where the disk fails. setting: the flag that `path` was given by.
+    In a bucket nothing can be renamed, so the draft is `path` itself there, and the file that makes it complete must be
+    written last. An error in the block removes a local draft; a killed process leaves it as PATH.writing-NUMBER. Raises
+    UserError if the disk fails. setting: the flag that gave `path`.
     """
     draft = path if is_bucket(path) else path.with_name(f"{path.name}.writing-{os.getpid()}")
     try:
         if not is_bucket(path):
-            shutil.rmtree(draft, ignore_errors=True)  # of a killed process that had our number
+            shutil.rmtree(draft, ignore_errors=True)  # from a killed process that had our process id
             draft.mkdir(parents=True)
         yield draft
         if not is_bucket(path):
@@ -89,7 +89,7 @@ def new_folder(setting: str, path: "epath.Path") -> "Iterator[epath.Path]":
 
 
 def free_name(path: "epath.Path") -> "epath.Path":
-    """The path, or with -2, -3 ... behind it if something is there already."""
+    """Returns the path, or the path with -2, -3 ... appended if it already exists."""
     candidate, n = path, 1
     while candidate.exists():
         n += 1
@@ -98,21 +98,21 @@ def free_name(path: "epath.Path") -> "epath.Path":
 
 
 class Unwritten:
-    """Files that could not be written, to be told in one line; no reason to end."""
+    """Files that could not be written, to be reported in one line without ending the program."""
 
     def __init__(self):
-        self._failed: dict[str, str] = {}  # by path: why
+        self._failed: dict[str, str] = {}  # the reason, by path
 
     @contextlib.contextmanager
     def unless(self, path: "epath.Path") -> Iterator[None]:
-        """Writes a file, or keeps its path and what went wrong."""
+        """Runs a block that writes a file; if it fails, keeps the path and the reason."""
         try:
             yield
-        except Exception as error:  # each store has its own
+        except Exception as error:  # each file system has its own exceptions
             self._failed[str(path)] = getattr(error, "strerror", None) or str(error)
 
     def tell(self) -> None:
-        """One line, if there is anything to tell."""
+        """Prints one line if there were failures."""
         if self._failed:
             why = " ".join(", ".join(dict.fromkeys(self._failed.values())).split())[:300]
             say(f"WARNING: {', '.join(self._failed)} can't be written ({why})")

@@ -1,7 +1,7 @@
-"""Pages of HTML that need nothing but themselves: no server, no network, no script.
+"""Self-contained pages of HTML: no server, no network, no script.
 
-A page is a tree of elements, so that text is escaped wherever it comes from, and no caller has to think of it. Its
-policy forbids the browser everything but its own style and images that are in the page.
+A page is a tree of elements, so all text is escaped without the caller's doing. Its policy forbids the browser
+everything but the page's own style and embedded images.
 """
 
 import base64
@@ -12,12 +12,12 @@ from xml.etree import ElementTree
 Element = ElementTree.Element
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-# What no page may have: control characters but for tab and newline, and halves of surrogate pairs.
+# Characters that no page may have: control characters except tab and newline, and halves of surrogate pairs.
 NO_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def element(tag: str, *children: "Element | str", **attributes: str) -> Element:
-    """An element with text and other elements in it. class_ is the attribute class."""
+    """Returns an element that contains text and other elements. class_ is the attribute class."""
     made = Element(tag, {name.rstrip("_"): _text(value) for name, value in attributes.items()})
     for child in children:
         if not isinstance(child, str):
@@ -34,18 +34,18 @@ def _text(text: str) -> str:
 
 
 def picture(content: bytes, kind: str, alt: str) -> Element:
-    """An image that is part of the page. kind: png or svg+xml."""
+    """Returns an image that is embedded in the page. kind: png or svg+xml."""
     data = base64.b64encode(content).decode()
     return element("img", src=f"data:image/{kind};base64,{data}", alt=alt)
 
 
 def preformatted(text: str) -> Element:
-    """Text with its own lines and spaces."""
-    return element("pre", element("code", text))  # a newline right behind <pre> would be lost
+    """Returns text that keeps its lines and spaces."""
+    return element("pre", element("code", text))  # a newline right after <pre> would be lost
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Element:
-    """A table. Cells that are numbers are aligned at the right."""
+    """Returns a table. Numbers are right-aligned."""
     body = [element("tr", *(element("td", cell, **_kind(cell)) for cell in row)) for row in rows]
     return element(
         "div",
@@ -61,7 +61,7 @@ def _kind(cell: str) -> dict[str, str]:
 
 
 def page(title: str, style: str, body: Sequence[Element]) -> str:
-    """The text of a page. style: CSS, of ours alone: it is not escaped."""
+    """Returns the text of a page. style: CSS, which must be ours alone since it is not escaped."""
     head = element(
         "head",
         element("meta", charset="utf-8"),

@@ -1,6 +1,6 @@
-"""Local folders and buckets are both paths (etils.epath); this says which is which, and what is neither.
+"""Telling local folders from buckets, both of which are paths (etils.epath), and refusing paths that are neither.
 
-What is refused here is refused before anything is read or written.
+All checks here run before anything is read or written.
 """
 
 import glob
@@ -13,22 +13,23 @@ from tvq_pod.errors import UserError
 from tvq_pod.host.extras import require
 
 BUCKET = "gs://"
-HUB = "hf:"  # a dataset of Hugging Face, which only a corpus may be
-SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # s3://bucket, file:///folder; gs:/bucket, with a slash too few
+HUB = "hf:"  # a dataset of Hugging Face, which is only allowed as a corpus
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")  # s3://bucket, file:///folder; gs:/bucket, which lacks a slash
 ROOTS = ("/gs", "/s3", "/az", "/hf")  # local folders that etils takes for buckets
-PATH_BYTES = 3800  # of 4095 that Linux takes: what is written in a folder has names of its own
-NAME_BYTES = 220  # of 255, for the same reason
+PATH_BYTES = 3800  # Linux allows 4095; the rest is for the names of files inside a folder
+NAME_BYTES = 220  # Linux allows 255, for the same reason
 
 
 def is_bucket(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is in an object store (gs://), where nothing can be appended to, renamed at once, or locked."""
+    """Returns whether a path is in an object store (gs://), where nothing can be appended to, renamed atomically, or
+    locked."""
     return str(path).startswith(BUCKET)
 
 
 def check_path(setting: str, path: str, local_only: bool = False) -> None:
-    """Raises UserError if a path is of another kind than this program can use. Looks at its text alone.
+    """Raises UserError if this program can't use paths of this kind. Only the text of the path is checked.
 
-    setting: the flag or setting that it was given by. local_only: a bucket is refused, too.
+    setting: the flag or setting that gave it. local_only: whether a bucket is refused, too.
     """
     here = f"{setting}={path}"
     try:
@@ -48,13 +49,13 @@ def check_path(setting: str, path: str, local_only: bool = False) -> None:
 def _check_bucket(here: str, path: str) -> None:
     if not re.match(r"[^/]", path):
         raise UserError(f"{here}: has no bucket; must be gs://BUCKET/FOLDER")
-    if bad := sorted(set(path) & set("*?[]#\\\r\n")):  # of a#b, orbax writes a
+    if bad := sorted(set(path) & set("*?[]#\\\r\n")):  # for a#b, orbax writes to a
         raise UserError(f"{here}: has {' '.join(map(repr, bad))}, which no name in a bucket may have; rename it")
 
 
 def check_source_paths(setting: str, source: str) -> None:
-    """Raises UserError if one of the paths that a corpus is read from, with commas between them, is of another kind
-    than this program can read. One that exists as a whole is taken as it is."""
+    """Raises UserError if the program can't read one of the comma-separated paths of a corpus. A source that exists as
+    one path is not split."""
     for part in [] if os.path.exists(source) else [part.strip() for part in source.split(",")]:
         if part.startswith(BUCKET):
             _check_bucket(f"{setting}={part}", part.removeprefix(BUCKET).partition("/")[0])
@@ -63,12 +64,12 @@ def check_source_paths(setting: str, source: str) -> None:
 
 
 def _check_local(here: str, full: str) -> None:
-    """As check_path, of an absolute path on this machine that is written to."""
+    """Does `check_path` for an absolute path on this machine that will be written to."""
     if full.startswith(tuple(f"{root}/" for root in ROOTS)):
         raise UserError(f"{here}: must not be below {', '.join(ROOTS)}, which are read as buckets; give another path")
     if "\\" in full:
         raise UserError(f"{here}: has a backslash in its full path, which TensorStore takes for a slash; rename it")
-    if ":/" in f"{full}/":  # of gs:/checkpoints, orbax makes gs://checkpoints
+    if ":/" in f"{full}/":  # orbax turns gs:/checkpoints into gs://checkpoints
         raise UserError(f"{here}: has a name that ends with a colon in its full path; rename it")
     names = os.fsencode(full).split(b"/")
     if (size := len(b"/".join(names))) > PATH_BYTES:
@@ -90,7 +91,7 @@ def _remedy(path: str, local_only: bool) -> str:
 
 
 def check_folder(setting: str, path: str) -> None:
-    """Raises UserError if a local path that must be a folder, or one above it, is a file."""
+    """Raises UserError if a local path that must be a folder, or a path above it, is a file."""
     if is_bucket(path):
         return
     full = pathlib.Path(path).absolute()
@@ -100,31 +101,32 @@ def check_folder(setting: str, path: str) -> None:
 
 
 def check_saving(setting: str, path: str) -> None:
-    """Raises UserError if what orbax saves in this folder could not be read back: orbax takes the full path for a glob
-    pattern, and leaves out the index of what it wrote."""
+    """Raises UserError if checkpoints that orbax saves in this folder could not be read back: orbax treats the full
+    path as a glob pattern and does not write the index."""
     full = path if is_bucket(path) else os.path.abspath(path)
     if full != glob.escape(full):
         odd = " ".join(sorted(set(full) & set("*?[")))
         raise UserError(
-            f"{setting}={path}: the full path {full} has {odd}, with which no checkpoint can be read back; give another"
+            f"{setting}={path}: the full path {full} has {odd}, so checkpoints could not be read back; give another"
         )
 
 
 def check_reached(setting: str, path: str) -> None:
-    """Raises UserError if a path is in a bucket that does not exist, is forbidden, or can't be reached: one request."""
+    """Raises UserError if a path is in a bucket that does not exist, is forbidden, or can't be reached. Makes one
+    request."""
     if not is_bucket(path):
         return
     import fsspec
 
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # a page for each try; what it raises says as much
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a page per try; its exception says as much
     bucket, _, folder = path.removeprefix(BUCKET).partition("/")
     here = f"{setting}={path}"
     try:
-        # A folder that does not exist has an empty list; only a bucket that does not exist has none.
+        # Listing a folder that does not exist gives an empty list; only a missing bucket is an error.
         fsspec.filesystem("gs").call("GET", "b/{}/o", bucket, prefix=folder, maxResults=1, json_out=True)
     except FileNotFoundError:
-        raise UserError(f"{here}: there is no bucket gs://{bucket}; make it, or give another") from None
-    except Exception as error:  # of gcsfs, aiohttp and google.auth
+        raise UserError(f"{here}: the bucket gs://{bucket} does not exist; make it, or give another") from None
+    except Exception as error:  # from gcsfs, aiohttp and google.auth
         said = " ".join(str(error).split())[:300] or type(error).__name__
         if said.startswith("Forbidden") or getattr(error, "code", None) in (401, 403):
             remedy = "let this account list, read and write objects there, or log in as another"
@@ -133,7 +135,7 @@ def check_reached(setting: str, path: str) -> None:
 
 
 def may_write(folder: os.PathLike[str]) -> bool:
-    """Whether a local folder, or the nearest above it that exists, can be written to."""
+    """Returns whether a local folder, or the nearest existing folder above it, can be written to."""
     full = pathlib.Path(folder).absolute()
     there = next((path for path in (full, *full.parents) if path.exists()), full)
     return os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)

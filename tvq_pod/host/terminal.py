@@ -1,8 +1,8 @@
-"""The standard streams, which may be closed, full, or read by nobody any more.
+"""The standard streams, which may be closed or full, or whose reader may have left.
 
-What people read goes to stderr, and is not a reason to end: what stderr does not take is left out. Results go to
-stdout, and a program whose results can't be written has failed: main ends it, with a line, or, where the reader of a
-pipe has left (`| head -1`), quietly.
+Messages go to stderr; those that stderr does not take are dropped, and the program continues. Results go to stdout, and
+a program whose results can't be written has failed: main ends it, with a line, or quietly if the reader of a pipe has
+left (`| head -1`).
 """
 
 import contextlib
@@ -15,30 +15,30 @@ from typing import TextIO
 
 _is_silent = False
 
-PIPE_CLOSED = 128 + signal.SIGPIPE  # exit code; what a shell shows of a program that SIGPIPE has ended
+PIPE_CLOSED = 128 + signal.SIGPIPE  # exit code, as a shell shows it for a program ended by SIGPIPE
 
 
 class OutputError(Exception):
-    """stdout can't be written; `__cause__` is the OSError. Not one itself: whoever expects files to fail must not take
-    it for theirs."""
+    """stdout can't be written; `__cause__` is the OSError. It is not an OSError itself, so that code that handles
+    failing files does not catch it."""
 
 
 def prepare() -> None:
-    """Makes both streams safe to write to. Call it before anything else is opened: a file that got the number of a
-    closed stdout would be written over by whatever prints."""
+    """Makes both streams safe to write to. Call it before anything else is opened: a file that got the descriptor of a
+    closed stdout would be overwritten by prints."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor
     out, err = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
-    if isinstance(out, io.TextIOWrapper):  # else a test has taken its place
+    if isinstance(out, io.TextIOWrapper):  # otherwise a test has replaced it
         out.reconfigure(errors="replace")  # a terminal that can't show a character must not end a run
     sys.stdout, sys.stderr = _Stream(out, must_write=True), _Stream(err, must_write=False)
 
 
 class _Stream:
-    """A text stream whose errors are OutputErrors, or nobody's."""
+    """A text stream whose errors become OutputErrors, or are dropped unless must_write."""
 
     def __init__(self, stream: TextIO, must_write: bool):
         self._stream, self._must_write = stream, must_write
@@ -65,20 +65,20 @@ class _Stream:
 
 
 def tell(line: str) -> None:
-    """Prints a line for people, to stderr. It is written in one piece, so lines of several threads do not mix. A
-    terminal or log that is gone, or a full disk, is not a reason to end."""
+    """Prints a line to stderr. It is written in one piece, so lines from several threads do not mix. A closed terminal
+    or a full disk does not end the program."""
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
 
 
 def say(line: str) -> None:
-    """As `tell`, for what one process says for all: others than process 0 are silent (see `silence`)."""
+    """Prints a line as `tell` does, but only on process 0 (see `silence`)."""
     if not _is_silent:
         tell(line)
 
 
 def silence() -> None:
-    """From now on `say` prints nothing: this process is not process 0 of its job."""
+    """Makes `say` print nothing from now on, since this process is not process 0 of its job."""
     global _is_silent
     _is_silent = True

@@ -1,4 +1,4 @@
-"""--mode=bench: what a config's steps take on the devices that are there; and against quadratic attention."""
+"""--mode=bench: measuring a config's steps on the available devices, also against quadratic attention."""
 
 import dataclasses
 import io
@@ -20,9 +20,9 @@ from tvq_pod.planning.measured import measure
 
 def bench(settings: Settings, workdir: epath.Path, against: str | None, lengths: list[int], rounds: int) -> dict:
     """Measures train step, eval step and sampling for each update length; writes bench.json and, for more than one
-    length, bench.png into `workdir`; prints a table and returns what is in bench.json.
+    length, bench.png into `workdir`; prints a table and returns the content of bench.json.
 
-    against: another attn_type, measured in turns with the config's. lengths: of the update; [] takes the config's.
+    against: another attn_type, measured in turns with the config's. lengths: update lengths; [] takes the config's.
     """
     lengths = lengths or [settings.train.update_len]
     kinds = [settings.model.attn_type] + ([against] if against and against != settings.model.attn_type else [])
@@ -32,7 +32,7 @@ def bench(settings: Settings, workdir: epath.Path, against: str | None, lengths:
                 f"--lengths={length}: must be a multiple of config.model.block_len={settings.model.block_len}"
             )
     if len(lengths) > 1:
-        require("matplotlib", f"--lengths={','.join(map(str, lengths))}: the picture")
+        require("matplotlib", f"--lengths={','.join(map(str, lengths))}: the plot")
     mesh = make_mesh(settings.mesh)
     check_rows(settings, mesh)
     settings = with_tried_attention(settings, mesh)
@@ -57,7 +57,7 @@ def bench(settings: Settings, workdir: epath.Path, against: str | None, lengths:
             result["ratios"][length] = other / ours
         with unwritten.unless(workdir / "bench.json"):
             workdir.mkdir(parents=True, exist_ok=True)
-            write_whole(workdir / "bench.json", json.dumps(result, indent=2) + "\n")  # what is measured is not lost
+            write_whole(workdir / "bench.json", json.dumps(result, indent=2) + "\n")  # so that no measurement is lost
         if len(lengths) > 1:
             with unwritten.unless(workdir / "bench.png"):
                 draw(result, workdir / "bench.png")
@@ -68,7 +68,7 @@ def bench(settings: Settings, workdir: epath.Path, against: str | None, lengths:
 
 
 def with_sizes(settings: Settings, attn_type: str, update_len: int) -> Settings:
-    """The same settings with another attention and update length."""
+    """Returns the settings with another attention and update length."""
     return dataclasses.replace(
         settings,
         model=settings.model.replace(attn_type=attn_type),
@@ -77,7 +77,7 @@ def with_sizes(settings: Settings, attn_type: str, update_len: int) -> Settings:
 
 
 def draw(result: dict, path: epath.Path) -> None:
-    """A picture of training tokens per second over the length of the update, one line an attention."""
+    """Plots training tokens per second over the update length, one line per kind of attention."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -95,7 +95,7 @@ def draw(result: dict, path: epath.Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("update length T, tokens")
-    axes.set_ylabel("training, tokens a second")
+    axes.set_ylabel("training, tokens per second")
     axes.set_title(f"{result['devices']} x {result['device']}, {result['batch_size']} rows")
     axes.grid(alpha=0.3)
     axes.legend()

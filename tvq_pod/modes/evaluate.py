@@ -1,4 +1,4 @@
-"""--mode=eval: loss of complete documents of one split, each with its full context; or suites of long documents."""
+"""--mode=eval: the loss of complete documents of one split, each with its full context; or suites of long documents."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def evaluate(
 
     per_document: a file for the loss of each document.
 
-    Needs no lock: it only reads checkpoints, and adds one line. So a run may be evaluated while it trains.
+    It needs no lock, since it only reads checkpoints and adds one line, so a run may be evaluated while it trains.
     """
     if per_document is not None:
         check_table(per_document)
@@ -54,7 +54,7 @@ def evaluate(
     record = checkpoints.record(step)
     trained_on = record[IMPORTED]["fingerprint"] if IMPORTED in record else record[FINGERPRINT]
     if earlier := store.as_of(trained_on) if trained_on != store.fingerprint else None:
-        say(f"{store.path} was added to since: {earlier.n_parts} of {store.n_parts} parts are the run's data")
+        say(f"{store.path} has grown since: {earlier.n_parts} of its {store.n_parts} parts are the run's data")
         store = earlier
     if trained_on not in (store.fingerprint, ""):
         say(f"{store.path} is not the corpus that the model was trained on")
@@ -64,7 +64,7 @@ def evaluate(
     weights = checkpoints.weights(step, settings.eval.weights)
     params = checkpoints.restore_params(step, abstract_train_state(settings, mesh).params, weights)
     result = evaluator.evaluate(params)
-    assert result is not None, "nobody told it to stop"
+    assert result is not None, "it was not told to stop"
     name = _name(settings, split, record, is_other=checkpoints.has_ema(step) and weights == "raw")
     report(result, step, name)
     numbers = result.numbers() | subject(settings, store, checkpoints.identity(step), weights)
@@ -80,8 +80,8 @@ def evaluate(
 
 
 def evaluate_suites(settings: Settings, workdir: epath.Path, suites: list[str], step: int | None) -> None:
-    """Asks a checkpoint of the run in `workdir` about long documents that are made for the purpose, see
-    inference/suites.py: needs no store. Prints what is found, writes it into WORKDIR/eval, and adds a line for each
+    """Evaluates a checkpoint of the run in `workdir` on long documents that are generated for the purpose, see
+    inference/suites.py, without a store. Prints the results, writes them into WORKDIR/eval, and adds a line for each
     suite to metrics.jsonl."""
     run = OpenedRun(settings, workdir, step, "--suite")
     record, about = run.checkpoints.record(run.step), dict(checkpoint=run.checkpoints.identity(run.step))
@@ -114,8 +114,8 @@ def _write_documents(path: epath.Path, nats: np.ndarray, store: TokenStore | Mix
 
 
 def _write(settings: Settings, workdir: epath.Path, numbers: dict, result: Result, step: int, name: str) -> None:
-    """Adds a line to metrics.jsonl, and writes the tables by place and by distance. Says what could not be written: the
-    folder may be one that is only there to be read."""
+    """Adds a line to metrics.jsonl, and writes the tables by position and by distance. Prints which files could not be
+    written: the folder may be read-only."""
     unwritten = Unwritten()
     with unwritten.unless(workdir / "metrics.jsonl"):
         writer = MetricsWriter(workdir, dataclasses.replace(settings.metrics, wandb_project=""))
@@ -130,9 +130,9 @@ def _write(settings: Settings, workdir: epath.Path, numbers: dict, result: Resul
 
 
 def _name(settings: Settings, split: str, record: dict, is_other: bool) -> str:
-    """What an evaluation's lines and files are called: the split, and what differs from how training evaluates it.
+    """Returns the name of an evaluation's lines and files: the split, and what differs from training's evaluations.
 
-    is_other: whether it is of other weights than those that training evaluates.
+    is_other: whether it evaluates other weights than training does.
     """
     parts = [split, *(["weights_raw"] if is_other else []), *(["cache_off"] if settings.eval.cache == "off" else [])]
     for field in RUN_IDENTITY:

@@ -1,4 +1,4 @@
-"""--mode=export: the model of a checkpoint as a folder that other programs can read, with one that samples from it."""
+"""--mode=export: writing the model of a checkpoint to a folder that other programs can read, with one that samples."""
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,8 @@ def export(settings: Settings, workdir: epath.Path, folder: epath.Path, step: in
     check_vacant("--to", folder, WEIGHTS)
     if settings.model.attn_type != "vq":
         raise UserError(
-            f"config.model.attn_type={settings.model.attn_type}: can't be exported, since what quadratic attention "
-            "answers depends on config.train.update_len, and its state grows with it; export a model with vq"
+            f"config.model.attn_type={settings.model.attn_type}: can't be exported, since the output of quadratic "
+            "attention depends on config.train.update_len, and its state grows with it; export a model with vq"
         )
     checkpoints = CheckpointReader(workdir, settings.checkpoint.restore_timeout_seconds)
     step = checkpoints.pick(step)

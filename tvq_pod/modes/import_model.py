@@ -1,4 +1,4 @@
-"""--mode=import: a folder that --mode=export made becomes a new run, whose step 0 has that model."""
+"""--mode=import: making a new run, whose step 0 has the model, from a folder that --mode=export wrote."""
 
 import dataclasses
 import math
@@ -31,17 +31,17 @@ def import_model(settings: Settings, workdir: epath.Path, folder: epath.Path) ->
     """Makes `workdir`, which must be new, from the model in `folder`: config.json, the vocabulary, and checkpoint 0,
     with the optimizer's first state and streams that have read nothing.
 
-    settings: those of `folder`, where the user may have changed any but what the model is. The checkpoint's record
-    names neither a corpus nor a seed, so that training may start with any. Raises UserError for a folder that does not
-    fit, before anything is written.
+    settings: those of `folder`; the user may have changed any that do not define the model. The checkpoint's record
+    names neither a corpus nor a seed, so training may start with any. Raises UserError for a folder that does not fit,
+    before anything is written.
     """
     check_vacant("--workdir", workdir, "config.json")
-    if steps := StepFolders(workdir / "checkpoints").steps():  # in a bucket, of an import that was killed
-        raise UserError(f"--workdir={workdir}: has checkpoint {steps[-1]} and no config.json; give a new folder")
+    if steps := StepFolders(workdir / "checkpoints").steps():  # in a bucket, from a killed import
+        raise UserError(f"--workdir={workdir}: has checkpoint {steps[-1]} but no config.json; give a new folder")
     exported = read_exported(folder)
     _check_same_model(settings, folder, exported.vocab.name)
     check_vocab_fits(settings, exported.vocab.n_vocab)
-    # As many devices as rows can be spread over: the state of a large model may need more than one.
+    # As many devices as the rows can be split over: the state of a large model may need more than one.
     n_devices = math.gcd(settings.train.batch_size, jax.local_device_count())
     mesh = make_mesh(MeshSettings(), jax.local_devices()[:n_devices])
     params = params_of(exported.tensors, abstract_train_state(settings, mesh).params, folder)
@@ -51,7 +51,7 @@ def import_model(settings: Settings, workdir: epath.Path, folder: epath.Path) ->
     record = run_record(settings, exported.vocab.name, fingerprint="")
     record = {name: value for name, value in record.items() if name not in (FINGERPRINT, SEED)}
     state = train_state_with(params, settings, mesh)
-    # config.json comes last: without it, no command takes the folder for a run.
+    # config.json is written last: without it, no command takes the folder for a run.
     with new_folder("--workdir", workdir) as draft, locked(draft):
         keep_vocab(exported.vocab, draft)
         checkpoints = Checkpoints(draft, CheckpointSettings())
@@ -68,7 +68,7 @@ def import_model(settings: Settings, workdir: epath.Path, folder: epath.Path) ->
 
 
 def _check_same_model(settings: Settings, folder: epath.Path, vocab_name: str) -> None:
-    """Raises UserError if a setting was changed that the model's function depends on."""
+    """Raises UserError if a setting that the model's function depends on was changed."""
     own = resolve(read_run_config(folder, "--from"))
     if found := differing(model_record(settings, vocab_name), model_record(own, vocab_name)):
         name, value, exported = found

@@ -1,6 +1,6 @@
-"""--mode=inspect: what is in a run's folder, and a fingerprint to compare two runs by.
+"""--mode=inspect: showing what is in a run's folder, with hashes by which two runs can be compared.
 
-Arrays are read, hashed and printed one after the other on the host, so any machine can look that holds the largest.
+Arrays are read, hashed and printed one after the other on the host, so memory for the largest one is enough.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ from tvq_pod.training.warm_start import ancestor_line
 
 def inspect(settings: Settings, workdir: epath.Path, step: int | None) -> None:
     """Prints the config, the steps kept and set aside, the checkpoints of other runs that this one descends from, each
-    parameter's shape, dtype and sharding, their count, and SHA-256s: of all parameters; of their moving average, if the
-    checkpoint has one; and of the rest of the train state (step, optimizer, recurrent state)."""
+    parameter's shape, dtype and sharding, their count, and SHA-256 hashes of all parameters, of their moving average if
+    the checkpoint has one, and of the rest of the train state (step, optimizer, recurrent state)."""
     checkpoints = CheckpointReader(workdir, settings.checkpoint.restore_timeout_seconds)
     steps, step = checkpoints.steps(), checkpoints.pick(step)
     record = run_record(settings, run_vocab(settings, workdir).name, fingerprint="")
     checkpoints.check(step, {name: value for name, value in record.items() if name != FINGERPRINT})
     checkpoints.check_streams(step, settings.train)
-    # The mesh only gives shardings their names, which are those of the run's: no array is put on it.
+    # The mesh is only needed for the names of shardings, which are the run's: no array is placed on it.
     mesh = make_mesh(MeshSettings(), jax.local_devices()[:1])
     abstract = abstract_train_state(settings, mesh)
     print(to_json(settings), end="")
@@ -54,7 +54,7 @@ def inspect(settings: Settings, workdir: epath.Path, step: int | None) -> None:
 
 
 def _printed(abstract: dict, read: Callable[[str], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """Reads the parameters in the order of their paths, with a line for each."""
+    """Yields the parameters in the order of their paths, and prints a line for each."""
     leaves = {jax.tree_util.keystr(path): (path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
     for name in sorted(leaves):
         path, leaf = leaves[name]
@@ -64,7 +64,7 @@ def _printed(abstract: dict, read: Callable[[str], np.ndarray]) -> Iterator[tupl
 
 
 def _average(folder: epath.Path, abstract_params: dict) -> Iterator[tuple[str, np.ndarray]]:
-    """Reads the moving average of the parameters in the order of their paths."""
+    """Yields the moving average of the parameters in the order of their paths."""
     read = _reader(folder / "ema", abstract_params)
     paths = (jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params))
     for name in sorted(paths):
@@ -72,12 +72,12 @@ def _average(folder: epath.Path, abstract_params: dict) -> Iterator[tuple[str, n
 
 
 def _rest(folder: epath.Path, abstract: TrainState) -> Iterator[tuple[str, np.ndarray]]:
-    """Reads the rest of the train state in the order of its paths."""
+    """Yields the rest of the train state in the order of its paths."""
     readers = {
         "train": _reader(folder / "train", train_item(abstract)),
         "recurrent": _reader(folder / "recurrent", abstract.recurrent),
     }
-    arrays = {}  # by the name that they are hashed with, which is that of the checkpoint
+    arrays = {}  # by the name that is hashed, which is the checkpoint's
     for path, _ in jax.tree_util.tree_leaves_with_path(dataclasses.replace(abstract, params=None, ema=None)):
         name, below = saved_name(path[0].name), jax.tree_util.keystr(path[1:])
         arrays[f".{name}{below}"] = ("recurrent", below) if name == "recurrent" else ("train", f"[{name!r}]{below}")
@@ -86,10 +86,10 @@ def _rest(folder: epath.Path, abstract: TrainState) -> Iterator[tuple[str, np.nd
 
 
 def _reader(folder: epath.Path, abstract) -> Callable[[str], np.ndarray]:
-    """A function that reads one array of a checkpoint's item to the host, by its path (jax.tree_util.keystr).
+    """Returns a function that reads one array of a checkpoint's item to the host, by its path (jax.tree_util.keystr).
 
-    folder: the item's; abstract: its tree, whose leaves have the shapes that are expected. Nothing is read but that
-    array, in the dtype that it was saved in. The function raises UserError if it can't, or the shape is another one.
+    folder: the item's; abstract: its tree, whose leaves have the expected shapes. Only that array is read, in the dtype
+    that it was saved in. The function raises UserError if it can't be read or has another shape.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
     places = {jax.tree_util.keystr(path): place for place, (path, _) in enumerate(leaves)}
@@ -103,7 +103,7 @@ def _reader(folder: epath.Path, abstract) -> Callable[[str], np.ndarray]:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 array = structure.flatten_up_to(checkpointer.restore(folder, args=arguments))[place]
             if array.shape != leaf.shape:
-                raise ValueError(f"it has the shape {array.shape}, and {leaf.shape} by this config")
+                raise ValueError(f"it has the shape {array.shape}, but {leaf.shape} by this config")
         except (KeyError, OSError, TypeError, ValueError) as error:
             raise UserError(
                 f"{folder}: the array {name} can't be read ({str(error)[:200]}); "

@@ -1,4 +1,4 @@
-"""--mode=plan: what a config would cost on a TPU slice; with --sweep, a table of what a grid of settings would cost."""
+"""--mode=plan: predicting the cost of a config on a TPU slice or, with --sweep, of a grid of settings."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ from tvq_pod.errors import UserError
 from tvq_pod.host.files import Unwritten, write_whole
 from tvq_pod.planning.cost import plan_step, topology_devices
 
-_SHOWN_WITHOUT = 5  # of what has no estimate or no bundles; plan.json has all
+_SHOWN_WITHOUT = 5  # operations without an estimate or without bundles; plan.json has all
 
 
 def plan(settings: Settings, workdir: epath.Path, topology: str, slices: int, tokens: float | None) -> dict:
@@ -39,7 +39,7 @@ def plan(settings: Settings, workdir: epath.Path, topology: str, slices: int, to
 
 
 def sweep(flags: list[str], workdir: epath.Path, grid: str) -> None:
-    """Plans every point of a grid "config.a=1,2;config.b=3,4", one process each, and prints one table, fastest first.
+    """Plans every point of a grid "config.a=1,2;config.b=3,4" in its own process, and prints a table, fastest first.
 
     flags: the command line without --sweep and --workdir.
     """
@@ -47,7 +47,7 @@ def sweep(flags: list[str], workdir: epath.Path, grid: str) -> None:
     rows, unwritten = [], Unwritten()
     for point in points:
         overrides = [f"--{name}={value}" for name, value in zip(names, point, strict=True)]
-        with tempfile.TemporaryDirectory() as draft:  # the workdir may be one that can't be written
+        with tempfile.TemporaryDirectory() as draft:  # the workdir may be read-only
             command = [sys.executable, "-m", "tvq_pod.main", *flags, *overrides, f"--workdir={draft}"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
@@ -80,7 +80,7 @@ def sweep(flags: list[str], workdir: epath.Path, grid: str) -> None:
 
 
 def parse_grid(grid: str) -> tuple[list[str], list[tuple[str, ...]]]:
-    """Names, and all combinations of their values. Raises UserError if the text is not a grid of settings."""
+    """Returns names, and all combinations of their values. Raises UserError if the text is not a grid of settings."""
     axes = [axis.partition("=") for axis in grid.split(";") if axis.strip()]
     good = all(name.strip().startswith("config.") and all(values.split(",")) for name, _, values in axes)
     if not (axes and good):

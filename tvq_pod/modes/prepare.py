@@ -1,7 +1,7 @@
-"""--mode=prepare: a corpus becomes a token store. Training does the same when its store does not exist.
+"""--mode=prepare: making a token store from a corpus. Training does the same when its store does not exist.
 
---mode=train_vocab: only trains the SentencePiece model, where config.data.vocab=sentencepiece; prepare does the same
-when there is none.
+--mode=train_vocab: training only the SentencePiece model, with config.data.vocab=sentencepiece; prepare does the same
+if there is none.
 """
 
 from etils import epath
@@ -18,7 +18,7 @@ from tvq_pod.parallel.processes import on_process_zero
 
 
 def prepare(settings: Settings, workdir: epath.Path, appends: bool = False) -> None:
-    """Makes the token store, or says that it is there. appends: adds new files to the store that is there."""
+    """Makes the token store, or says that it already exists. appends: adds new files to the existing store."""
     path = store_path(settings, workdir)
     if appends:
         on_process_zero(lambda: describe(append(settings, workdir)))
@@ -41,7 +41,7 @@ def _make(settings: Settings, workdir: epath.Path) -> None:
 
 
 def train_vocab(settings: Settings, workdir: epath.Path) -> None:
-    """Trains the vocabulary, or says that it is there. Raises UserError if the config has another one."""
+    """Trains the vocabulary, or says that it already exists. Raises UserError if the config has another one."""
     if settings.data.vocab != TRAINED:
         raise UserError(f"config.data.vocab={settings.data.vocab}: must be {TRAINED} for --mode=train_vocab")
     path = trained_path(settings, workdir)

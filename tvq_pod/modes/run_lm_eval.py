@@ -1,4 +1,4 @@
-"""--mode=lm_eval: tasks of lm-evaluation-harness, answered by a checkpoint of the run."""
+"""--mode=lm_eval: evaluating a checkpoint of the run on tasks of lm-evaluation-harness."""
 
 import json
 import time
@@ -26,15 +26,15 @@ def run_lm_eval(
     """Evaluates a checkpoint of the run in `workdir` on tasks, prints their scores, and writes them into WORKDIR/eval.
 
     The harness runs on process 0, which asks the others to compute with it. tasks, num_fewshot, limit: see
-    inference/lm_eval_tasks.py. max_length: see HarnessModel. Rows are spread over all devices. Raises UserError for
-    what the user can correct, before anything is compiled if it is a task or a checkpoint.
+    inference/lm_eval_tasks.py. max_length: see HarnessModel. Rows are split over all devices. Raises UserError for
+    mistakes that the user can correct; if they are about a task or a checkpoint, before anything is compiled.
     """
     require("lm_eval", "--mode=lm_eval: lm-evaluation-harness")
     from tvq_pod.inference.lm_eval_model import HarnessModel, SharedModel
     from tvq_pod.inference.lm_eval_tasks import Tasks
 
     if not tasks:
-        raise UserError("--tasks=: must be given for --mode=lm_eval: names of tasks, as hellaswag, or YAML files")
+        raise UserError("--tasks=: must be given for --mode=lm_eval: names of tasks, such as hellaswag, or YAML files")
     run = OpenedRun(settings, workdir, step, "--mode=lm_eval")
     loaded: list[Tasks] = []
     on_process_zero(lambda: loaded.append(Tasks(tasks)))

@@ -1,4 +1,4 @@
-"""--mode=sample: text or images from a checkpoint."""
+"""--mode=sample: sampling text or images from a checkpoint."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ from tvq_pod.run.checkpoint_reader import CheckpointReader
 from tvq_pod.training.step import abstract_train_state
 
 T = TypeVar("T")
-UPLOAD_SECONDS = 600.0  # that a bucket has to take the last lines
+UPLOAD_SECONDS = 600.0  # the time that a bucket has to take the last lines
 
 
 def sample(
@@ -39,12 +39,12 @@ def sample(
     output: str | None = None,
 ) -> None:
     """Continues each prompt (or config.sample.prompt) with a checkpoint of the run in `workdir`, config.sample.count
-    times; for a model of images, draws so many.
+    times; a model of images draws config.sample.count images.
 
-    prompt_file: has one more prompt, or if it is FILE.jsonl, many. With one of these, or with `output`, a new file,
-    samples are written as JSON lines; else as text, on stdout. Rows are spread over all devices, of all processes;
-    process 0 reads the prompts, and writes. One process shows the first row's text as it comes, several when all rows
-    have ended.
+    prompt_file: a file with one more prompt or, if it is FILE.jsonl, with many. With FILE.jsonl, or with `output`, a
+    new file, samples are written as JSON lines; otherwise as text to stdout. Rows are split over all devices of all
+    processes; process 0 reads the prompts and writes. A single process shows the first row's text as it is drawn;
+    several show it when all rows have ended.
     """
     images.check_packages(settings)
     as_json = output is not None or is_json_lines(prompt_file)
@@ -80,7 +80,7 @@ def sample(
 
 
 def _check(settings: Settings, as_json: bool, output: str | None) -> None:
-    """Raises UserError for what would be ignored, or replaced."""
+    """Raises UserError for settings that would be ignored, and files that would be replaced."""
     if as_json and images.are_images(settings):
         named = f"--output={output}" if output else "--prompt_file"
         raise UserError(f"{named}: is for text; leave it out with config.data.format=imagenet64")
@@ -96,7 +96,7 @@ def _check_new(output: str) -> None:
     path = epath.Path(output)
     try:
         if path.exists():
-            raise UserError(f"--output={output}: exists already, and is not replaced; give a new file")
+            raise UserError(f"--output={output}: already exists, and is not replaced; give a new file")
         if not is_bucket(output) and not path.parent.is_dir():
             raise UserError(f"--output={output}: the folder {path.parent} does not exist; make it first")
     except OSError as error:
@@ -104,7 +104,7 @@ def _check_new(output: str) -> None:
 
 
 def _prompts(prompts: list[bytes], prompt_file: str | None) -> list[Prompt]:
-    """Process 0's: what its command line and its file have."""
+    """Returns the prompts on process 0's command line and in its file."""
     found = [given_prompt(prompt) for prompt in prompts]
     if prompt_file is not None:
         on_process_zero(lambda: found.extend(read_prompts(prompt_file)))
@@ -113,11 +113,11 @@ def _prompts(prompts: list[bytes], prompt_file: str | None) -> list[Prompt]:
 
 @contextlib.contextmanager
 def _writer(output: str | None) -> Iterator[Callable[[str], None]]:
-    """A function that writes a line where samples go, for process 0. All processes must call it. Raises UserError
-    where a file can't be written."""
+    """Yields a function by which process 0 writes a line of samples. All processes must enter the context. Raises
+    UserError if the file can't be written."""
     opened: list[NewFile] = []
     if output is not None and not is_bucket(output):
-        on_process_zero(lambda: opened.append(_as_user_error(output, lambda: NewFile(output))))  # all end if it can't
+        on_process_zero(lambda: opened.append(_as_user_error(output, lambda: NewFile(output))))  # all end if it fails
     if output is None or not is_process_zero():
         yield functools.partial(print, flush=True)
     elif is_bucket(output):

@@ -1,7 +1,7 @@
-"""--mode=train: from a config to a trained model. Reads from top to bottom: check, prepare, restore, loop, finish.
+"""--mode=train: from a config to a trained model. Read it from top to bottom: check, prepare, restore, loop, finish.
 
-All processes save, stop and go back at the same step: what happens to one is agreed on (run/saver.py, run/stopping.py),
-and what follows from numbers, as that a step is bad, every process computes alike."""
+All processes save, stop and go back at the same step: they agree on what happens to one of them (run/saver.py,
+run/stopping.py), and each computes the same decisions from the same numbers, for example that a step is bad."""
 
 import contextlib
 import dataclasses
@@ -64,11 +64,11 @@ def train(
     started_at: float | None = None,
 ) -> None:
     """Trains to config.train.num_steps, from the newest good checkpoint in `workdir` if there is one; or from `step`,
-    and then newer checkpoints are set aside.
+    in which case newer checkpoints are set aside.
 
-    started_at: when the command was given, in seconds since 1970; now if not given.
+    started_at: the time of the command, in seconds since 1970; None: now.
 
-    Raises Preempted after SIGTERM, SIGINT or SIGHUP to any process, once all is saved.
+    Raises Preempted after SIGTERM, SIGINT or SIGHUP to any process, once everything is saved.
     """
     goodput = Goodput(started_at)
     mesh = make_mesh(settings.mesh)
@@ -86,7 +86,8 @@ def train(
 
 
 def _check(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> WarmStart | None:
-    """What can be refused before anything is written. Returns what the run starts from, if that is another run."""
+    """Raises UserError for anything that can be refused before the first write. Returns the warm start, if the run
+    starts from another run."""
     check_context_schedule(settings.train)
     check_mixture_schedule(settings.data, settings.train)
     check_rows(settings, mesh)
@@ -112,7 +113,7 @@ def _check(settings: Settings, workdir: epath.Path, mesh: jax.sharding.Mesh) -> 
 
 
 class _Session:
-    """One run of the command: from what is in the folder to the last step, or to a signal."""
+    """One run of the command: from the state in the folder to the last step, or to a signal."""
 
     def __init__(
         self,
@@ -126,8 +127,8 @@ class _Session:
         warm: WarmStart | None,
         step: int | None,
     ):
-        """opened: closes what has threads or files of its own, however the session ends. warm: the run that this one
-        starts from, if there is one. step: to go back to; None: the newest."""
+        """opened: closes everything with threads or files of its own, however the session ends. warm: the run that this
+        one starts from, if there is one. step: the step to go back to; None: the newest."""
         self.settings, self.workdir, self.mesh = settings, workdir, mesh
         self.preemption, self.opened, self.status, self.result = preemption, opened, status, result
         self.goodput = status.goodput
@@ -145,7 +146,7 @@ class _Session:
         judged = settings.train, settings.bad_steps
         self.rollback = Rollback(checkpoints, Skipped(workdir), *judged, self.store.fingerprint)
         self.stop = StopTogether(preemption, settings.checkpoint.grace_seconds)
-        self.evaluated: dict[int, float | None] = {}  # losses on the way to the state, by step
+        self.evaluated: dict[int, float | None] = {}  # by step, the losses of checkpoints that led to the state
         self.step_fn: TrainStep | None = None
 
     def run(self) -> None:
@@ -154,21 +155,21 @@ class _Session:
         with self.goodput.on(RESTORE):
             newest = self._check_newest()
             state, first_step = self._state_at(newest), newest or 0
-        self._open_logs(state, first_step)  # from here on nothing is refused
+        self._open_logs(state, first_step)  # nothing is refused from here on
         if first_step < num_steps:
             self.status.begin()
         if newest is None and self.warm:
-            self.saver.save(state, 0)  # from here on the run does not need the other one
+            self.saver.save(state, 0)  # the run does not need the other one from here on
         if first_step >= num_steps:
             say(f"nothing to train: step {first_step} of config.train.num_steps={num_steps} has been reached")
         elif self._evaluates_at(first_step) and not decided_by_process_zero(first_step in self.evaluated):
-            self._evaluate(state, first_step)  # what was broken off when the session before was asked to end
+            self._evaluate(state, first_step)  # it was interrupted when the previous session was asked to end
         while first_step < num_steps:
             try:
                 state = self._steps(state, first_step)
                 break
             except BadStretch as raised:
-                bad = raised.with_traceback(None)  # whose frames hold the state
+                bad = raised.with_traceback(None)  # the frames hold the state
             del state
             self.profiler.end()
             self.goodput.end_steps(bad.last_step, RESTORE)
@@ -179,20 +180,20 @@ class _Session:
         self._finish(state, max(first_step, num_steps))
 
     def _steps(self, state: TrainState, first_step: int) -> TrainState:
-        """The loop: from first_step to the last. Raises BadStretch, or Preempted."""
+        """The training loop, from first_step to the last. Raises BadStretch or Preempted."""
         num_steps, bad_steps = self.settings.train.num_steps, self.settings.bad_steps
         behind = None
         with contextlib.closing(self._feed().batches(first_step, num_steps)) as batches:
-            # step: what the state's will be when the update is done
+            # step: the state's step after the update
             steps, goodput = range(first_step + 1, num_steps + 1), self.goodput
             for step, batch in zip(steps, goodput.fetched(batches), strict=True):
-                step_fn = self._compiled(first_step)  # once there is a batch: a damaged store is told before
+                step_fn = self._compiled(first_step)  # after the first batch, so that a damaged store is reported first
                 goodput.begin_step(step)
                 with self.profiler.step(step, behind):
                     self.saver.vote()
                     state, metrics = step_fn(state, batch)
                     goodput.given(metrics["n_bad"])
-                    # the host runs ahead of the device by one step, no more: batches take memory
+                    # The host is only one step ahead of the device, since batches take memory.
                     if behind is not None:
                         check_good(behind, step - 1, bad_steps)
                 self.profiler.end_step(step, metrics)
@@ -203,12 +204,12 @@ class _Session:
                 is_last = step == num_steps
                 save = is_last or self.saver.is_due(step, metrics, is_asked=asked == SAVE)
                 evaluate = not is_last and self._evaluates_at(step)
-                # What belongs to a step is written before its checkpoint: a run that resumes does not come back for it.
+                # A step's lines are written before its checkpoint: a resumed run does not write them again.
                 if save or asked == STOP:
                     self.log.end_line(step)
                 if save or asked == STOP or evaluate:
                     self.log.write_due()
-                    jax.block_until_ready(metrics)  # they wait for the step, too: its time is not theirs
+                    jax.block_until_ready(metrics)  # what follows would wait for the step, too, and be charged its time
                 if asked == STOP:
                     self.saver.save_and_leave(state, step)
                 if evaluate:
@@ -221,11 +222,11 @@ class _Session:
         goodput.end_steps(num_steps, END)
         return state
 
-    # ------------------------------------------------------------------ where to resume
+    # ------------------------------------------------------------------ resuming
 
     def _check_newest(self) -> int | None:
-        """The newest good step, or the one to go back to; None if there is none. Raises UserError if this run can't go
-        on from it, or there are too few tokens for all rows."""
+        """Returns the newest good step, or the one to go back to; None if there is none. Raises UserError if this run
+        can't continue from it, or there are too few tokens for all rows."""
         step = step_back.pick(self.checkpoints, self.step)
         self.status.saved(step)
         if step is not None:
@@ -239,14 +240,15 @@ class _Session:
         return step
 
     def _state_at(self, step: int | None) -> TrainState:
-        """The state of a checkpoint, or for None the first one. From here on data is read as its schedule says."""
+        """Returns the state of a checkpoint, or the first state for None. From here on, its schedule decides which data
+        is read."""
         self.saver.begin(self.rollback.schedule_at(step))
         self.checkpoints.begin(step)
         self.evaluated = {at: loss for at, loss in self.evaluated.items() if at <= (step or 0)}
         return state_at(step, self.saver.schedule, self.checkpoints, self.settings, self.mesh, self.warm)
 
     def _open_logs(self, state: TrainState, first_step: int) -> None:
-        """Records what this start has changed, and opens what is written while it trains."""
+        """Records what this start has changed, and opens the files that are written during training."""
         settings, workdir, config = self.settings, self.workdir, self.settings.train
         if self.step is not None:
             step_back.set_aside_after(workdir, self.checkpoints, self.step)
@@ -275,13 +277,13 @@ class _Session:
         describe_state(state, self.mesh)
 
     def _feed(self) -> Feed:
-        """The batches of the data schedule in use."""
+        """Returns the feed of the current data schedule."""
         config, data, schedule = self.settings.train, self.settings.data, self.saver.schedule
         sizes = config.batch_size, config.update_len, data.num_threads, data.prefetch_batches
         return Feed(self.split, self._streams(schedule), self.mesh, *sizes, schedule.now.update, schedule.now.cuts)
 
     def _streams(self, schedule: DataSchedule) -> StagedStreams:
-        """Raises UserError if there are too few tokens for all rows."""
+        """Returns the streams of a data schedule. Raises UserError if there are too few tokens for all rows."""
         return streams_of(schedule, self.split, self.settings.seed)
 
     def _compiled(self, first_step: int) -> TrainStep:
@@ -289,7 +291,7 @@ class _Session:
             with self.goodput.on(COMPILE):
                 step_fn = self.step_fn = compiled_train_step(self.tried, self.mesh)
             self.profiler.keep_operations(lambda: operations(step_fn.as_text()))
-            self.log.restart(first_step)  # compiling does not make a run slow
+            self.log.restart(first_step)  # so that compiling does not count in the speed
             self.preemption.can_save = True
         return self.step_fn
 
@@ -297,12 +299,12 @@ class _Session:
         return bool(self.evaluator) and step > 0 and is_every(self.settings.eval.every_steps, step)
 
     def _evaluate(self, state: TrainState, step: int) -> None:
-        """Raises Preempted if the run is asked to end meanwhile."""
+        """Evaluates the state. Raises Preempted if the run is asked to end meanwhile."""
 
         def told_to_stop() -> bool:
             asked = self.stop.now()
             if asked == SAVE:
-                self.saver.save(state, step, retain_all=True)  # as in save_and_leave
+                self.saver.save(state, step, retain_all=True)  # as save_and_leave does
             return asked == STOP
 
         assert self.evaluator is not None
@@ -319,11 +321,11 @@ class _Session:
         self.checkpoints.know_losses({step: result.loss})
 
     def _finish(self, state: TrainState, last_step: int) -> None:
-        """The last evaluation, and a sample."""
+        """Runs the last evaluation and draws a sample."""
         evaluates = self.settings.eval.at_end or is_every(self.settings.eval.every_steps, last_step)
         if self.evaluator and evaluates and not decided_by_process_zero(last_step in self.evaluated):
             self._evaluate(state, last_step)
-        self.preemption.can_save = False  # all is saved
+        self.preemption.can_save = False  # everything is saved
         self.stop.close()
         if self.settings.sample.length:
             params = on_one_device(weights_in_use(state), self.mesh)

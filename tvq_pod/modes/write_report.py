@@ -1,4 +1,4 @@
-"""--mode=report: all that is known of a run, in one page."""
+"""--mode=report: writing everything known about a run to one page."""
 
 from etils import epath
 
@@ -7,5 +7,5 @@ from tvq_pod.run.report import write_report
 
 
 def report(settings: Settings, workdir: epath.Path) -> None:
-    """Writes WORKDIR/eval/report.html, and prints its path. Needs no lock: a run may train meanwhile."""
+    """Writes WORKDIR/eval/report.html and prints its path. It needs no lock: the run may be training."""
     print(write_report(settings, workdir), flush=True)

@@ -1,4 +1,4 @@
-"""Which implementation of attention a run takes on its mesh, said at the start; see nn/pallas/fit.py."""
+"""Choosing the implementation of attention for a run on its mesh; see nn/pallas/fit.py."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from tvq_pod.parallel.sharding import OnMesh
 
 
 def check_attention(config: TransformerConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises UserError if the config wants kernels that the devices of the mesh can't run."""
+    """Raises UserError if the config asks for kernels that the devices of the mesh can't run."""
     if config.attention != "pallas":
         return
     if reason := why_not(config, *_of_mesh(mesh)):
@@ -25,9 +25,9 @@ def check_attention(config: TransformerConfig, mesh: jax.sharding.Mesh) -> None:
 
 
 def with_tried_attention(settings: Settings, mesh: jax.sharding.Mesh) -> Settings:
-    """The settings with config.model.attention=xla, if auto would take kernels that turn out wrong on these devices.
+    """Returns the settings, with config.model.attention=xla if auto would take kernels that fail on these devices.
 
-    All processes try them, each on one device, and all continue alike. Raises what `check_attention` raises.
+    All processes try the kernels, each on one device, and all continue alike. Raises what `check_attention` raises.
     """
     check_attention(settings.model, mesh)
     if settings.model.attention != "auto" or chosen(settings.model, mesh) != "pallas":
@@ -43,22 +43,22 @@ def with_tried_attention(settings: Settings, mesh: jax.sharding.Mesh) -> Setting
 
 
 def _problem(config: TransformerConfig) -> str | None:
-    """What is wrong with the kernels on this process's first device."""
+    """Returns what is wrong with the kernels on this process's first device; None if they work."""
     try:
         excess = trial.largest_excess(config)
-    except Exception as refused:  # whatever the compiler or the device has to say: there is another way
+    except Exception as refused:  # any error of the compiler or the device: xla works without the kernels
         return f"{type(refused).__name__}: {' '.join(str(refused).split())[:200]}"
-    return None if excess <= trial.TOLERANCE else f"something that they compute is off by {excess:.0%}"
+    return None if excess <= trial.TOLERANCE else f"one of their results is off by {excess:.0%}"
 
 
 def chosen(config: TransformerConfig, mesh: jax.sharding.Mesh) -> str:
-    """Which implementation computes attention of attn_type vq on the mesh."""
+    """Returns the implementation that computes attention of attn_type vq on the mesh."""
     with placed_by(OnMesh(mesh, fsdp=False)):
         return implementation(config)
 
 
 def attention_line(config: TransformerConfig, mesh: jax.sharding.Mesh) -> str:
-    """Which one it is and, for `auto` without the kernels, why."""
+    """Returns a line that names the implementation and, for `auto` without the kernels, the reason."""
     if config.attention != "auto" or config.attn_type != "vq":
         return f"config.model.attention={chosen(config, mesh)}"
     device_kind, n_model = _of_mesh(mesh)
@@ -68,5 +68,5 @@ def attention_line(config: TransformerConfig, mesh: jax.sharding.Mesh) -> str:
 
 
 def _of_mesh(mesh: jax.sharding.Mesh) -> tuple[str, int]:
-    """The kind of device, and the size of `model`."""
+    """Returns the kind of device, and the size of `model`."""
     return OnMesh(mesh, fsdp=False).device_kind(), sizes(mesh)["model"]

@@ -1,6 +1,6 @@
-"""The service by which the processes of a job tell each other short texts, beside the devices.
+"""jax's coordination service, by which the processes of a job exchange short texts without the devices.
 
-It is what jax.experimental.multihost_utils is built on; jax has no public name for it.
+jax.experimental.multihost_utils is built on it; jax has no public name for it.
 """
 
 from typing import Protocol, cast
@@ -11,18 +11,18 @@ CHECKED_WITH = {"jax": "0.10.2"}
 
 
 class Client(Protocol):
-    """What is used of it. All methods raise jax.errors.JaxRuntimeError."""
+    """The methods of its client that are used here. All raise jax.errors.JaxRuntimeError."""
 
     def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
-        """Raises, with ALREADY_EXISTS in its text, if the key is there; unless allow_overwrite."""
+        """Sets a key. Raises, with ALREADY_EXISTS in its text, if the key exists; unless allow_overwrite."""
         ...
 
     def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
-        """All keys that begin so, with their values."""
+        """Returns all keys that begin with `key`, with their values."""
         ...
 
     def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str:
-        """Waits until the key is there. Raises with DEADLINE_EXCEEDED in its text if it is not in time."""
+        """Waits until the key exists. Raises with DEADLINE_EXCEEDED in its text if that takes too long."""
         ...
 
     def wait_at_barrier(self, barrier_id: str, timeout_in_ms: int) -> None:
@@ -31,7 +31,7 @@ class Client(Protocol):
 
 
 def client() -> Client | None:
-    """None in a job of one process."""
+    """Returns the client, or None in a job of one process."""
     return cast(Client | None, distributed.global_state.client)
 
 

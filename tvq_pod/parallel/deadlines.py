@@ -1,9 +1,9 @@
-"""Deadlines: no wait outside the train step lasts for ever, be it for other processes or for storage.
+"""Deadlines: no wait outside the train step lasts forever, whether it is for other processes or for storage.
 
-What is waited for hangs inside jax, orbax or the kernel, and Python cannot break such a wait off: no exception reaches
-it. But the wait leaves the interpreter to other threads. So a deadline is a thread that ends the process, with one line
-and exit code 1. Every process has its own deadline for the same wait, so the process that hangs ends like those that
-wait for it. One that is frozen as a whole (SIGSTOP) ends when it runs again.
+Such a wait hangs inside jax, orbax or the kernel, and Python cannot interrupt it: no exception reaches it. But other
+threads can run meanwhile. So a deadline is a thread that ends the process, with one line and exit code 1. Every process
+has its own deadline for the same wait, so the process that hangs ends like those that wait for it. A process that is
+frozen (SIGSTOP) ends when it runs again.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from tvq_pod.parallel import coordination
 
 SIGNS = "tvq_pod/signs_of_life/"
 SIGN_SECONDS = 5.0  # between two signs of life
-LINGER_SECONDS = 3.0  # when one process is gone jax ends the others, before they say what they waited for
+LINGER_SECONDS = 3.0  # when a process has ended, jax ends the others before they can say what they waited for
 
 _here = threading.local()  # .running: whether this thread has a deadline
 _signs_given, _last_sign = 0, 0.0
@@ -26,11 +26,12 @@ _wait_seconds = 1800
 
 
 class Deadline(contextlib.AbstractContextManager):
-    """Ends the process if the block has not ended in time. Of nested deadlines in a thread, the outermost counts."""
+    """Ends the process if the block has not ended in time. Of nested deadlines in a thread, only the outermost
+    counts."""
 
     def __init__(self, what: str, seconds: float, setting: str, of_first: bool = False):
-        """what: the line says that it did not end. setting: where the time comes from, as NAME=VALUE. of_first: time
-        counts from the last sign of life (`still_working`) of process 0, which may have much to do."""
+        """what: what has to end, for the message. setting: where the time comes from, as NAME=VALUE. of_first: whether
+        time counts from the last sign of life (`still_working`) of process 0, whose work may take long."""
         self._what, self._seconds, self._setting, self._of_first = what, seconds, setting, of_first
         self._done = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -54,7 +55,7 @@ class Deadline(contextlib.AbstractContextManager):
                 thread.join(timeout=10.0)
 
     def renew(self) -> None:
-        """The time begins again."""
+        """Restarts the time."""
         self._ends_at = time.monotonic() + self._seconds
 
     def _start(self, function) -> None:
@@ -67,7 +68,8 @@ class Deadline(contextlib.AbstractContextManager):
                 self._end()
 
     def _listen(self) -> None:
-        """In a thread of its own: process 0 may be frozen, and then this hangs as well."""
+        """Renews the deadline with each sign of life. It runs in its own thread, since it hangs if process 0 is
+        frozen."""
         known = None
         while not self._done.wait(min(SIGN_SECONDS, self._seconds / 4)):
             signs = _signs()
@@ -86,20 +88,20 @@ class Deadline(contextlib.AbstractContextManager):
 
 
 def set_wait_timeout(seconds: int) -> None:
-    """--wait_timeout_seconds, for `waiting`."""
+    """Sets --wait_timeout_seconds, for `waiting`."""
     global _wait_seconds
     _wait_seconds = seconds
 
 
 def waiting(what: str, of_first: bool = False) -> contextlib.AbstractContextManager[Deadline]:
-    """A deadline of --wait_timeout_seconds for a block in which processes wait for each other. In a job of one process
-    nobody waits, and there is none."""
+    """Returns a deadline of --wait_timeout_seconds for a block in which processes wait for each other. A job of one
+    process has no such deadline."""
     deadline = Deadline(what, _wait_seconds, f"--wait_timeout_seconds={_wait_seconds}", of_first)
     return deadline if jax.process_count() > 1 else contextlib.nullcontext(deadline)
 
 
 def still_working() -> None:
-    """Process 0 says that what the others wait for makes progress. May be called as often as one likes."""
+    """Signals from process 0 that the work that the others wait for makes progress. It can be called often."""
     global _signs_given, _last_sign
     if _signs_given and time.monotonic() < _last_sign + min(SIGN_SECONDS, _wait_seconds / 4):
         return
@@ -110,10 +112,10 @@ def still_working() -> None:
 
 
 def _signs() -> str | int:
-    """How many signs of life process 0 has given, as far as this process knows."""
+    """Returns the number of signs of life that process 0 has given, as far as this process knows."""
     client = coordination.client()
     if client is None or coordination.process_index() == 0:
         return _signs_given
-    with contextlib.suppress(Exception):  # process 0 is gone, or out of reach: then there is no new one
+    with contextlib.suppress(Exception):  # process 0 has ended or is out of reach: no new sign
         return dict(client.key_value_dir_get(SIGNS)).get(f"{SIGNS}0", "")
     return ""

@@ -1,6 +1,6 @@
-"""Several processes, one program: how they join, and how one of them acts for all.
+"""Several processes of one program: joining them, and letting one act for all.
 
-Every process runs the same code and holds its devices' part of the global arrays. Files are written by process 0.
+Every process runs the same code and holds its devices' part of the global arrays. Process 0 writes the files.
 """
 
 import os
@@ -30,12 +30,13 @@ def join(
     join_timeout_seconds: int = 300,
     wait_timeout_seconds: int = 1800,
 ) -> None:
-    """Joins the other processes of the job, before anything else is asked of jax; alone, if nothing is given.
+    """Joins the other processes of the job, before any other call to jax; stays alone if nothing is given.
 
-    multihost: Cloud TPU, Slurm or Open MPI say who the others are. peer_timeout_seconds: a process that was not heard
-    of for so long is dead, and jax ends all others, with a message and SIGABRT. Raises UserError if the job can't be
-    joined, and after join_timeout_seconds ends the process: one that went on by itself would be one of many, each
-    training and writing alone. wait_timeout_seconds: how long a process then waits for the others (see `waiting`).
+    multihost: whether Cloud TPU, Slurm or Open MPI tell which the others are. peer_timeout_seconds: a process that has
+    not been heard of for this long is dead, and jax ends all others, with a message and SIGABRT. Raises UserError if
+    the job can't be joined, and ends the process after join_timeout_seconds: a process that continued alone would be
+    one of many, each training and writing by itself. wait_timeout_seconds: how long a process waits for the others
+    after joining (see `waiting`).
     """
     deadlines.set_wait_timeout(wait_timeout_seconds)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from preemption.py
@@ -44,7 +45,7 @@ def join(
     if multihost:
         if len(missing) < 3:
             raise UserError(
-                "--multihost: finds the other processes by itself; leave --coordinator_address and others out"
+                "--multihost: finds the other processes by itself; leave out --coordinator_address and the others"
             )
         how = "--multihost"
     else:
@@ -57,13 +58,13 @@ def join(
         how = f"--coordinator_address={coordinator_address}"
         if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\s]+):[0-9]{1,5}", coordinator_address):
             raise UserError(f"{how}: must be HOST:PORT of process 0")
-    # jax itself would wait as long and then abort, with a page of C++.
+    # jax itself would wait equally long and then abort with a page of C++.
     alarm = threading.Timer(join_timeout_seconds, _end_alone, [how, join_timeout_seconds])
     alarm.daemon = True
     alarm.start()
     try:
         jax.distributed.initialize(
-            coordinator_address,  # this and the next two are None with multihost
+            coordinator_address,  # this and the next two arguments are None with multihost
             num_processes,
             process_id,
             heartbeat_timeout_seconds=peer_timeout_seconds,
@@ -71,43 +72,43 @@ def join(
         )
         if jax.process_index():
             silence()
-        jax.devices()  # meets the others
-        all_agree(True)  # and sets up what collectives need: later, one may wait for longer than that may take
+        jax.devices()  # connects to the others
+        all_agree(True)  # sets up collectives now: later, a process may wait for longer than the setup allows
     except (RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())[:200]
-        raise UserError(f"{how}: this process could not join the others ({said}); all must be started") from error
+        raise UserError(f"{how}: this process could not join the others ({said}); start all of them") from error
     finally:
         alarm.cancel()
 
 
 def _end_alone(how: str, seconds: int) -> None:
     tell(
-        f"error: {how}: this process could not join the others within --join_timeout_seconds={seconds}; all must be "
-        "started, and reach process 0 there"
+        f"error: {how}: this process could not join the others within --join_timeout_seconds={seconds}; start all of "
+        "them where they can reach process 0"
     )
     os._exit(1)
 
 
 def check_slices(slices: int) -> None:
-    """Raises UserError if the environment speaks of another number of slices than the config: variables that an earlier
-    job left behind would have this one wait for slices that do not exist."""
+    """Raises UserError if the environment has another number of slices than the config: variables left by an earlier
+    job would make this one wait for slices that do not exist."""
     there = os.environ.get("MEGASCALE_NUM_SLICES", "")
     left = sorted(name for name in os.environ if name.startswith("MEGASCALE_"))
     if left and there != str(slices):
         give = f"give config.mesh.slices={there}, or " if there.isdecimal() and int(there) else ""
         raise UserError(
-            f"config.mesh.slices={slices}: contradicts MEGASCALE_NUM_SLICES={there} of the environment; "
+            f"config.mesh.slices={slices}: contradicts MEGASCALE_NUM_SLICES={there} in the environment; "
             f"{give}unset {', '.join(left)}"
         )
 
 
 def is_process_zero() -> bool:
-    """Whether this is process 0, which writes."""
+    """Returns whether this is process 0, which writes files."""
     return jax.process_index() == 0
 
 
 def from_process_zero(value: int) -> int:
-    """Process 0's value, on all of them: files may look different from host to host."""
+    """Returns process 0's value on all processes: files may look different on other hosts."""
     if jax.process_count() == 1:
         return value
     with waiting("a decision of process 0"):
@@ -115,17 +116,17 @@ def from_process_zero(value: int) -> int:
 
 
 def decided_by_process_zero(value: bool) -> bool:
-    """Process 0's value, on all of them."""
+    """Returns process 0's value on all processes."""
     return bool(from_process_zero(int(value)))
 
 
 def text_from_process_zero(text: str) -> str:
-    """Process 0's text, on all of them."""
+    """Returns process 0's text on all processes."""
     return bytes_from_process_zero(text.encode()).decode()
 
 
 def bytes_from_process_zero(content: bytes) -> bytes:
-    """Process 0's bytes, on all of them."""
+    """Returns process 0's bytes on all processes."""
     if jax.process_count() == 1:
         return content
     with waiting("a message of process 0"):
@@ -136,7 +137,7 @@ def bytes_from_process_zero(content: bytes) -> bytes:
 
 
 def all_agree(value: bool) -> bool:
-    """Whether it is True on all processes."""
+    """Returns whether the value is True on all processes."""
     if jax.process_count() == 1:
         return value
     with waiting("an agreement of all processes"):
@@ -144,12 +145,13 @@ def all_agree(value: bool) -> bool:
 
 
 def on_process_zero(function: Callable[[], object]) -> None:
-    """Calls function on process 0, while the others wait. Raises what it raised there, and UserError on the others.
+    """Calls function on process 0, while the others wait. If it raises, raises the same there, and UserError on the
+    others.
 
-    What may take longer than --wait_timeout_seconds calls `still_working` as it gets on.
+    A function that may take longer than --wait_timeout_seconds calls `still_working` as it progresses.
     """
     error = None
-    with waiting("what process 0 does for all", of_first=True):
+    with waiting("the work of process 0", of_first=True):
         if is_process_zero():
             try:
                 function()
@@ -163,23 +165,23 @@ def on_process_zero(function: Callable[[], object]) -> None:
 
 
 class Votes:
-    """What all processes must know at the same step, though it happens to one: asked and answered on the devices, so
-    that no process ever waits for the network between steps.
+    """Votes, by which all processes learn at the same step what happened to one of them. They are counted on the
+    devices, so that no process ever waits for the network between steps.
 
-    A vote that is cast before a step is dispatched is known to all once the step before it is done.
+    A vote that is cast before a step is dispatched is known to all once the previous step is done.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh, names: tuple[str, ...]):
-        """names: of the votes."""
+        """names: the names of the votes."""
         self._names, self._alone = names, jax.process_count() == 1
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._count = jax.jit(lambda votes: jnp.sum(votes, axis=0), out_shardings=replicated(mesh))
         self._shape = (mesh.size, len(names))
-        self._arrays = {}  # by vote: as long as nothing happens, the same array is counted again
+        self._arrays = {}  # by votes: as long as nothing happens, the same array is counted again
         self._counted = None
 
     def cast(self, **votes: bool) -> None:
-        """This process's votes, one for each name. All processes must call it in turn with `result`."""
+        """Casts this process's votes, one for each name. All processes must call it alternately with `result`."""
         row = tuple(votes[name] for name in self._names)
         if self._alone:
             self._counted = np.array(row)

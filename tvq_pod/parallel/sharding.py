@@ -1,4 +1,4 @@
-"""The one table from logical axis names, which nn gives to parameters, states and activations, to mesh axes."""
+"""The mapping from logical axis names, which nn gives to parameters, states and activations, to mesh axes."""
 
 import functools
 import itertools
@@ -11,8 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tvq_pod.nn.axes import Placement
 from tvq_pod.parallel.deadlines import waiting
 
-# A name that maps to () is not split. An axis whose size doesn't divide, and one that meets a mesh axis taken by an
-# axis before it, is not split either: with several heads the heads are, with one head the width of its values.
+# A name that maps to () is not split. An axis whose size doesn't divide, or whose mesh axis is taken by an earlier
+# axis, is not split either: with several heads the heads are split, with one head the width of its values.
 RULES: dict[str, tuple[str, ...]] = dict(
     batch=("slice", "data", "data_inner"),
     heads=("model",),
@@ -23,21 +23,20 @@ RULES: dict[str, tuple[str, ...]] = dict(
     cached_codes=("sequence",),
     tokens=("sequence",),  # of an update
     blocks=("sequence",),
-    shards=("sequence",),  # what there is one of for each device's blocks
+    shards=("sequence",),  # one entry for each device's blocks
     **dict.fromkeys(("layers", "token", "residual", "embed", "key", "shared_value", "codes", "window"), ()),
 )
-# What parameters and optimizer state are spread over too, FSDP style; the layers gather them for use.
+# Parameters and optimizer state are also split over these, as in FSDP; the layers gather them for use.
 STORAGE = ("data", "data_inner", "sequence")
-ROWS, LANES = 16, 128  # a TPU's tile of bfloat16: of the last axis but one, and of the last
+ROWS, LANES = 16, 128  # a TPU's tile of bfloat16: the last axis but one, and the last
 
 BATCH_AXES = ("batch", "tokens")
 
 
 def spec_of(names: tuple, shape: tuple[int, ...], mesh: Mesh, stages: int | None = 0) -> PartitionSpec:
-    """Where an array lies whose axes have these logical names. Raises KeyError on a name that RULES lacks.
+    """Returns the spec of an array whose axes have these logical names. Raises KeyError on a name that RULES lacks.
 
-    stages: of a parameter, along how many of the mesh axes that it is stored over it is split too; None: along all.
-    See `_stored`.
+    stages: for a parameter, the number of its storage axes over which it is split, too; None: all. See `_stored`.
     """
     spec: list[tuple[str, ...]] = [()] * len(shape)
     taken: set[str] = set()
@@ -55,9 +54,9 @@ def spec_of(names: tuple, shape: tuple[int, ...], mesh: Mesh, stages: int | None
 
 
 def _stored(names: tuple, left: list[int], mesh: Mesh) -> tuple[int, tuple[str, ...]]:
-    """Which axis of a parameter is split for storage, and over which of STORAGE: over the most devices that divide an
-    axis, and then along the first axis that leaves each device whole tiles, so that it is gathered without a copy, or
-    else along the longest. left: the axes' sizes on each device."""
+    """Returns the axis of a parameter that is split for storage, and the axes of STORAGE that it is split over: the
+    most devices that divide an axis, and then the first axis that leaves each device complete tiles, so that it is
+    gathered without a copy, or else the longest. left: the axes' sizes on each device."""
     choices = [axes for n in range(len(STORAGE), 0, -1) for axes in itertools.combinations(STORAGE, n)]
     for storage in sorted(choices, key=lambda axes: -math.prod(mesh.shape[n] for n in axes)):
         n_parts = math.prod(mesh.shape[n] for n in storage)
@@ -75,19 +74,19 @@ def _tile(axis: int, n_axes: int) -> int:
 
 
 def sharding_of(names: tuple, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """See `spec_of`."""
+    """Returns the sharding with the spec of `spec_of`."""
     return NamedSharding(mesh, spec_of(names, shape, mesh))
 
 
 def shardings_of(axes, shapes, mesh: Mesh):
-    """`sharding_of` over two trees: tuples of names, and arrays or ShapeDtypeStructs."""
+    """Maps `sharding_of` over two trees: tuples of names, and arrays or ShapeDtypeStructs."""
     return jax.tree.map(lambda names, x: sharding_of(names, x.shape, mesh), axes, shapes, is_leaf=_is_names)
 
 
 def param_shardings(boxed_params, mesh: Mesh, fsdp: bool):
-    """Shardings of parameters that are still in the boxes with their axes' names (flax's LogicallyPartitioned).
+    """Returns the shardings of parameters that are still in boxes with their axes' names (flax's LogicallyPartitioned).
 
-    fsdp: spread over STORAGE what has an "embed" axis; vectors and codebooks are not worth it.
+    fsdp: whether parameters with an "embed" axis are split over STORAGE; vectors and codebooks are too small for that.
     """
 
     def sharding(box):
@@ -98,17 +97,17 @@ def param_shardings(boxed_params, mesh: Mesh, fsdp: bool):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of arrays [B, T]: rows over slices and data, tokens over sequence."""
+    """Returns the sharding of arrays [B, T]: rows over slices and data, tokens over sequence."""
     return NamedSharding(mesh, PartitionSpec(*(RULES[name] for name in BATCH_AXES)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device has all of it."""
+    """Returns the sharding of an array that every device holds completely."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def on_one_device(params, mesh: Mesh):
-    """Parameters, whole, on this process's first device: the processes gather them together."""
+    """Returns complete parameters on this process's first device. All processes gather them together."""
     if jax.process_count() == 1:
         return jax.device_put(params, jax.local_devices()[0])
     with waiting("gathering the parameters"):
@@ -117,7 +116,7 @@ def on_one_device(params, mesh: Mesh):
 
 
 class OnMesh(Placement):
-    """Arrays lie on a mesh, by RULES."""
+    """The placement of arrays on a mesh, by RULES."""
 
     def __init__(self, mesh: Mesh, fsdp: bool):
         self._mesh, self._fsdp = mesh, fsdp
@@ -179,7 +178,7 @@ class OnMesh(Placement):
 
 
 def _mesh_axes(spec: PartitionSpec) -> set[str]:
-    """Those that some axis of an array is split over."""
+    """Returns the mesh axes that some axis of an array is split over."""
     return {axis for axes in spec for axis in ((axes,) if isinstance(axes, str) else axes or ())}
 
 

@@ -1,8 +1,8 @@
-"""Norms layer by layer: of gradients, of weights, and how far a step moves the weights.
+"""Norms by layer, of gradients and weights, and how far a step moves the weights.
 
-The compiled step computes them every `config.train.detail_every_steps` steps, in a branch of its own. Other steps do
-not pay for them: what the branch reads is there anyway, and it makes the optimizer's updates a second time rather than
-have every step keep them. With the branch the compiler may round some numbers of a step in another way.
+The compiled step computes them every `config.train.detail_every_steps` steps, in a separate branch. They cost other
+steps nothing: the branch only reads arrays that exist anyway, and it computes the optimizer's updates a second time
+instead of having every step keep them. With the branch, the compiler may round some numbers of a step differently.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,11 @@ DETAIL = "detail"  # the metric's name
 
 
 def detail(grads: dict, params: dict, updates: dict) -> dict[str, jax.Array]:
-    """grad_norm_NAME, param_norm_NAME and update_ratio_NAME, float32, for each NAME of the parameters' tree: [n_layer]
-    for `layers`, and a scalar for others, such as the embedding.
+    """Returns grad_norm_NAME, param_norm_NAME and update_ratio_NAME, float32, for each NAME of the parameters' tree:
+    [n_layer] for `layers`, and a scalar for others, such as the embedding.
 
-    grads: before clipping. params: before the step. updates: what the step adds to them, learning rate and weight decay
-    included; update_ratio is the norm of that over the norm of params. Codebooks, which have no gradient, are left out.
+    grads: before clipping. params: before the step. updates: what the step adds to params, including learning rate and
+    weight decay; update_ratio is their norm over the norm of params. Codebooks, which have no gradient, are left out.
     """
     of_grads, of_params, of_updates = (_norms(tree) for tree in (grads, params, updates))
     ratios = {name: of_updates[name] / jnp.maximum(norm, 1e-30) for name, norm in of_params.items()}
@@ -31,8 +31,8 @@ def detail(grads: dict, params: dict, updates: dict) -> dict[str, jax.Array]:
 
 
 def at_some_steps(step: jax.Array, every_steps: int, compute: Callable[[], dict[str, jax.Array]]) -> dict[str, Any]:
-    """What `compute` returns, as the metric `detail`, if `step` is a multiple of every_steps; else zeros. Nothing if
-    every_steps is 0."""
+    """Returns the result of `compute` as the metric `detail` if `step` is a multiple of every_steps, otherwise zeros.
+    If every_steps is 0, there is no such metric."""
     if not every_steps:
         return {}
     shapes = jax.eval_shape(compute)

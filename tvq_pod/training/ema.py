@@ -1,21 +1,22 @@
 """The moving average of the weights that evaluations and samples use (config.train.ema_decay).
 
-It is part of the train state and of the checkpoints, float32, a tree like the parameters, and lies on the mesh as they
-do. With w_t the parameters after step t and d = config.train.ema_decay,
+It is part of the train state and of the checkpoints, float32, a tree like the parameters, and sharded like them. With
+w_t the parameters after step t and d = config.train.ema_decay,
 
     a_t = d_t a_(t - 1) + (1 - d_t) w_t,    d_t = min(d, (1 + t) / (10 + t))
 
-so an average never spans much more than the last tenth of a run, and the random weights of its beginning are soon gone.
-(The limit is that of tf.train.ExponentialMovingAverage.)
+so an average never spans much more than the last tenth of a run, and the random initial weights soon drop out. (The
+limit is that of tf.train.ExponentialMovingAverage.)
 
-Codebooks are averaged too. In training a code is the mean of the keys of the last 1 / (1 - c_gamma) updates or so. It
-is that far behind the weights, and the model has learned with codes that are. Averaged alike, codes and weights stay
-that far apart. The codes of the last step would be ahead of the averaged weights by up to 1 / (1 - d) steps instead.
+Codebooks are averaged too. In training a code is the mean of the keys of about the last 1 / (1 - c_gamma) updates. It
+lags that far behind the weights, and the model has learned with codes that lag. With the same average, codes and
+weights stay that far apart. The codes of the last step would instead be ahead of the averaged weights by up to
+1 / (1 - d) steps.
 
-An average of places alone would leave a code that was revived (see nn/codebook.py) halfway between its old place and
-its new one. So a place is weighted by its count: with N the count and c the place of a code, the average of N c over
-the average of N is the mean of the keys that the code stood for, and a place that no key chose has no weight. This is
-the codebook's own moving average once more, with decay d_t.
+An average of positions alone would leave a code that was revived (see nn/codebook.py) halfway between its old position
+and its new one. So a position is weighted by its count: with N the count and c the position of a code, the average of
+N c over the average of N is the mean of the keys that the code stood for, and a position that no key chose has no
+weight. This is the codebook's own moving average applied again, with decay d_t.
 """
 
 import jax
@@ -25,18 +26,18 @@ from tvq_pod.nn.codebook import ema_update, is_quantizer
 
 
 def start(params: dict) -> dict:
-    """The average that begins with `params`: a copy in float32, for nothing may be in a train state twice."""
+    """Returns the average that begins with `params`: a float32 copy, since no array may be in a train state twice."""
     return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)
 
 
 def decay_after(step: jax.Array, decay: float) -> jax.Array:
-    """d_t of the step that follows `step` (int32) others, float32."""
+    """Returns d_t of the step after `step` (int32) others, float32."""
     t = step.astype(jnp.float32) + 1.0
     return jnp.minimum(decay, (1.0 + t) / (10.0 + t))
 
 
 def moved(average: dict, params: dict, decay: jax.Array) -> dict:
-    """The average after a step that left `params`; decay: d_t."""
+    """Returns the average after a step that resulted in `params`. decay: d_t."""
 
     def of_weight(mean, new):
         return mean + (1.0 - decay) * (new.astype(jnp.float32) - mean)
@@ -51,5 +52,6 @@ def moved(average: dict, params: dict, decay: jax.Array) -> dict:
 
 
 def as_parameters(average: dict, params: dict) -> dict:
-    """The average in the dtypes of `params`, as a model takes it. What has them already is not copied."""
+    """Returns the average in the dtypes of `params`, as a model takes it. Arrays that already have them are not
+    copied."""
     return jax.tree.map(lambda mean, like: mean.astype(like.dtype), average, params)

@@ -1,8 +1,8 @@
-"""The optimizer. For weights: clipping, a direction (of AdamW, Lion, Adafactor, Muon, ...), schedule, weight decay. For
-codebooks: their moving average.
+"""The optimizer. For weights, it has clipping, a direction (of AdamW, Lion, Adafactor, Muon, ...), a schedule and
+weight decay; for codebooks, their moving average.
 
-The definitions are those of Transformer-VQ's own code, where it has them; docs/optimizer.md lists all of them, and what
-differs.
+The definitions follow Transformer-VQ's own code where it has them; docs/optimizer.md lists all of them, and the
+differences.
 """
 
 import math
@@ -22,13 +22,13 @@ from tvq_pod.nn.model import is_stacked, is_vector
 MOMENT_DECAY = 0.8  # the moments of step t (1 at first) keep a share 1 - t ** -MOMENT_DECAY of the past
 MOMENT_EPS = 1e-30  # added to squared gradients
 CLIPPING_THRESHOLD = 1.0  # largest root mean square of one matrix's direction
-LEAST_SCALE = 1e-3  # of a parameter: one that is 0 must be able to move
+LEAST_SCALE = 1e-3  # the least scale of a parameter, so that one that is 0 can move
 LEAST_FACTORED = 128  # a matrix with fewer rows or columns keeps all of its moments
-# Root mean square of Muon's direction of a matrix, once its singular values are 1. AdamW's is about that, so one
-# learning rate does for both (Liu et al., arXiv 2502.16982, section 2.2).
+# Root mean square of Muon's direction of a matrix, once its singular values are 1. AdamW's is about the same, so one
+# learning rate works for both (Liu et al., arXiv 2502.16982, section 2.2).
 MUON_RMS = 0.2
-# Kernels as they lie here, [layers, heads, width, D]: one matrix [heads * width, D] of each layer. Which of the two is
-# called the input makes no difference to the direction.
+# Kernels here are [layers, heads, width, D]: one matrix [heads * width, D] per layer. Which of the two is called the
+# input makes no difference to the direction.
 MUON_AXES = optax.contrib.MuonDimensionNumbers(reduction_axis=(-3, -2), output_axis=-1)
 MATRIX, OTHER = "matrix", "other"
 
@@ -36,7 +36,7 @@ MATRIX, OTHER = "matrix", "other"
 def schedule(settings: OptimizerSettings, num_steps: int) -> optax.Schedule:
     """Returns the function step -> share of the learning rate, 0 .. 1.
 
-    The share is step / warmup_steps during the warm-up, so the first step moves nothing. Then, by settings.schedule:
+    The share is step / warmup_steps during warm-up, so the first step moves nothing. Then, by settings.schedule:
 
     - cosine, linear: it falls as a cosine or a line to `final_fraction` at the schedule's end, and stays there;
     - wsd: it is 1, and falls as a line in the `decay_steps` before the schedule's end, and stays there;
@@ -84,16 +84,16 @@ def make_optimizer(
         w - s a direction(g) - weight_decay w
 
     Neither the direction, the learning rate nor the schedule scales the decay. Vectors (gains, biases, scales) are not
-    decayed. Codebooks follow their moving average, of decay c_gamma, and are revived below a share c_revive of the
-    mean count (see nn/codebook.py). Neither the clipping's norm nor anything else of the weights' chain sees them.
+    decayed. Codebooks follow their moving average, with decay c_gamma, and are revived below a share c_revive of the
+    mean count (see nn/codebook.py). Neither the clipping's norm nor anything else in the weights' chain sees them.
 
-    Only the weights' chain has a state, so it alone is the state here, with a `MaskedNode` at each codebook leaf. That
-    is the form that checkpoints have had since before the codebooks' average was part of the transformation.
+    Only the weights' chain has a state, so its state is the state here, with a `MaskedNode` at each codebook leaf.
+    Checkpoints had this form before the codebooks' average became part of the transformation.
     """
     both = optax.multi_transform(
         {WEIGHTS: _weights_chain(settings, num_steps), CODEBOOK: codebook_average(c_gamma, c_revive)}, optimizer_labels
     )
-    no_state = optax.MaskedState(inner_state=optax.EmptyState())  # of the codebooks
+    no_state = optax.MaskedState(inner_state=optax.EmptyState())  # for the codebooks
 
     def init(params):
         return cast(optax.PartitionState, both.init(params)).inner_states[WEIGHTS]
@@ -101,7 +101,7 @@ def make_optimizer(
     def update(updates, state, params=None):
         states = optax.PartitionState({WEIGHTS: state, CODEBOOK: no_state})
         updates, states = both.update(updates, states, params)
-        # rounded before they are added, as runs of bfloat16 parameters have always been
+        # rounded before they are added, as in all earlier runs with bfloat16 parameters
         updates = jax.tree.map(lambda update, param: update.astype(param.dtype), updates, params)
         return updates, cast(optax.PartitionState, states).inner_states[WEIGHTS]
 
@@ -115,8 +115,8 @@ def with_schedule_of(started: optax.OptState, state: optax.OptState) -> optax.Op
 
 
 def steps_of_schedule(state: optax.OptState) -> jax.Array:
-    """Returns how many steps of the learning-rate schedule are done, int32, of a state of `make_optimizer`: those that
-    were applied. A bad step is none of them."""
+    """Returns the number of steps of the learning-rate schedule that were applied, int32, from a state of
+    `make_optimizer`. Bad steps do not count."""
     *_, scheduled = cast(optax.MaskedState, state).inner_state
     return jnp.asarray(cast(optax.ScaleByScheduleState, scheduled).count)
 
@@ -134,7 +134,7 @@ def _weights_chain(settings: OptimizerSettings, num_steps: int) -> optax.Gradien
     }
     scheduled = optax.scale_by_learning_rate(schedule(settings, num_steps))
     decayed = optax.add_decayed_weights(-settings.weight_decay, mask=_mask(lambda path: not is_vector(path)))
-    # Checkpoints have this chain's states by number: each number keeps its place, and `nothing` holds one.
+    # Checkpoints store this chain's states by index, so `nothing` is a placeholder that keeps the indices.
     nothing = optax.identity()
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else nothing,
@@ -146,7 +146,7 @@ def _weights_chain(settings: OptimizerSettings, num_steps: int) -> optax.Gradien
 
 
 def _followed(first: optax.GradientTransformation, then: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns both, one after the other, with the state of the first; the second must have none."""
+    """Returns both transformations, one after the other, with the state of the first; the second must have none."""
 
     def update(updates, state, params=None):
         assert params is not None
@@ -165,15 +165,15 @@ def _mask(keep):
 
 def scale_by_muon(settings: OptimizerSettings) -> optax.GradientTransformation:
     """Returns Muon's direction (Jordan et al., https://kellerjordan.github.io/posts/muon) for the kernels of the
-    layers, and Adam's for all else: the embedding, the output matrix, vectors.
+    layers, and Adam's for everything else: the embedding, the output matrix, vectors.
 
     With m the momentum of the gradient, in Nesterov's form, U S V^T its singular value decomposition, and R, C the rows
     and columns of a kernel of one layer, taken as a matrix [heads * width, D], the direction is
 
         MUON_RMS sqrt(max(R, C)) U S' V^T
 
-    S' is what five Newton-Schulz iterations make of S: singular values between about 0.7 and 1.2. Momentum and moments
-    have the shapes of their parameters, float32, so they lie on the mesh as those do.
+    S' is the result of five Newton-Schulz iterations on S: singular values between about 0.7 and 1.2. Momentum and
+    moments have the shapes of their parameters, float32, so they are sharded like them.
     """
     matrices = optax.chain(
         optax.contrib.scale_by_muon(
@@ -204,16 +204,16 @@ def _is_kernel(path: tuple) -> bool:
 
 
 class Factors(NamedTuple):
-    """Moving averages of a matrix's squared gradients, float32: rows, means over its last axis; columns, means over its
-    other axes. Those of stacked layers have a leading axis of n_layer."""
+    """Moving averages of a matrix's squared gradients, float32. rows: means over its last axis. columns: means over its
+    other axes. For stacked layers, both have a leading axis of n_layer."""
 
     rows: jax.Array
     columns: jax.Array
 
 
 class AdafactorState(flax.struct.PyTreeNode):
-    """count: int32 scalar, the number of updates. moments: a tree like the parameters, with `Factors` for large
-    matrices and a float32 array of the parameter's shape for other leaves."""
+    """Adafactor's state. count: int32 scalar, the number of updates. moments: a tree like the parameters, with
+    `Factors` for large matrices and a float32 array of the parameter's shape for other leaves."""
 
     count: jax.Array
     moments: optax.Updates
@@ -222,12 +222,12 @@ class AdafactorState(flax.struct.PyTreeNode):
 def scale_by_adafactor(multiply_by_parameter_scale: bool) -> optax.GradientTransformation:
     """Returns Adafactor's direction (Shazeer & Stern, arXiv 1804.04235), without momentum.
 
-    It is what optax.adafactor does, but for parameters as they lie here. Layers are stacked along a leading axis; each
-    layer has its own moments, clipping and scale, as if it were an array of its own. A kernel [H, width, D] counts as
-    one matrix [H * width, D], whatever its heads; nothing is reshaped, so every array stays where it lies on the mesh.
+    It does what optax.adafactor does, but for the layout of parameters here. Layers are stacked along a leading axis;
+    each layer has its own moments, clipping and scale, as if it were a separate array. A kernel [H, width, D] counts as
+    one matrix [H * width, D] for any number of heads; nothing is reshaped, so every array keeps its sharding.
 
-    multiply_by_parameter_scale: a step is relative to the root mean square of the parameter (of one layer), as in the
-    paper. Otherwise it is absolute.
+    multiply_by_parameter_scale: whether a step is relative to the root mean square of the parameter (of one layer), as
+    in the paper. Otherwise it is absolute.
     """
 
     def init(params):
@@ -269,12 +269,12 @@ def scale_by_adafactor(multiply_by_parameter_scale: bool) -> optax.GradientTrans
         updates = jax.tree_util.tree_map_with_path(direction, updates, moments, params)
         return updates, AdafactorState(count, moments)
 
-    # optax's types know states that are tuples or arrays; any pytree will do
+    # optax's types only allow states that are tuples or arrays, but any pytree works.
     return optax.GradientTransformation(cast(optax.TransformInitFn, init), cast(optax.TransformUpdateFn, update))
 
 
 def _own_axes(path: tuple, x) -> tuple[int, ...]:
-    """The axes of one layer's parameter: all but that of the layers."""
+    """Returns the axes of one layer's parameter: all but the axis of layers."""
     return tuple(range(1 if is_stacked(path) else 0, x.ndim))
 
 

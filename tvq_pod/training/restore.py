@@ -1,4 +1,4 @@
-"""The state that training resumes with: that of a checkpoint, or of the seed."""
+"""The state that training begins or resumes with: from a checkpoint, from the seed, or from another run."""
 
 import jax
 
@@ -24,10 +24,10 @@ def state_at(
     mesh: jax.sharding.Mesh,
     warm: WarmStart | None = None,
 ) -> TrainState:
-    """The state of the checkpoint `step`, or for None the first one: that of the seed, or of a warm start. schedule:
-    from there on; where it begins with other streams, they have read nothing.
+    """Returns the state of the checkpoint `step`, or for None the first state: that of the seed, or of a warm start.
+    schedule: the data schedule from there on; if it begins with other streams, they have read nothing.
 
-    Raises UserError if the run's log speaks of other tokens up to there than the checkpoint has consumed.
+    Raises UserError if the run's log has another digest of the tokens up to `step` than the checkpoint.
     """
     if step is None:
         if warm is None:
@@ -46,13 +46,13 @@ def state_at(
         if data := schedule.now.data:
             say(f"other data is read from step {step} on: fingerprint {data[:16]}")
     workdir = checkpoints.path.parent
-    # A run that went back, and logged this step again, may be brought back to the checkpoint of before.
+    # A run that went back and logged this step again may be set back to the earlier checkpoint, so any line counts.
     logged = [line.get("digest") for line in all_lines(workdir) if (line["split"], line["step"]) == ("train", step)]
     found = digest.as_text(jax.device_get(state.digest))
     if decided_by_process_zero(bool(logged) and not {None, found} & set(logged)):
         raise UserError(
-            f"--workdir={workdir}: metrics.jsonl has digest {logged[-1]} of the tokens up to step {step}, "
-            f"its checkpoint {found}; they are not of one run, or that line is damaged: then delete it"
+            f"--workdir={workdir}: metrics.jsonl has digest {logged[-1]} of the tokens up to step {step}, but the "
+            f"checkpoint has {found}; they are not from the same run, or that line is damaged and must be deleted"
         )
     say(f"resumes from step {step} in {checkpoints.path}")
     return state
@@ -61,20 +61,20 @@ def state_at(
 def _with_average(
     state: TrainState, abstract: TrainState, step: int, checkpoints: Checkpoints, settings: Settings
 ) -> TrainState:
-    """The state with the average of its weights that the settings ask for, and without one if they ask for none. Says
+    """Returns the state with the moving average of its weights if the settings ask for one, otherwise without. Prints
     what differs from the checkpoint."""
     decay, has_one = settings.train.ema_decay, checkpoints.has_ema(step)
     if has_one and not decay:
         say(f"config.train.ema_decay=0.0: the moving average of the weights in checkpoint {step} is dropped")
     if has_one or not decay:
         return state
-    say(f"config.train.ema_decay={decay}: checkpoint {step} has no moving average of the weights; it starts at them")
+    say(f"config.train.ema_decay={decay}: checkpoint {step} has no moving average; it starts from the weights")
     shardings = jax.tree.map(lambda x: x.sharding, abstract.ema)
     return state.replace(ema=jax.jit(ema.start, out_shardings=shardings)(state.params))
 
 
 def describe_state(state: TrainState, mesh: jax.sharding.Mesh) -> None:
-    """Says how large the model is, and on what it trains."""
+    """Prints the size of the model, and the devices that it trains on."""
     n_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     kind = mesh.devices.flat[0].device_kind
     say(f"{n_params:,} parameters on {mesh.size} {kind} device(s), mesh {sizes(mesh)}")

@@ -1,6 +1,6 @@
-"""What training carries from step to step, where it lies on the mesh, and the one function that advances it.
+"""The state of training, its sharding over the mesh, and the one function that advances it.
 
-`step` counts updates that have been applied: a state with step n has consumed updates 0 .. n - 1 of every stream.
+`step` counts updates that have been consumed: a state with step n has consumed updates 0 .. n - 1 of every stream.
 """
 
 import dataclasses
@@ -38,9 +38,9 @@ from tvq_pod.training.optimizer import make_optimizer, schedule, steps_of_schedu
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """step: int32 scalar. params: the model's, codebooks included. opt_state: the optimizer's.
+    """The state of training. step: int32 scalar. params: the model's, including codebooks. opt_state: the optimizer's.
     recurrent: the state of every layer for all B streams (see Transformer.initial_state).
-    bad_steps: what is known of the steps before (see bad_steps.start). digest: of all tokens consumed, uint32 [2].
+    bad_steps: statistics of earlier steps (see bad_steps.start). digest: of all tokens consumed, uint32 [2].
     ema: the moving average of params, float32 (see ema.py); None if the run keeps none."""
 
     step: jax.Array
@@ -53,7 +53,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def initial_params(settings: Settings):
-    """Parameters drawn from the seed, in boxes that carry the logical names of their axes."""
+    """Returns parameters drawn from the seed, in boxes with the logical names of their axes."""
     config = settings.model.replace(is_train=False)
     state = Transformer.initial_state(config, 1)
     tokens = jnp.zeros((1, config.block_len), jnp.int32)
@@ -61,7 +61,7 @@ def initial_params(settings: Settings):
 
 
 def initial_train_state(settings: Settings) -> TrainState:
-    """The state before the first step."""
+    """Returns the state before the first step."""
     return _train_state_of(nn.meta.unbox(initial_params(settings)), settings)
 
 
@@ -83,15 +83,15 @@ def _optimizer_of(settings: Settings) -> optax.GradientTransformation:
 
 
 def initial_recurrent(settings: Settings) -> dict:
-    """The state of streams that have read nothing."""
+    """Returns the recurrent state of streams that have read nothing."""
     return Transformer.initial_state(settings.model, settings.train.batch_size)
 
 
-@functools.lru_cache(maxsize=4)  # the model is traced for it, which takes seconds
+@functools.lru_cache(maxsize=4)  # it traces the model, which takes seconds
 def abstract_train_state(settings: Settings, mesh: jax.sharding.Mesh) -> TrainState:
-    """The train state as ShapeDtypeStructs with shardings: nothing is computed or held.
+    """Returns the train state as ShapeDtypeStructs with shardings, without computing or allocating anything.
 
-    An optimizer's array that has the shape of its parameter lies as that parameter does; others are replicated.
+    An optimizer's array with the shape of its parameter is sharded like the parameter; others are replicated.
     """
     boxed = jax.eval_shape(lambda: initial_params(settings))
     shapes = jax.eval_shape(lambda params: _train_state_of(params, settings), nn.meta.unbox(boxed))
@@ -110,7 +110,7 @@ def abstract_train_state(settings: Settings, mesh: jax.sharding.Mesh) -> TrainSt
 
 
 def _like_params(opt_state, params, on_params, everywhere):
-    """Shardings for an optimizer's state: it holds trees with the paths of the parameters."""
+    """Returns shardings for an optimizer's state, which contains trees with the paths of the parameters."""
     by_path = dict(jax.tree_util.tree_leaves_with_path(on_params))
     shape_by_path = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
@@ -124,14 +124,14 @@ def _like_params(opt_state, params, on_params, everywhere):
 
 
 def create_train_state(settings: Settings, mesh: jax.sharding.Mesh) -> TrainState:
-    """The state before the first step, made in place: no host or device ever holds more than its share."""
+    """Returns the state before the first step, made in place: no host or device ever holds more than its share."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_train_state(settings, mesh))
     return jax.jit(lambda: initial_train_state(settings), out_shardings=shardings)()
 
 
 def train_state_with(params: dict, settings: Settings, mesh: jax.sharding.Mesh) -> TrainState:
-    """`create_train_state`, with other parameters in place of those of the seed. params: a tree of arrays as the model
-    has them, codebooks included."""
+    """`create_train_state` with other parameters than the seed's. params: a tree of arrays like the model's, including
+    codebooks."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_train_state(settings, mesh))
     params = jax.device_put(params, shardings.params)
     return jax.jit(lambda params: _train_state_of(params, settings), out_shardings=shardings)(params)
@@ -144,36 +144,36 @@ def create_recurrent(settings: Settings, mesh: jax.sharding.Mesh) -> dict:
 
 
 def weights_in_use(state: TrainState) -> dict:
-    """The parameters that evaluations and samples take: their moving average, in their dtypes, if there is one."""
+    """Returns the parameters for evaluations and samples: their moving average, in their dtypes, if there is one."""
     return state.params if state.ema is None else ema.as_parameters(state.ema, state.params)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-    """A step: (TrainState, batch) -> (TrainState, metrics). The arrays of the TrainState given are deleted.
+    """A step: (TrainState, batch) -> (TrainState, metrics). The arrays of the given TrainState are deleted.
 
     program: the function of a TrainState without its recurrent state, the recurrent state, and a batch. The first is
-    donated: the program overwrites it with what it returns. The recurrent state has to stay as it is until the step is
+    donated: the program overwrites it with its result. The recurrent state has to stay unchanged until the step is
     known to be good. So the next one has its own memory, layers write to it directly, and a good step copies nothing.
-    With config.bad_steps.forget_state nothing needs the state of before, so it is donated too.
+    With config.bad_steps.forget_state, the previous state is not needed, so it is donated too.
     """
 
     program: jax.stages.Wrapped | jax.stages.Compiled
 
     def __call__(self, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        """Returns the next state and metrics, while they are still computed."""
+        """Returns the next state and metrics while they are still being computed."""
         made = self.program(*_split(state), batch)
         for array in jax.tree.leaves(state.recurrent):
             array.delete()  # once the program has read it
         return made
 
     def as_text(self) -> str:
-        """The text of a compiled program."""
+        """Returns the text of a compiled program."""
         assert isinstance(self.program, jax.stages.Compiled)
         return self.program.as_text() or ""
 
     def lower(self, state: TrainState, batch: dict) -> jax.stages.Lowered:
-        """Lowers a program that isn't compiled, for arrays or ShapeDtypeStructs."""
+        """Lowers a program that is not compiled yet, for arrays or ShapeDtypeStructs."""
         assert not isinstance(self.program, jax.stages.Compiled)
         return self.program.lower(*_split(state), batch)
 
@@ -185,10 +185,10 @@ def _split(state: TrainState) -> tuple[TrainState, dict]:
 def make_train_step(settings: Settings, mesh: jax.sharding.Mesh) -> TrainStep:
     """Returns the step, which is compiled when it is first called.
 
-    batch: see `Feed.batches`. metrics: float32 scalars: loss (nats a token, of the predictions alone), l_commit,
+    batch: see `Feed.batches`. metrics: float32 scalars: loss (nats per token, of the predictions alone), l_commit,
     z_loss (if the loss has it: mean of log(Z)^2), grad_norm, learning_rate; those of `code_report` and
-    `revival_report`; n_bad, int32: bad steps in a row, this one included, none of them applied (see bad_steps.py);
-    digest, uint32 [2]; detail, with config.train.detail_every_steps: a dict (see detail.py).
+    `revival_report`; n_bad, int32: the number of bad steps in a row up to this one, which are not applied (see
+    bad_steps.py); digest, uint32 [2]; detail, with config.train.detail_every_steps: a dict (see detail.py).
     """
     optimizer = _optimizer_of(settings)
     share = schedule(settings.optimizer, settings.train.num_steps)
@@ -197,7 +197,7 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh) -> TrainStep:
     forgets, ema_decay = settings.bad_steps.forget_state, settings.train.ema_decay
 
     def train_step(state: TrainState, recurrent: dict, batch: dict):
-        # Masks are a function of (seed, step): a resumed run draws what the run that never stopped would have drawn.
+        # Masks are a function of (seed, step): a resumed run draws the same ones as a run that never stopped.
         key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
         with placed_by(OnMesh(mesh, settings.mesh.fsdp)):
             grads, next_recurrent, metrics = gradients(state.params, recurrent, batch, key)
@@ -226,7 +226,7 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh) -> TrainStep:
             rolled = digest.roll(state.digest, batch)
         metrics |= dict(n_bad=known["n_bad"], digest=rolled)
 
-        def computed_detail():  # the updates are made a second time: see detail.py
+        def computed_detail():  # computes the updates a second time: see detail.py
             again, _ = optimizer.update(grads, state.opt_state, state.params)
             return detail(grads, state.params, cast(dict, again))
 
@@ -244,11 +244,11 @@ def make_train_step(settings: Settings, mesh: jax.sharding.Mesh) -> TrainStep:
 
 
 def make_gradients(settings: Settings):
-    """The function (params, recurrent, batch, key) -> (gradients, next recurrent, dict of loss and l_commit, and of
-    z_loss if config.train.z_loss gives it a weight).
+    """Returns the function (params, recurrent, batch, key) -> (gradients, next recurrent, dict of loss and l_commit,
+    and of z_loss if config.train.z_loss gives it a weight).
 
-    Microbatches are gone through one after the other: each has its part of the rows and of their states, and gradients
-    are added, the codebook's sums among them.
+    Microbatches are processed one after the other: each has its part of the rows and of their states, and gradients,
+    including the codebooks' sums, are added up.
     """
     config = settings.model.replace(is_train=True)
     n_parts, z_weight = settings.train.microbatches, settings.train.z_loss
@@ -286,7 +286,7 @@ def make_gradients(settings: Settings):
                 own, recurrent = of_part(*part)
                 return jax.tree.map(jnp.add, sums, own), recurrent
 
-            # float32, whatever the parameters are: small parts must not be lost in a large sum
+            # Sums are float32 for parameters of any dtype: small parts must not be lost in a large sum.
             zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
             names = ("loss", "l_commit", *(["z_loss"] if z_weight else []))
             zeros = zeros, dict.fromkeys(names, jnp.zeros([]))
@@ -301,7 +301,7 @@ def make_gradients(settings: Settings):
 
 
 def _parts(tree, axis: int, n_parts: int):
-    """Arrays [.., B, ..] -> [A, .., B / A, ..]; part a has the rows b with b % A == a, so devices keep their rows."""
+    """Splits [.., B, ..] into [A, .., B / A, ..]; part a has the rows b with b % A == a, so devices keep their rows."""
 
     def parts(x):
         return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, n_parts, *x.shape[axis + 1 :]), axis + 1, 0)
@@ -310,14 +310,14 @@ def _parts(tree, axis: int, n_parts: int):
 
 
 def codebook_sums(grads: dict) -> list[jax.Array]:
-    """The codebooks' sums, from the gradients' tree."""
+    """Returns the codebooks' sums from the gradients' tree."""
     return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(grads) if is_codebook(path)]
 
 
 def code_report(grads: dict, params: dict) -> dict:
-    """What the codebooks are like, each for every unit: code_perplexity (exp of the entropy of the codes' use in this
-    update, 1 .. S), code_usage (share of codes used in it), dead_codes (share whose moving average is next to nothing),
-    code_count_max (the largest moving average: keys an update)."""
+    """Returns statistics of the codebooks for every unit: code_perplexity (exp of the entropy of the codes' use in this
+    update, 1 .. S), code_usage (share of codes used in it), dead_codes (share whose moving average is almost zero),
+    code_count_max (the largest moving average: keys per update)."""
     used, averages = codebook_counts(grads), codebook_counts(params)
     if used is None or averages is None:
         return {}
@@ -326,8 +326,8 @@ def code_report(grads: dict, params: dict) -> dict:
 
 
 def revival_report(grads: dict, params: dict, config: TransformerConfig) -> dict:
-    """revived_codes, float32 for every unit: how many dead codes this update moves; nothing if none ever is. params:
-    those before the update."""
+    """Returns revived_codes, float32 for every unit: the number of dead codes that this update moves; {} if codes are
+    never revived. params: those before the update."""
     used, averages = codebook_counts(grads), codebook_counts(params)
     if not config.c_revive or used is None or averages is None:
         return {}
@@ -336,20 +336,21 @@ def revival_report(grads: dict, params: dict, config: TransformerConfig) -> dict
 
 
 def grad_norm(grads: dict) -> jax.Array:
-    """The global norm of the weights' gradients, before clipping; the codebook's sums are no gradient and left out."""
+    """Returns the global norm of the weights' gradients, before clipping; the codebooks' sums, which are not gradients,
+    are left out."""
     leaves = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(grads) if not is_codebook(path)]
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in leaves))
 
 
 def abstract_batch(settings: Settings, mesh: jax.sharding.Mesh) -> dict:
-    """A batch as ShapeDtypeStructs, as `Feed.batches` gives it."""
+    """Returns a batch of `Feed.batches` as ShapeDtypeStructs."""
     shape = (settings.train.batch_size, settings.train.update_len)
     dtypes = dict(inputs=np.int32, targets=np.int32, doc_ids=np.int32, loss_mask=np.float32)
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for name, dtype in dtypes.items()}
 
 
 def compiled_train_step(settings: Settings, mesh: jax.sharding.Mesh) -> TrainStep:
-    """`make_train_step`, compiled for the settings' shapes. Says what it takes."""
+    """Returns `make_train_step` compiled for the settings' shapes. Prints the time and memory that it takes."""
     began = time.monotonic()
     abstract = abstract_train_state(settings, mesh), abstract_batch(settings, mesh)
     say(attention_line(settings.model, mesh))
@@ -359,7 +360,7 @@ def compiled_train_step(settings: Settings, mesh: jax.sharding.Mesh) -> TrainSte
 
 
 def _memory(compiled: jax.stages.Compiled) -> str:
-    """What a compiled step takes of a device's memory, in words."""
+    """Returns a description of a compiled step's memory on a device."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return "memory unknown"

@@ -1,22 +1,22 @@
 """A warm start (config.init_from): the first state of a run, with the weights and codebooks of another run.
 
-Everything else is fresh: step 0, streams that have read nothing, the optimizer (but with config.init_optimizer), the
-statistics of bad steps, the digest. The weights are those that the other run's step left, never their moving average:
-that belongs to evaluations, and no step was ever made from it. The run's own average (config.train.ema_decay) starts at
-them.
+Everything else is fresh: step 0, streams that have read nothing, the optimizer (unless config.init_optimizer is set),
+the statistics of bad steps, the digest. The weights are those after the other run's step, never their moving average:
+that is for evaluations, and no step ever started from it. The run's own average (config.train.ema_decay) starts at
+these weights.
 
 The other run's folder is only read, and it may still be training. What was taken is the first entry of `ancestry` in
 the record of every checkpoint of this run, followed by the other run's own ancestry:
 
     run             its folder
-    step            of the checkpoint
+    step            the step of the checkpoint
     fingerprint     of the checkpoint's files: 8 hexadecimal digits, from its manifest
     corpus          fingerprint of the data that it was trained on; "" if it was imported and not trained since
-    layers          how many of its layers were taken
+    layers          the number of its layers that were taken
     optimizer       whether the optimizer's state was taken
 
-The entry of a model that was imported (--mode=import) has the folder that it came in as `run`, the step and corpus that
-it was exported from, and no fingerprint.
+The entry of an imported model (--mode=import) has the folder that it was imported from as `run`, the step and corpus
+that it was exported from, and no fingerprint.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ from tvq_pod.training import ema
 from tvq_pod.training.optimizer import with_schedule_of
 from tvq_pod.training.step import TrainState, abstract_train_state, create_train_state
 
-TRIES = 3  # to read the newest checkpoint of a run that trains, and deletes it meanwhile
+TRIES = 3  # to read the newest checkpoint of a run that is training and may delete it meanwhile
 T = TypeVar("T")
 VOCAB = "config.data.vocab"
 LAYERS = "config.model.n_layer"
@@ -57,13 +57,13 @@ OPTIMIZER = "config.optimizer.name"
 class WarmStart:
     """The checkpoint of another run that this one starts from. All processes call the same methods in the same order.
 
-    Attribute: ancestry, see above.
+    Attribute: ancestry: see above.
     """
 
     def __init__(self, settings: Settings, workdir: epath.Path):
-        """Finds the checkpoint, verifies it, and compares what it belongs to with the settings. Writes nothing.
+        """Finds the checkpoint, verifies it, and compares its record with the settings. Writes nothing.
 
-        Raises UserError if there is none, if it is damaged, or if this run can't start from it.
+        Raises UserError if it does not exist, is damaged, or does not fit this run.
         """
         check_init_from(settings.init_from, str(workdir))
         source = source_of(settings.init_from)
@@ -77,7 +77,8 @@ class WarmStart:
 
     @staticmethod
     def of(settings: Settings, workdir: epath.Path) -> "WarmStart | None":
-        """The warm start of a run that has no checkpoint of its own yet; None for any other run. Raises UserError."""
+        """Returns the warm start of a run that has no checkpoint of its own yet; None for any other run. Raises
+        UserError."""
         if not settings.init_from:
             return None
         if decided_by_process_zero(bool(StepFolders(workdir / "checkpoints").steps())):
@@ -89,11 +90,11 @@ class WarmStart:
         self._reader.close()
 
     def state(self, mesh: jax.sharding.Mesh) -> TrainState:
-        """The first state of the run, on the mesh. Raises UserError if the checkpoint can't be read."""
+        """Returns the first state of the run, on the mesh. Raises UserError if the checkpoint can't be read."""
         fresh = create_train_state(self._settings, mesh)
         if self._is_all:
             for array in jax.tree.leaves((fresh.params, fresh.ema)):
-                array.delete()  # before others are read in their place
+                array.delete()  # before their replacements are read
         state = self._tried(lambda: self._taken(fresh, mesh), again=self._pick)
         what = "weights, codebooks and optimizer" if self._settings.init_optimizer else "weights and codebooks"
         layers = f" of its first {self._n_taken} layers" if self._settings.init_layers else ""
@@ -102,17 +103,17 @@ class WarmStart:
 
     @property
     def _is_all(self) -> bool:
-        """Whether all of the model is taken, and all of the other run's."""
+        """True if both models have equally many layers, and all of them are taken."""
         return self._n_taken == self._n_source == self._settings.model.n_layer
 
     def check_vocab(self, vocab_name: str) -> None:
-        """Raises UserError if the run's vocabulary, which is known now, is not the other run's."""
+        """Raises UserError if the run's vocabulary, which is known by now, is not the other run's."""
         self._vocab_name = vocab_name
         self._check()
 
     def _tried(self, read: Callable[[], T], again: Callable[[], object] = lambda: None) -> T:
-        """What `read` returns. The other run may train, and delete the checkpoint that is being read: then it is tried
-        again, after `again`. Raises UserError on all processes if it fails on one."""
+        """Returns what `read` returns. The other run may be training and delete the checkpoint during the read: then
+        calls `again` and retries. Raises UserError on all processes if it fails on one."""
         error = None
         for n_left in reversed(range(TRIES)):
             there = self._reader.steps_of_process_zero()
@@ -160,7 +161,7 @@ class WarmStart:
             del record[VOCAB]
         if other := differing(record, saved):
             name, value, made_with = other
-            remedy = "give the vocabulary of that run" if name == VOCAB else "give that"
+            remedy = "give that run's vocabulary" if name == VOCAB else "give that"
             raise UserError(f"{name}={value}: {has} was made with {made_with}; {remedy}, or another {NAME}")
         self._check_layers(has)
         if settings.init_optimizer:
@@ -186,14 +187,14 @@ class WarmStart:
         name, there = self._settings.optimizer.name, self._record.get(OPTIMIZER, "no optimizer")
         given = f"config.init_optimizer=True: {has} has the state of"
         if there != name:
-            raise UserError(f"{given} {there}, and {OPTIMIZER}={name}; give that, or leave it out")
+            raise UserError(f"{given} {there}, but {OPTIMIZER}={name}; give that, or leave it out")
         if self._record.get(OPTIMIZER_STATE, "1") != STATE_VERSIONS[name]:
             raise UserError(f"{given} {name} in a form that this version does not read; leave it out")
         if not self._is_all:
-            raise UserError(f"{given} all {self._n_source} layers, and only {self._n_taken} are taken; leave it out")
+            raise UserError(f"{given} all {self._n_source} layers, but only {self._n_taken} are taken; leave it out")
 
     def _taken(self, fresh: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
-        """The state of the seed, with what the checkpoint has in place of its own. Raises UserError."""
+        """Returns the seed's state with what is taken from the checkpoint. Raises UserError."""
         model = self._settings.model.replace(n_layer=self._n_source)
         theirs = abstract_train_state(dataclasses.replace(self._settings, model=model, init_layers=0), mesh)
         shardings = jax.tree.map(lambda x: x.sharding, abstract_train_state(self._settings, mesh))
@@ -213,7 +214,7 @@ class WarmStart:
 
 
 def first_layers(theirs: dict, fresh: dict, n: int) -> dict:
-    """The parameters of `theirs`, but of its layers only the first n; those that follow are from `fresh`."""
+    """Returns the parameters of `theirs`, but only its first n layers; the layers after them are from `fresh`."""
 
     def joined(path, their, own):
         return jnp.concatenate([their[:n], own[n:]]) if is_stacked(path) else their
@@ -222,32 +223,32 @@ def first_layers(theirs: dict, fresh: dict, n: int) -> dict:
 
 
 def _vocab_name(settings: Settings, workdir: epath.Path) -> str:
-    """The name of the run's vocabulary; "" if it is known only once there is a store.
+    """Returns the name of the run's vocabulary; "" if it is not known before there is a store.
 
-    Raises UserError for a vocabulary that is still to be trained, which would be another one than that of the weights.
+    Raises UserError for a vocabulary that is still to be trained, which would differ from that of the weights.
     """
     if settings.data.mixture:
         return ""
     path = store_path(settings, workdir)
     if TokenStore.exists(path):
-        with contextlib.suppress(UserError):  # what is wrong with it is said when it is opened
+        with contextlib.suppress(UserError):  # a damaged store is reported when it is opened
             return TokenStore(path).vocab_name
         return ""
     if settings.data.vocab == TRAINED:
         raise UserError(
-            f"{VOCAB}={TRAINED}: would be trained again, and the weights of {NAME}={settings.init_from} belong to the "
-            f"vocabulary of that run; give that run's {VOCAB}, or the file vocab.model of its folder"
+            f"{VOCAB}={TRAINED}: would be trained again, but the weights of {NAME}={settings.init_from} belong to that "
+            f"run's vocabulary; give that run's {VOCAB}, or the file vocab.model in its folder"
         )
     return load_vocab(settings.data.vocab).name
 
 
 def ancestor(run: str, step: int, fingerprint: str, corpus: str, layers: int, optimizer: bool = False) -> dict:
-    """An entry of `ancestry`; see above."""
+    """Returns an entry of `ancestry`; see above."""
     return dict(run=run, step=step, fingerprint=fingerprint, corpus=corpus, layers=layers, optimizer=optimizer)
 
 
 def ancestor_line(entry: dict) -> str:
-    """An entry of `ancestry` in one line, for people."""
+    """Returns an entry of `ancestry` as one line to print."""
     fingerprint = f" fingerprint {entry['fingerprint']}" if entry["fingerprint"] else ""
     corpus = f" corpus {entry['corpus'][:16]}" if entry["corpus"] else ""
     optimizer = " and the optimizer" if entry["optimizer"] else ""
@@ -255,7 +256,8 @@ def ancestor_line(entry: dict) -> str:
 
 
 def ignored(settings: Settings, checkpoints: CheckpointReader, step: int) -> str:
-    """A warning, if a run that resumes from `step` is asked to start from a run that it did not start from; else ""."""
+    """Returns a warning if a run that resumes from `step` is asked to start from a run that it did not start from;
+    otherwise ""."""
     if not settings.init_from:
         return ""
     source, ancestry = source_of(settings.init_from), checkpoints.ancestry(step)
@@ -263,6 +265,6 @@ def ignored(settings: Settings, checkpoints: CheckpointReader, step: int) -> str
     if ancestry and ancestry[0]["run"] == str(epath.Path(folder)) and source.step in (None, ancestry[0]["step"]):
         return ""
     return (
-        f"{NAME}={settings.init_from}: counts on the first start only, and this run resumes from its own step {step}; "
+        f"{NAME}={settings.init_from}: only applies to the first start, but this run resumes from its own step {step}; "
         "give another --workdir to start from there"
     )
