@@ -9,7 +9,7 @@ from etils import epath
 from tvq_pod.config.settings import DataSettings
 from tvq_pod.data.checked import Checked, write_batch
 from tvq_pod.data.corpora import documents_of
-from tvq_pod.data.cut import signature
+from tvq_pod.data.cut import numbered, signature
 from tvq_pod.data.place import only_one
 from tvq_pod.data.sources import File, Listing
 from tvq_pod.data.store import FILES, TokenStore, made_with
@@ -36,6 +36,12 @@ class PartTask:
         """Of some files of a listing."""
         mine = dataclasses.replace(listing, files=files, left_out={}, walks=[], note="")
         return PartTask(str(folder), mine, signature, data, n_bytes)
+
+    def numbered(self, before: dict[tuple[str, int], int]) -> "PartTask":
+        """With the number of lines before each part of a file; see `lines_before`."""
+        return dataclasses.replace(
+            self, listing=dataclasses.replace(self.listing, files=numbered(self.listing.files, before))
+        )
 
     def check_unchanged(self) -> None:
         """Raises UserError if a file is no longer what was cut."""

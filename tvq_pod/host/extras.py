@@ -8,6 +8,7 @@ from tvq_pod.errors import UserError
 # The extra of pyproject.toml that brings each optional package, by the name that Python imports.
 EXTRAS = {
     "PIL": "data",
+    "apache_beam": "beam",
     "array_record": "data",
     "datasets": "hf",
     "gcsfs": "gcs",

@@ -8,6 +8,7 @@ from etils import epath
 
 from tvq_pod.config.settings import Settings
 from tvq_pod.data.append import append
+from tvq_pod.data.beam import Beam
 from tvq_pod.data.open import check_source, describe, open_store
 from tvq_pod.data.place import only_one
 from tvq_pod.data.store import TokenStore, store_path
@@ -17,15 +18,18 @@ from tvq_pod.host.terminal import say
 from tvq_pod.parallel.processes import on_process_zero
 
 
-def prepare(settings: Settings, workdir: epath.Path, appends: bool = False) -> None:
-    """Makes the token store, or says that it is there. appends: adds new files to the store that is there."""
+def prepare(settings: Settings, workdir: epath.Path, appends: bool = False, beam: Beam | None = None) -> None:
+    """Makes the token store, or says that it is there. appends: adds new files to the store that is there. beam: whose
+    workers write the parts; None: processes of this machine."""
     path = store_path(settings, workdir)
+    if beam:
+        beam.check(settings, workdir)
     if appends:
-        on_process_zero(lambda: describe(append(settings, workdir)))
+        on_process_zero(lambda: describe(append(settings, workdir, beam)))
         return
     if TokenStore.exists(path):
         say(f"{path} is there already")
-    on_process_zero(lambda: describe(open_store(settings, workdir)))
+    on_process_zero(lambda: describe(open_store(settings, workdir, beam=beam)))
 
 
 def train_vocab(settings: Settings, workdir: epath.Path) -> None:
