@@ -6,6 +6,7 @@ Text is this Python's own standard library, its files in a random order, again a
 import argparse
 import dataclasses
 import functools
+import gzip
 import itertools
 import json
 import os
@@ -26,9 +27,12 @@ from tvq_pod.config.settings import DataSettings, MeshSettings, Settings
 from tvq_pod.data import store as stores
 from tvq_pod.data.build import make_store
 from tvq_pod.data.corpora import stdlib
+from tvq_pod.data.cut import signature
 from tvq_pod.data.document import Document
 from tvq_pod.data.loader import Feed
 from tvq_pod.data.open import open_store
+from tvq_pod.data.part import PartTask, write_part
+from tvq_pod.data.sources import listing
 from tvq_pod.data.store import TokenStore
 from tvq_pod.data.streams import PADDING, PackedDocuments, read_row
 from tvq_pod.data.train_vocab import train_sentencepiece
@@ -95,6 +99,28 @@ def write_lines(path: pathlib.Path, n_bytes: int, cut: int) -> None:
             text = b"" if path.suffix == ".jsonl" else document.text.replace(b"\n", b" ").replace(b"\r", b" ")
             for begin in range(0, len(text), cut):
                 file.write(text[begin : begin + cut] + b"\n")
+
+
+def part_cost(folder: pathlib.Path, n_bytes: int) -> None:
+    """Says the CPU seconds that a worker takes for a GB of text, in a gzip file of JSON lines as those of C4 are."""
+    path, model, n_text = folder / "a.jsonl.gz", folder / "own.model", 0
+    model.write_bytes(train_sentencepiece((document.text for document in corpus(10 * MB)), 8000))
+    with gzip.open(path, "wt", compresslevel=6) as file:
+        for document in corpus(n_bytes):
+            whole = document.text.decode("utf-8", errors="replace")
+            for begin in range(0, len(whole), 2200):
+                text = whole[begin : begin + 2200]
+                n_text += len(text.encode())
+                file.write(json.dumps(dict(text=text)) + "\n")
+    data = DataSettings(source=str(path), format="jsonl")
+    for turn, name in itertools.product(range(2), ("bytes", str(model))):
+        vocab, found = load_vocab(name), listing(data)
+        store = epath.Path(folder / f"{vocab.name.partition(':')[0]}{turn}")
+        task = PartTask.of(store, found.files, signature(found.files), found, data, n_text)
+        began = time.process_time()  # of all threads
+        write_part(task, vocab, lambda n: None)
+        seconds = time.process_time() - began
+        print(f"{store.name}: {seconds / n_text * 1e9:.0f} CPU seconds a GB of text, {seconds:.0f} in all", flush=True)
 
 
 def prepare_alone(folder: pathlib.Path, source: int | pathlib.Path, vocab: str) -> list[float]:
@@ -172,6 +198,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=400, help="of the corpus of bytes")
     parser.add_argument("--gigabytes", type=float, default=10, help="of the large store; 0: without")
     parser.add_argument("--small", action="store_true", help="only preparing small documents")
+    parser.add_argument("--cost", action="store_true", help="only what a part costs a worker, in CPU seconds")
     parser.add_argument("--prepare", help=argparse.SUPPRESS)
     parser.add_argument("--vocab", default="bytes", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -187,6 +214,9 @@ def main() -> None:
         return
     folder.mkdir(parents=True)
     print(f"{CORES} cores")
+    if given.cost:
+        part_cost(folder, given.megabytes * MB)
+        return
     if not given.small:
         speed, _, peak, *_ = prepare_alone(folder / "bytes", given.megabytes * MB, "bytes")
         print(f"bytes: {speed:.0f} MB/s, {peak:.0f} MB of memory")

@@ -43,6 +43,7 @@ from tvq_pod.run.preemption import PREEMPTED, Preemption
 TOGETHER = ("train", "eval", "lm_eval", "sample", "prepare")  # modes for any number of processes
 MODES = (*TOGETHER, "train_vocab", "inspect", "report", "export", "import", "plan", "bench")
 
+RUNNERS = ("DirectRunner", "DataflowRunner", "FlinkRunner", "SparkRunner", "PrismRunner", "PortableRunner")
 NAMED_VOCABS = ("bytes", "sentencepiece")
 
 _STARTED_AT = time.time()
@@ -64,6 +65,10 @@ _SOURCE = flags.DEFINE_string(
     "source", None, "The corpus: files, a folder, or a name such as stdlib. Short for --config.data.source."
 )
 _APPEND = flags.DEFINE_bool("append", False, "prepare: add the source's new files to the store that exists.")
+_RUNNER = flags.DEFINE_enum("runner", None, RUNNERS, "prepare: the Apache Beam runner whose workers write the store.")
+_BEAM_OPTIONS = flags.DEFINE_string(
+    "beam_options", "", "prepare: options of --runner, such as '--project=P --region=R'."
+)
 _SPLIT = flags.DEFINE_enum("split", "validation", ("validation", "test"), "eval: which held-out documents.")
 _PER_DOCUMENT = flags.DEFINE_string("per_document", None, "eval: a file to write the loss of each document to.")
 _SUITE = flags.DEFINE_list(
@@ -201,9 +206,10 @@ def main(argv: list[str], preemption: Preemption) -> None:
         prompts = [os.fsencode(prompt) for prompt in _PROMPT.value]
         sample(settings, workdir, prompts, _STEP.value, _PROMPT_FILE.value, _OUTPUT.value)
     elif mode == "prepare":
+        from tvq_pod.data.beam import Beam
         from tvq_pod.modes.prepare import prepare
 
-        prepare(settings, workdir, _APPEND.value)
+        prepare(settings, workdir, _APPEND.value, Beam.of(_RUNNER.value, _BEAM_OPTIONS.value))
     elif mode == "train_vocab":
         from tvq_pod.modes.prepare import train_vocab
 

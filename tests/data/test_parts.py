@@ -21,9 +21,9 @@ from tests.data.made_streams import made_streams
 from tests.data.texts import TEXTS, settings_for
 from tvq_pod.config.settings import MeshSettings
 from tvq_pod.data import cut as cut_module
-from tvq_pod.data import groups, writer
+from tvq_pod.data import groups, part_workers, writer
 from tvq_pod.data.corpora import documents_of
-from tvq_pod.data.cut import count_lines, cut, numbered
+from tvq_pod.data.cut import count_lines, cut, lines_before, numbered, spans_of
 from tvq_pod.data.loader import Feed
 from tvq_pod.data.open import open_store
 from tvq_pod.data.schedule import GROUPED, LISTED
@@ -93,10 +93,11 @@ def test_lines_of_a_file_that_is_cut_are_those_of_the_file_with_their_numbers(tm
     with monkeypatch.context() as patch:
         patch.setattr(cut_module, "PART_BYTES", part_bytes)
         found = listing(data)
-        parts = numbered(cut(found), "lines", lambda spans: map(count_lines, spans))
+        parts = cut(found)
+    before = lines_before(spans := spans_of(parts, "lines"), map(count_lines, spans))
     read = []
     for part in parts:
-        found.files[:] = part
+        found.files[:] = numbered(part, before)
         read += [document[:2] for document in documents_of(found, data)]
     assert read == whole
 
@@ -166,6 +167,28 @@ def test_the_store_is_the_same_for_any_number_of_workers(tmp_path, monkeypatch):
         for path in pathlib.Path(store.path).rglob("*"):
             if path.is_file():
                 assert path.read_bytes() == (tmp_path / "s1" / path.relative_to(store.path)).read_bytes(), path
+
+
+def test_a_prepare_that_continues_counts_lines_only_of_files_that_it_has_to_write(tmp_path, monkeypatch):
+    source, counted, write = tmp_path / "corpus", [], part_workers.write_part
+    source.mkdir()
+    for name, texts in dict(a=TEXTS[:30], b=TEXTS[30:]).items():
+        written(source / f"{name}.txt", "lines", texts)
+
+    def write_first_file(task, *given):
+        if any(file.name == "b.txt" and file.begin for file in task.listing.files):
+            raise UserError("no more")
+        write(task, *given)
+
+    monkeypatch.setattr(part_workers, "count_lines", lambda span: counted.append(span.name) or count_lines(span))
+    monkeypatch.setattr(part_workers, "write_part", write_first_file)
+    with pytest.raises(UserError, match=r"^no more$"):
+        made(source, tmp_path / "s", format="lines")
+    assert set(counted) == {"a.txt", "b.txt"}
+    counted.clear()
+    monkeypatch.setattr(part_workers, "write_part", write)
+    made(source, tmp_path / "s", format="lines")
+    assert set(counted) == {"b.txt"}
 
 
 @pytest.fixture(scope="module")
@@ -306,5 +329,5 @@ def test_nor_is_one_that_is_only_begun(tmp_path):
 
 
 def test_processes_that_write_parts_do_not_import_jax():
-    program = "import sys, tvq_pod.data.part_workers; sys.exit('jax' in sys.modules)"
+    program = "import sys, tvq_pod.data.part_workers, tvq_pod.data.beam; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

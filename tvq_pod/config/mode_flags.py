@@ -12,6 +12,8 @@ from tvq_pod.errors import UserError
 
 MODES_OF = {  # by flag; all other flags are for every mode
     "append": ("prepare",),
+    "runner": ("prepare",),
+    "beam_options": ("prepare",),
     "split": ("eval",),
     "per_document": ("eval",),
     "suite": ("eval",),

@@ -7,6 +7,7 @@ import os
 from etils import epath
 
 from tvq_pod.config.settings import DataSettings, Settings
+from tvq_pod.data.beam import Beam
 from tvq_pod.data.build_parts import part_entry, write_index, write_parts
 from tvq_pod.data.corpora import files_of
 from tvq_pod.data.cut import address_of, as_text, cut, size_of
@@ -21,9 +22,10 @@ from tvq_pod.host.terminal import say
 SAME = ("validation_share", "test_share", "invalid_utf8")  # settings that must match the store's
 
 
-def append(settings: Settings, workdir: epath.Path) -> TokenStore:
+def append(settings: Settings, workdir: epath.Path, beam: Beam | None = None) -> TokenStore:
     """Adds the files of config.data.source that the store does not have. Resumes where an earlier process was killed.
 
+    beam: the workers that write the new parts; None: processes of this machine.
     Raises UserError if the store does not exist, one of its files has changed, or the settings do not fit it.
     """
     data, path = settings.data, store_path(settings, workdir)
@@ -55,7 +57,7 @@ def append(settings: Settings, workdir: epath.Path) -> TokenStore:
         for line in found.lines():
             say(line)
         vocab, old = store.vocab(), _entries(store)
-        names = write_parts(path, len(old), cut(found), found, vocab, data)
+        names = write_parts(path, len(old), cut(found), found, vocab, data, beam)
         meta = store.meta
         about = dict(
             made_with=meta["made_with"],

@@ -13,10 +13,11 @@ from etils import epath
 
 from tvq_pod.config.settings import DataSettings
 from tvq_pod.data.arrays import named_errors
+from tvq_pod.data.beam import FAILED, Beam
 from tvq_pod.data.build import progress_bar
 from tvq_pod.data.checked import PROBES, Checked, Report, probe
 from tvq_pod.data.corpora import documents_of
-from tvq_pod.data.cut import numbered, signature, size_of
+from tvq_pod.data.cut import signature, size_of, spans_of
 from tvq_pod.data.part import PartTask
 from tvq_pod.data.part_workers import Workers
 from tvq_pod.data.place import adopted, check_free, followed
@@ -34,9 +35,16 @@ PROGRESS = "progress.json"  # by which a folder with a beginning in it is known 
 
 
 def make_parts(
-    path: epath.PathLike, parts: list[list[File]], listing: Listing, vocab: Vocab, data: DataSettings
+    path: epath.PathLike,
+    parts: list[list[File]],
+    listing: Listing,
+    vocab: Vocab,
+    data: DataSettings,
+    beam: Beam | None = None,
 ) -> TokenStore:
     """Writes a store of these parts of a listing's files (see cut.py); goes on where another process was broken off.
+
+    beam: whose workers write the parts; None: processes of this machine.
 
     Raises UserError if there is something else at `path`, or no document is left to train on.
     """
@@ -49,7 +57,7 @@ def make_parts(
     draft = path if in_place else path.with_name(f"{path.name}.preparing")
     identity = dict(vocab=vocab.name, n_vocab=vocab.n_vocab, made_with=settings)
     begin(draft, identity, keeps_folder=in_place)
-    written = write_parts(draft, 0, parts, listing, vocab, data)
+    written = write_parts(draft, 0, parts, listing, vocab, data, beam)
     parts_written = [part_entry(draft, folder) for folder in written]
     own_splits = all(TokenStore(draft / folder).meta["own_splits"] for folder in written)
     check_documents(totals(parts_written), settings, own_splits)
@@ -83,9 +91,18 @@ def begin(draft: epath.Path, identity: dict, keeps_folder: bool) -> None:
 
 
 def write_parts(
-    folder: epath.Path, first: int, parts: list[list[File]], listing: Listing, vocab: Vocab, data: DataSettings
+    folder: epath.Path,
+    first: int,
+    parts: list[list[File]],
+    listing: Listing,
+    vocab: Vocab,
+    data: DataSettings,
+    beam: Beam | None = None,
 ) -> list[str]:
-    """Writes the parts that are not there, numbered from `first`. Returns the names of their folders, of all."""
+    """Writes the parts that are not there, numbered from `first`. Returns the names of their folders, of all.
+
+    beam: see `make_parts`.
+    """
     n_processes = data.prepare_processes or len(os.sched_getaffinity(0))
     with progress_bar() as bar:
 
@@ -93,22 +110,21 @@ def write_parts(
             still_working()
             bar.update(n_bytes)
 
-        signatures = [signature(files) for files in parts]  # before their lines are counted
-        with Workers(n_processes, vocab, tell) as workers:
-            parts = numbered(parts, listing.format, workers.count_lines)
+        with beam.workers(folder, vocab, tell) if beam else Workers(n_processes, vocab, tell) as workers:
             names = [f"part-{first + number:05d}" for number in range(len(parts))]
             tasks = [
-                PartTask.of(folder / name, files, signed, listing, data, sum(map(_bytes_of, files)))
-                for name, files, signed in zip(names, parts, signatures, strict=True)
+                PartTask.of(folder / name, files, signature(files), listing, data, sum(map(_bytes_of, files)))
+                for name, files in zip(names, parts, strict=True)
             ]
             _remove_others(folder, first, names)
             left = [task for task in tasks if not task.is_done(vocab)]
             if len(left) < len(tasks):
                 say(f"  goes on: {len(tasks) - len(left)} of {len(tasks)} parts are there")
             if left and not vocab.takes_any_bytes:
-                _probe(left[0], vocab, data)
+                _probe(tasks[0], vocab, data)
             bar.total = sum(task.n_bytes for task in left)
-            workers.write(left)
+            are_cut = {file.path for task in left for file in task.listing.files if file.begin}
+            workers.write(left, [span for span in spans_of(parts, listing.format) if span.path in are_cut])
     report = Report()
     for name in names:
         report.add(json.loads((folder / name / "store.json").read_text())["report"])
@@ -134,6 +150,7 @@ def _remove_others(folder: epath.Path, first: int, names: list[str]) -> None:
         for path in folder.iterdir():
             if PART.fullmatch(path.name) and int(path.name[5:].split(".")[0]) >= first and path.name not in names:
                 path.rmtree() if path.is_dir() else path.unlink(missing_ok=True)
+        (folder / FAILED).unlink(missing_ok=True)
 
 
 # ------------------------------------------------- the index

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from tvq_pod.data.compressed import SNIFFED, compression_of
 from tvq_pod.data.hub import absolute
@@ -138,19 +138,23 @@ def _row_groups(file: File, size: int, part_bytes: int) -> Iterator[tuple[File, 
         yield dataclasses.replace(file, begin=begin, end=end, n_before=n_before), sum(sizes[begin:end])
 
 
-def numbered(parts: list[list[File]], format: str, count: Callable[[list[File]], Iterable[int]]) -> list[list[File]]:
-    """Returns the parts, with the number of lines before each part of a file. count: counts the lines of parts of
-    files, as `count_lines` does for one, perhaps many at once."""
-    if format == "parquet":
-        return parts
-    spans = [file for file in itertools.chain(*parts) if file.end is not None]
-    before = {}
-    for file, n in zip(spans, count(spans), strict=True):
-        before[file.path, file.end] = before.get((file.path, file.begin), 0) + n
-    return [
-        [dataclasses.replace(f, n_before=before.get((f.path, f.begin), 0) if f.end else 0) for f in part]
-        for part in parts
-    ]  # fmt: skip
+def spans_of(parts: list[list[File]], format: str) -> list[File]:
+    """Returns the parts of files whose lines must be counted, in their order."""
+    return [] if format == "parquet" else [file for file in itertools.chain(*parts) if file.end is not None]
+
+
+def lines_before(spans: list[File], n_lines: Iterable[int]) -> dict[tuple[str, int], int]:
+    """Returns the number of lines that end before a place in a file, by its path and the place. n_lines: what
+    `count_lines` returns for each span."""
+    before: dict[tuple[str, int], int] = {}
+    for file, n in zip(spans, n_lines, strict=True):
+        before[file.path, file.end or 0] = before.get((file.path, file.begin), 0) + n
+    return before
+
+
+def numbered(files: list[File], before: dict[tuple[str, int], int]) -> list[File]:
+    """Returns the files with the number of lines before each part of one, as `lines_before` counted them."""
+    return [dataclasses.replace(file, n_before=before.get((file.path, file.begin), file.n_before)) for file in files]
 
 
 def count_lines(file: File) -> int:

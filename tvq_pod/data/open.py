@@ -7,6 +7,7 @@ from etils import epath
 
 from tvq_pod.config.relations import check_vocab_fits
 from tvq_pod.config.settings import DataSettings, Settings
+from tvq_pod.data.beam import Beam
 from tvq_pod.data.build import make_store
 from tvq_pod.data.build_parts import make_parts
 from tvq_pod.data.corpora import documents, documents_of, files_of
@@ -68,9 +69,12 @@ def tell_files(data: DataSettings) -> None:
             say(line)
 
 
-def open_store(settings: Settings, workdir: epath.Path, may_make: bool = True) -> TokenStore | Mixture:
+def open_store(
+    settings: Settings, workdir: epath.Path, may_make: bool = True, beam: Beam | None = None
+) -> TokenStore | Mixture:
     """Opens the run's token store, which is made first if it does not exist and may_make is set, or its mixture.
 
+    beam: the workers that make it, if it has several parts; None: processes of this machine.
     Raises UserError if the store was made with other settings, or its vocabulary is larger than the model's.
     """
     data, path = settings.data, store_path(settings, workdir)
@@ -90,20 +94,23 @@ def open_store(settings: Settings, workdir: epath.Path, may_make: bool = True) -
                 say(f"preparing {path} from {data.source}")
                 tell_files(data)
                 vocab = vocab_for(settings, workdir)
-                _make(path, vocab, data)
+                _make(path, vocab, data, beam)
         store = TokenStore(path)
         _check_same_corpus(data, store)  # another process may have made it
     check_vocab_fits(settings, store.n_vocab)
     return store
 
 
-def _make(path: epath.Path, vocab: Vocab, data: DataSettings) -> None:
+def _make(path: epath.Path, vocab: Vocab, data: DataSettings, beam: Beam | None) -> None:
     """Writes the store, in one part or several, which depends on the corpus alone."""
     found = files_of(data)
+    parts = cut(found) if found else []
+    if beam and len(parts) < 2:
+        say(f"  --runner={beam.runner}: {data.source} is one part, and this process writes it")
     if found is None:
         make_store(path, lambda: documents(data), vocab, data)
-    elif len(parts := cut(found)) > 1:
-        make_parts(path, parts, found, vocab, data)
+    elif len(parts) > 1:
+        make_parts(path, parts, found, vocab, data, beam)
     else:
         files = signature(found.files)
 

@@ -9,7 +9,7 @@ from etils import epath
 from tvq_pod.config.settings import DataSettings
 from tvq_pod.data.checked import Checked, write_batch
 from tvq_pod.data.corpora import documents_of
-from tvq_pod.data.cut import check_unchanged
+from tvq_pod.data.cut import check_unchanged, numbered
 from tvq_pod.data.place import only_one
 from tvq_pod.data.sources import File, Listing
 from tvq_pod.data.store import FILES, TokenStore, made_with
@@ -41,6 +41,12 @@ class PartTask:
     def made_with(self) -> dict:
         """All that its documents depend on besides the vocabulary, including what `auto` meant for all files."""
         return made_with(self.data) | dict(format=self.listing.format, holdout=self.listing.holdout)
+
+    def numbered(self, before: dict[tuple[str, int], int]) -> "PartTask":
+        """Returns the task with the number of lines before each part of a file; see `lines_before`."""
+        return dataclasses.replace(
+            self, listing=dataclasses.replace(self.listing, files=numbered(self.listing.files, before))
+        )
 
     def is_done(self, vocab: Vocab) -> bool:
         """Returns whether the part exists and was made from these files as they were cut; False for a Hugging Face

@@ -4,7 +4,7 @@ import concurrent.futures
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 
-from tvq_pod.data.cut import count_lines
+from tvq_pod.data.cut import count_lines, lines_before
 from tvq_pod.data.part import PartTask, write_part
 from tvq_pod.data.sources import File
 from tvq_pod.data.vocab import Vocab
@@ -36,13 +36,12 @@ class Workers:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
 
-    def count_lines(self, spans: list[File]) -> list[int]:
-        """Of each part of a file."""
+    def write(self, tasks: list[PartTask], spans: list[File]) -> None:
+        """Counts the lines of parts of files, and writes parts of a store. Raises what one of them raises; others are
+        ended."""
         futures = self._submitted(count_lines, spans)
-        return list(map(count_lines, spans)) if futures is None else self._results(futures)
-
-    def write(self, tasks: list[PartTask]) -> None:
-        """Writes parts. Raises what one of them raises; others are ended."""
+        before = lines_before(spans, map(count_lines, spans) if futures is None else self._results(futures))
+        tasks = [task.numbered(before) for task in tasks]
         futures = self._submitted(_write, tasks)
         if futures is not None:
             self._results(futures)

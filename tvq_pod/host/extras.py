@@ -9,6 +9,7 @@ from tvq_pod.errors import UserError
 # with hyphens, as in a package's metadata: pip before 23.3 finds them under no other spelling.
 EXTRAS = {
     "PIL": "data",
+    "apache_beam": "beam",
     "array_record": "data",
     "datasets": "hf",
     "gcsfs": "gcs",

@@ -8,6 +8,7 @@ from etils import epath
 
 from tvq_pod.config.settings import Settings
 from tvq_pod.data.append import append
+from tvq_pod.data.beam import Beam
 from tvq_pod.data.open import check_source, describe, open_store
 from tvq_pod.data.place import only_one
 from tvq_pod.data.store import TokenStore, store_path
@@ -17,19 +18,22 @@ from tvq_pod.host.terminal import say
 from tvq_pod.parallel.processes import on_process_zero
 
 
-def prepare(settings: Settings, workdir: epath.Path, appends: bool = False) -> None:
-    """Makes the token store, or says that it already exists. appends: adds new files to the existing store."""
+def prepare(settings: Settings, workdir: epath.Path, appends: bool = False, beam: Beam | None = None) -> None:
+    """Makes the token store, or says that it already exists. appends: adds new files to the existing store. beam: the
+    workers that write the parts; None: processes of this machine."""
     path = store_path(settings, workdir)
+    if beam:
+        beam.check(settings, workdir)
     if appends:
-        on_process_zero(lambda: describe(append(settings, workdir)))
+        on_process_zero(lambda: describe(append(settings, workdir, beam)))
         return
     if TokenStore.exists(path):
         say(f"{path} exists already")
-    on_process_zero(lambda: _make(settings, workdir))
+    on_process_zero(lambda: _make(settings, workdir, beam))
 
 
-def _make(settings: Settings, workdir: epath.Path) -> None:
-    store = open_store(settings, workdir)
+def _make(settings: Settings, workdir: epath.Path, beam: Beam | None) -> None:
+    store = open_store(settings, workdir, beam=beam)
     describe(store)
     splits = store.meta["splits"]
     if splits["train"]["n_documents"] and not splits["validation"]["n_documents"]:
