@@ -12,6 +12,7 @@ import json
 import pathlib
 import re
 import sys
+import textwrap
 import typing
 
 from tvq_pod.config import Settings
@@ -22,16 +23,17 @@ PAGE = pathlib.Path(__file__).parent.parent / "docs/settings.md"
 COMMAND = "python -m tests.settings_docs --write"
 HEAD = f"""# Settings
 
-Made by `{COMMAND}` from [settings.py](../tvq_pod/config/settings.py) and
-[model.py](../tvq_pod/config/model.py). Do not edit it by hand.
+Made by `{COMMAND}` from
+[settings.py](../tvq_pod/config/settings.py) and [model.py](../tvq_pod/config/model.py). Do not edit it by hand.
 
-A config file sets them as `config.train.batch_size = 64`, the command line as `--config.train.batch_size=64`.
+A config file sets them as `config.train.batch_size = 64`, the command line as
+`--config.train.batch_size=64`.
 """
 OLD_NAMES = """
 ## Old names
 
-Runs of older versions have these names in their `config.json`, which can still be read. Config files and flags must use
-the current names.
+Runs of older versions have these names in their `config.json`, which can still be read. Config files
+and flags must use the current names.
 
 | old name | current name |
 | --- | --- |
@@ -48,7 +50,7 @@ def table(path: str) -> str:
     """A group's part of the page. path: its name, as config.model."""
     group = group_of(path)
     hints, meaning = typing.get_type_hints(type(group), include_extras=True), meanings(type(group))
-    rows = ["", f"## {path}", "", linked(inspect.cleandoc(type(group).__doc__ or "")), ""]
+    rows = ["", f"## {path}", "", filled(linked(type(group).__doc__ or "")), ""]
     rows += ["| setting | values | default | meaning |", "| --- | --- | --- | --- |"]
     for name in GROUPS[path]:
         if f"{path}.{name}" not in GROUPS:
@@ -85,6 +87,11 @@ def values(hint: object, default: object) -> str:
         return ", ".join(f"`{choice}`" for choice in known)
     kind = {bool: "`True`, `False`", str: "text"}.get(type(default), type(default).__name__)
     return ", ".join([kind, *map(words, bounds(hint))])
+
+
+def filled(text: str) -> str:
+    """Text in lines of 100 columns."""
+    return textwrap.fill(" ".join(text.split()), 100, break_long_words=False, break_on_hyphens=False)
 
 
 def linked(text: str) -> str:

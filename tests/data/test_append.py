@@ -377,7 +377,7 @@ def test_workers_end_with_a_main_process_that_is_killed_and_their_parts_are_writ
     again = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     _, err = again.communicate()
     assert again.returncode == 0, err
-    assert "parts are there" in err
+    assert "parts are complete" in err
     after = finished(tmp_path / "s")
     assert {name: after[name] for name in parts} == parts
     assert not [pid for pid in workers if pathlib.Path(f"/proc/{pid}").exists()]

@@ -134,7 +134,7 @@ def test_what_an_attempt_has_left_in_a_bucket_is_kept_or_written_again(lines, tm
     files.pipe({f"bucket/s/{part}/train/tokens/c/9": b"of an attempt with other files"})
     capsys.readouterr()
     store = beamed(lines, "gs://bucket/s")
-    assert f"3 of {store.n_parts} parts are there" in capsys.readouterr().err
+    assert f"3 of {store.n_parts} parts are complete" in capsys.readouterr().err
     found = {name.removeprefix("bucket/s/"): files.cat(name) for name in files.find("bucket/s")}
     assert found == files_of(local.path)
     assert there == {name: files.info(f"bucket/s/{name}/store.json")["generation"] for name in there}
@@ -192,7 +192,7 @@ def test_a_local_prepare_goes_on_with_the_parts_of_workers(lines, tmp_path, monk
                 open_store(settings_of(lines, store), epath.Path("unused"), beam=first)
         capsys.readouterr()
         open_store(settings_of(lines, store), epath.Path("unused"), beam=then)
-        assert f"3 of {expected.n_parts} parts are there" in capsys.readouterr().err
+        assert f"3 of {expected.n_parts} parts are complete" in capsys.readouterr().err
         assert files_of(store) == files_of(expected.path)
 
 
@@ -202,7 +202,7 @@ def test_a_pipeline_that_fails_is_one_line(lines, tmp_path, monkeypatch):
 
     monkeypatch.setattr(beam_module, "write_part", fails)
     with pytest.raises(
-        UserError, match=r"^--runner=DirectRunner: the pipeline has failed after \d+ s \(.*a name.*\); "
+        UserError, match=r"^--runner=DirectRunner: the pipeline failed after \d+ s \(.*a name.*\); "
     ) as no:
         beamed(lines, tmp_path / "store")
     assert "\n" not in str(no.value)
@@ -266,7 +266,7 @@ def test_a_beam_that_is_not_installed_is_asked_for(lines, tmp_path, monkeypatch)
 def test_options_without_a_runner_are_refused():
     assert Beam.of(None, "") is None
     assert Beam.of("DirectRunner", "") == HERE
-    with pytest.raises(UserError, match=r"^--beam_options=--a: is for a runner of Apache Beam; give --runner=Direct"):
+    with pytest.raises(UserError, match=r"^--beam_options=--a: belongs to an Apache Beam runner; give --runner, too, such as --runner=Direct"):
         Beam.of(None, "--a")
 
 

@@ -1,11 +1,11 @@
 """Writing the parts of a store on the workers of an Apache Beam pipeline: --mode=prepare --runner=DataflowRunner.
 
 This process cuts the corpus and writes the index, as it does without Beam; the workers count lines and write parts. A
-runner may run the same work twice, at the same time, too. So a part for a bucket is written on the worker's own disk,
-and then its files, which are the same whoever makes them, are copied, store.json last.
+runner may run the same work twice, even at the same time. So a part for a bucket is written to the worker's own disk,
+and then its files, which are the same on every worker, are copied, store.json last.
 
-An error that the user can correct is kept in a file beside the parts, and the parts that are left are passed over:
-a runner would only try again, and end with a page of its own.
+An error that the user can correct is written to a file beside the parts, and the remaining parts are skipped: a runner
+would only try again, and end with a traceback of its own.
 """
 
 import concurrent.futures
@@ -43,31 +43,32 @@ from tvq_pod.host.files import replacing
 from tvq_pod.host.paths import BUCKET, HUB, is_bucket
 from tvq_pod.host.terminal import say
 
-FAILED = "failed.txt"  # beside the parts: what the user can correct
-META = "store.json"  # without it a part is not there
+FAILED = "failed.txt"  # beside the parts: an error that the user can correct
+META = "store.json"  # without it a part does not count
 COPIES = 8  # files of a part that are copied at the same time
-LOOK_SECONDS = 1.0  # between two looks at which parts are there
+LOOK_SECONDS = 1.0  # between two checks of which parts are complete
 
 
 @dataclasses.dataclass(frozen=True)
 class Beam:
-    """runner: the name of one of Beam's. options: as on the command line of a pipeline, but for the runner."""
+    """How to run a pipeline. runner: the name of a Beam runner. options: those of a pipeline's command line, except the
+    runner."""
 
     runner: str
     options: str
 
     @staticmethod
     def of(runner: str | None, options: str) -> "Beam | None":
-        """What two flags say. Raises UserError if there is no runner for the options."""
+        """Returns what the two flags say. Raises UserError for options without a runner."""
         if options and not runner:
             raise UserError(
-                f"--beam_options={options}: is for a runner of Apache Beam; give --runner=DirectRunner or another, too"
+                f"--beam_options={options}: belongs to an Apache Beam runner; give --runner, too, such as --runner=DirectRunner"
             )
         return Beam(runner, options) if runner else None
 
     def check(self, settings: Settings, workdir: epath.Path) -> None:
-        """Raises UserError if Beam is not installed, does not take the options, or its workers could reach neither
-        corpus nor store. Reads and writes nothing."""
+        """Raises UserError if Beam is not installed, does not take the options, or its workers could not
+        reach the corpus or the store. Reads and writes nothing."""
         require("apache_beam", f"--runner={self.runner}: Apache Beam")
         data, store = settings.data, store_path(settings, workdir)
         if data.mixture:
@@ -82,7 +83,7 @@ class Beam:
         self.pipeline()
 
     def pipeline(self):
-        """An empty apache_beam.Pipeline. Raises UserError if Beam does not take the options."""
+        """Returns an empty apache_beam.Pipeline. Raises UserError if Beam does not take the options."""
         import apache_beam
         from apache_beam.options.pipeline_options import DirectOptions, GoogleCloudOptions, PipelineOptions
         from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
@@ -91,22 +92,22 @@ class Beam:
         here, runner, said = f"--beam_options={self.options}", self.runner, io.StringIO()
         try:
             given = shlex.split(self.options)
-            with contextlib.redirect_stderr(said):  # argparse prints how everything is used, and exits
+            with contextlib.redirect_stderr(said):  # argparse prints its usage, and exits
                 options = PipelineOptions(given)
                 known = options.get_all_options()
                 unknown = set(options.get_all_options(retain_unknown_options=True)) - set(known)
             if unknown or known["runner"]:
                 name = "runner" if known["runner"] else sorted(unknown)[0]
                 raise ValueError(f"{name} is not an option of Apache Beam here")
-            if runner == "DataflowRunner":  # Beam would go and make a bucket
+            if runner == "DataflowRunner":  # without temp_location Beam would make a bucket
                 cloud = options.view_as(GoogleCloudOptions)
                 needed = ("project", "region", "temp_location")
                 if missing := [f"--{name}" for name in needed if not getattr(cloud, name)]:
                     raise ValueError(f"DataflowRunner needs {', '.join(missing)}")
                 importlib.import_module("google.cloud.dataflow")
-            if runner == "DirectRunner":  # by this name, Beam would first fetch another runner from the internet
+            if runner == "DirectRunner":  # under this name Beam would first download another runner
                 runner, direct = FnApiRunner(), options.view_as(DirectOptions)
-                if direct.direct_running_mode == "multi_processing":  # processes that log what nobody needs to read
+                if direct.direct_running_mode == "multi_processing":  # whose worker processes log too much
                     command = f"{shlex.quote(sys.executable)} -m apache_beam.runners.worker.sdk_worker_main"
                     of_processes = vars(environments)["SubprocessSDKEnvironment"]  # whose type is lost to a decorator
                     worker = of_processes.from_command_string(f"{command} 2>{os.devnull}")
@@ -121,7 +122,7 @@ class Beam:
         raise UserError(f"{here}: {' '.join(problem.split())[:300]}; correct it")
 
     def workers(self, folder: epath.Path, vocab: Vocab, tell: Callable[[int], object]) -> "BeamWorkers":
-        """As `part_workers.Workers`, for parts in a folder."""
+        """Returns workers with the interface of `part_workers.Workers`, for parts in a folder."""
         return BeamWorkers(self, folder, vocab, tell)
 
 
@@ -131,18 +132,18 @@ def _is_remote(source: str) -> bool:
 
 
 class BeamWorkers(contextlib.AbstractContextManager["BeamWorkers"]):
-    """Has what `part_workers.Workers` has. What it writes is the same."""
+    """Writes the same parts as `part_workers.Workers`, through the same interface."""
 
     def __init__(self, beam: Beam, folder: epath.Path, vocab: Vocab, tell: Callable[[int], object]):
-        """tell: is called as they get on, with the bytes of the parts that were written since it was called last, as
-        far as that is known: parts in a bucket are not looked for."""
+        """tell: is called now and then with the bytes of the parts written since its last call. Parts in a bucket are
+        not counted."""
         self._beam, self._vocab, self._tell, self._failed = beam, vocab, tell, folder / FAILED
 
     def __exit__(self, *error) -> None:
         self._failed.unlink(missing_ok=True)
 
     def write(self, tasks: list[PartTask], spans: list[File]) -> None:
-        """Writes parts, and counts the lines of spans before. Raises what one of them raises, as a UserError."""
+        """Counts the lines of spans, then writes parts. Raises what one of them raises, as a UserError."""
         if not tasks:
             return
         say(f"  {len(tasks):,} parts are written by {self._beam.runner}")
@@ -156,14 +157,14 @@ class BeamWorkers(contextlib.AbstractContextManager["BeamWorkers"]):
                 waiting = [task for task in waiting if task not in done]
                 self._tell(sum(task.n_bytes for task in done))
         if is_bucket(self._failed):
-            fsspec_backend.fs(self._failed).invalidate_cache()  # what is listed there is from before the workers wrote
+            fsspec_backend.fs(self._failed).invalidate_cache()  # its listing is older than what the workers wrote
         if said := _said(self._failed):
             raise UserError(said)
-        if error:  # a runner's has pages of where it was raised
+        if error:  # a runner's error has pages of tracebacks
             last = [line.strip() for line in str(error).splitlines() if line.strip()][-1:] or [type(error).__name__]
             raise UserError(
-                f"--runner={self._beam.runner}: the pipeline has failed after {time.monotonic() - began:.0f} s "
-                f"({last[0][:300]}); start again to go on with the parts that are written"
+                f"--runner={self._beam.runner}: the pipeline failed after {time.monotonic() - began:.0f} s "
+                f"({last[0][:300]}); give the same command again to continue"
             ) from error
 
     def _run(self, tasks: list[PartTask], spans: list[File]) -> None:
@@ -181,7 +182,7 @@ class BeamWorkers(contextlib.AbstractContextManager["BeamWorkers"]):
         _ = (
             pipeline
             | "Parts" >> beam.Create(list(map(pickle.dumps, tasks)))
-            | "Spread parts" >> beam.Reshuffle()  # each is then a bundle of its own
+            | "Spread parts" >> beam.Reshuffle()  # so each is a bundle of its own
             | "Write parts" >> beam.Map(_write, pickle.dumps(self._vocab), failed, AsList(counted))
         )
         result = pipeline.run()
@@ -194,8 +195,9 @@ class BeamWorkers(contextlib.AbstractContextManager["BeamWorkers"]):
 
 @contextlib.contextmanager
 def _ended(run: Callable[[], None]) -> Iterator[queue.SimpleQueue]:
-    """Calls a function in a thread. Gives a queue, which gets None when the call has returned, or what it raises. When
-    a worker process of DirectRunner is killed, Beam waits for it for ever: a thread's last words are in the queue, too.
+    """Calls a function in a thread. Yields a queue, which gets None when the call returns, or the exception that it
+    raises. When a worker process of DirectRunner is killed, Beam waits for it forever, and only one of Beam's threads
+    raises an error: that error goes into the queue, too.
     """
     ended, hook = queue.SimpleQueue(), threading.excepthook
 
@@ -220,7 +222,7 @@ def _ended(run: Callable[[], None]) -> Iterator[queue.SimpleQueue]:
 
 # ------------------------------------------------- on a worker
 def _count(pickled: bytes, failed: str) -> bytes:
-    """How many lines there are in a part of a file, with the part."""
+    """Returns a part of a file with the number of its lines."""
     span, n = pickle.loads(pickled), 0
     with _kept(failed) as goes_on:
         n = count_lines(span) if goes_on else 0
@@ -231,7 +233,7 @@ _vocab = functools.lru_cache(1)(pickle.loads)  # a worker writes many parts
 
 
 def _write(pickled: bytes, pickled_vocab: bytes, failed: str, counted: list[bytes]) -> None:
-    """Writes a part. counted: what `_count` returned of the parts of all files that are cut."""
+    """Writes a part. counted: what `_count` returned for the parts of all files that are cut."""
     gc.set_threshold(100_000)  # a batch of tiny documents is many objects
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a worker of its own
     spans = sorted(map(pickle.loads, counted), key=lambda item: (item[0].path, item[0].begin))
@@ -256,23 +258,23 @@ def _write_to_bucket(task: PartTask, vocab: Vocab) -> None:
             (folder / name).write_bytes((made / name).read_bytes())
 
         with contextlib.suppress(FileNotFoundError):
-            if (folder / META).read_bytes() != (made / META).read_bytes():  # of other files, and not of the same work
+            if (folder / META).read_bytes() != (made / META).read_bytes():  # of other files
                 (folder / META).unlink(missing_ok=True)
         with concurrent.futures.ThreadPoolExecutor(COPIES) as threads:
             list(threads.map(copy, names - {META}))
         there = {path.removeprefix(f"{task.folder.removeprefix(BUCKET)}/") for path in filesystem().find(task.folder)}
-        for old in there - names:  # of other files, or of a process that wrote in place
+        for old in there - names:  # from other files, or from a process that wrote in place
             (folder / old).unlink(missing_ok=True)
         copy(META)
 
 
 def _nothing(n_bytes: int) -> None:
-    """Nobody is told."""
+    """Ignores the progress of a part."""
 
 
 @contextlib.contextmanager
 def _kept(failed: str) -> Iterator[bool]:
-    """What the user can correct is kept in a file. Gives whether there is none yet."""
+    """Writes an error that the user can correct to a file. Yields whether there is none yet."""
     path = epath.Path(failed)
     try:
         yield not _said(path)
@@ -285,7 +287,7 @@ def _kept(failed: str) -> Iterator[bool]:
 
 
 def _said(failed: epath.Path) -> str:
-    """What is kept; "" if nothing is."""
+    """Returns the error in the file, or ""."""
     try:
         return failed.read_text()
     except FileNotFoundError:

@@ -1,7 +1,7 @@
 """Building a store of several parts: workers write parts side by side, then the index is written.
 
-A part is whole when it has its name (in a bucket: its store.json). Whoever goes on after a kill keeps the parts that
-are whole and of the same files, and writes the others. The store is whole when it has its index.
+A part is complete when it has its name (in a bucket: its store.json). A prepare that resumes after a kill keeps the
+complete parts of the same files, and writes the others. The store is complete when it has its index.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from tvq_pod.host.terminal import say
 from tvq_pod.parallel.deadlines import still_working
 
 PART = re.compile(r"part-\d{5,}(\.preparing|\.lock)?")
-PROGRESS = "progress.json"  # by which a folder with a beginning in it is known as ours
+PROGRESS = "progress.json"  # marks a folder as an unfinished store of ours
 
 
 def make_parts(
@@ -42,9 +42,9 @@ def make_parts(
     data: DataSettings,
     beam: Beam | None = None,
 ) -> TokenStore:
-    """Writes a store of these parts of a listing's files (see cut.py); goes on where another process was broken off.
+    """Writes a store of these parts of a listing's files (see cut.py); resumes where another process was interrupted.
 
-    beam: whose workers write the parts; None: processes of this machine.
+    beam: the workers that write the parts; None: processes of this machine.
 
     Raises UserError if there is something else at `path`, or no document is left to train on.
     """
@@ -71,14 +71,14 @@ def make_parts(
 
 
 def begin(draft: epath.Path, identity: dict, keeps_folder: bool) -> None:
-    """Makes the folder that a store grows in, or finds it as a killed process has left it; parts of a store with other
-    settings are removed. keeps_folder: whether it is not ours to remove."""
+    """Makes the folder that a store grows in, or keeps what a killed process left there; parts of a store with other
+    settings are removed. keeps_folder: whether the folder itself must stay."""
     content = json.dumps(dict(identity=identity, crc32c=crc32c_of(identity)))
     with named_errors():
         try:
             if (draft / PROGRESS).read_text() == content:
                 return
-            say(f"{draft} was begun with other settings, or is damaged: begins anew")
+            say(f"{draft} was begun with other settings, or is damaged; starting over")
         except FileNotFoundError:
             pass
         if draft.exists() and not keeps_folder:
@@ -99,7 +99,7 @@ def write_parts(
     data: DataSettings,
     beam: Beam | None = None,
 ) -> list[str]:
-    """Writes the parts that are not there, numbered from `first`. Returns the names of their folders, of all.
+    """Writes the missing parts, numbered from `first`. Returns the names of the folders of all parts.
 
     beam: see `make_parts`.
     """
@@ -119,7 +119,7 @@ def write_parts(
             _remove_others(folder, first, names)
             left = [task for task in tasks if not task.is_done(vocab)]
             if len(left) < len(tasks):
-                say(f"  goes on: {len(tasks) - len(left)} of {len(tasks)} parts are there")
+                say(f"  resumes: {len(tasks) - len(left)} of {len(tasks)} parts are complete")
             if left and not vocab.takes_any_bytes:
                 _probe(tasks[0], vocab, data)
             bar.total = sum(task.n_bytes for task in left)
