@@ -24,7 +24,8 @@ COMMAND = "python -m tests.settings_docs --write"
 HEAD = f"""# Settings
 
 Made by `{COMMAND}` from
-[settings.py](../tvq_pod/config/settings.py) and [model.py](../tvq_pod/config/model.py). Do not edit it by hand.
+[settings.py](../tvq_pod/config/settings.py) and [model.py](../tvq_pod/config/model.py). Do not edit
+it by hand.
 
 A config file sets them as `config.train.batch_size = 64`, the command line as
 `--config.train.batch_size=64`.
@@ -32,8 +33,8 @@ A config file sets them as `config.train.batch_size = 64`, the command line as
 OLD_NAMES = """
 ## Old names
 
-Runs of older versions have these names in their `config.json`, which can still be read. Config files
-and flags must use the current names.
+Runs of older versions have these names in their `config.json`, which can still be read. Config
+files and flags must use the current names.
 
 | old name | current name |
 | --- | --- |

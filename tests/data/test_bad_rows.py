@@ -106,7 +106,7 @@ def test_many_bad_rows_are_counted_by_reason_with_the_first_three_places(tmp_pat
     rows = [b'{"text": null}'] * 5 + [b"{"] * 2 + [b'{"text": "good"}']
     make(write_jsonl(tmp_path / "docs.jsonl", rows), tmp_path, bad_rows="skip")
     said = capsys.readouterr().err
-    assert "leaves out 5 (null in place of text): docs.jsonl:1, docs.jsonl:2, docs.jsonl:3, ...\n" in said
+    assert "leaves out 5 (null instead of text): docs.jsonl:1, docs.jsonl:2, docs.jsonl:3, ...\n" in said
     assert "leaves out 2 (not JSON): docs.jsonl:6, docs.jsonl:7\n" in said
 
 

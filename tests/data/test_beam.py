@@ -266,7 +266,7 @@ def test_a_beam_that_is_not_installed_is_asked_for(lines, tmp_path, monkeypatch)
 def test_options_without_a_runner_are_refused():
     assert Beam.of(None, "") is None
     assert Beam.of("DirectRunner", "") == HERE
-    with pytest.raises(UserError, match=r"^--beam_options=--a: belongs to an Apache Beam runner; give --runner, too, such as --runner=Direct"):
+    with pytest.raises(UserError, match=r"^--beam_options=--a: is for an Apache Beam runner; give --runner=Direct"):
         Beam.of(None, "--a")
 
 
@@ -274,7 +274,7 @@ def test_another_runner_or_mode_is_refused(tmp_path):
     """By the program, as a user starts it."""
     flags = ["--config=configs/stdlib.py", f"--workdir={tmp_path}"]
     said = [
-        (["--mode=prepare", "--runner=Other"], "flags: flag --runner=Other: value should be one of <DirectRunner|"),
+        (["--mode=prepare", "--runner=Other"], "--runner=Other: must be one of DirectRunner, "),
         (["--mode=train", "--runner=DirectRunner"], "--runner: is for --mode=prepare; leave it out with --mode=train"),
     ]
     for given, line in said:

@@ -179,7 +179,7 @@ def test_a_single_binary_file_is_refused(tmp_path, kind, name):
         with pytest.raises(UserError, match=rf"config.data.format=auto: .*{name} is (compressed|{kind}), and not text"):
             texts(tmp_path / name)
     for format in ("lines", "jsonl"):
-        with pytest.raises(UserError, match=rf"config.data.source=.*{name}: is {kind}, not "):
+        with pytest.raises(UserError, match=rf"config.data.source=.*{name}: is {kind}, and not "):
             texts(tmp_path / name, format=format)
 
 

@@ -84,7 +84,7 @@ def test_json_lines_with_text_in_them_are_not_read_as_text_because_of_a_text_bes
 
 def test_a_folder_of_files_that_are_no_text_is_not_read_for_what_is_about_them(tmp_path):
     write(tmp_path, **{"data-00000-of-00001.arrow": "x", "state.json": "{}", "dataset_info.json": "{}"})
-    with pytest.raises(UserError, match=rf"\(data-00000-of-00001.arrow\), and otherwise.*; give hf:{tmp_path}$"):
+    with pytest.raises(UserError, match=rf"\(data-00000-of-00001.arrow\), and besides them.*; give hf:{tmp_path}$"):
         texts(tmp_path)
     assert texts(tmp_path, format="text") == ["{}", "{}"]
 

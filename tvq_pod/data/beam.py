@@ -62,7 +62,7 @@ class Beam:
         """Returns what the two flags say. Raises UserError for options without a runner."""
         if options and not runner:
             raise UserError(
-                f"--beam_options={options}: belongs to an Apache Beam runner; give --runner, too, such as --runner=DirectRunner"
+                f"--beam_options={options}: is for an Apache Beam runner; give --runner=DirectRunner or another, too"
             )
         return Beam(runner, options) if runner else None
 
