@@ -155,7 +155,7 @@ def test_a_draft_that_is_damaged_is_made_anew(corpus, tmp_path, monkeypatch, dam
     process = preparing(corpus, path)
     _, err = process.communicate()
     assert process.returncode == 0, err
-    assert "starts over" in err
+    assert "starting over" in err
     assert_same(TokenStore(path), undisturbed(tmp_path, monkeypatch, corpus, None))
 
 

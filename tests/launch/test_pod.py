@@ -95,7 +95,7 @@ def test_the_program_may_be_started_by_its_path(laptop):
     program = [sys.executable, str(ROOT / "launch/pod.py"), "status", f"--records={laptop.folder / 'records'}"]
     done = subprocess.run(program, env=environment, cwd=laptop.folder, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split()[:2] == ["run", "slice"]
+    assert done.stdout.startswith("no runs")
     assert not {path.stem for path in (ROOT / "launch").glob("*.py")} & sys.stdlib_module_names
 
 

@@ -55,7 +55,7 @@ def test_a_run_that_is_done_says_so_and_changes_nothing(trained):
     workdir, out, _ = trained
     before = contents(workdir)
     again, err = run(f"--workdir={workdir}", "--config.metrics.tensorboard=False", "--config.optimizer.clip_norm=0.0")
-    assert "nothing to train: the run is at step 40" in err
+    assert "nothing to train: step 40 of" in err
     assert contents(workdir) == before
     assert again.splitlines()[:-1] == out.splitlines()[:-1]  # the same sample
 

@@ -114,7 +114,7 @@ def test_a_whole_checkpoint_of_other_shapes_is_not_called_damaged(workdir, mesh)
     assert "not damaged" in str(e.value)
     assert "move it away" not in str(e.value)
     with pytest.raises(
-        UserError, match=r"the array train/opt_state/.* has the shape .* in checkpoint 3, and none by this"
+        UserError, match=r"the array train/opt_state/.* has the shape .* in checkpoint 3 but none with this"
     ):
         checkpoints.restore(3, abstract_train_state(lion, mesh))
     checkpoints.close()

@@ -37,7 +37,7 @@ def make_store(
     with StoreWriter(path, vocab, settings) as writer:
         checked = Checked(corpus(), vocab, data)
         if not checked.pass_over(writer.n_taken, writer.crc_taken):
-            say(f"config.data.source={data.source}: is not what it was when {path} was begun: starts over")
+            say(f"config.data.source={data.source}: has changed since {path} was begun; starting over")
             writer.begin_anew()
             checked = Checked(corpus(), vocab, data)
         elif writer.n_taken:

@@ -129,7 +129,7 @@ class StoreWriter:
         except (ValueError, KeyError) as error:
             if not written:
                 raise
-            say(f"WARNING: {self._draft} is damaged ({str(error)[:200]}): starts over")
+            say(f"WARNING: {self._draft} is damaged ({str(error)[:200]}); starting over")
             self._open(None)
         if self._draft == self._path and not written:  # marks the folder of an unfinished store as ours
             self._commit(0, 0)
@@ -156,13 +156,13 @@ class StoreWriter:
             written = json.loads(self._progress.read_text())
             if written.pop("crc32c") == crc32c_of(written) and written["identity"] == self._identity:
                 return written
-            say(f"{self._draft} was begun with other settings, or is damaged: starts over")
+            say(f"{self._draft} was begun with other settings, or is damaged; starting over")
         except FileNotFoundError:
             pass
         except OSError as error:  # it may be readable, and useful, later
             raise UserError(f"config.data.store: {self._progress} can't be read ({error.strerror or error})") from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            say(f"WARNING: {self._progress} is damaged: starts over")
+            say(f"WARNING: {self._progress} is damaged; starting over")
         return None
 
     def may_commit(self, n_taken: int, crc_taken: int) -> None:
