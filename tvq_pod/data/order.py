@@ -58,8 +58,12 @@ class Line(Protocol):
         """The number, in the line, of the piece that holds each of some tokens: int64 [n] for int64 [n]."""
         ...
 
+
+class EpochLine(Line, Protocol):
+    """The line of an epoch."""
+
     def numbers_between(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Bounds of those numbers, for which nothing is read: at least the first, less than the second."""
+        """Bounds of what `numbers` returns, for which nothing is read: at least the first, less than the second."""
         ...
 
 
@@ -86,7 +90,7 @@ class _Listed:
         return np.searchsorted(self._bounds, at, side="right") - 1
 
     def numbers_between(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See Line."""
+        """See EpochLine."""
         numbers = self.numbers(at)
         return numbers, numbers + 1
 
@@ -121,11 +125,6 @@ class PartsOf:
         first, before = self._known
         begins = np.array(self._parts, np.int64)[part, 0]
         return before[part] + self._line.numbers(begins + at - np.asarray(self._bounds)[part]) - first[part]
-
-    def numbers_between(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See Line; here they are known."""
-        numbers = self.numbers(at)
-        return numbers, numbers + 1
 
     def pieces(self, begin: int, end: int) -> Iterator[Piece]:
         """See Line."""
@@ -166,7 +165,7 @@ class GroupedOrder:
         self._group = functools.lru_cache(maxsize=groups_kept)(self._read_group)
         self.n_tokens = documents.n_tokens
 
-    def epoch(self, epoch: int) -> Line:
+    def epoch(self, epoch: int) -> EpochLine:
         """See Order."""
         if self._documents.n_groups == 1:
             return self._group(epoch, 0)
@@ -204,7 +203,7 @@ class _Grouped:
             return np.array(list(threads.map(number, range(len(at)))), np.int64)
 
     def numbers_between(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See Line: those of the group."""
+        """See EpochLine: those of the group."""
         places = np.searchsorted(self._bounds, at, side="right") - 1
         return self._numbers[places], self._numbers[places + 1]
 

@@ -16,13 +16,14 @@ Everything follows from (j, row) by arithmetic, and no document is looked at to 
 """
 
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from tvq_pod.data.groups import DocumentStarts
-from tvq_pod.data.order import GROUPS_KEPT, GroupedOrder, Line, Piece
+from tvq_pod.data.order import GROUPS_KEPT, EpochLine, GroupedOrder, Piece
 from tvq_pod.data.store import Part
 from tvq_pod.data.streams import Segment
 
@@ -41,7 +42,7 @@ class EndlessStore:
         self.n_tokens, self.n_documents = documents.n_tokens, documents.n_documents
         self._epoch = functools.lru_cache(maxsize=8)(GroupedOrder(documents, seed, groups_kept).epoch)
 
-    def _line(self, epoch: int) -> Line:
+    def _line(self, epoch: int) -> EpochLine:
         return self._epoch(self._first_epoch + epoch)
 
     def numbers_between(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +105,8 @@ class StretchedStreams:
             )
             for index, part in enumerate(parts)
         ]
-        self._block = functools.lru_cache(maxsize=2 * batch_size)(self._find_block)
+        self._found_block = functools.lru_cache(maxsize=2 * batch_size)(self._find_block)
+        self._lock = threading.Lock()  # many threads read rows, and each block is to be found once
 
     def segments(self, row: int, begin: int, end: int) -> Iterator[Segment]:
         """See Plan. Document ids go up, and leave numbers out."""
@@ -124,6 +126,10 @@ class StretchedStreams:
         row. What is left of the stretches that have begun is not read in this epoch of their stores."""
         _, _, firsts = self._layout(-(-consumed // STRETCH))
         return StretchedStreams(*self._given, batch_size, self._first_epoch, firsts[-1].tolist())
+
+    def _block(self, row: int, block: int) -> list[_Stretch]:
+        with self._lock:
+            return self._found_block(row, block)
 
     def _layout(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of n stretches: how far their rows are turned on the circle, int64 [n]; the place among the rows, in the
