@@ -96,7 +96,8 @@ def write_lines(path: pathlib.Path, n_bytes: int, cut: int) -> None:
             if path.suffix == ".jsonl":
                 text = document.text.decode("utf-8", errors="replace")
                 file.write(json.dumps(dict(text=text), ensure_ascii=False).encode() + b"\n")
-            text = b"" if path.suffix == ".jsonl" else document.text.replace(b"\n", b" ").replace(b"\r", b" ")
+                continue
+            text = document.text.replace(b"\n", b" ").replace(b"\r", b" ")
             for begin in range(0, len(text), cut):
                 file.write(text[begin : begin + cut] + b"\n")
 

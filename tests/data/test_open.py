@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 import tokenizers
 from etils import epath
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.common import store_of
 from tests.data.texts import TEXTS, settings_for
+from tvq_pod.config.settings import DataSettings
 from tvq_pod.data import store as store_module
 from tvq_pod.data import text as text_module
 from tvq_pod.data import train_vocab as train_vocab_module
+from tvq_pod.data.checked import Checked
+from tvq_pod.data.document import Document
 from tvq_pod.data.open import open_store, words_of
 from tvq_pod.data.store import SPLITS
 from tvq_pod.data.train_vocab import train_sentencepiece
@@ -79,6 +84,17 @@ def test_documents_that_are_not_utf8(tmp_path, invalid_utf8, block_bytes, capsys
     else:
         kept = texts_in(store_of(tmp_path / "text", texts, TextOnlyVocab(), invalid_utf8=invalid_utf8))
         assert kept == texts[:1] + (["caf\ufffd".encode()] if invalid_utf8 == "replace" else [])
+
+
+@given(texts=st.lists(st.sampled_from([b"plain", "é漢".encode(), b"caf\xe9", b"\xe6", b"\xbc\xa2", b"\n", b""])))
+def test_which_documents_of_a_batch_are_not_utf8_depends_on_each_alone(texts):
+    """Neighbours that would be a character together are not, one by one."""
+    data = DataSettings(source="made up", invalid_utf8="skip", validation_share=0.0, test_share=0.0)
+    checked = Checked(iter([Document(str(n), text) for n, text in enumerate(texts)]), TextOnlyVocab(), data)
+    kept = [text for batch in checked for text in batch.texts]
+    odd = [text for text in texts if text.decode("utf-8", errors="replace").encode() != text]
+    assert kept == [text for text in texts if text and text not in odd]
+    assert (checked.report.odd.count, checked.report.empty.count) == (len(odd), texts.count(b""))
 
 
 def test_a_vocabulary_of_another_corpus_is_not_used_in_silence(corpus, tmp_path):

@@ -22,6 +22,7 @@ from tests.data.texts import TEXTS, settings_for
 from tvq_pod.config.settings import MeshSettings
 from tvq_pod.data import cut as cut_module
 from tvq_pod.data import groups, part_workers, writer
+from tvq_pod.data import text as text_module
 from tvq_pod.data.corpora import documents_of
 from tvq_pod.data.cut import count_lines, cut, lines_before, numbered, spans_of
 from tvq_pod.data.loader import Feed
@@ -83,22 +84,31 @@ def assert_equal(one: dict, other: dict) -> None:
 @given(
     lines=st.lists(st.integers(0, 40), min_size=1, max_size=30),
     part_bytes=st.integers(1, 60),
+    block_bytes=st.integers(1, 60),
+    end=st.sampled_from([b"\n", b"\r\n"]),
     ends=st.booleans(),
 )
-def test_lines_of_a_file_that_is_cut_are_those_of_the_file_with_their_numbers(tmp_path, lines, part_bytes, ends):
+def test_lines_of_a_file_that_is_cut_are_those_of_the_file_with_their_numbers(
+    tmp_path, lines, part_bytes, block_bytes, end, ends
+):
     path, monkeypatch = tmp_path / "a.txt", pytest.MonkeyPatch()
-    path.write_bytes(b"\n".join(bytes([65 + n % 26]) * length for n, length in enumerate(lines)) + b"\n" * ends)
+    texts = [bytes([65 + n % 26]) * length for n, length in enumerate(lines)]
+    path.write_bytes(end.join(texts) + end * ends)
     data = settings_for(path, format="lines").data
-    whole = [document[:2] for document in documents_of(listing(data), data)]
+    if not (ends or texts[-1]):
+        texts.pop()
+    whole = [(f"a.txt:{number}", text) for number, text in enumerate(texts, 1)]
     with monkeypatch.context() as patch:
+        patch.setattr(text_module, "LINES_BYTES", block_bytes)
+        assert [document[:2] for document in documents_of(listing(data), data)] == whole
         patch.setattr(cut_module, "PART_BYTES", part_bytes)
         found = listing(data)
         parts = cut(found)
-    before = lines_before(spans := spans_of(parts, "lines"), map(count_lines, spans))
-    read = []
-    for part in parts:
-        found.files[:] = numbered(part, before)
-        read += [document[:2] for document in documents_of(found, data)]
+        before = lines_before(spans := spans_of(parts, "lines"), map(count_lines, spans))
+        read = []
+        for part in parts:
+            found.files[:] = numbered(part, before)
+            read += [document[:2] for document in documents_of(found, data)]
     assert read == whole
 
 

@@ -109,7 +109,9 @@ class ArrayWriter:
 
     def _write(self, array: tensorstore.TensorStore, begin: int, values: np.ndarray) -> bytes:
         with named_errors():
-            written = array[begin : begin + len(values)].write(values)
+            # Elements that were given are never changed, so they need not be copied.
+            place = array[begin : begin + len(values)]
+            written = place.write(values, can_reference_source_data_indefinitely=True)
             digest = self._digest(values)
             written.result()
         return digest

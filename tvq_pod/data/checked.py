@@ -131,8 +131,10 @@ class Checked:
     def _checked(self, documents: list[Document], n_bytes: int) -> Batch:
         self._count(documents)
         texts = list(map(_text, documents))
-        if not all(texts) or any(map(_problem, documents)) or not _are_utf8(texts):
-            kept = [document if _is_plain(document) else self._usable(document) for document in documents]
+        if suspects := _suspects(documents, texts):
+            kept: list[Document | None] = [*documents]
+            for place in suspects:
+                kept[place] = self._usable(documents[place])
             documents = [document for document in kept if document is not None]
             texts = list(map(_text, documents))
         return Batch(list(map(_name, documents)), texts, self._splits(documents), n_bytes, self.number, self.crc)
@@ -167,21 +169,20 @@ def _train_bound(data: DataSettings) -> bytes:
     return bound.to_bytes(8) if bound < 2**64 else b"\xff" * 32
 
 
-def _is_plain(document: Document) -> bool:
-    """Returns whether a document is ASCII text without a problem; a quick test."""
-    text = document.text
-    return bool(isinstance(text, bytes) and text and text.isascii() and not document.problem)
-
-
-def _are_utf8(texts: list[bytes | memoryview]) -> bool:
-    """Returns whether all of some texts are UTF-8. They are tested in one piece: no character contains a newline."""
-    if len(texts[-1]) > BLOCK_BYTES:  # it may be a file of any size
-        return False
+def _suspects(documents: list[Document], texts: list[bytes | memoryview]) -> list[int]:
+    """Returns the places of documents that may have a problem, no text, or text that is not UTF-8."""
+    if not all(texts) or any(map(_problem, documents)) or len(texts[-1]) > BLOCK_BYTES:  # it may be a file of any size
+        return list(range(len(documents)))
+    whole = b"\n".join(texts)  # no character contains a newline, so they are tested in one piece
+    if whole.isascii():
+        return []
     try:
-        b"\n".join(texts).decode("utf-8")
+        whole.decode("utf-8")
+        return []
     except UnicodeDecodeError:
-        return False
-    return True
+        lengths = np.fromiter(map(len, texts), np.int64, len(texts)) + 1
+        is_high = np.frombuffer(whole + b"\n", np.uint8) > 127
+        return np.flatnonzero(np.logical_or.reduceat(is_high, np.cumsum(lengths) - lengths)).tolist()
 
 
 def write_batch(batch: Batch, splits: dict[str, SplitWriter], vocab: Vocab, counts_words: bool = False) -> None:
@@ -198,9 +199,8 @@ def write_batch(batch: Batch, splits: dict[str, SplitWriter], vocab: Vocab, coun
                     splits[split].end(len(text), len(bytes(text).split()) if takes_words else 0, name)
             continue
         mine = list(map(split.__eq__, batch.splits))
-        names = list(itertools.compress(batch.names, mine))
-        texts = list(itertools.compress(batch.texts, mine))
-        if texts:
+        if texts := list(itertools.compress(batch.texts, mine)):
+            names = itertools.compress(batch.names, mine)
             n_bytes = np.fromiter(map(len, texts), np.int64, len(texts))
             splits[split].append_documents(*_encoded(texts, n_bytes, vocab), n_bytes, names)
 

@@ -47,11 +47,11 @@ def jsonl(listing: Listing, data: DataSettings) -> Documents:
     for file in read_ahead(listing.files):
         if file.object and file.kind == "json":  # the listing has only checked the first ones
             check_json_lines(file.at)
-        with opened_lines(file.at, "JSON lines") as lines:
-            for number, line in numbered_lines(lines, file):
-                if not line.strip():
-                    continue
-                yield _json_document(line, f"line {number}", f"{file.name}:{number}", file, data)
+        with opened_lines(file.at, "JSON lines") as opened:
+            for first, lines in numbered_lines(opened, file):
+                for number, line in enumerate(lines, first):
+                    if line.strip():
+                        yield _json_document(line, f"line {number}", f"{file.name}:{number}", file, data)
 
 
 def _json_document(row: bytes, where: str, name: str, file: File, data: DataSettings) -> Document:

@@ -1,6 +1,7 @@
 """Documents that are text files, or lines of them, and whether their bytes are text that a vocabulary can take."""
 
 import io
+import sys
 from collections.abc import Iterator
 
 from tvq_pod.config.settings import DataSettings
@@ -10,6 +11,7 @@ from tvq_pod.data.document import Document, Documents, content
 from tvq_pod.data.sources import File, Listing
 from tvq_pod.errors import UserError
 
+LINES_BYTES = 2**18  # of lines to read at a time
 BLOCK_BYTES = 2**20  # of a document to examine at a time: it may be a file of any size
 SPLITS = ("train", "validation", "test")  # in the order of their parts in a text that is held out by position
 
@@ -32,25 +34,29 @@ def lines(listing: Listing) -> Documents:
     """Yields each line of the files as a document, without its line end."""
     for file in read_ahead(listing.files):
         name, split = file.name, file.split
-        with opened_lines(file.at, "lines of text") as found:
-            for number, line in numbered_lines(found, file):
-                text = line.removesuffix(b"\n").removesuffix(b"\r")
-                yield tuple.__new__(Document, (f"{name}:{number}", text, split, "", False))  # as Document(), but faster
+        with opened_lines(file.at, "lines of text") as opened:
+            for first, found in numbered_lines(opened, file):
+                for number, line in enumerate(found, first):  # the tuple is a Document, created faster
+                    yield tuple.__new__(Document, (f"{name}:{number}", line.removesuffix(b"\r"), split, "", False))
 
 
-def numbered_lines(opened: io.BufferedReader, file: File) -> Iterator[tuple[int, bytes]]:
-    """Yields the lines of a file, or of a part of one, each with its number in the file, from 1."""
-    if file.end is None:
-        yield from enumerate(opened, 1)
-        return
-    number, at = file.n_before, file.begin
-    if at:
-        opened.seek(at - 1)
-        rest = opened.readline()  # of the previous line, which belongs to the part before
-        number, at = number + (len(rest) > 1), at - 1 + len(rest)
-    while at < file.end and (line := opened.readline()):
-        number, at = number + 1, at + len(line)
-        yield number, line
+def numbered_lines(opened: io.BufferedReader, file: File) -> Iterator[tuple[int, list[bytes]]]:
+    """Yields the lines of a file, or of a part of one, without newlines: lists of consecutive lines, each with the
+    number in the file, from 1, of its first."""
+    number, at, end = 1, 0, sys.maxsize
+    if file.end is not None:
+        number, at, end = file.n_before + 1, file.begin, file.end
+        if at:
+            opened.seek(at - 1)
+            rest = opened.readline()  # of the previous line, which belongs to the part before
+            number, at = number + (len(rest) > 1), at - 1 + len(rest)
+    while at < end and (block := opened.read(min(LINES_BYTES, end - at))):
+        if not block.endswith(b"\n"):
+            block += opened.readline()
+        at += len(block)
+        found = block.removesuffix(b"\n").split(b"\n")
+        yield number, found
+        number += len(found)
 
 
 def parts(

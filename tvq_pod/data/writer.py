@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterable
 
 import google_crc32c
 import numpy as np
@@ -58,7 +59,9 @@ class SplitWriter:
             self._begins = False
         self._arrays["tokens"].append(ids)
 
-    def append_documents(self, ids: np.ndarray, n_tokens: np.ndarray, n_bytes: np.ndarray, names: list[str]) -> None:
+    def append_documents(
+        self, ids: np.ndarray, n_tokens: np.ndarray, n_bytes: np.ndarray, names: Iterable[str]
+    ) -> None:
         """Adds complete documents, while no other is being written. ids: those of all documents, with their
         end-of-document tokens. n_tokens, n_bytes: int64 [n], of each document. names: of each document; used if the
         split keeps names."""
