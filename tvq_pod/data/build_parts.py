@@ -16,7 +16,7 @@ from tvq_pod.data.arrays import named_errors
 from tvq_pod.data.beam import FAILED, Beam
 from tvq_pod.data.build import progress_bar
 from tvq_pod.data.checked import PROBES, Checked, Report, probe
-from tvq_pod.data.corpora import documents_of
+from tvq_pod.data.corpora import blocks_of
 from tvq_pod.data.cut import signature, size_of, spans_of
 from tvq_pod.data.part import PartTask
 from tvq_pod.data.part_workers import Workers
@@ -135,7 +135,7 @@ def write_parts(
 def _probe(task: PartTask, vocab: Vocab, data: DataSettings) -> None:
     """Warns of a vocabulary that changes the text of the first documents."""
     n_probes = PROBES
-    for batch in Checked(documents_of(task.listing, data), vocab, data, counts=False):
+    for batch in Checked(blocks_of(task.listing, data), vocab, data, counts=False):
         if not (n_probes := probe(batch, vocab, n_probes)):
             break
 

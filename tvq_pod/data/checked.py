@@ -4,15 +4,14 @@ import hashlib
 import itertools
 import math
 import time
-from collections.abc import Iterator
-from operator import itemgetter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
 
 from tvq_pod.config.settings import DataSettings
-from tvq_pod.data.document import Document, Documents, Names
+from tvq_pod.data.document import Block, Document, LineNames, Names
 from tvq_pod.data.store import SPLITS, split_of
 from tvq_pod.data.text import BLOCK_BYTES, usable
 from tvq_pod.data.vocab import END_OF_DOC, PIECE_BYTES, Vocab, decoded, pieces
@@ -24,16 +23,14 @@ BATCH_SECONDS = 1.0  # after which a batch ends, however few documents have come
 PROBES, PROBE_BYTES = 3, 2**14  # how many documents, and how much of each, must come back from their tokens
 MARGIN = 2**12  # of 2**64: how far a float may be off
 
-_name, _text, _problem = (itemgetter(Document._fields.index(field)) for field in ("name", "text", "problem"))
-
 
 class Batch(NamedTuple):
     """Documents that go into the store. names, texts, splits: one for each document. n_bytes: the bytes of all
     documents read for this batch. number, crc: how many documents of the corpus were read up to the batch's end, and
     a CRC-32C of their names and texts."""
 
-    names: list[str]
-    texts: list[bytes | memoryview]
+    names: Sequence[str] | LineNames
+    texts: Sequence[bytes | memoryview]
     splits: list[str]
     n_bytes: int
     number: int
@@ -84,8 +81,8 @@ class Checked:
     """An iterable of a corpus's documents, in batches. Attributes: report; own_splits: whether the corpus itself gives
     every document its split; number, crc: see Batch."""
 
-    def __init__(self, corpus: Documents, vocab: Vocab, data: DataSettings, counts: bool = True):
-        """counts: whether a CRC-32C is computed."""
+    def __init__(self, corpus: Iterable[Document | Block], vocab: Vocab, data: DataSettings, counts: bool = True):
+        """counts: whether a CRC-32C is computed; then the corpus has no blocks."""
         self._corpus, self._vocab, self._data, self._counts = iter(corpus), vocab, data, counts
         self.report, self.own_splits, self.number, self.crc = Report(), True, 0, 0
         self._surely_train = _train_bound(data)
@@ -96,28 +93,19 @@ class Checked:
             document = next(self._corpus, None)
             if document is None:
                 return False
-            self._count([document])
+            self._count(document if isinstance(document, Block) else Block.of([document]))
         return self.crc == crc
 
     def __iter__(self) -> Iterator[Batch]:
-        documents, n_bytes, began = [], 0, time.monotonic()
-        for document in self._corpus:
-            documents.append(document)
-            n_bytes += len(document.text)
-            if n_bytes >= BATCH_BYTES or time.monotonic() - began >= BATCH_SECONDS:
-                yield self._checked(documents, n_bytes)
-                documents, n_bytes, began = [], 0, time.monotonic()
-        if documents:
-            yield self._checked(documents, n_bytes)
+        return map(self._checked, _in_blocks(self._corpus))
 
-    def _count(self, documents: list[Document]) -> None:
-        self.number += len(documents)
-        if self.own_splits:
-            self.own_splits = all(document.split is not None for document in documents)
+    def _count(self, block: Block) -> None:
+        self.number += len(block.texts)
+        self.own_splits = self.own_splits and None not in block.splits
         if not self._counts:
             return
         parts = []
-        for name, text, split, *_ in documents:
+        for name, text, split in zip(block.names, block.texts, block.splits, strict=True):
             parts.append(f"{name}\0{split}\0{len(text)}\0".encode("utf-8", errors="surrogateescape"))
             if len(text) <= BLOCK_BYTES:
                 parts.append(text)
@@ -128,19 +116,20 @@ class Checked:
                 self.crc = google_crc32c.extend(self.crc, bytes(text[begin : begin + BLOCK_BYTES]))
         self.crc = google_crc32c.extend(self.crc, b"".join(parts))
 
-    def _checked(self, documents: list[Document], n_bytes: int) -> Batch:
-        self._count(documents)
-        texts = list(map(_text, documents))
-        if suspects := _suspects(documents, texts):
-            kept: list[Document | None] = [*documents]
-            for place in suspects:
-                kept[place] = self._usable(documents[place])
-            documents = [document for document in kept if document is not None]
-            texts = list(map(_text, documents))
-        return Batch(list(map(_name, documents)), texts, self._splits(documents), n_bytes, self.number, self.crc)
+    def _checked(self, block: Block) -> Batch:
+        self._count(block)
+        names, texts, splits = block.names, block.texts, block.splits
+        n_bytes = sum(map(len, texts))
+        usable = {place: self._usable(block.document(place)) for place in _suspects(block)}
+        if any(text is not texts[place] for place, text in usable.items()):
+            kept = [usable.get(place, text) for place, text in enumerate(texts)]
+            take = [text is not None for text in kept]
+            names, splits = list(itertools.compress(names, take)), list(itertools.compress(splits, take))
+            texts = [text for text in kept if text is not None]
+        return Batch(names, texts, self._splits(texts, splits), n_bytes, self.number, self.crc)
 
-    def _usable(self, document: Document) -> Document | None:
-        """Returns a document as it is to be encoded; None leaves it out."""
+    def _usable(self, document: Document) -> bytes | memoryview | None:
+        """Returns the text of a document as it is to be encoded; None leaves it out."""
         if document.problem:
             self.report.leave_out(document.problem, document.name)
             return None
@@ -152,15 +141,32 @@ class Checked:
             self.report.leave_out("not UTF-8", document.name)
         elif is_odd:
             self.report.odd.add(document.name)
-        return document if text is document.text else text if text is None else document._replace(text=text)
+        return text
 
-    def _splits(self, documents: list[Document]) -> list[str]:
+    def _splits(self, texts: Sequence[bytes | memoryview], own: Sequence[str | None]) -> list[str]:
+        """own: the splits that the corpus gives."""
         shares = self._data.validation_share, self._data.test_share
         sha256, bound = hashlib.sha256, self._surely_train
         return [
-            own or ("train" if sha256(text).digest() > bound else split_of(text, *shares))
-            for _, text, own, _, _ in documents
+            given or ("train" if sha256(text).digest() > bound else split_of(text, *shares))
+            for given, text in zip(own, texts, strict=True)
         ]
+
+
+def _in_blocks(corpus: Iterable[Document | Block]) -> Iterator[Block]:
+    """Yields the documents of a corpus in blocks."""
+    documents, n_bytes, began = [], 0, time.monotonic()
+    for document in corpus:
+        if isinstance(document, Block):  # then all are
+            yield document
+            continue
+        documents.append(document)
+        n_bytes += len(document.text)
+        if n_bytes >= BATCH_BYTES or time.monotonic() - began >= BATCH_SECONDS:
+            yield Block.of(documents)
+            documents, n_bytes, began = [], 0, time.monotonic()
+    if documents:
+        yield Block.of(documents)
 
 
 def _train_bound(data: DataSettings) -> bytes:
@@ -169,10 +175,11 @@ def _train_bound(data: DataSettings) -> bytes:
     return bound.to_bytes(8) if bound < 2**64 else b"\xff" * 32
 
 
-def _suspects(documents: list[Document], texts: list[bytes | memoryview]) -> list[int]:
+def _suspects(block: Block) -> Sequence[int]:
     """Returns the places of documents that may have a problem, no text, or text that is not UTF-8."""
-    if not all(texts) or any(map(_problem, documents)) or len(texts[-1]) > BLOCK_BYTES:  # it may be a file of any size
-        return list(range(len(documents)))
+    texts = block.texts
+    if not all(texts) or any(block.problems) or len(texts[-1]) > BLOCK_BYTES:  # it may be a file of any size
+        return range(len(texts))
     whole = b"\n".join(texts)  # no character contains a newline, so they are tested in one piece
     if whole.isascii():
         return []
@@ -198,9 +205,9 @@ def write_batch(batch: Batch, splits: dict[str, SplitWriter], vocab: Vocab, coun
                         splits[split].append(vocab.encode(piece))
                     splits[split].end(len(text), len(bytes(text).split()) if takes_words else 0, name)
             continue
-        mine = list(map(split.__eq__, batch.splits))
-        if texts := list(itertools.compress(batch.texts, mine)):
-            names = itertools.compress(batch.names, mine)
+        mine = [place for place, own in enumerate(batch.splits) if own == split]
+        if texts := [batch.texts[place] for place in mine]:
+            names = (batch.names[place] for place in mine)
             n_bytes = np.fromiter(map(len, texts), np.int64, len(texts))
             splits[split].append_documents(*_encoded(texts, n_bytes, vocab), n_bytes, names)
 

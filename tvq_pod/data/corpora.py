@@ -9,10 +9,11 @@ import itertools
 import os
 import pathlib
 import sysconfig
+from collections.abc import Iterable
 
 from tvq_pod.config.settings import GENERATED, DataSettings
 from tvq_pod.data import downloads, records, text
-from tvq_pod.data.document import Document, Documents, content
+from tvq_pod.data.document import Block, Document, Documents, content
 from tvq_pod.data.sources import BUILT_IN, Listing, listing
 from tvq_pod.errors import UserError
 
@@ -64,6 +65,13 @@ def documents_of(found: Listing, data: DataSettings) -> Documents:
                 yield from records.of_hub(file, data)
         else:
             yield from _of_format(dataclasses.replace(found, files=list(files)), data)
+
+
+def blocks_of(found: Listing, data: DataSettings) -> Iterable[Document | Block]:
+    """Yields what `documents_of` does; lines of files in blocks."""
+    if found.format == "lines" and all(file.kind != "hf" for file in found.files):
+        return text.line_blocks(found)
+    return documents_of(found, data)
 
 
 def _of_format(found: Listing, data: DataSettings) -> Documents:

@@ -3,7 +3,7 @@
 import io
 import mmap
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from tvq_pod.data.bucket import Object, Place
@@ -27,6 +27,43 @@ class Document(NamedTuple):  # many may be small, and this is created faster tha
 
 
 Documents = Iterator[Document]
+
+
+class LineNames:
+    """The names of consecutive lines, each made when it is asked for, since most are never used."""
+
+    def __init__(self, file: str, first: int, n: int):
+        """first: the number of the first line in its file, from 1."""
+        self._file, self._first, self._n = file, first, n
+
+    def __getitem__(self, place: int) -> str:
+        return f"{self._file}:{self._first + place}"
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.__getitem__, range(self._n))
+
+
+class Block(NamedTuple):
+    """Documents that follow each other, as columns. Each has an entry for every document; see Document."""
+
+    names: Sequence[str] | LineNames
+    texts: Sequence[bytes | memoryview]
+    splits: Sequence[str | None]
+    problems: Sequence[str]
+    are_rows: Sequence[bool]
+
+    @staticmethod
+    def of(documents: list[Document]) -> "Block":
+        """Returns documents, of which there is at least one, as a block."""
+        return Block._make(zip(*documents, strict=True))
+
+    def document(self, place: int) -> Document:
+        """Returns one of the documents."""
+        return Document._make(column[place] for column in self)
+
+    def documents(self) -> Documents:
+        """Yields the documents."""
+        return map(Document._make, zip(*self, strict=True))
 
 
 class Names:

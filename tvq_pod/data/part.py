@@ -8,7 +8,7 @@ from etils import epath
 
 from tvq_pod.config.settings import DataSettings
 from tvq_pod.data.checked import Checked, write_batch
-from tvq_pod.data.corpora import documents_of
+from tvq_pod.data.corpora import blocks_of
 from tvq_pod.data.cut import check_unchanged, numbered
 from tvq_pod.data.place import only_one
 from tvq_pod.data.sources import File, Listing
@@ -73,7 +73,7 @@ def write_part(task: PartTask, vocab: Vocab, tell: Callable[[int], object]) -> N
         if folder.exists():  # made from other files, or damaged
             folder.rmtree()
         with StoreWriter(folder, vocab, task.made_with, is_part=True) as writer:
-            checked = Checked(documents_of(task.listing, task.data), vocab, task.data, counts=False)
+            checked = Checked(blocks_of(task.listing, task.data), vocab, task.data, counts=False)
             for batch in checked:
                 tell(batch.n_bytes)
                 write_batch(batch, writer.splits, vocab)

@@ -1,17 +1,18 @@
 """Documents that are text files, or lines of them, and whether their bytes are text that a vocabulary can take."""
 
 import io
+import itertools
 import sys
 from collections.abc import Iterator
 
 from tvq_pod.config.settings import DataSettings
 from tvq_pod.data.bucket import read_ahead
 from tvq_pod.data.compressed import SNIFFED, binary_kind, check_has_lines, opened_lines
-from tvq_pod.data.document import Document, Documents, content
+from tvq_pod.data.document import Block, Document, Documents, LineNames, content
 from tvq_pod.data.sources import File, Listing
 from tvq_pod.errors import UserError
 
-LINES_BYTES = 2**18  # of lines to read at a time
+LINES_BYTES = 2**20  # of lines to read at a time
 BLOCK_BYTES = 2**20  # of a document to examine at a time: it may be a file of any size
 SPLITS = ("train", "validation", "test")  # in the order of their parts in a text that is held out by position
 
@@ -32,16 +33,20 @@ def texts(listing: Listing, data: DataSettings) -> Documents:
 
 def lines(listing: Listing) -> Documents:
     """Yields each line of the files as a document, without its line end."""
+    return itertools.chain.from_iterable(map(Block.documents, line_blocks(listing)))
+
+
+def line_blocks(listing: Listing) -> Iterator[Block]:
+    """Yields what `lines` does in blocks, which is faster."""
     for file in read_ahead(listing.files):
-        name, split = file.name, file.split
         with opened_lines(file.at, "lines of text") as opened:
-            for first, found in numbered_lines(opened, file):
-                for number, line in enumerate(found, first):  # the tuple is a Document, created faster
-                    yield tuple.__new__(Document, (f"{name}:{number}", line.removesuffix(b"\r"), split, "", False))
+            for first, texts in numbered_lines(opened, file):
+                n = len(texts)
+                yield Block(LineNames(file.name, first, n), texts, [file.split] * n, [""] * n, [False] * n)
 
 
 def numbered_lines(opened: io.BufferedReader, file: File) -> Iterator[tuple[int, list[bytes]]]:
-    """Yields the lines of a file, or of a part of one, without newlines: lists of consecutive lines, each with the
+    """Yields the lines of a file, or of a part of one, without line ends: lists of consecutive lines, each with the
     number in the file, from 1, of its first."""
     number, at, end = 1, 0, sys.maxsize
     if file.end is not None:
@@ -55,6 +60,8 @@ def numbered_lines(opened: io.BufferedReader, file: File) -> Iterator[tuple[int,
             block += opened.readline()
         at += len(block)
         found = block.removesuffix(b"\n").split(b"\n")
+        if b"\r" in block:
+            found = [line.removesuffix(b"\r") for line in found]
         yield number, found
         number += len(found)
 
