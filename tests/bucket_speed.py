@@ -32,7 +32,7 @@ from tvq_pod.parallel.mesh import make_mesh
 BATCH_SIZE, UPDATE_LEN = 128, 2048
 THREADS, AHEAD = DataSettings().num_threads, DataSettings().prefetch_batches
 LENGTHS = 100, 1000  # of documents, in tokens: uniform between these
-NEEDED = 241_764  # tokens/s of configs/enwik8.py on eight v5e chips, as plan predicts (docs/data.md)
+NEEDED = 241_764  # tokens/s of configs/enwik8.py on eight v5e chips, as plan predicts (docs/large_corpora.md)
 
 
 def write(folder: pathlib.Path, n_tokens: int) -> None:

@@ -18,7 +18,8 @@ BLOCKS = [block for page in PAGES for block in blocks(page)]
 COMMANDS = [(block.page.name, command) for block in BLOCKS for command in block.commands]
 # Commands that only a person can type, with what they need.
 BY_HAND = {"export": "a shell", "source": "a shell", "python3": "a shell", "uv": "a network", "pre-commit": "git"}
-WITHOUT_MARKS = {"launch.md", "data.md", "gpu.md"}  # pages that say of all their commands where they are typed
+# Pages that say of all their commands where they are typed.
+WITHOUT_MARKS = {"launch.md", "data.md", "gpu.md"}
 REFUSED = [block for block in BLOCKS if block.said.startswith("error: ") and block.page.name == "troubleshooting.md"]
 OF_NO_RUN = [block for block in REFUSED if "--workdir=runs/stdlib" not in block.commands[0]]
 
