@@ -18,8 +18,13 @@ os.environ["XLA_FLAGS"] = " ".join(
         # Tests compile much and compute little.
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
-        # They compile for twice as long; later versions don't know the flag, and end at it.
-        *(["--xla_cpu_use_fusion_emitters=false"] if importlib.metadata.version("jaxlib").startswith("0.10.") else []),
+        # Fusion emitters compile for twice as long; splitting programs for threads, which find no idle core, takes a
+        # tenth. Later versions may not know a flag, and end at it.
+        *(
+            ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+            if importlib.metadata.version("jaxlib").startswith("0.10.")
+            else []
+        ),
     ]
 )
 

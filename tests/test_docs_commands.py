@@ -35,6 +35,7 @@ def test_the_program_takes_every_command_line():
     assert not found, "\n".join(found)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

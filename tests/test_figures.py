@@ -112,6 +112,7 @@ def test_a_plans_tokens_and_steps_are_those_of_its_config(name):
     assert values["chips"] == math.prod(map(int, given["topology"].split(":")[1].split("x")))
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("path", sorted((figures.ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_parameters_are_as_many_as_the_config_has(path):
     told = [

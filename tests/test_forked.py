@@ -49,6 +49,7 @@ def ended(popen, code: str, tmp_path, **settings) -> tuple:
     return process.returncode, out, lines[0], lines[-1]
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize(
     ("end", "settings"),
     [*((end, {}) for end in ENDS), ("return", dict(start_new_session=True)), ("return", dict(process_group=0))],

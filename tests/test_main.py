@@ -25,6 +25,7 @@ def test_no_module_beside_a_program_hides_one_of_python_or_of_a_package():
         assert not (beside - {"__init__"}) & others
 
 
+@pytest.mark.slow(1)
 def test_main_runs_as_a_file(tmp_path):
     """With all that a mode imports."""
     command = [sys.executable, "tvq_pod/main.py", "--config=configs/stdlib.py", f"--workdir={tmp_path}/run"]
@@ -93,6 +94,7 @@ def test_the_model_s_settings_need_no_jax():
     subprocess.run([sys.executable, "-c", program], env=environment(), cwd=ROOT, check=True, timeout=300)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize(
     ("flags", "line"),
     [

@@ -38,6 +38,7 @@ class Loaded(html.parser.HTMLParser):
             self.found += [given[name] for element, name in LOADS if element == tag and name in given]
 
 
+@pytest.mark.slow(2)
 def test_every_page_is_there_and_loads_nothing_from_the_network(site):
     pages = sorted(site.rglob("*.html"))
     assert {page.stem for page in (ROOT / "docs").glob("*.md")} <= {page.stem for page in pages}
@@ -51,6 +52,7 @@ def test_every_page_is_there_and_loads_nothing_from_the_network(site):
         assert "@import" not in sheet.read_text(), sheet
 
 
+@pytest.mark.slow(1)
 def test_the_first_page_is_the_readme_and_its_links_lead_into_the_site(site):
     page = (site / "index.html").read_text()
     assert 'href="durability.html"' in page

@@ -175,6 +175,7 @@ def suggested(path):
     return str(error.value).partition("did you mean ")[2].rstrip("?").split(" or ")
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("path", SETTINGS)
 def test_a_misspelled_setting_or_group_finds_its_own_name_back(path):
     check_name(path)

@@ -63,6 +63,7 @@ def test_every_field_of_the_model_is_on_exactly_one_list():
     assert all(reason.strip() for reason in MAY_CHANGE.values())
 
 
+@pytest.mark.slow(4)
 @pytest.mark.parametrize("name", [*MODEL_IDENTITY, *RUN_IDENTITY])
 def test_a_field_of_the_identity_changes_a_shape_or_the_program_and_is_refused_by_name(name):
     other = CONFIG.replace(**{name: OTHER[name]})
@@ -83,6 +84,7 @@ MAY = {name: OTHER[name] for name in MAY_CHANGE if name != "is_train"}
 ALL_BUT_PLAIN = {name: MAY[name] for name in MAY if name != "attention"}
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("changes", [dict(attention="plain"), pytest.param(ALL_BUT_PLAIN, marks=pytest.mark.slow)])
 def test_fields_that_may_change_make_the_same_function_of_the_same_parameters(changes):
     other = CONFIG.replace(**changes)

@@ -64,6 +64,7 @@ def lines(tmp_path) -> pathlib.Path:
 
 
 # ------------------------------------------------- adding
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("n_parts", ["one", "several"])
 def test_new_files_become_new_parts_and_old_ones_stay_as_they_are(lines, tmp_path, n_parts, monkeypatch):
     if n_parts == "one":
@@ -308,6 +309,7 @@ def check_killed(mode, source, store, expected, stride) -> None:
     assert max(kept) > 0
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("stride", [13, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_prepare_that_is_killed_anywhere_keeps_the_parts_that_are_whole(lines, tmp_path, stride):
     written(lines / "a.txt", "lines", TEXTS[:22])

@@ -82,6 +82,7 @@ def test_the_store_of_several_processes_is_the_local_one_byte_for_byte(lines, tm
     ]
 
 
+@pytest.mark.slow(2)
 def test_a_vocabulary_reaches_the_workers_and_files_are_added(lines, tmp_path, capsys):
     model = tmp_path / "own.model"
     model.write_bytes(train_sentencepiece([text.encode() for text in TEXTS], 300))
@@ -114,6 +115,7 @@ def reached_now(monkeypatch, server) -> GCSFileSystem:
     return reached_at(monkeypatch, server)
 
 
+@pytest.mark.slow(3)
 def test_what_an_attempt_has_left_in_a_bucket_is_kept_or_written_again(lines, tmp_path, server, monkeypatch, capsys):
     files = reached_now(monkeypatch, server)
     local, write, n_written = made(lines, tmp_path / "local"), beam_module.write_part, []
@@ -153,6 +155,7 @@ def test_what_workers_elsewhere_have_written_in_a_bucket_is_seen(server, monkeyp
 
 
 # ------------------------------------------------- what goes wrong
+@pytest.mark.slow(1)
 def test_a_worker_s_error_is_the_line_of_a_local_prepare_which_then_goes_on(lines, tmp_path, capsys):
     good = (lines / "a.jsonl").read_text()
     expected = made(lines, tmp_path / "expected")
@@ -172,6 +175,7 @@ def test_a_worker_s_error_is_the_line_of_a_local_prepare_which_then_goes_on(line
     assert 0 < len(list(draft.glob("part-*/store.json"))) < expected.n_parts
 
 
+@pytest.mark.slow(1)
 def test_a_local_prepare_goes_on_with_the_parts_of_workers(lines, tmp_path, monkeypatch, capsys):
     """And the other way round."""
     expected, write = made(lines, tmp_path / "expected"), beam_module.write_part

@@ -139,6 +139,7 @@ def test_a_folder_of_a_bucket_is_read_by_the_rules_of_a_local_one(put, tmp_path)
         texts(f"{where}/old")
 
 
+@pytest.mark.slow(1)
 def test_objects_folders_and_globs_stand_in_lists_with_local_paths(put, tmp_path):
     where = put(**{"x/1.txt": "1", "x/2.txt": "2", "x/.3.txt": "3", "y.txt": "y", "y[1].txt": "odd", "x/d/4.txt": "4"})
     (tmp_path / "local.txt").write_text("local")
@@ -166,6 +167,7 @@ def test_splits_of_a_bucket_are_splits(put):
     assert [split for _, _, split in found(f"{where}/train/a.txt", holdout="auto")] == ["train"]
 
 
+@pytest.mark.slow(1)
 def test_a_run_or_store_in_the_corpus_is_refused(put):
     where = put(**{"a.txt": "text"})
     for settings, workdir, message in (
@@ -191,6 +193,7 @@ def parquet_of(rows: list[str]) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.slow(6)
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
 @pytest.mark.parametrize("format", ["text", "lines", "jsonl", "parquet", "arrayrecord"])
 def test_every_format_is_read_in_small_blocks_though_every_tenth_request_fails(
@@ -248,6 +251,7 @@ def test_many_small_objects_are_fetched_side_by_side(put, unreliable):
     assert sum("alt=media" in path for path in unreliable.requests) == 64
 
 
+@pytest.mark.slow(3)
 def test_at_most_so_many_blocks_are_held(put, unreliable, monkeypatch):
     monkeypatch.setattr(bucket, "HEAD_BYTES", 10)
     monkeypatch.setattr(bucket, "BLOCK_BYTES", 10)
@@ -264,6 +268,7 @@ def test_at_most_so_many_blocks_are_held(put, unreliable, monkeypatch):
 
 
 # ------------------------------------------------- what fails, and what changes
+@pytest.mark.slow(1)
 def test_a_bucket_that_stays_down_is_named_in_one_line(put, unreliable, monkeypatch, capfd):
     monkeypatch.setattr(retry, "RETRY_SECONDS", 0.3)
     where = put(**{"a.txt": "a", "b.txt": "b"})
@@ -284,6 +289,7 @@ def test_a_bucket_that_stays_down_is_named_in_one_line(put, unreliable, monkeypa
     assert len(listed.files) == 2
 
 
+@pytest.mark.slow(2)
 def test_a_bucket_that_is_down_for_a_while_is_waited_for(put, unreliable, capfd):
     where = put(**{"a.txt": "a" * 100, "b.txt": "b"})
     for is_listed in (False, True):
@@ -298,6 +304,7 @@ def test_a_bucket_that_is_down_for_a_while_is_waited_for(put, unreliable, capfd)
         assert capfd.readouterr().err.count(f"WARNING: {what} can't be read (") == 1
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("change", ["replaced", "removed", "same size"])
 def test_an_object_that_changes_after_it_was_listed_is_named_and_not_read(put, unreliable, change):
     where = put(**{"a.txt": "first", "b.txt": "second"})
@@ -350,6 +357,7 @@ def put_here_too(put, folder, objects: dict[str, bytes]) -> str:
     return put(**objects)
 
 
+@pytest.mark.slow(8)
 @pytest.mark.parametrize(("format", "n_workers"), [("lines", 1), ("jsonl", 2), ("parquet", 1)])
 def test_a_bucket_is_cut_into_the_parts_of_the_local_files(put, unreliable, tmp_path, monkeypatch, format, n_workers):
     monkeypatch.setattr(bucket, "HEAD_BYTES", 1000)
@@ -363,6 +371,7 @@ def test_a_bucket_is_cut_into_the_parts_of_the_local_files(put, unreliable, tmp_
     assert_equal(contents(there), contents(here))
 
 
+@pytest.mark.slow(2)
 def test_objects_are_added_to_a_store_and_changed_ones_refused(put, unreliable, tmp_path, monkeypatch):
     unreliable.every = 10**9
     objects = of_parts(monkeypatch, "lines")

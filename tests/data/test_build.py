@@ -85,6 +85,7 @@ class FatalVocab(ByteVocab):
         return super().encode(text)
 
 
+@pytest.mark.slow(1)
 def test_a_process_that_is_killed_is_an_error_in_one_line(monkeypatch):
     monkeypatch.setattr(encode_module, "ALONE_BYTES", 1)
     with pytest.raises(UserError, match=r"config.data.prepare_processes: a process that encodes text was killed"):

@@ -55,6 +55,7 @@ def contexts_by_token(runs):
     return numbers
 
 
+@pytest.mark.slow(5)
 @settings(max_examples=150, deadline=None)
 @given(lengths=corpora, runs=sessions())
 def test_ids_count_documents_and_contexts_and_nothing_else_changes(lengths, runs):
@@ -108,6 +109,7 @@ def test_an_id_that_int32_does_not_hold_is_refused():
         read_row(split.tokens, made_streams(split, 1, 0), 0, 0, 10, most)
 
 
+@pytest.mark.slow(1)
 def test_a_token_after_a_cut_does_not_see_those_before_it():
     """In one document, read by updates of 4 in contexts of 4, 4, 8 and 8 tokens."""
     config, split, update_len = small_config(pe_abs=True, mem_len=3), corpus([3 * TOTAL]), 4

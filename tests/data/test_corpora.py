@@ -15,6 +15,7 @@ def texts(**changes):
     return [bytes(document.text) for document in documents(DataSettings(**changes))]
 
 
+@pytest.mark.slow(2)
 def test_the_standard_library_is_there():
     found = {document.name: document.text for document in documents(DataSettings(source="stdlib"))}
     assert len(found) > 500

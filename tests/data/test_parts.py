@@ -138,6 +138,7 @@ def test_a_compressed_file_is_not_cut(tmp_path):
 
 
 # ------------------------------------------------- what goes in comes out
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("format", ["lines", "jsonl", "parquet", "text"])
 def test_a_store_of_parts_has_the_documents_of_a_store_of_one(tmp_path, monkeypatch, format):
     source = tmp_path / "corpus"
@@ -163,6 +164,7 @@ def test_a_store_of_parts_has_the_documents_of_a_store_of_one(tmp_path, monkeypa
     }
 
 
+@pytest.mark.slow(2)
 def test_the_store_is_the_same_for_any_number_of_workers(tmp_path, monkeypatch):
     """Byte for byte; with real processes, and a vocabulary that they need."""
     monkeypatch.setattr(writer, "GROUP", groups.GROUP)  # as in other processes

@@ -99,6 +99,7 @@ def test_epochs_and_seeds_have_different_orders(version):
     assert len(set(orders)) == 4
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("cuts_of", [None, Phase(0, 8, 5, contexts=((0, "0:5,3:10,6:0"), (8, "0:15"))).cuts])
 def test_batches_are_the_same_for_any_number_of_hosts_and_any_start(cuts_of):
     split = corpus([7, 3, 20, 2, 11, 9])
@@ -136,6 +137,7 @@ def test_batches_are_the_same_for_any_number_of_hosts_and_any_start(cuts_of):
                 np.testing.assert_array_equal(batch[name], same[name])
 
 
+@pytest.mark.slow(1)
 def test_a_step_far_into_training_is_what_reading_up_to_it_gives():
     split = corpus([7, 3, 20, 2])
     fresh = made_streams(split, 2, seed=1)

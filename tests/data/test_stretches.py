@@ -61,6 +61,7 @@ def weights_of(data, lengths) -> list[float]:
     return weights if any(weights) else [1.0] * len(lengths)
 
 
+@pytest.mark.slow(5)
 @settings(max_examples=60, deadline=None)
 @given(lengths=mixtures, batch_size=st.integers(1, 13), data=st.data())
 def test_each_store_has_its_share_of_the_rows_of_every_stretch_and_its_tokens_in_turn(lengths, batch_size, data):
@@ -85,6 +86,7 @@ def test_each_store_has_its_share_of_the_rows_of_every_stretch_and_its_tokens_in
         assert max(times) - min(times) <= 1
 
 
+@pytest.mark.slow(1)
 @settings(max_examples=60, deadline=None)
 @given(lengths=mixtures, batch_size=st.integers(1, 9), row=st.integers(0, 8), data=st.data())
 def test_a_row_is_the_same_however_it_is_asked_for_and_its_document_ids_go_up(lengths, batch_size, row, data):

@@ -99,6 +99,7 @@ def test_lines_of_two_writers_survive_each_other(bucket, quick, monkeypatch):
     assert bucket.files.ls("bucket/two") == ["bucket/two/metrics.jsonl"]
 
 
+@pytest.mark.slow(1)
 def test_an_upload_is_as_large_as_what_is_new(bucket, quick, monkeypatch):
     monkeypatch.setattr(bucket_file, "PIECE_BYTES", 10_000)
     file = BucketFile(epath.Path("gs://bucket/large/file"))

@@ -64,6 +64,7 @@ def refused(tmp_path, monkeypatch):
     return message
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("name", PLAIN + GLOBS)
 def test_odd_names_are_as_good_as_others_for_stores_and_corpora(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

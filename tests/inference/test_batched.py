@@ -49,6 +49,7 @@ def _forward(config):
     return forward
 
 
+@pytest.mark.slow(4)
 @pytest.mark.parametrize("with_hits", [True, False])
 def test_quadratic_attention_sees_each_document_from_its_beginning(monkeypatch, with_hits):
     """Also where the logits of the longest documents have room in one row of each device only."""

@@ -40,6 +40,7 @@ def bits_of(found):
     return found.tokens.tolist(), found.logprobs.tobytes(), found.ended_by
 
 
+@pytest.mark.slow(3)
 def test_what_a_row_yields_does_not_depend_on_the_rows_beside_it_or_on_when_it_begins():
     """Down to the last bit of the log-probabilities."""
     sampler = compiled(2, logprobs=True)
@@ -80,6 +81,7 @@ def penalized_greedily(prompt, n, penalty):
     return tokens[1 + len(prompt) :], logprobs
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("short_block", [4, 8, 16])
 def test_penalties_and_log_probabilities_are_those_of_the_whole_text_so_far(monkeypatch, short_block):
     """Of rows that follow each other in one place, which forgets what the last one has seen. Each token of a prompt is
@@ -103,6 +105,7 @@ def test_the_sampler_of_rows_that_begin_together_has_the_same_penalty():
     assert sampled(together, prompts, length=15) == expected
 
 
+@pytest.mark.slow(2)
 def test_a_row_ends_where_it_is_told_to_and_gives_its_place_away():
     sampler, told = compiled(2, logprobs=True), []
 

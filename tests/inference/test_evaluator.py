@@ -69,6 +69,7 @@ def evaluate(store, n_devices=1, **changes):
     return Evaluator(settings, mesh, store, "train", per_document=True).evaluate(params)
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("cache", ["on", pytest.param("off", marks=pytest.mark.slow)])
 def test_loss_is_that_of_each_document_alone(store, small_buckets, cache):
     """The slow version: one document at a time, in one block, from a fresh state; without the cache, in blocks of which
@@ -105,6 +106,7 @@ def test_loss_is_that_of_each_document_alone(store, small_buckets, cache):
     assert everywhere == pytest.approx(result.bits_per_byte, rel=1e-5)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize(("n_devices", "batch_size"), [(1, 1), pytest.param(8, 16, marks=pytest.mark.slow)])
 def test_the_result_depends_on_neither_rows_nor_mesh(store, small_buckets, n_devices, batch_size):
     expected = evaluate(store)
@@ -141,6 +143,7 @@ def test_a_split_without_documents_is_named(store, eight_devices):
         Evaluator(SETTINGS, mesh, store, "test")
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize(
     ("n_books", "most", "multiple"), [(50, 128, 1), (100, 128, 4), (400, 128, 8), (50_000, 128, 64)]
 )

@@ -34,6 +34,7 @@ def evaluated(store, update_len):
     return make_evaluator(settings, mesh, store, "train", per_document=True).evaluate(model_params(FULL.model))
 
 
+@pytest.mark.slow(2)
 def test_quadratic_attention_sees_all_of_a_document(tmp_path):
     store = store_of(tmp_path / "store", TEXTS)
     documents = [[*ByteVocab().encode(text).tolist(), END_OF_DOC] for text in TEXTS]
@@ -57,6 +58,7 @@ def test_documents_longer_than_an_update_are_said_to_be_read_in_pieces(tmp_path,
     assert same.tolist() == [len(text) < 16 for text in TEXTS]
 
 
+@pytest.mark.slow(2)
 def test_values_are_counted_as_those_of_rows_are(recall_store, monkeypatch):  # noqa: F811
     """With something that is no model: its losses and hits depend on two tokens alone."""
 

@@ -192,6 +192,7 @@ def exporting(folder, how):
     return process.returncode, err
 
 
+@pytest.mark.slow(1)
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     code, err = exporting(tmp_path / "out", "full")
     assert code == 1, err
@@ -200,6 +201,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow(2)
 def test_a_killed_export_leaves_no_folder_of_that_name_and_is_no_obstacle(tmp_path):
     code, _ = exporting(tmp_path / "out", "killed")
     assert code == -signal.SIGKILL

@@ -48,6 +48,7 @@ def logits_of_the_model(config, params):
     return np.asarray(apply(params))[0]
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("kind", ["shga", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(KINDS)[1:])])
 def test_its_logits_are_the_model_s_and_it_needs_no_other_package(kind, environment, tmp_path):
     config = small_config(mem_len=5).replace(**KINDS[kind])

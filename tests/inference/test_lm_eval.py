@@ -108,6 +108,7 @@ def known(tasks, monkeypatch) -> None:
     monkeypatch.setattr(lm_eval_tasks, "TaskManager", lambda include_defaults: TaskManager(None, folder, False))
 
 
+@pytest.mark.slow(8)
 def test_tasks_have_the_scores_that_the_evaluator_gives(workdir, loaded, tasks, capsys, known):
     """By name, in a group, by a pattern and as a file; and the results file is in the harness' format."""
     run_lm_eval(loaded.settings, workdir, None, ["own", "own_en*", tasks["starts"]], None, None, None)
@@ -124,6 +125,7 @@ def test_tasks_have_the_scores_that_the_evaluator_gives(workdir, loaded, tasks, 
     assert json.loads(capsys.readouterr().out)["results"]["own_choices"]["sample_len"] == 2
 
 
+@pytest.mark.slow(2)
 def test_a_continuation_is_greedy_if_each_of_its_tokens_is_the_likeliest(harness, loaded):
     prompt = list(b"the quick")
     (drawn,) = loaded.generate_tokens([np.add(prompt, 3)], length=3, temperature=0.0)
@@ -137,6 +139,7 @@ def test_a_continuation_is_greedy_if_each_of_its_tokens_is_the_likeliest(harness
         assert nats == pytest.approx(score[-len(continuation) :].sum(), abs=1e-4)
 
 
+@pytest.mark.slow(6)
 def test_generated_texts_end_before_the_first_stop_string(harness, loaded):
     """Of prompts of less and more than a block, more of them than devices."""
     prompts = [LONG[:length] for length in (0, 1, 3, 4, 5, 30, 2, 7, 9, 11)]
@@ -149,6 +152,7 @@ def test_generated_texts_end_before_the_first_stop_string(harness, loaded):
     assert found == [text[:end] for text, end in zip(texts, ends, strict=True)]
 
 
+@pytest.mark.slow(2)
 def test_no_more_is_drawn_than_the_stop_strings_need(batched, monkeypatch):
     """The likeliest text of many tokens is cut off long before its end."""
     prompts = [np.array([70]), np.array([71, 72])]
@@ -167,6 +171,7 @@ def test_no_more_is_drawn_than_the_stop_strings_need(batched, monkeypatch):
     assert 0 < sum(steps) <= CHUNK
 
 
+@pytest.mark.slow(3)
 def test_max_length_cuts_what_is_read_and_never_what_is_predicted(batched, loaded):
     harness = HarnessModel(batched, loaded.vocab, 5, {})
     text = "twelve bytes"
@@ -213,6 +218,7 @@ def test_what_can_not_be_answered_is_one_line(batched, loaded, kind, arguments, 
     assert str(refused.value).startswith(message)
 
 
+@pytest.mark.slow(2)
 def test_tasks_that_do_not_exist_are_one_line(workdir, known, tmp_path):
     broken = tmp_path / "broken.yaml"
     binary = tmp_path / "binary.yaml"

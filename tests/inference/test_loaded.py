@@ -37,6 +37,7 @@ def log_probabilities(document):
     return np.take_along_axis(np.asarray(apply(model_params(SETTINGS.model))), document[:, None], axis=1)[:, 0]
 
 
+@pytest.mark.slow(3)
 def test_scores_are_log_probabilities_of_each_token_given_all_before(loaded):
     """Of texts of several updates, side by side."""
     texts = ["a short one", "x", "a longer text, of more tokens than an update and a window have together. " * 2]
@@ -50,6 +51,7 @@ def test_scores_are_log_probabilities_of_each_token_given_all_before(loaded):
         np.testing.assert_array_equal(found, whole[:-1])
 
 
+@pytest.mark.slow(2)
 def test_texts_are_scored_alike_alone_and_among_many(loaded):
     """More of them than rows."""
     texts = [f"text number {n}" * (n % 3) for n in range(11)]  # empty ones, too
@@ -59,6 +61,7 @@ def test_texts_are_scored_alike_alone_and_among_many(loaded):
     assert loaded.score([]) == []
 
 
+@pytest.mark.slow(2)
 def test_bytes_are_scored_as_they_are(loaded):
     (found,) = loaded.score([b"\xff\x00"])
     np.testing.assert_allclose(found, log_probabilities(np.array([258, 3])), atol=1e-4, rtol=0)

@@ -64,6 +64,7 @@ def evaluate(store, monkeypatch, n_devices, n_rows):
     return result
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize(("n_devices", "n_rows"), [(1, 3), (8, 16)])
 def test_each_value_counts_once_in_the_class_of_its_distance(store, monkeypatch, n_devices, n_rows):
     """The oracle reads documents letter by letter. On 16 rows for 11 documents, five are nothing but padding."""
@@ -99,6 +100,7 @@ def test_each_value_counts_once_in_the_class_of_its_distance(store, monkeypatch,
     json.dumps(numbers)
 
 
+@pytest.mark.slow(4)
 def test_a_hit_is_the_likeliest_of_all_tokens_and_losses_are_the_same(eight_devices):
     """On a mesh that splits rows and heads; the oracle is the model on one device."""
     mesh = make_mesh(MeshSettings(data=2, model=2), eight_devices[:4])

@@ -113,6 +113,7 @@ def indifferent():
     return model_params(CONFIG) | dict(w_out=jnp.zeros_like(model_params(CONFIG)["w_out"]))
 
 
+@pytest.mark.slow(2)
 def test_an_end_of_document_ends_its_row_alone():
     chunks = list(sampler_of(6).sample(indifferent(), [prompt_of(3)] * 6, 0, 400))
     lengths = [int(np.sum(row != NO_TOKEN)) for row in np.concatenate(chunks, axis=1)]
@@ -148,6 +149,7 @@ def draw_many(logits, n=20_000, **how):
 draw_compiled = jax.jit(draw_tokens, static_argnames=("temperature", "top_p"))
 
 
+@pytest.mark.slow(2)
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.floats(-30, 30, width=32) | st.just(NEVER), min_size=1, max_size=40),

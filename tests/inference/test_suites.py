@@ -153,6 +153,7 @@ def blind(documents):
     return [(np.ones(len(tokens), np.float32), np.zeros(len(tokens), bool)) for tokens in documents]
 
 
+@pytest.mark.slow(2)
 def test_recall_in_bytes_has_the_documents_and_distances_of_the_corpus():
     """What `distances` finds by looking at the tokens alone."""
     settings = with_eval(dataclasses.replace(SMALL, suite_longest=3000))
@@ -197,6 +198,7 @@ def test_recall_counts_a_value_if_all_of_its_tokens_are_known(vocabs):
             np.testing.assert_array_equal(document.tokens[begin:end], same)
 
 
+@pytest.mark.slow(2)
 def test_a_run_is_asked_and_what_is_found_is_written(workdir, loaded, capsys):
     """Of a model that has learned nothing; the loss is that of `LoadedModel.score_tokens`."""
     how = EvalSettings(suite_longest=512, suite_depths=2, suite_trials=1, suite_seed=5)

@@ -70,6 +70,7 @@ def test_where_all_is_well_every_check_says_so(healthy):
     assert not [call for call in healthy.get("log") if changes & set(call)]
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize(
     ("state", "flags", "fix"),
     [
@@ -98,6 +99,7 @@ def test_what_is_wrong_is_said_with_its_fix(healthy, state, flags, fix):
     assert [fix in found for found in fixes(healthy, *DOCTOR, *flags)] == [True]
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize(
     ("state", "flags", "note"),
     [
@@ -150,6 +152,7 @@ def test_gcloud_and_openssh_that_are_not_installed(healthy):
     ]
 
 
+@pytest.mark.slow(1)
 def test_a_run_is_examined_with_what_it_was_asked_for(healthy):
     healthy.must("up", *UP)
     healthy.must("run", *RUN)

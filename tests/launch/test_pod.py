@@ -163,6 +163,7 @@ def test_what_an_earlier_run_left_in_the_workdir_is_not_taken_for_this_one_s(lap
     assert status_of(laptop)["step"] == 20
 
 
+@pytest.mark.slow(2)
 def test_down_asks_and_saves_first(laptop):
     laptop.set(wait_at=3)
     laptop.must("up", *UP)

@@ -12,6 +12,7 @@ from tests.launch.conftest import ROOT, write_program
 from tvq_pod.errors import UserError
 
 
+@pytest.mark.slow(2)
 def test_a_config_that_the_machines_do_not_have_is_refused_before_anything_starts(laptop, tmp_path):
     laptop.must("up", *UP)
     (tmp_path / "mine.py").write_text("")
@@ -48,6 +49,7 @@ def test_a_config_is_the_same_however_its_path_is_written(laptop):
         laptop.must("run", "--name=run", "--dry_run", "--", f"--config={config}", "--workdir=gs://bucket/run")
 
 
+@pytest.mark.slow(1)
 def test_without_a_config_there_must_be_an_earlier_run(laptop):
     laptop.must("up", *UP)
     run = ("--name=run", "--", "--workdir=gs://bucket/run")
@@ -58,6 +60,7 @@ def test_without_a_config_there_must_be_an_earlier_run(laptop):
     laptop.must("run", *run)
 
 
+@pytest.mark.slow(1)
 def test_a_config_on_a_mount_that_all_machines_share(laptop, tmp_path):
     laptop.must("up", *UP)
     flags = ("--name=run", "--shared_workdir", "--", f"--config={tmp_path}/c.py", f"--workdir={tmp_path}/run")
@@ -126,6 +129,7 @@ def path_without_gcloud(laptop) -> str:
     return str(folder)
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("text", [None, "no setting", "A B=c"])
 def test_an_env_file_that_is_none_is_refused_before_anything_changes(laptop, tmp_path, text):
     laptop.must("up", *UP)

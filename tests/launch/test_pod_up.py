@@ -14,6 +14,7 @@ from tvq_pod.errors import UserError
 from tvq_pod.run import packages
 
 
+@pytest.mark.slow(1)
 def test_a_dry_run_comes_before_up_too(laptop):
     """With the flags that `up` will have, the commands are those that will be run; without, what is missing is said."""
     planned = commands_of(laptop.must("run", "--dry_run", *UP, *RUN[1:]))
@@ -70,6 +71,7 @@ def test_a_quota_that_is_used_up_is_said_and_the_same_command_goes_on_later(lapt
     assert laptop.get("queued")["run"]["state"] == "ACTIVE"
 
 
+@pytest.mark.slow(1)
 def test_a_slice_that_is_there_already_is_used(laptop):
     laptop.must("up", *UP)
     asked = laptop.get("queued")["run"]["asked_at"]
@@ -108,6 +110,7 @@ def test_machines_that_fail_to_install_are_named_and_the_same_command_mends_it(l
     laptop.must("up", *UP)
 
 
+@pytest.mark.slow(2)
 def test_pip_on_the_machines_finds_the_environment_of_the_install_and_the_training_does_not(laptop, tmp_path):
     (tmp_path / "pip").write_text("PIP_INDEX_URL=https://me:a b@index/simple\nHTTPS_PROXY=http://proxy:1\n")
     (tmp_path / "keys").write_text("SECRET=x\n")

@@ -65,6 +65,7 @@ def check_jobset(manifest: dict) -> None:
         kubernetes_validate.validate(job, "1.34", strict=True)
 
 
+@pytest.mark.slow(2)
 def test_the_shell_only_path_has_a_training_done(laptop):
     environment = laptop.environment | dict(NAME="run", ZONE="us-central2-b", ACCELERATOR="v4-16", POLL_SECONDS="0.1")
     environment |= dict(CREATE_FLAGS="--spot --network=default", ALLOW_DIRTY="1")
@@ -215,6 +216,7 @@ def test_python_and_shell_boot_the_same_machines():
         assert slices.parse(f"{chip.accelerator}-8").chips == 8 // chip.per_name
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e", "tpu7x"])
 @pytest.mark.parametrize("several_slices", [False, True])
 def test_libtpu_knows_the_flags(chip, several_slices):

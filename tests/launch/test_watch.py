@@ -225,6 +225,7 @@ def test_two_at_once_do_what_one_does(started):
     assert all(names == ["run/0", "run/1"] for names in attempts(started).values())
 
 
+@pytest.mark.slow(4)
 def test_stop_is_stronger_than_a_watch_that_is_at_work(started):
     watch = started.start("watch", *WATCH)
     assert "training" in watch.stdout.readline()
@@ -264,6 +265,7 @@ def test_stop_before_there_is_a_slice(started):
     assert sorted(attempts(started)) == [1]
 
 
+@pytest.mark.slow(1)
 def test_down_ends_a_watch_that_asks(started):
     watch = waiting_for_a_slice(started)
     started.must("down", "--name=run", "--yes")
@@ -315,6 +317,7 @@ def test_what_was_given_up_stays_so_until_run(laptop):
     assert sorted(attempts(laptop)) == [1]
 
 
+@pytest.mark.slow(1)
 def test_the_log_of_a_slice_that_is_gone_is_in_the_bucket(started):
     started.set(wait_at=0)
     started.must("watch", *WATCH)

@@ -43,6 +43,7 @@ def import_from(folder, workdir, **model):
     import_model(settings, epath.Path(workdir), epath.Path(folder))
 
 
+@pytest.mark.slow(5)
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
 def test_what_was_exported_and_imported_is_exported_again_bit_for_bit(kind, tmp_path):
     (tmp_path / "run").mkdir()
@@ -59,6 +60,7 @@ def test_what_was_exported_and_imported_is_exported_again_bit_for_bit(kind, tmp_
         assert again.data.vocab == str(tmp_path / "imported/vocab.model")
 
 
+@pytest.mark.slow(3)
 def test_the_average_of_the_weights_is_what_leaves_a_run_that_has_one(tmp_path):
     """By --mode=export and tvq_pod.load; the weights of the step, where config.eval.weights=raw asks for them."""
     settings = settings_of()
@@ -84,6 +86,7 @@ def out(tmp_path_factory) -> pathlib.Path:
     return folder / "out"
 
 
+@pytest.mark.slow(2)
 def test_an_imported_checkpoint_belongs_to_a_model_and_to_no_corpus(out, tmp_path):
     import_from(out, tmp_path / "imported", dtype="bfloat16")
     checkpoints = CheckpointReader(tmp_path / "imported")
@@ -95,6 +98,7 @@ def test_an_imported_checkpoint_belongs_to_a_model_and_to_no_corpus(out, tmp_pat
     assert not {"config.seed", "config.data.store, fingerprint"} & record.keys()
 
 
+@pytest.mark.slow(3)
 def test_an_imported_model_and_all_that_descends_from_it_say_where_it_came_from(out, tmp_path, capsys):
     import_from(out, tmp_path / "imported")
     inspect(resolve(read_run_config(tmp_path / "imported")), epath.Path(tmp_path / "imported"), None)
@@ -110,6 +114,7 @@ def test_an_imported_model_and_all_that_descends_from_it_say_where_it_came_from(
     checkpoints.close()
 
 
+@pytest.mark.slow(1)
 def test_a_run_whose_own_data_or_first_weights_are_elsewhere_is_exported_without_naming_them(tmp_path):
     """And what was exported can be imported: no setting is left that needs another one."""
     settings = settings_of()
@@ -123,6 +128,7 @@ def test_a_run_whose_own_data_or_first_weights_are_elsewhere_is_exported_without
     assert resolve(read_run_config(tmp_path / "imported")).init_from == ""
 
 
+@pytest.mark.slow(2)
 def test_a_setting_that_the_model_depends_on_may_not_be_changed_on_the_way(out, tmp_path):
     with pytest.raises(UserError, match=r"config\.model\.window_bias=8\.0: the model in .* has 0\.0; leave"):
         import_from(out, tmp_path / "imported", window_bias=8.0)
@@ -182,6 +188,7 @@ def test_quadratic_attention_is_not_exported(tmp_path):
         export(settings_of(attn_type="full"), epath.Path(tmp_path), epath.Path(tmp_path / "out"), None, None)
 
 
+@pytest.mark.slow(1)
 def test_each_mistake_is_one_line_and_changes_nothing(out, tmp_path, config_file):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/file").write_text("mine")

@@ -51,6 +51,7 @@ class OnDisk(NamedTuple):
     digest: jax.Array
 
 
+@pytest.mark.slow(3)
 def test_steps_that_were_set_aside_are_listed(run, tmp_path, capsys):
     workdir, _ = run
     shutil.copytree(workdir, tmp_path / "run")
@@ -76,6 +77,7 @@ def test_fingerprints_are_those_of_the_whole_state(run, capsys):
         assert line[1:3] == ["x".join(map(str, leaf.shape)), str(leaf.dtype)]
 
 
+@pytest.mark.slow(4)
 def test_one_array_is_held_at_a_time_and_none_on_a_device(run, monkeypatch):
     workdir, state = run
     restored, on_devices = [], len(jax.live_arrays())

@@ -112,6 +112,7 @@ def test_a_plan_says_what_is_sent_between_chips(planned):
     assert 2 * plan["parameter_count"] < sent < 4 * plan["parameter_count"] * 1.05
 
 
+@pytest.mark.slow(1)
 def test_the_bytes_of_a_known_matmul():
     """Contracted over a split axis: one all-reduce of the result, over that axis."""
     _, devices = topology_devices("v5e:2x2", 1)
@@ -128,6 +129,7 @@ def test_the_bytes_of_a_known_matmul():
     assert program.cycles() > 2 * 512 * 512 * 256 / 2**17
 
 
+@pytest.mark.slow(1)
 def test_what_is_gathered_beside_matmuls_and_scattered_is_counted_once():
     _, devices = topology_devices("v5e:2x2", 1)
     mesh = jax.sharding.Mesh(np.array(devices), ("data",))

@@ -41,6 +41,7 @@ def lines_of(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow(3)
 def test_each_prompt_of_a_file_has_its_lines_in_order(workdir, tmp_path):
     """On eight devices, two samples of each prompt, in a file."""
     how, output = dict(length=10, count=2, logprobs=True, seed=3), tmp_path / "samples.jsonl"

@@ -91,6 +91,7 @@ def test_every_length_is_among_them():
     assert {T, *(block_len for _, _, block_lens in QUICK + LENGTHS for block_len in block_lens)} == divisors
 
 
+@pytest.mark.slow(3)
 @by_attention
 @by_lengths
 def test_a_token_sees_nothing_that_comes_after_it(mem_len, agg_cache, block_lens, attention):
@@ -269,6 +270,7 @@ def test_every_head_type_is_the_quadratic_softmax(changes):
 document_lengths = st.lists(st.integers(1, 14), min_size=1, max_size=6)
 
 
+@pytest.mark.slow(2)
 @settings(max_examples=30, deadline=None)
 @given(lengths=document_lengths, window=st.sampled_from([(1, True), (3, True), (4, False)]))
 def test_a_document_never_sees_its_neighbours(lengths, window):
@@ -291,6 +293,7 @@ def test_a_document_never_sees_its_neighbours(lengths, window):
 compiled_caches = jax.jit(caches, static_argnums=2)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
@@ -354,6 +357,7 @@ def test_bfloat16_is_near_float32():
     np.testing.assert_allclose(rough.astype(jnp.float32), exact, atol=0.1)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("grad_thru_cache", [True, False])
 def test_grad_thru_cache_decides_whether_gradients_cross_blocks(grad_thru_cache):
     config = small_config(block_len=4, mem_len=2, grad_thru_cache=grad_thru_cache)

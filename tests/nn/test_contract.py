@@ -50,6 +50,7 @@ def test_exp_of_the_biases_is_the_counts(rng_fixture):
         np.testing.assert_allclose(jnp.exp(VQAttention.get_agg_biases(counts.astype(narrow))), counts, rtol=1e-5)
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize(
     ("attention", "agg_cache", "widening"),
     [
@@ -93,6 +94,7 @@ def test_outputs_are_causal(
         np.testing.assert_allclose(jacobian, jacobians[0], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow(2)
 def test_rows_may_be_mapped_over(rng_fixture, attn_fixture):
     """vmap over parameters of two layers is the two layers."""
     config = common.small_config(attention="plain")
@@ -113,6 +115,7 @@ def test_rows_may_be_mapped_over(rng_fixture, attn_fixture):
 FORWARD = [(T, 4, 6, 2), slow(T, 3, 2, 2)] + [slow(*lengths, 1) for lengths in gen_len_tuples("tlm", T)]
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("agg_cache", [True, False])
 @pytest.mark.parametrize(("sequence_len", "block_len", "mem_len", "widening"), FORWARD)
 def test_outputs_do_not_depend_on_blocks(
@@ -157,6 +160,7 @@ def test_outputs_do_not_depend_on_blocks(
     np.testing.assert_allclose(actual, expected, atol=5e-4, rtol=5e-3)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("agg_cache", [True, False])
 @pytest.mark.parametrize(
     ("sequence_len", "mem_len"),
@@ -223,6 +227,7 @@ def test_gradients_do_not_depend_on_blocks(
     np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow(1)
 @pytest.mark.parametrize("agg_cache", [True, False])
 def test_documents_do_not_see_each_other(rng_fixture, attn_fixture, agg_cache):
     """Two documents back to back give what each gives alone, from a fresh state."""

@@ -77,6 +77,7 @@ def in_a_loop(config, tokens, doc_ids):
 start_of = jax.jit(decode_state, static_argnums=(1, 2))
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("kind", ["shga", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(KINDS)[1:])])
 def test_one_token_at_a_time_is_the_ordinary_model(kind):
     """From a state in the middle of documents, over the ring's end several times, into new documents."""
@@ -106,6 +107,7 @@ def test_a_loop_is_its_steps():
     assert (state["units"][0]["count"].sum(axis=(1, 2)) > 0).any()
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("kind", ["shga", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(KINDS)[1:])])
 def test_rows_may_have_slots_of_their_own(kind):
     """Row n begins n times STAGGER steps later, in the place of a row that ends: each gives what it gives beside rows
@@ -141,6 +143,7 @@ def test_rows_may_have_slots_of_their_own(kind):
     np.testing.assert_allclose(np.stack(together), expected, atol=atol)
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("slot_by_row", [False, True])
 @pytest.mark.parametrize("n_rows", [1, 3])
 def test_a_loop_copies_no_large_array(n_rows, slot_by_row):

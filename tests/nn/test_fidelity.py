@@ -122,6 +122,7 @@ def losses_of_original(params: dict, inputs, targets):
     return np.log(np.sum(np.exp(logits), axis=-1)) - logits[np.arange(T), targets], commit
 
 
+@pytest.mark.slow(1)
 def test_the_model_is_that_of_the_original(patched):
     """Three blocks in one update, so the window, the cache and the relative biases of both all count."""
     patched(fidelity.sinusoid_table, fidelity.scaled_u_and_v, fidelity.more_biases)
@@ -158,6 +159,7 @@ def test_codes_are_the_originals_quotients_of_sums_while_none_is_dead():
     np.testing.assert_allclose(ours["codebook"], sums / count[..., None], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow(2)
 def test_initial_weights_can_be_as_wide_as_the_originals(patched):
     patched(fidelity.initial_codes, fidelity.initial_outputs)
     config = small_config(n_code=64, d_v=64, d_model=64, attention="plain")

@@ -32,6 +32,7 @@ def oracle(config, biases, q, recent):
     return out
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize(("block_len", "mem_len"), [(1, 3), (4, 6), (8, 2), (24, 5)])
 def test_it_is_the_softmax_over_all_that_came_before(block_len, mem_len):
     config = small_config(attn_type="full", block_len=block_len, mem_len=mem_len, window_bias=1.5)

@@ -22,12 +22,14 @@ def example() -> dict:
     return names
 
 
+@pytest.mark.slow(4)
 def test_the_loss_falls(example):
     losses = example["losses"]
     assert losses[0] > 5.0  # nothing is known yet: log(256) is 5.5
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow(3)
 def test_states_are_carried_from_update_to_update(example):
     n_tokens = example["STEPS"] * example["UPDATE_LEN"]
     for state in example["states"]:

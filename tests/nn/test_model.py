@@ -47,6 +47,7 @@ def random_tokens(batch_size=1, seed=0):
     return np.random.default_rng(seed).integers(0, 11, size=[batch_size, TOTAL]).astype(np.int32)
 
 
+@pytest.mark.slow(4)
 @settings(max_examples=20, deadline=None)
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5), update_len=st.sampled_from([4, TOTAL]))
 def test_a_document_never_sees_its_neighbours(lengths, update_len):
@@ -63,6 +64,7 @@ def test_a_document_never_sees_its_neighbours(lengths, update_len):
         np.testing.assert_allclose(together[0, places], expected[0, : len(places)], atol=1e-4)
 
 
+@pytest.mark.slow(2)
 def test_context_matters_within_a_document():
     config = small_config(pe_abs=True, mem_len=3)
     inputs, doc_ids = random_tokens(), np.zeros([1, TOTAL], np.int32)
@@ -122,6 +124,7 @@ def without_dropout():
     return run(DROPPING, inputs, np.zeros_like(inputs))
 
 
+@pytest.mark.slow(1)
 def test_no_dropout_acts_in_evaluation():
     inputs, rates = random_tokens(), dict.fromkeys(DROPOUTS, 0.5)
     evaluated = run(DROPPING.replace(**rates), inputs, np.zeros_like(inputs))
@@ -186,6 +189,7 @@ def test_absolute_positions_have_a_learned_scale():
     assert abs(gradients(TRAINING)["pe_scale"]) > 1e-3
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("n_vocab", [8, 11])  # at most d_model: at once; above: block by block
 def test_losses_are_the_cross_entropy_of_the_logits(n_vocab):
     config = small_config(n_vocab=n_vocab, e_scale=0.7, n_layer=1, head_type="mqa")
@@ -222,6 +226,7 @@ def test_small_vocabularies_are_looked_up_exactly(dtype):
     np.testing.assert_array_equal(jax.jit(embed)(ids, table), np.asarray(table)[ids])
 
 
+@pytest.mark.slow(1)
 def test_layers_of_every_head_type_have_about_as_many_parameters():
     @functools.cache
     def size(config):

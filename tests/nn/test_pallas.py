@@ -36,6 +36,7 @@ from tvq_pod.training.step import make_train_step
 borders_of_rows = st.lists(st.lists(st.integers(1, 2 * T - 1), max_size=4), min_size=N_ROWS, max_size=N_ROWS)
 
 
+@pytest.mark.slow(8)
 @pytest.mark.parametrize(
     "changes",
     [

@@ -59,6 +59,7 @@ def test_heads_and_columns_are_spread(eight_devices, mesh, changes):
     assert_same_as_alone(eight_devices, mesh, **changes)
 
 
+@pytest.mark.slow(3)
 def test_the_blocks_of_an_update_are_spread(eight_devices):
     assert_same_as_alone(eight_devices, dict(data=1, sequence=4), n_head=1, n_code=8)
 

@@ -96,6 +96,7 @@ def test_a_code_that_nothing_chose_keeps_its_place_exactly_and_for_ever():
     assert np.isfinite(params["codebook"]).all()
 
 
+@pytest.mark.slow(2)
 def test_shortcodes_are_the_nearest_codes_and_the_value_is_exactly_the_code():
     params, keys = random_params(), random_keys()
     out = quantize(params, keys, None)
@@ -106,6 +107,7 @@ def test_shortcodes_are_the_nearest_codes_and_the_value_is_exactly_the_code():
         np.testing.assert_array_equal(out["quantized"][b, h, t], params["codebook"][h, nearest])
 
 
+@pytest.mark.slow(1)
 def test_gradients_go_straight_through_to_keys_and_never_to_codes():
     def value(params, keys):
         return jnp.sum(jnp.sin(quantize(params, keys, None)["quantized"]))

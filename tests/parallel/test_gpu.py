@@ -20,6 +20,7 @@ def calls(lowered: jax.stages.Lowered) -> set[str]:
     return set(re.findall(r"custom_call @\"?([\w.$]+)", lowered.as_text())) - OWN
 
 
+@pytest.mark.slow(5)
 @pytest.mark.parametrize(
     ("mesh", "widths"),
     [

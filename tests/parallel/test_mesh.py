@@ -32,6 +32,7 @@ def state_on(mesh_settings: MeshSettings, name: str, optimizer: str):
     return abstract_train_state(settings, make_mesh(mesh_settings))
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("sizes", [dict(data=8), dict(data=4, model=2), dict(data=2, sequence=2, model=2)])
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_no_large_parameter_is_whole_on_every_device(eight_devices, sizes, optimizer):

@@ -86,6 +86,7 @@ def test_all_processes_go_back_together_and_give_up_together(corpus, tmp_path):
     assert "Traceback" not in output
 
 
+@pytest.mark.slow(4)
 def test_a_mistake_ends_all_processes_with_one_line_each(corpus, tmp_path):
     flags = [*FLAGS, f"--config.data.source={corpus}/nothing", f"--workdir={tmp_path / 'run'}"]
     job = launched("--processes=2", "--devices_per_process=2", "--", *flags, popen=subprocess.Popen)

@@ -91,6 +91,7 @@ def assert_same_as_alone(mesh, model=None, *, made_there=False, microbatches=1, 
         jax.tree_util.tree_map_with_path(same, getattr(ours.state, part), getattr(alone.state, part))
 
 
+@pytest.mark.slow(20)
 def test_losses_parameters_codebooks_and_states_do_not_depend_on_the_mesh(eight_devices):
     """Dropout and LayerDrop on, documents that go on over updates, positions that are masked; rows, tokens and widths
     over two devices each, parameters over those of the rows."""
@@ -153,6 +154,7 @@ def test_a_document_may_be_cut_at_any_place_of_any_shard(eight_devices):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), *results)
 
 
+@pytest.mark.slow(3)
 def test_every_part_of_the_state_moves(eight_devices):
     settings = settings_of(ALONE)
     start, end = start_alone(settings), trained(settings).state

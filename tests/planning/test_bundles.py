@@ -144,6 +144,7 @@ def test_what_is_no_schedule_is_an_error():
         count_bundles(schedule("{ %2 = sbr.rel target = $region4 }"))
 
 
+@pytest.mark.slow(2)
 def test_a_count_that_stops_before_the_program_ends_is_not_exact():
     endless = LOOP.replace("%s12_s1, 5 /*", "%s12_s1, 4294967295 /*").replace("scmp.ge.s32", "scmp.ge.u32")
     count = count_bundles(schedule(endless.replace("\n\n", "\n")))

@@ -6,6 +6,8 @@ import http.server
 import json
 import threading
 
+import pytest
+
 from tests.buckets import reached_at
 from tests.command import finish, start
 
@@ -74,6 +76,7 @@ def test_a_bucket_that_does_not_exist_is_not_made(config_file, tmp_path, server,
     assert err.startswith("error: --workdir=gs://bucket/nothing: has no config.json")
 
 
+@pytest.mark.slow(1)
 def test_a_bucket_that_is_forbidden_says_so(config_file, tmp_path, monkeypatch):
     with answering(lambda *request: refusal(403)) as port:
         reached_at(monkeypatch, port)

@@ -147,6 +147,7 @@ def test_losses_after_the_step_that_a_run_went_back_to_are_forgotten(tmp_path, m
     checkpoints.close()
 
 
+@pytest.mark.slow(2)
 def test_what_must_be_written_before_a_step_has_its_name_is(tmp_path, mesh):
     seen = []
     checkpoints = Checkpoints(
@@ -159,6 +160,7 @@ def test_what_must_be_written_before_a_step_has_its_name_is(tmp_path, mesh):
     checkpoints.close()
 
 
+@pytest.mark.slow(2)
 def test_the_newest_steps_are_kept(tmp_path, mesh):
     checkpoints = Checkpoints(tmp_path, CheckpointSettings(keep=2))
     state = first_state(SETTINGS, mesh)
@@ -172,6 +174,7 @@ def test_the_newest_steps_are_kept(tmp_path, mesh):
     checkpoints.close()
 
 
+@pytest.mark.slow(1)
 def test_a_damaged_step_is_set_aside_and_the_newest_good_one_used(workdir, capfd):
     damage(workdir, 3)
     damage(workdir, 2)

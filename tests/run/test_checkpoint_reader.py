@@ -19,6 +19,7 @@ from tvq_pod.run.checkpoint_reader import CheckpointReader
 from tvq_pod.training.step import abstract_train_state
 
 
+@pytest.mark.slow(1)
 def test_another_runs_checkpoint_is_refused_by_name(tmp_path, mesh):
     checkpoints = Checkpoints(tmp_path, CheckpointSettings(keep=0))
     checkpoints.save(first_state(SETTINGS, mesh), 7, RECORD, SCHEDULE)
@@ -83,6 +84,7 @@ def test_no_checkpoint_is_an_error_and_makes_no_folder(tmp_path):
         CheckpointReader(tmp_path).pick(None)
 
 
+@pytest.mark.slow(1)
 def test_those_that_only_read_pass_over_a_damaged_step_and_leave_it_where_it_is(workdir):
     damage(workdir, 3)
     checkpoints = CheckpointReader(workdir)

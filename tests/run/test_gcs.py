@@ -164,6 +164,7 @@ def test_a_store_of_parts_in_a_bucket_keeps_those_that_are_whole_and_is_added_to
     assert_equal(contents(now.as_of(store.fingerprint)), contents(expected))
 
 
+@pytest.mark.slow(3)
 def test_a_store_in_a_bucket_goes_on_where_it_was(corpus, tmp_path, server, monkeypatch):
     files, progress = reached_at(monkeypatch, server), "bucket/prepared/progress.json"
     process = preparing(corpus, "gs://bucket/prepared", seconds=0.05)

@@ -96,6 +96,7 @@ def wandb_session(workdir, here, monkeypatch, steps):
     return run_id, rows
 
 
+@pytest.mark.slow(2)
 def test_a_wandb_run_goes_on_from_another_folder_with_all_its_steps(tmp_path, monkeypatch):
     """The run's folder was moved; steps 5 and 6 come again, since the session was killed after its last checkpoint."""
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -112,6 +113,7 @@ def test_a_wandb_run_goes_on_from_another_folder_with_all_its_steps(tmp_path, mo
     assert metrics._wandb_id(tmp_path) != first  # of another run
 
 
+@pytest.mark.slow(2)
 def test_a_wandb_run_of_a_bucket_is_the_same_from_every_host(tmp_path, monkeypatch, server):
     reached_at(monkeypatch, server)
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -98,6 +98,7 @@ def test_a_run_goes_on_with_another_store(corpus, other, tmp_path, capsys):
     assert reader.schedule(12) == of_other
 
 
+@pytest.mark.slow(5)
 def test_weights_of_a_mixture_change_at_their_steps_in_a_run_that_is_resumed_too(corpus, other, tmp_path, capsys):
     stores = [tmp_path / f"{name}/store" for name in "ab"]
     for path, source in zip(stores, (corpus, other), strict=True):

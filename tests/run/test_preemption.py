@@ -59,6 +59,7 @@ def start():
         process.kill()
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("listens", [True, False])
 @pytest.mark.parametrize(
     ("grace", "can_save", "does", "signals", "code", "said"),

@@ -64,6 +64,7 @@ def workdir(tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
+@pytest.mark.slow(4)
 def test_a_browser_shows_the_report_and_asks_for_nothing_else(workdir):
     """Text is shown as it is, whatever it looks like, and every picture is there."""
     path = workdir / "eval/report.html"

@@ -34,6 +34,7 @@ def result_of(out: str) -> dict:
     return result
 
 
+@pytest.mark.slow(8)
 def test_a_run_that_finishes_says_where_it_is_and_how_good(trained):
     workdir, out, _ = trained
     result = result_of(out)

@@ -71,6 +71,7 @@ def history(workdir):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@pytest.mark.slow(5)
 def test_a_run_goes_back_and_sets_newer_checkpoints_aside(workdir, done_once, corpus, capsys):
     settings = settings_of(corpus)
     trained(settings, workdir, step=6)
@@ -92,12 +93,14 @@ def test_a_run_goes_back_and_sets_newer_checkpoints_aside(workdir, done_once, co
     assert names(workdir) == ["12", "12.undone", "12.undone-2", "3", "6", "9", "9.undone", "9.undone-2"]
 
 
+@pytest.mark.slow(3)
 def test_the_newest_step_is_no_step_back(workdir, corpus):
     trained(settings_of(corpus), workdir, step=STEPS)
     assert names(workdir) == ["12", "3", "6", "9"]
     assert history(workdir) == []
 
 
+@pytest.mark.slow(6)
 def test_what_was_set_aside_can_be_brought_back(workdir, done_once, corpus):
     """The other branch has read other tokens since, and logged other digests for the same steps."""
     trained(settings_of(corpus, context_schedule="0:8"), workdir, step=6)
@@ -111,6 +114,7 @@ def test_what_was_set_aside_can_be_brought_back(workdir, done_once, corpus):
     assert digests(workdir)[14] == digests(longer)[14]
 
 
+@pytest.mark.slow(6)
 @pytest.mark.parametrize("step", [None, 3])
 def test_killed_half_way_it_is_a_run_that_goes_on(workdir, done_once, corpus, monkeypatch, step):
     set_aside, calls = StepFolders.set_aside, []
@@ -133,6 +137,7 @@ def test_killed_half_way_it_is_a_run_that_goes_on(workdir, done_once, corpus, mo
     assert_same(state_of(settings_of(corpus), workdir, STEPS), state_of(settings_of(corpus), done_once, STEPS))
 
 
+@pytest.mark.slow(3)
 def test_a_launch_that_repeats_its_command_goes_back_once(workdir, corpus, monkeypatch, capsys):
     monkeypatch.setenv("TVQ_POD_RUN_ID", "launch-1")
     trained(settings_of(corpus, num_steps=9), workdir, step=6)
@@ -148,6 +153,7 @@ def test_a_launch_that_repeats_its_command_goes_back_once(workdir, corpus, monke
     assert "12.undone-2" in names(workdir)
 
 
+@pytest.mark.slow(6)
 def test_data_that_was_skipped_stays_skipped(workdir, corpus):
     """By the run that went back from bad steps later than N, and then to N on purpose."""
     Skipped(epath.Path(workdir)).add(Skip(0, 8, 8, update=7, count=2), steps=(8, 9), back_to=6)

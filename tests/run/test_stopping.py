@@ -72,6 +72,7 @@ def last_place_of(job: subprocess.Popen) -> int:
     return int(line.split()[-1])
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("asked", [[0], [2, 1]])
 def test_all_stop_at_the_first_place_that_nobody_has_passed(asked):
     jobs = started(1000)
@@ -112,6 +113,7 @@ def test_all_save_at_the_same_places_as_often_as_any_is_asked_and_then_stop_at_o
     assert all(asked < saved for asked, saved in zip(asked_at, (first, second, last), strict=True))
 
 
+@pytest.mark.slow(1)
 def test_all_end_by_themselves_when_nobody_is_asked():
     assert [last_place_of(job) for job in started(3)] == [3, 3, 3]
 

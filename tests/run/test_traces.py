@@ -73,6 +73,7 @@ def trained(workdir, settings, n_steps, first_step=0):
     return goodput.record()["seconds"]
 
 
+@pytest.mark.slow(12)
 def test_a_trace_has_the_steps_that_were_asked_for_and_no_others(tmp_path):
     seconds = trained(tmp_path, ProfileSettings(at_step=3, num_steps=2, every_steps=5), 14)
     assert seconds["profile"] > 0
@@ -96,6 +97,7 @@ def test_the_devices_have_done_all_steps_before_a_trace_begins_and_its_own_befor
     assert calls == [1, "done 1", "begin", 2, 3, "done 3", "end", 4]
 
 
+@pytest.mark.slow(2)
 def test_operations_have_the_names_of_the_phases_that_the_plan_has_too():
     mesh = make_mesh(MeshSettings())
     settings = dataclasses.replace(SETTINGS, train=dataclasses.replace(SETTINGS.train, ema_decay=0.9))
@@ -111,6 +113,7 @@ def test_operations_have_the_names_of_the_phases_that_the_plan_has_too():
     } | phases
 
 
+@pytest.mark.slow(2)
 def test_a_trace_that_the_end_or_a_later_start_cuts_off(tmp_path):
     settings = ProfileSettings(at_step=3, num_steps=5)
     trained(tmp_path / "short", settings, 4)
@@ -119,6 +122,7 @@ def test_a_trace_that_the_end_or_a_later_start_cuts_off(tmp_path):
     assert traces(tmp_path / "later") == {}
 
 
+@pytest.mark.slow(3)
 def test_a_trace_goes_into_a_bucket(tmp_path, monkeypatch, server):
     reached_at(monkeypatch, server)
     trained("gs://bucket/traced", ProfileSettings(at_step=1, num_steps=1), 2)
@@ -128,6 +132,7 @@ def test_a_trace_goes_into_a_bucket(tmp_path, monkeypatch, server):
     assert steps_in(local) == [1]
 
 
+@pytest.mark.slow(2)
 def test_only_chosen_processes_trace(tmp_path, monkeypatch):
     monkeypatch.setattr(traces_module.jax, "process_index", lambda: 1)
     trained(tmp_path, ProfileSettings(at_step=1, num_steps=1, hosts="0,2"), 2)
@@ -179,6 +184,7 @@ def limit():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow(4)
 def test_a_full_disk_costs_its_traces_and_later_ones_are_taken(tmp_path, limit, monkeypatch, capfd):
     local, made = tmp_path / "local", traces_module.tempfile.mkdtemp
     local.mkdir()
@@ -202,6 +208,7 @@ def test_a_full_disk_costs_its_traces_and_later_ones_are_taken(tmp_path, limit, 
     assert told[2:] == [f"trace: {traces(tmp_path)['step_7']}"]
 
 
+@pytest.mark.slow(2)
 def test_a_trace_that_is_still_written_outlives_the_next_that_can_not_be_taken(tmp_path, monkeypatch):
     ended, moved, x = threading.Event(), traces_module._move, jnp.ones([64, 64])
     monkeypatch.setattr(traces_module, "_move", lambda *paths: ended.wait(30) and moved(*paths))
@@ -271,6 +278,7 @@ def test_a_port_that_is_taken_is_one_line():
             start_server(port)
 
 
+@pytest.mark.slow(41)
 def test_a_trace_can_be_captured_while_the_program_runs(tmp_path):
     """By jax's own command, which is a client of xprof, over the port."""
     from jax.collect_profile import collect_profile

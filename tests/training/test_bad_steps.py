@@ -85,6 +85,7 @@ def test_codebook_sums_that_are_not_finite_are_bad(which):
     assert not judged(changes=dict(code_count_max=np.array([1.0, np.inf])))
 
 
+@pytest.mark.slow(1)
 def test_a_spike_is_a_loss_so_many_deviations_above_the_mean():
     rng = np.random.default_rng(0)
     history = (2.0 + 0.1 * rng.standard_normal(300)).tolist()
@@ -268,6 +269,7 @@ def test_a_bad_step_changes_nothing_but_its_count(corpus, forget_state):
     assert float(metrics["learning_rate"]) != rate
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("forget_state", [False, True])
 def test_a_step_overwrites_the_states_of_before_only_if_nothing_needs_them(corpus, forget_state):
     """With forget_state there is no second copy of the states."""

@@ -132,6 +132,7 @@ def mesh():
     return mesh_of(1)
 
 
+@pytest.mark.slow(2)
 def test_it_is_float32_lies_as_the_parameters_do_and_is_overwritten_by_the_step(eight_devices):
     model = SETTINGS.model.replace(param_dtype="bfloat16", dtype="bfloat16")
     settings = dataclasses.replace(with_decay(SETTINGS, DECAY), model=model)
@@ -233,6 +234,7 @@ def state_of(settings: Settings, workdir, mesh):
     return state
 
 
+@pytest.mark.slow(2)
 def test_switched_on_it_starts_at_the_weights_and_switched_off_it_is_dropped_each_with_a_line(tmp_path, mesh, capsys):
     plain, averaged = SETTINGS, with_decay(SETTINGS, DECAY)
     saved(tmp_path / "plain", 2, first_state(plain, mesh)).close()
@@ -309,6 +311,7 @@ def test_samples_are_drawn_from_the_average(tmp_path, capsys):
     assert text_of("averaged", averaged, "raw") == raw
 
 
+@pytest.mark.slow(2)
 def test_the_sample_at_the_end_of_training_is_drawn_from_the_average(corpus, tmp_path, monkeypatch):
     """The made-up step moves the weights, and the real average follows them."""
     given, settings = [], with_decay(settings_for(corpus), DECAY)

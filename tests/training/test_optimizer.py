@@ -171,6 +171,7 @@ def one_per_layer(params) -> dict:
     return arrays
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("relative", [True, slow(False)])
 def test_twenty_steps_of_adafactor_are_those_of_optax(relative):
     settings = OptimizerSettings(
@@ -254,6 +255,7 @@ def one_step(**settings) -> tuple[dict, dict, dict, optax.OptState]:
     return params, grads, cast(dict, updates), state
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_decay_is_not_scaled_and_spares_vectors(name):
     """Neither the learning rate nor the schedule scales it: the first step of a warm-up moves nothing else."""
@@ -264,6 +266,7 @@ def test_decay_is_not_scaled_and_spares_vectors(name):
     np.testing.assert_array_equal(decayed["norm"]["scale"], 0.0)
 
 
+@pytest.mark.slow(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_optimizers_descend_and_codebooks_follow_their_average_without_a_state(name):
     params, grads, updates, state = one_step(name=name)

@@ -81,12 +81,14 @@ def on_disk(workdir: pathlib.Path) -> tuple[dict, dict]:
     return found, {path: tuple(leaf.shape) for path, leaf in found.items() if hasattr(leaf, "shape")}
 
 
+@pytest.mark.slow(2)
 def test_muon_s_layout_on_disk(tmp_path):
     saved(tmp_path, "muon", counted(abstract_of("muon"))).close()
     _, arrays = on_disk(tmp_path)
     assert arrays == {f"inner_state/1/{path}": shape for path, shape in MUON.items()} | {"inner_state/4/count": ()}
 
 
+@pytest.mark.slow(4)
 @pytest.mark.parametrize("name", MOMENTS)
 def test_the_layout_on_disk_is_the_one_that_it_has_always_been(tmp_path, name):
     saved(tmp_path, name, counted(abstract_of(name))).close()

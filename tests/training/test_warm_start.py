@@ -112,6 +112,7 @@ def refused(settings, tmp_path):
     return str(raised.value)
 
 
+@pytest.mark.slow(4)
 def test_weights_and_codebooks_are_theirs_and_all_else_is_fresh(source, tmp_path, mesh, their_state, fresh):
     before = contents(source)
     ours = with_fields(THEIRS, init_from=str(source))
@@ -127,6 +128,7 @@ def test_weights_and_codebooks_are_theirs_and_all_else_is_fresh(source, tmp_path
     assert re.fullmatch("[0-9a-f]{8}", ancestor["fingerprint"])
 
 
+@pytest.mark.slow(3)
 def test_the_optimizer_s_state_is_taken_on_request_and_its_schedule_starts_over(
     source, tmp_path, mesh, their_state, fresh
 ):
@@ -141,6 +143,7 @@ def test_the_optimizer_s_state_is_taken_on_request_and_its_schedule_starts_over(
         assert sha256_of(getattr(state, name)) == sha256_of(getattr(first, name)), name
 
 
+@pytest.mark.slow(3)
 def test_mesh_dtypes_window_cache_and_update_may_differ(source, tmp_path, eight_devices, their_state, fresh):
     ours = with_fields(
         THEIRS,
@@ -161,6 +164,7 @@ def test_mesh_dtypes_window_cache_and_update_may_differ(source, tmp_path, eight_
     jax.tree_util.tree_map_with_path(same, state.params, their_state.params)
 
 
+@pytest.mark.slow(6)
 @pytest.mark.parametrize(("n_layer", "n_taken"), [(1, 1), (3, 2), (2, 1)])
 def test_the_first_layers_are_taken_and_others_are_of_the_seed(
     source, tmp_path, mesh, their_state, fresh, n_layer, n_taken
@@ -352,6 +356,7 @@ def train_made_up(settings, workdir, preemption=None):
     return CheckpointReader(epath.Path(workdir))
 
 
+@pytest.mark.slow(8)
 def test_the_first_start_alone_needs_the_other_run(corpus, tmp_path, made_up, capsys):
     """Stopped at step 7, a run goes on without the other one, whose folder is gone; so does a third one from it."""
     few = with_fields(settings_for(corpus), train=dict(num_steps=12), checkpoint=dict(keep=0))
@@ -387,6 +392,7 @@ def test_the_first_start_alone_needs_the_other_run(corpus, tmp_path, made_up, ca
         assert warned == is_another
 
 
+@pytest.mark.slow(3)
 def test_a_run_that_never_saved_is_the_run_that_was_not_stopped(corpus, tmp_path, made_up):
     """It goes back to what it took, not to the seed."""
     few = with_fields(settings_for(corpus), train=dict(num_steps=4))
