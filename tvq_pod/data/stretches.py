@@ -29,6 +29,7 @@ from tvq_pod.data.streams import Segment
 
 STRETCH = 2**20  # tokens
 BLOCK = 64  # stretches of a row that are found at once
+EPOCHS_BYTES = 2**25  # of the orders of a store's epochs that are kept in memory
 UNIT = 2**32  # places on the circle between two rows
 GOLDEN, ROOT_2 = 2654435769, 1779033703  # of UNIT, the fractions of the golden ratio and of the root of 2
 
@@ -40,7 +41,9 @@ class EndlessStore:
         """groups_kept: how many groups' orders are kept in memory."""
         self._first_epoch, self._has_one_group = first_epoch, documents.n_groups == 1
         self.n_tokens, self.n_documents = documents.n_tokens, documents.n_documents
-        self._epoch = functools.lru_cache(maxsize=8)(GroupedOrder(documents, seed, groups_kept).epoch)
+        # Each row looks at all epochs so far. The order of one takes 24 bytes for each group.
+        epochs_kept = max(8, EPOCHS_BYTES // (24 * documents.n_groups))
+        self._epoch = functools.lru_cache(maxsize=epochs_kept)(GroupedOrder(documents, seed, groups_kept).epoch)
 
     def _line(self, epoch: int) -> EpochLine:
         return self._epoch(self._first_epoch + epoch)
@@ -105,6 +108,7 @@ class StretchedStreams:
             )
             for index, part in enumerate(parts)
         ]
+        self._layout = functools.lru_cache(maxsize=2)(self._make_layout)  # rows are at the same block, or at two
         self._found_block = functools.lru_cache(maxsize=2 * batch_size)(self._find_block)
         self._lock = threading.Lock()  # many threads read rows, and each block is to be found once
 
@@ -131,7 +135,7 @@ class StretchedStreams:
         with self._lock:
             return self._found_block(row, block)
 
-    def _layout(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _make_layout(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of n stretches: how far their rows are turned on the circle, int64 [n]; the place among the rows, in the
         order of the circle, where each store begins, [n, stores + 1]; and how many stretches of each store were
         read before, [n + 1, stores]."""
