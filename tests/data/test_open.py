@@ -88,7 +88,7 @@ def test_documents_that_are_not_utf8(tmp_path, invalid_utf8, block_bytes, capsys
 
 @given(texts=st.lists(st.sampled_from([b"plain", "é漢".encode(), b"caf\xe9", b"\xe6", b"\xbc\xa2", b"\n", b""])))
 def test_which_documents_of_a_batch_are_not_utf8_depends_on_each_alone(texts):
-    """Neighbours that would be a character together are not, one by one."""
+    """Neighbors that would be a character together are not, one by one."""
     data = DataSettings(source="made up", invalid_utf8="skip", validation_share=0.0, test_share=0.0)
     checked = Checked(iter([Document(str(n), text) for n, text in enumerate(texts)]), TextOnlyVocab(), data)
     kept = [text for batch in checked for text in batch.texts]

@@ -178,18 +178,27 @@ def _train_bound(data: DataSettings) -> bytes:
 def _suspects(block: Block) -> Sequence[int]:
     """Returns the places of documents that may have a problem, no text, or text that is not UTF-8."""
     texts = block.texts
-    if not all(texts) or any(block.problems) or len(texts[-1]) > BLOCK_BYTES:  # it may be a file of any size
+    if len(texts[-1]) > BLOCK_BYTES:  # it may be a file of any size
         return range(len(texts))
+    found = []
+    if not all(texts) or any(block.problems):
+        found = [place for place, text in enumerate(texts) if not text or block.problems[place]]
     whole = b"\n".join(texts)  # no character contains a newline, so they are tested in one piece
-    if whole.isascii():
-        return []
-    try:
-        whole.decode("utf-8")
-        return []
-    except UnicodeDecodeError:
+    if not _is_utf8(whole):
         lengths = np.fromiter(map(len, texts), np.int64, len(texts)) + 1
         is_high = np.frombuffer(whole + b"\n", np.uint8) > 127
-        return np.flatnonzero(np.logical_or.reduceat(is_high, np.cumsum(lengths) - lengths)).tolist()
+        found += np.flatnonzero(np.logical_or.reduceat(is_high, np.cumsum(lengths) - lengths)).tolist()
+    return sorted(set(found))
+
+
+def _is_utf8(text: bytes) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def write_batch(batch: Batch, splits: dict[str, SplitWriter], vocab: Vocab, counts_words: bool = False) -> None:
