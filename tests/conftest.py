@@ -19,7 +19,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
         # Fusion emitters compile for twice as long; splitting programs for threads, which find no idle core, takes a
-        # tenth. Later versions may not know a flag, and end at it.
+        # seventh. Later versions may not know a flag, and end at it.
         *(
             ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
             if importlib.metadata.version("jaxlib").startswith("0.10.")

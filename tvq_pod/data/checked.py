@@ -93,7 +93,8 @@ class Checked:
             document = next(self._corpus, None)
             if document is None:
                 return False
-            self._count(document if isinstance(document, Block) else Block.of([document]))
+            assert not isinstance(document, Block)  # since this needs a CRC-32C
+            self._count(Block.of([document]))
         return self.crc == crc
 
     def __iter__(self) -> Iterator[Batch]:

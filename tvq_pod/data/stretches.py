@@ -29,7 +29,7 @@ from tvq_pod.data.streams import Segment
 
 STRETCH = 2**20  # tokens
 BLOCK = 64  # stretches of a row that are found at once
-EPOCHS_BYTES = 2**25  # of the orders of a store's epochs that are kept in memory
+EPOCHS_BYTES = 2**25  # of the orders of epochs that are kept in memory, of all stores
 UNIT = 2**32  # places on the circle between two rows
 GOLDEN, ROOT_2 = 2654435769, 1779033703  # of UNIT, the fractions of the golden ratio and of the root of 2
 
@@ -37,12 +37,12 @@ GOLDEN, ROOT_2 = 2654435769, 1779033703  # of UNIT, the fractions of the golden 
 class EndlessStore:
     """The documents of a store, epoch after epoch without end. n_tokens, n_documents: of an epoch."""
 
-    def __init__(self, documents: DocumentStarts, seed: int, first_epoch: int, groups_kept: int):
-        """groups_kept: how many groups' orders are kept in memory."""
+    def __init__(self, documents: DocumentStarts, seed: int, first_epoch: int, groups_kept: int, epochs_bytes: int):
+        """groups_kept: how many groups' orders are kept in memory. epochs_bytes: how much memory the orders of epochs
+        may take; every row looks at all epochs so far."""
         self._first_epoch, self._has_one_group = first_epoch, documents.n_groups == 1
         self.n_tokens, self.n_documents = documents.n_tokens, documents.n_documents
-        # Each row looks at all epochs so far. The order of one takes 24 bytes for each group.
-        epochs_kept = max(8, EPOCHS_BYTES // (24 * documents.n_groups))
+        epochs_kept = max(8, epochs_bytes // (1024 + 24 * documents.n_groups))
         self._epoch = functools.lru_cache(maxsize=epochs_kept)(GroupedOrder(documents, seed, groups_kept).epoch)
 
     def _line(self, epoch: int) -> EpochLine:
@@ -105,6 +105,7 @@ class StretchedStreams:
                 seed + ((index + 1) << 32),
                 first_epoch << 24,
                 max(GROUPS_KEPT // 32, round(GROUPS_KEPT * float(weights[index] / weights.sum()))),
+                EPOCHS_BYTES // len(parts),
             )
             for index, part in enumerate(parts)
         ]

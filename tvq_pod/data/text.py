@@ -40,9 +40,9 @@ def line_blocks(listing: Listing) -> Iterator[Block]:
     """Yields what `lines` does in blocks, which is faster."""
     for file in read_ahead(listing.files):
         with opened_lines(file.at, "lines of text") as opened:
-            for first, texts in numbered_lines(opened, file):
-                n = len(texts)
-                yield Block(LineNames(file.name, first, n), texts, [file.split] * n, [""] * n, [False] * n)
+            for first, found in numbered_lines(opened, file):
+                n = len(found)
+                yield Block(LineNames(file.name, first, n), found, [file.split] * n, [""] * n, [False] * n)
 
 
 def numbered_lines(opened: io.BufferedReader, file: File) -> Iterator[tuple[int, list[bytes]]]:
